@@ -1,0 +1,95 @@
+"""The trainer actor: the merged weights, their gradient, the coefficients and the optimiser. Nothing of any expert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from actors.process import Process, Report
+from engine.codec import Packed, unpack_all
+from engine.coefficients import Coefficients
+from engine.expert import Target
+from engine.plan import Plan
+from engine.student import Losses, Student
+from engine.task_vectors import Shards
+from engine.training import Learner, Stage
+
+
+@dataclass(frozen=True)
+class WindowSample:
+    """One sample of a window: which expert's, which of its samples, and a reference to its target."""
+
+    expert: int
+    index: int
+    target: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step leaves: its rows for merge/metrics.parquet, and the state from which to go on."""
+
+    rows: list[dict[str, Any]]
+    state: dict[str, Any]
+
+
+class Trainer:
+    """One optimiser step a call. `shards` are the task vectors, wherever they are; `pull` fetches a target.
+
+    A call brings the state of the step before it, so a trainer that died is started again and asked again, with the
+    same answer. What it keeps between calls is the model, and the knowledge of which coefficients are in it.
+    """
+
+    def __init__(self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]]) -> None:
+        self._process = Process("trainer")
+        self._plan, self._shards, self._pull = plan, shards, pull
+        self._merged: Coefficients | None = None
+
+    def step(self, stage: Stage, state: dict[str, Any] | None, number: int, window: Sequence[WindowSample]) -> Step:
+        """Step `number` of a stage from one window: the gradient goes out to the shards, the merged tensors come in."""
+        started = time.monotonic()
+        learner = Learner(self._plan.config.parameters, stage)
+        if state is not None:
+            learner.restore(state)
+        self._merge(learner.coefficients)
+        losses = [self._accumulate(sample, 1 / len(window)) for sample in window]
+        metrics = learner.step(self._shards.gradients(stage.layout, self._student.take))
+        seconds = time.monotonic() - started
+        rows = [
+            {
+                "stage": stage.number,
+                "step": number,
+                "model": self._plan.experts[sample.expert].name,
+                "sample": sample.index,
+                "kl": loss.kl,
+                "hidden": loss.hidden,
+                "regularization": metrics.regularization,
+                "grad_norm": metrics.grad_norm,
+                "learning_rate": metrics.learning_rate,
+                "seconds": seconds,
+            }
+            for sample, loss in zip(window, losses, strict=True)
+        ]
+        return Step(rows, learner.state())
+
+    def report(self) -> Report:
+        """Memory, and the bytes that went to the shards and came from them."""
+        return self._process.report(**self._shards.traffic())
+
+    @cached_property
+    def _student(self) -> Student:
+        # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
+        return Student(self._plan, self._process.device)
+
+    def _merge(self, coefficients: Coefficients) -> None:
+        """Bring the model to these coefficients, unless it has them."""
+        if self._merged is None or not self._merged.same_as(coefficients):
+            self._merged = None
+            self._shards.merge(coefficients, self._student.put)
+            self._merged = coefficients
+
+    def _accumulate(self, sample: WindowSample, share: float) -> Losses:
+        target = Target.from_tensors(unpack_all(self._pull(sample.target)))
+        return self._student.accumulate(target, self._plan.experts[sample.expert].loss_weight, share)

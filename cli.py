@@ -1,0 +1,111 @@
+"""The command line: thin. Arguments in, errors out as exit codes; what is done is done elsewhere.
+
+Imports neither torch nor Ray until a merge starts.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from engine.config import load_config
+from engine.errors import ConfigError, MergeError
+from engine.plan import Plan, make_plan
+
+QUICKSTART = Path(__file__).resolve().parent / "examples" / "quickstart"
+INTERRUPTED = 130
+
+_config = click.argument("config", required=False, type=click.Path(path_type=Path))
+_set = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config."
+)
+_debug = click.option("--debug", is_flag=True, help="Show tracebacks and the actors' own output.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Merge fine-tuned experts of one base model on Ray."""
+
+
+@main.command()
+@_config
+@click.option("--out", default="merged", show_default=True, type=click.Path(path_type=Path), help="The output folder.")
+@_set
+@click.option(
+    "--address", help="A running Ray cluster; without one (and without RAY_ADDRESS) Ray starts on this machine."
+)
+@click.option("--fresh", is_flag=True, help="Discard the state of an earlier start, and replace an earlier merge.")
+@_debug
+def merge(
+    config: Path | None, out: Path, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
+) -> None:
+    """Merge the experts of CONFIG (merge.yaml here if left out, else the bundled quickstart) into one model folder."""
+
+    def run() -> None:
+        plan = _plan(config, overrides)
+        from cluster.driver import merge as merge_by
+
+        target = out.expanduser().absolute()
+        if merge_by(plan, target, address, fresh, debug):
+            click.echo(f"merged {len(plan.experts)} experts into {target}")
+        else:
+            click.echo(f"{target} is this very merge already; --fresh makes it anew")
+
+    _guarded(run, debug)
+
+
+@main.command()
+@_config
+@_set
+@_debug
+def plan(config: Path | None, overrides: tuple[str, ...], debug: bool) -> None:
+    """Check CONFIG and its inputs from their headers alone, and say what a merge would do."""
+
+    def run() -> None:
+        from engine.calibration import read_records
+        from engine.summary import print_plan
+
+        made = _plan(config, overrides)
+        print_plan(made, [len(records) for records in read_records(made)])
+
+    _guarded(run, debug)
+
+
+def _plan(path: Path | None, overrides: tuple[str, ...]) -> Plan:
+    path = path or _default_config()
+    if not path.is_file():
+        raise ConfigError("no such config file", str(path.absolute()))
+    return make_plan(load_config(path, overrides), path.absolute().parent)
+
+
+def _default_config() -> Path:
+    here = Path("merge.yaml")
+    if here.is_file():
+        click.echo(f"config: {here.absolute()}")
+        return here
+    if not (QUICKSTART / "base" / "config.json").is_file():
+        subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=True)
+    click.echo(f"config: {QUICKSTART / 'merge.yaml'} (the bundled quickstart; there is no merge.yaml here)")
+    return QUICKSTART / "merge.yaml"
+
+
+def _guarded(run: Callable[[], None], debug: bool) -> None:
+    """Run, and leave with the exit code of what went wrong."""
+    try:
+        run()
+    except MergeError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The actors of a merge: where `ray.remote` is applied, and where they are told to start again after a death.
+
+No actor keeps what a call would need from an earlier one, so Ray may start any of them again and repeat the call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.expert import Expert
+from actors.process import Report
+from actors.shard import Shard
+from actors.trainer import Trainer
+from cluster.exchange import RemoteShards
+from cluster.placement import Bundle, Placement
+from cluster.session import answer, first_answer, reserved
+from engine.calibration import Sample
+from engine.codec import Packed, pack_all
+from engine.expert import load_target
+from engine.plan import Plan
+
+# How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
+RESTARTS = 3
+
+Arguments = Callable[[Plan], tuple[Any, ...]]
+
+
+class Crew:
+    """Makes and dismisses the actors of one merge; `say` is told what is being waited for."""
+
+    def __init__(self, plan: Plan, placement: Placement, say: Callable[[str], None]) -> None:
+        self._plan, self._placement, self._say = plan, placement, say
+        self._wait = plan.config.cluster.wait
+        # Held as long as the crew: an actor that is started again reads its plan again.
+        self._shared_plan = ray.put(plan)
+
+    @contextmanager
+    def shards(self) -> Iterator[list[Any]]:
+        """The shards, while the context lasts."""
+        bundles = self._placement.shards
+        with reserved(bundles, self._wait, self._say) as group:
+            shards = [
+                self._spawn(Shard, group, index, bundle, partial(_with_index, index))
+                for index, bundle in enumerate(bundles)
+            ]
+            yield shards
+            _kill(shards)
+
+    @contextmanager
+    def trainer(self, shards: Sequence[Any]) -> Iterator[Any]:
+        """The trainer, while the context lasts."""
+        bundle = self._placement.trainer
+        with reserved([bundle], self._wait, self._say) as group:
+            trainer = self._spawn(Trainer, group, 0, bundle, lambda plan: (plan, RemoteShards(plan, shards), ray.get))
+            yield trainer
+            _kill([trainer])
+
+    def targets(
+        self, wanted: Mapping[int, Sequence[tuple[Sample, Path]]], done: Callable[[int], None]
+    ) -> tuple[dict[tuple[int, int], Any], list[Report]]:
+        """References to the targets of the wanted samples by (expert, index), and what the experts said of themselves.
+
+        As many experts at a time as there are bundles; an expert that is done makes room for the next. `done` is told
+        the bytes of each target as it is there.
+        """
+        references: dict[tuple[int, int], Any] = {}
+        reports: list[Report] = []
+        bundles = self._placement.experts
+        with reserved(bundles, self._wait, self._say) as group:
+            waiting, free = deque(wanted), deque(range(len(bundles)))
+            pending: dict[Any, tuple[int, Any]] = {}
+            while waiting or pending:
+                while waiting and free:
+                    expert, slot = waiting.popleft(), free.popleft()
+                    actor = self._spawn(Expert, group, slot, bundles[slot], partial(_with_index, expert))
+                    for sample, path in wanted[expert]:
+                        size, target = actor.target.options(num_returns=2).remote(sample, path)
+                        references[expert, sample.index] = target
+                        pending[size] = slot, actor
+                size, nbytes = first_answer(list(pending), self._say, "computing targets")
+                slot, actor = pending.pop(size)
+                done(nbytes)
+                if not any(other == slot for other, _ in pending.values()):
+                    reports.append(answer(actor.report.remote(), self._say, "computing targets"))
+                    # What a method returned belongs to the driver: it outlives the actor.
+                    _kill([actor])
+                    free.append(slot)
+        return references, reports
+
+    def _spawn(self, kind: type, group: PlacementGroup, index: int, bundle: Bundle, arguments: Arguments) -> Any:
+        where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+        remote = ray.remote(_planned(kind)).options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            scheduling_strategy=where,
+        )
+        return remote.remote([self._shared_plan], arguments)
+
+
+def stored_target(path: Path) -> Any:
+    """A reference to a target that an earlier start of this run computed."""
+    return ray.remote(_load).options(num_cpus=0, max_retries=RESTARTS).remote(path)
+
+
+def _load(path: Path) -> dict[str, Packed]:
+    return pack_all(load_target(path).tensors())
+
+
+def _planned(kind: type) -> type:
+    """The actor class, with its arguments made from the plan where it runs.
+
+    A large constructor argument would live in the object store as long as one call does, and a later start would not
+    find it; a reference inside a list is kept as it is and read on the spot.
+    """
+
+    def start(self: Any, shared_plan: list[Any], arguments: Arguments) -> None:
+        kind.__init__(self, *arguments(ray.get(shared_plan[0])))  # type: ignore[misc]
+
+    return type(kind.__name__, (kind,), {"__init__": start})
+
+
+def _with_index(index: int, plan: Plan) -> tuple[Plan, int]:
+    return plan, index
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor)

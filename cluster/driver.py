@@ -1,0 +1,211 @@
+"""The algorithm over the cluster: targets, stage 1, importance, stage 2, write. Holds references and small tables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from actors.process import Process, Report
+from actors.trainer import WindowSample
+from cluster.crew import Crew, stored_target
+from cluster.placement import place
+from cluster.progress import Progress
+from cluster.session import answer, connect, nodes
+from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
+from engine.checkpoint import open_base, weight_files
+from engine.coefficients import Array, Coefficients, write_coefficients
+from engine.importance import stage_2_layout, write_importance
+from engine.model import build_skeleton, load_tokenizer
+from engine.plan import Plan
+from engine.record import versions, write_card, write_config, write_metrics
+from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
+from engine.task_vectors import Inspection
+from engine.training import Learner, Stage, first_stage, second_stage
+from engine.writer import output_files, write_companions, write_json
+
+Targets = Mapping[tuple[int, int], Any]
+
+
+def merge(plan: Plan, out: Path, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
+    """Merge by the plan into the folder `out`; False where that very merge is there already.
+
+    Raises:
+        InputError, ClusterError, RunError: see `engine.errors`.
+    """
+    samples = prepare(plan)
+    plan_identity = identity(plan)
+    if check_output(out, plan_identity, fresh):
+        return False
+    with open_run(out, plan_identity, fresh) as run, connect(address, debug), Progress() as progress:
+        Merge(plan, samples, run, progress).run(plan_identity)
+    return True
+
+
+def prepare(plan: Plan) -> list[list[Sample]]:
+    """What can be known before any actor starts: names that meet the module's, and the samples' tokens.
+
+    Raises:
+        CheckpointError, CalibrationError: naming the tensor or the record at fault.
+    """
+    records = read_records(plan)
+    folder = open_base(plan).folder
+    build_skeleton(folder, plan.base_header.tensors, getattr(torch, plan.dtype))
+    return tokenize(records, load_tokenizer(folder) if needs_tokenizer(records) else None, plan)
+
+
+class Merge:
+    """One merge on a connected cluster."""
+
+    def __init__(self, plan: Plan, samples: Sequence[Sequence[Sample]], run: RunFolder, progress: Progress) -> None:
+        self.plan, self.samples, self.folder, self.progress = plan, samples, run, progress
+        self.process = Process("driver")
+        self.reports: list[Report] = []
+        self.target_bytes = 0
+        self.crew = Crew(plan, place(nodes(), plan.config), progress.say)
+
+    def run(self, plan_identity: str) -> None:
+        """The whole algorithm."""
+        self._say_cuts()
+        with self.crew.shards() as shards:
+            magnitudes = self._inspect(shards)
+            targets = self._targets()
+            with self.crew.trainer(shards) as trainer:
+                stages = [self._learn(trainer, first_stage(self.plan), targets)]
+                layout = importance = None
+                if self.plan.config.stages == 2:
+                    options = self.plan.config.parameters
+                    layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
+                    stages.append(self._learn(trainer, second_stage(self.plan, layout, stages[0]), targets))
+                self._report(trainer)
+            folder = self._write(shards, stages[-1])
+            write_config(folder / "merge" / "config.yaml", self.plan, plan_identity, self._digests(shards))
+            for shard in shards:
+                self._report(shard)
+        write_coefficients(folder / "merge" / "coefficients.parquet", stages, [e.name for e in self.plan.experts])
+        if layout is not None and importance is not None:
+            write_importance(folder / "merge" / "importance.parquet", layout, importance)
+        write_metrics(folder / "merge" / "metrics.parquet", self.folder.metrics())
+        write_card(folder / "README.md", self.plan, stages[-1], versions())
+        write_json(folder / "merge" / "memory.json", self._memory())
+        self.folder.finish()
+
+    def _inspect(self, shards: Sequence[Any]) -> Array:
+        """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite."""
+        names = list(self.plan.base_header.tensors)
+        self.progress.phase("reading every weight once", len(shards))
+        asked = [shard.inspect.remote(names[index :: len(shards)]) for index, shard in enumerate(shards)]
+        found: dict[str, Inspection] = {}
+        for done, reference in enumerate(asked, start=1):
+            found |= answer(reference, self.progress.say, "reading every weight once")
+            self.progress.advance(done)
+        return np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
+
+    def _targets(self) -> Targets:
+        """References to every sample's target; each is computed once in the life of a run."""
+        everyone = [sample for mine in self.samples for sample in mine]
+        stored = {s for s in everyone if self.folder.target(s).exists()}
+        self.progress.phase("targets", len(everyone), len(stored))
+        wanted = {
+            expert: [(s, self.folder.target(s)) for s in mine if s not in stored]
+            for expert, mine in enumerate(self.samples)
+            if not stored.issuperset(mine)
+        }
+        references = {(s.expert, s.index): stored_target(self.folder.target(s)) for s in stored}
+        count = len(stored)
+
+        def done(nbytes: int) -> None:
+            nonlocal count
+            count += 1
+            self.target_bytes += nbytes
+            self.progress.advance(count)
+
+        self.forwards_before = len(stored)
+        if wanted:
+            computed, reports = self.crew.targets(wanted, done)
+            references |= computed
+            self.reports += reports
+        return references
+
+    def _learn(self, trainer: Any, stage: Stage, targets: Targets) -> Coefficients:
+        """One stage: an optimiser step a window, its state kept after each."""
+        parameters = self.plan.config.parameters
+        order = training_order([len(mine) for mine in self.samples], parameters.epochs)
+        steps = windows(order, parameters.gradient_accumulation)
+        state = self.folder.load_stage(stage.number) or StageState(0, None)
+        self.progress.phase(f"stage {stage.number}", len(steps), state.steps)
+        reference = ray.put(stage)
+        for number in range(state.steps, len(steps)):
+            window = [WindowSample(k, index, targets[k, index]) for k, index in steps[number]]
+            step = answer(
+                trainer.step.remote(reference, state.learner, number, window), self.progress.say, "taking a step"
+            )
+            state = StageState(number + 1, step.state)
+            self.folder.save_stage(stage.number, state, step.rows)
+            self.progress.advance(number + 1, _summary(step.rows))
+        learner = Learner(parameters, stage)
+        assert state.learner is not None
+        learner.restore(state.learner)
+        return learner.coefficients
+
+    def _write(self, shards: Sequence[Any], coefficients: Coefficients) -> Path:
+        """The output's files by the shards, tensor by tensor, in a folder that is not the output yet."""
+        folder = self.folder.start_output()
+        files = output_files(self.plan)
+        self.progress.phase("writing", len(files))
+        asked = []
+        for number, file in enumerate(files):
+            wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}
+            asked.append(shards[number % len(shards)].write.remote(folder, file, wanted))
+        for done, reference in enumerate(asked, start=1):
+            answer(reference, self.progress.say, "writing")
+            self.progress.advance(done)
+        write_companions(folder, self.plan, open_base(self.plan).folder, files)
+        return folder
+
+    def _digests(self, shards: Sequence[Any]) -> dict[str, dict[str, str]]:
+        """SHA-256 of the inputs' weight and calibration files."""
+        models = {"base": (self.plan.base, ()), **{e.name: (e, e.calibration) for e in self.plan.experts}}
+        files = {name: [*weight_files(model), *more] for name, (model, more) in models.items()}
+        everything = sorted({file for mine in files.values() for file in mine})
+        asked = [shard.digests.remote(everything[i :: len(shards)]) for i, shard in enumerate(shards)]
+        found = {
+            file: digest
+            for reference in asked
+            for file, digest in answer(reference, self.progress.say, "hashing").items()
+        }
+        return {name: {str(file): found[file] for file in mine} for name, mine in files.items()}
+
+    def _report(self, actor: Any) -> None:
+        self.reports.append(answer(actor.report.remote(), self.progress.say, "asking for memory figures"))
+
+    def _memory(self) -> dict[str, Any]:
+        """merge/memory.json: memory by actor, and what was moved and computed."""
+        reports = [self.process.report(), *self.reports]
+        counts = {
+            key: sum(report.counts.get(key, 0) for report in reports)
+            for key in ("bytes_to_shards", "bytes_from_shards", "forwards")
+        }
+        return {
+            "actors": [{k: v for k, v in dataclasses.asdict(report).items() if k != "counts"} for report in reports],
+            "bytes_trainer_to_shards": counts["bytes_to_shards"],
+            "bytes_shards_to_trainer": counts["bytes_from_shards"],
+            "bytes_merged": self.plan.merged_bytes,
+            "bytes_targets": self.target_bytes,
+            "expert_forwards": counts["forwards"] + self.forwards_before,
+        }
+
+    def _say_cuts(self) -> None:
+        for sample in (sample for mine in self.samples for sample in mine if sample.cut):
+            length = self.plan.config.calibration.max_length
+            self.progress.say(f"{sample.where}: cut to max_length {length}, {sample.cut} tokens left out")
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    kl, hidden = (sum(row[key] for row in rows) / len(rows) for key in ("kl", "hidden"))
+    return f"kl {kl:.4f}  hidden {hidden:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"

@@ -1,0 +1,131 @@
+"""A connection to Ray, resources reserved on it, and answers waited for with a word now and then.
+
+Turns Ray's failures into the project's errors. Knows no merging.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from cluster.placement import Bundle, Node, shortage
+from engine.errors import ClusterError, MergeError, RunError
+
+PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
+# glibc would keep freed buffers of this size for itself, and a trainer would seem to grow.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "TOKENIZERS_PARALLELISM": "false"}
+SAY_EVERY = 5.0
+HEARTBEAT = 30.0
+
+
+@contextmanager
+def connect(address: str | None, debug: bool = False) -> Iterator[None]:
+    """Use the cluster at `address` (or RAY_ADDRESS, which a submitted job has), else start Ray on this machine.
+
+    Raises:
+        ClusterError: there is no cluster at that address.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
+    if address and not os.environ.get("RAY_JOB_ID"):
+        # A job brings its working directory along; a driver outside of one has to.
+        environment["py_modules"] = PACKAGES
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        ray.init(
+            address=address or "local",
+            runtime_env=environment,
+            log_to_driver=debug,
+            logging_level="info" if debug else "error",
+            **options,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine") from error
+    # Ray's own handler, set a moment ago, would end the driver at once: a stop must leave by our way out.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def nodes() -> list[Node]:
+    """The nodes that are alive, with all that they have, in use or not."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+@contextmanager
+def reserved(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None]) -> Iterator[PlacementGroup]:
+    """Hold the bundles, spread over the nodes, while the context lasts.
+
+    Raises:
+        ClusterError: they are not to be had within `wait` seconds.
+    """
+    group = placement_group(list(bundles), strategy="SPREAD")
+    try:
+        began = time.monotonic()
+        while not group.wait(min(SAY_EVERY, max(0.1, wait))):
+            waited = time.monotonic() - began
+            if waited >= wait:
+                raise ClusterError(
+                    f"the resources were not to be had within {wait:g} seconds",
+                    "the cluster",
+                    shortage(nodes(), bundles),
+                    "free some, add nodes, or lower num_gpus or shards in the config's `cluster`",
+                )
+            say(f"waiting for resources ({waited:.0f} of {wait:g} s); {shortage(nodes(), bundles)}")
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def answer(reference: Any, say: Callable[[str], None], what: str) -> Any:
+    """The value of one reference, with a line every half minute while it is not there; see `first_answer`."""
+    return first_answer([reference], say, what)[1]
+
+
+def first_answer(references: Sequence[Any], say: Callable[[str], None], what: str) -> tuple[Any, Any]:
+    """The first of the references to be there, and its value.
+
+    Raises:
+        MergeError: one that an actor raised, as it was raised there.
+        RunError: an actor died more often than it is started again, or failed in a way that we did not foresee.
+    """
+    began = time.monotonic()
+    while True:
+        ready, _ = ray.wait(list(references), num_returns=1, timeout=HEARTBEAT)
+        if ready:
+            return ready[0], _value(ready[0], what)
+        say(f"still {what}, {time.monotonic() - began:.0f} s")
+
+
+def _value(reference: Any, what: str) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause: BaseException | None = error
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if isinstance(cause, MergeError):
+            raise cause from error
+        raise RunError(
+            f"an actor failed while {what}: {type(cause).__name__}: {cause}", do="--debug shows where"
+        ) from error
+    except (RayActorError, OutOfMemoryError) as error:
+        raise RunError(f"an actor died while {what}, and again when started anew: {error}") from error
+    except RayError as error:
+        raise RunError(f"Ray failed while {what}: {error}") from error

@@ -1,0 +1,1 @@
+"""Merging mathematics, files and models. Knows no Ray: `actors/` holds its objects, `cluster/` places them."""

@@ -1,0 +1,200 @@
+"""Unlabelled samples: records from .json, .jsonl and .parquet files, made into token ids, in the method's order.
+
+A record has `input_ids`, or `messages` (chat), or `question` (and `response`, used when present), or `text`; other
+fields are kept and ignored. Reading and checking records needs no torch and no tokenizer. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CalibrationError
+from engine.plan import Plan
+
+Record = dict[str, Any]
+# In the order of precedence: the first that a record has decides what is made of it.
+FIELDS = ("input_ids", "messages", "question", "text")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One calibration sample x ∈ Dₖ: `expert` is k, `index` its place in the list, `where` its file and record.
+
+    `cut` is the number of tokens beyond `max_length` that were left out; `generate` the number of new tokens that the
+    expert writes first, as the response to this prompt.
+    """
+
+    expert: int
+    index: int
+    input_ids: tuple[int, ...]
+    where: str
+    cut: int = 0
+    generate: int = 0
+
+
+def read_records(plan: Plan) -> list[list[tuple[str, Record]]]:
+    """For each expert its calibration records, each with its place, at most `samples_per_model` of them.
+
+    With `shuffle`, the list of each expert is permuted with the seed before its first records are taken.
+
+    Raises:
+        CalibrationError: a file that cannot be read or is empty, or a record without a usable field.
+    """
+    chosen = []
+    for number, expert in enumerate(plan.experts):
+        records = [record for path in expert.calibration for record in _read_file(path)]
+        if not records:
+            raise CalibrationError(f"expert {expert.name!r} has no calibration records", str(expert.calibration[0]))
+        for where, record in records:
+            _check(record, where)
+        if plan.config.calibration.shuffle:
+            # Seeded per expert, so that adding an expert does not change the samples of the others.
+            random.Random(f"{plan.config.seed}-{number}").shuffle(records)
+        chosen.append(records[: expert.samples])
+    return chosen
+
+
+def tokenize(records: Sequence[Sequence[tuple[str, Record]]], tokenizer: Any, plan: Plan) -> list[list[Sample]]:
+    """Samples of each expert; `tokenizer` is the base's, from transformers, or None where no record needs one.
+
+    Raises:
+        CalibrationError: a record that makes no tokens, ids outside the vocabulary, or chat without a chat template.
+    """
+    vocabulary = plan.base_header.vocab_size
+    samples: list[list[Sample]] = []
+    for number, mine in enumerate(records):
+        samples.append([])
+        for index, (where, record) in enumerate(mine):
+            ids, is_prompt = _token_ids(record, tokenizer, where)
+            if not ids:
+                raise CalibrationError("the record makes no tokens", where)
+            if not 0 <= min(ids) <= max(ids) < (vocabulary or max(ids) + 1):
+                raise CalibrationError(
+                    f"token ids from {min(ids)} to {max(ids)}", where, f"ids below the vocabulary's size, {vocabulary}"
+                )
+            options = plan.config.calibration
+            kept, cut = tuple(ids[: options.max_length]), max(0, len(ids) - options.max_length)
+            generate = min(options.generate_responses, options.max_length - len(kept)) if is_prompt else 0
+            samples[-1].append(Sample(number, index, kept, where, cut, generate))
+    return samples
+
+
+def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:
+    """The order of samples, as (expert, index): round robin over the experts, a shorter list starting again until the
+    longest is done; that once an epoch.
+    """
+    longest = max(counts)
+    once = [(expert, turn % count) for turn in range(longest) for expert, count in enumerate(counts)]
+    return once * epochs
+
+
+def windows(order: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
+    """The order cut into windows of `size` samples, one optimiser step each; the last holds what is left."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def needs_tokenizer(records: Sequence[Sequence[tuple[str, Record]]]) -> bool:
+    """Whether any record is text."""
+    return any(_field(record) != "input_ids" for mine in records for _, record in mine)
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
+    """Records of one file with their places; `FILE:LINE` in .jsonl, `FILE record N` elsewhere, from 1."""
+    try:
+        if path.suffix == ".jsonl":
+            with open(path, encoding="utf-8") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+            return
+        if path.suffix == ".json":
+            rows = _parse(path.read_text(encoding="utf-8"), str(path))
+        elif path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowException as error:
+                raise CalibrationError(f"not a parquet file: {error}", str(path)) from error
+        else:
+            raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
+    except OSError as error:
+        raise CalibrationError(f"the file cannot be read: {error.strerror}", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError("the file is not UTF-8 text", str(path)) from error
+    if not isinstance(rows, list):
+        raise CalibrationError("the file does not hold a list of records", str(path))
+    yield from ((f"{path} record {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"not valid JSON: {error}", where) from error
+
+
+def _field(record: Record) -> str | None:
+    return next((field for field in FIELDS if record.get(field) is not None), None)
+
+
+def _check(record: Any, where: str) -> None:
+    """One usable field, of the type that it must have."""
+    if not isinstance(record, dict):
+        raise CalibrationError("the record is not a mapping of fields to values", where)
+    field = _field(record)
+    if field is None:
+        raise CalibrationError(
+            f"the record has no usable field; it has {', '.join(map(str, record)) or 'none'}",
+            where,
+            f"one of {', '.join(FIELDS)}",
+        )
+    if record.get("image_path") is not None or record.get("image_paths") is not None:
+        raise CalibrationError("the record has images, and this is a language model without them", where)
+    value, response = record[field], record.get("response")
+    if field == "input_ids" and not (isinstance(value, list) and all(type(token) is int for token in value)):
+        raise CalibrationError("`input_ids` is not a list of integers", where)
+    if field == "messages" and not (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    ):
+        raise CalibrationError("`messages` is not a list of {role, content}", where)
+    if field in ("question", "text") and not (isinstance(value, str) and value.strip()):
+        raise CalibrationError(f"`{field}` is not a text, or an empty one", where)
+    if field == "question" and not (response is None or isinstance(response, str)):
+        raise CalibrationError("`response` is not a text", where)
+
+
+def _token_ids(record: Record, tokenizer: Any, where: str) -> tuple[list[int], bool]:
+    """The record's tokens, and whether they are a prompt that still wants a response."""
+    field = _field(record)
+    if field == "input_ids":
+        return list(record["input_ids"]), False
+    if field == "text":
+        return list(tokenizer(record["text"]).input_ids), False
+    response = record.get("response")
+    if field == "messages":
+        messages = record["messages"]
+        if not tokenizer.chat_template:
+            raise CalibrationError("the record is a chat, and the base's tokenizer has no chat template", where)
+    elif tokenizer.chat_template:
+        messages = [{"role": "user", "content": record["question"]}]
+        messages += [{"role": "assistant", "content": response}] if response else []
+    else:
+        text = "\n".join([record["question"], *([response] if response else [])])
+        return list(tokenizer(text).input_ids), not response
+    import jinja2
+
+    is_prompt = messages[-1]["role"] != "assistant"
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise CalibrationError(f"the chat template does not take this record: {error}", where) from error
+    return list(ids), is_prompt

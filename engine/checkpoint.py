@@ -1,0 +1,124 @@
+"""Weights, lazily: tensors by name as memory-mapped views, and task vectors of an expert block by block.
+
+What is read is never written to: a view is the file's own memory, shared by all who read it. Knows no models, only
+names. Letters in tensor names: N elements of a flattened tensor, R rank of an adapter.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.headers import ModelHeader, TensorHeader, find_model
+from engine.lora import WEIGHTS, AdapterHeader, LoraPair
+from engine.plan import ExpertPlan, ModelPlan, Plan
+
+
+class Checkpoint:
+    """Tensors of one model folder by their names in its files."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorHeader]) -> None:
+        self.folder, self.tensors = folder, tensors
+        self._files: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as a view of the file's memory, on the CPU, in the file's dtype. Never write to it."""
+        file = self.tensors[name].file
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+            tensor: Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+
+class TaskVector(Protocol):
+    """τ of one tensor of one expert, flattened, in blocks."""
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        """Write τ[start:stop] in float32 to `out_N`; `base_N` holds the base's elements there, in float32."""
+
+
+class Expert(Protocol):
+    """The weights of one expert, whatever they are stored as."""
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where it is known to be zero."""
+
+
+class FullExpert:
+    """An expert that is a full checkpoint: τ = θₖ − θ₀."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def task_vector(self, name: str) -> TaskVector:
+        """τ of the tensor `name`, read from both files as it is asked for."""
+        return _Difference(self.checkpoint.read(name).reshape(-1))
+
+
+class AdapterExpert:
+    """An expert that is a LoRA adapter of the base: τ = scaling · B·A, never written to a file."""
+
+    def __init__(self, checkpoint: Checkpoint, pairs: dict[str, LoraPair]) -> None:
+        self.checkpoint, self.pairs = checkpoint, pairs
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where the adapter does not change it."""
+        pair = self.pairs.get(name)
+        if pair is None:
+            return None
+        # Copies of the small factors, so that the product reads aligned float32 memory whatever the file's layout.
+        a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
+        left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
+        return _Product(left.mul_(pair.scaling), right)
+
+
+class _Difference:
+    def __init__(self, expert_N: Tensor) -> None:
+        self._expert_N = expert_N
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        out_N.copy_(self._expert_N[start:stop]).sub_(base_N)
+
+
+class _Product:
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self._left, self._right = left, right
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        columns = self._right.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        if start == first * columns and stop == last * columns:
+            torch.mm(self._left[first:last], self._right, out=out_N.view(last - first, columns))
+        else:
+            rows = self._left[first:last] @ self._right
+            out_N.copy_(rows.reshape(-1)[start - first * columns : stop - first * columns])
+
+
+def open_base(plan: Plan) -> Checkpoint:
+    """The base's weights, found by the plan's words on whatever node this is."""
+    return Checkpoint(_folder(plan.base), plan.base_header.tensors)
+
+
+def open_expert(expert: ExpertPlan) -> Expert:
+    """An expert's weights."""
+    if isinstance(expert.header, AdapterHeader):
+        return AdapterExpert(Checkpoint(_folder(expert), expert.header.tensors), expert.header.pairs)
+    return FullExpert(Checkpoint(_folder(expert), expert.header.tensors))
+
+
+def weight_files(model: ModelPlan) -> list[Path]:
+    """The files that hold the model's weights."""
+    if isinstance(model.header, ModelHeader):
+        return [_folder(model) / file for file in sorted({tensor.file for tensor in model.header.tensors.values()})]
+    return [_folder(model) / WEIGHTS]
+
+
+def _folder(model: ModelPlan) -> Path:
+    return find_model(model.model, Path.cwd())

@@ -1,0 +1,56 @@
+"""How a tensor travels between processes: its bytes as a numpy array, its dtype and its shape.
+
+Pickled as it is, a torch tensor would drag the whole storage behind a view along and be copied on both sides; an array
+of bytes is sent as it lies and read in place. Every tensor that crosses a process border goes through here. Knows no
+Ray.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor on its way: `data` uint8 [bytes], C order."""
+
+    data: npt.NDArray[np.uint8]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(self.data.nbytes)
+
+
+def pack(tensor: Tensor) -> Packed:
+    """The tensor, ready to travel; shares its memory where it is contiguous and on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return Packed(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The tensor as a view of what arrived, on the CPU. Others may share that memory: never write to it."""
+    with warnings.catch_warnings():
+        # What arrives is read-only, and so is what we do with it.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        data = torch.from_numpy(packed.data)
+    return data.view(packed.dtype).reshape(packed.shape)
+
+
+def pack_all(tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
+    """Several tensors by name, each as `pack` does it."""
+    return {name: pack(tensor) for name, tensor in tensors.items()}
+
+
+def unpack_all(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
+    """Several tensors by name, each as `unpack` does it."""
+    return {name: unpack(one) for name, one in packed.items()}

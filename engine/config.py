@@ -1,0 +1,323 @@
+"""The YAML of a merge as typed, frozen data; a superset of mergekit's.
+
+Reads and checks text only: unknown keys fail with the nearest known key, and every error carries its key and line.
+Knows nothing of checkpoints, torch or Ray. Defaults are those of the method's page (Expert Merging, arXiv 2509.25712).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from engine.errors import ConfigError
+
+Location = tuple[int | str, ...]
+
+LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Section(BaseModel):
+    # protected_namespaces: `model` is mergekit's word for a model's path and must stay ours.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelParameters(_Section):
+    """Options that an expert may have of its own; None: the top level's."""
+
+    weight: Float | None = None
+    loss_weight: Annotated[Float, Field(ge=0)] | None = None
+    samples_per_model: Annotated[Int, Field(ge=1)] | None = None
+
+
+class Parameters(_Section):
+    """Options of the method, by the names and with the defaults of the method's page."""
+
+    weight: Float = 0.1
+    loss_weight: Annotated[Float, Field(ge=0)] = 1.0
+    samples_per_model: Annotated[Int, Field(ge=1)] = 5
+    hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
+    hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
+    temperature: Annotated[Float, Field(gt=0)] = 1.0
+    regularization: Annotated[Float, Field(ge=0)] = 5.0
+    learning_rate: Annotated[Float, Field(gt=0)] = 0.5
+    weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
+    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
+    gradient_accumulation: Annotated[Int, Field(ge=1)] = 8
+    epochs: Annotated[Int, Field(ge=1)] = 1
+    budget: Annotated[Float, Field(gt=0)] = 1.1
+    kappa: Annotated[Float, Field(ge=0)] = 1.0
+    fixed: Literal["prior", "stage1"] = "prior"
+    start: Literal["prior", "stage1"] = "prior"
+
+
+class Expert(_Section):
+    """One entry of `models`: a checkpoint or an adapter, by path or hub id."""
+
+    model: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)]
+    calibration: tuple[str, ...] = ()
+    parameters: ModelParameters = ModelParameters()
+
+
+class Calibration(_Section):
+    """How samples are made from records."""
+
+    max_length: Annotated[Int, Field(ge=2)] = 2048
+    shuffle: bool = False
+    generate_responses: Annotated[Int, Field(ge=0)] = 0
+
+
+class ActorResources(_Section):
+    """What one actor asks of the cluster; auto: one GPU where there are any."""
+
+    num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
+
+
+class Cluster(_Section):
+    """Resources, and how long to wait for them in seconds."""
+
+    expert: ActorResources = ActorResources()
+    trainer: ActorResources = ActorResources()
+    shards: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
+    wait: Annotated[Float, Field(ge=0)] = 600
+
+
+class Config(_Section):
+    """A whole merge, as the user wrote it, with every default filled in."""
+
+    merge_method: Literal["expert_merging", "expert_merging_pp"]
+    base_model: Annotated[str, Field(min_length=1)]
+    models: Annotated[tuple[Expert, ...], Field(min_length=1)]
+    parameters: Parameters = Parameters()
+    exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES
+    calibration: Calibration = Calibration()
+    dtype: Dtype | None = None
+    out_dtype: Dtype | None = None
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
+    cluster: Cluster = Cluster()
+    # What a merge wrote of itself beside its config (versions, hashes); ignored, so that merge/config.yaml runs again.
+    record: dict[str, Any] | None = None
+
+    def weight(self, expert: Expert) -> float:
+        """The prior ᾱₖ: the expert's own weight, else the top level's."""
+        own = expert.parameters.weight
+        return self.parameters.weight if own is None else own
+
+    def loss_weight(self, expert: Expert) -> float:
+        """βₖ: the expert's own, else the top level's."""
+        own = expert.parameters.loss_weight
+        return self.parameters.loss_weight if own is None else own
+
+    def samples_per_model(self, expert: Expert) -> int:
+        """How many calibration samples the expert has."""
+        return expert.parameters.samples_per_model or self.parameters.samples_per_model
+
+    @property
+    def stages(self) -> int:
+        """1 for Expert Merging, 2 for Expert Merging++."""
+        return 2 if self.merge_method == "expert_merging_pp" else 1
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a merge's YAML, apply `--set key.sub=value` overrides and check everything that text alone can show.
+
+    Raises:
+        ConfigError: with file, line and key; up to five faults at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        raw = loader.construct_document(node) if node is not None else None
+    except OSError as error:
+        raise ConfigError(f"the config cannot be read: {error.strerror}", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("the config is not UTF-8 text", str(path)) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"not valid YAML: {getattr(error, 'problem', None) or 'it is nested too deeply'}", where
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("the config is not a mapping of keys to values", str(path), "merge_method: … and so on")
+    for override in overrides:
+        _override(raw, override)
+    return parse_config(raw, path, node)
+
+
+def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None) -> Config:
+    """Check a config that is already a mapping; `path` and `node` tell where a fault stands."""
+
+    def where(location: Location) -> str:
+        line = _line(node, location)
+        return f"{path}:{line}" if line else str(path)
+
+    raw = _with_defaults(raw)
+    try:
+        config = Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        faults = [_explain(fault, where) for fault in error.errors(include_url=False)]
+        more = [f"({len(faults) - 5} more)"] if len(faults) > 5 else []
+        raise ConfigError("\n".join([str(fault) for fault in faults[:5]] + more)) from None
+    _check(config, where)
+    return config
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """Names from paths, one calibration path as a list of one, and no base among `models` (mergekit's users list it)."""
+    models = raw.get("models")
+    if not isinstance(models, list):
+        return raw
+    experts = []
+    for entry in models:
+        if isinstance(entry, dict) and isinstance(entry.get("model"), str):
+            if entry["model"] == raw.get("base_model") and not entry.get("calibration"):
+                continue
+            entry = {"name": re.split(r"[/@]", entry["model"].rstrip("/").split("@")[0])[-1] or entry["model"], **entry}
+            if isinstance(entry.get("calibration"), str):
+                entry["calibration"] = [entry["calibration"]]
+        experts.append(entry)
+    return {**raw, "models": experts}
+
+
+def _check(config: Config, where: Any) -> None:
+    """What one key alone cannot show."""
+    names = [expert.name for expert in config.models]
+    for index, expert in enumerate(config.models):
+        at = where(("models", index))
+        if names.index(expert.name) != index:
+            raise ConfigError(
+                f"two experts are called {expert.name!r}",
+                at,
+                do="give one of them another `name`; names label the outputs",
+            )
+        weight = config.weight(expert)
+        if not 0 < weight < 1:
+            raise ConfigError(
+                f"the prior of expert {expert.name!r} is {weight}",
+                at,
+                "a `weight` above 0 and below 1: coefficients are learned through a sigmoid that starts there",
+            )
+        if not expert.calibration:
+            raise ConfigError(
+                f"expert {expert.name!r} has no calibration",
+                at,
+                "`calibration: FILE` with 5–10 unlabelled records of its domain (.json, .jsonl or .parquet)",
+            )
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `key.sub=value`; a number between dots is an index into a list."""
+    keys, separator, text = override.partition("=")
+    at = f"--set {override}"
+    if not separator or not all(keys.split(".")):
+        raise ConfigError("not an override", at, "key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("the value is not valid YAML", at) from error
+    target: Any = raw
+    *parents, last = (int(key) if key.isdigit() else key for key in keys.split("."))
+    for key in parents:
+        if isinstance(target, dict) and isinstance(key, str):
+            target = target.setdefault(key, {})
+        elif isinstance(target, list) and isinstance(key, int) and key < len(target):
+            target = target[key]
+        else:
+            raise ConfigError(f"there is no {key!r} to set a value in", at)
+    try:
+        target[last] = value
+    except (TypeError, IndexError) as error:
+        raise ConfigError(f"there is no {last!r} to set", at) from error
+
+
+def _line(node: yaml.Node | None, location: Location) -> int | None:
+    """The line, from 1, of the deepest part of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            if found is None:
+                return line
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The config sections that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (tuple, Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _sections(argument)
+
+
+def _known_keys(location: Location) -> list[str]:
+    """The keys that the section at `location` has."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = next(_sections(section.model_fields[part].annotation), section)
+    return list(section.model_fields)
+
+
+def _explain(fault: Any, where: Any) -> ConfigError:
+    """One of pydantic's faults in our words."""
+    location: Location = tuple(part for part in fault["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
+    key = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        do = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return ConfigError(f"unknown key {key!r}", where(location), do=do)
+    if fault["type"] == "missing":
+        return ConfigError(f"the key {key!r} is missing", where(location[:-1]))
+    given = repr(fault["input"])
+    message = fault["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{key} is {given if len(given) < 80 else given[:77] + '…'}", where(location), message)

@@ -1,0 +1,115 @@
+"""What a merge tells of itself beside its weights: resolved config, metrics and model card. Knows no weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import yaml
+
+from engine.coefficients import Coefficients
+from engine.plan import Plan
+
+PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
+METRICS = pa.schema(
+    [
+        ("stage", pa.int8()),
+        ("step", pa.int32()),
+        ("model", pa.string()),
+        ("sample", pa.int32()),
+        ("kl", pa.float64()),
+        ("hidden", pa.float64()),
+        ("regularization", pa.float64()),
+        ("grad_norm", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+
+def versions() -> dict[str, str]:
+    """What computed the result."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def resolved_config(plan: Plan) -> dict[str, Any]:
+    """The config with every default filled in and every path absolute; it runs from anywhere."""
+    config = plan.config.model_dump(mode="json", exclude={"record"}, exclude_none=True)
+    config["base_model"] = plan.base.model
+    for entry, expert in zip(config["models"], plan.experts, strict=True):
+        entry["model"] = expert.model
+        entry["calibration"] = [str(path) for path in expert.calibration]
+    return config
+
+
+def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
+    """merge/config.yaml: the resolved config, with versions and `inputs`: model → file → SHA-256."""
+    record = {
+        "identity": identity,
+        "versions": versions(),
+        "inputs": {model: dict(files) for model, files in inputs.items()},
+    }
+    text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """merge/metrics.parquet: a row a sample of each optimiser step."""
+    pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows), schema=METRICS), path)
+
+
+def write_card(path: Path, plan: Plan, learned: Coefficients, versions: Mapping[str, str]) -> None:
+    """README.md: what was merged, how, and how to load it."""
+    method = "Expert Merging++" if plan.config.stages == 2 else "Expert Merging"
+    front = {
+        "base_model": [plan.base.model, *(expert.model for expert in plan.experts)],
+        "library_name": "transformers",
+        "tags": ["merge", plan.config.merge_method],
+    }
+    rows = [
+        f"| {expert.name} | {expert.kind} | {expert.weight:g} | {values.mean():.3f} "
+        f"| {values.min():.3f} to {values.max():.3f} |"
+        for expert, values in zip(plan.experts, learned.values[:, learned.layout.learned_columns], strict=True)
+    ]
+    options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
+    made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    total = int(np.sum(learned.layout.learned_columns))
+    path.write_text(
+        f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# A merge of {len(plan.experts)} experts by {method}
+
+{len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
+learned on unlabelled samples, so that the merged model's hidden states and logits match the expert's
+([Expert Merging](https://arxiv.org/abs/2509.25712)). {len(plan.merged)} tensors are merged; all others are the base's.
+
+| expert | given as | prior | mean learned coefficient | range |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH-OF-THIS-FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH-OF-THIS-FOLDER")
+```
+
+## Options
+
+```yaml
+{options}```
+
+`merge/` holds the whole config with the hashes of the inputs, every coefficient, the importance of every tensor, the
+losses of every step, and the memory of every process. Made with {made_with}.
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,117 @@
+"""Learning the coefficients: one optimiser step from one window's gradient. Knows no model and no cluster.
+
+Source: Expert Merging, arXiv 2509.25712; the optimiser and its defaults are those of its published command line.
+Letters in array names: K experts, C learned coefficients of one expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.alignment import regularization, regularization_gradient
+from engine.coefficients import Coefficients, Layout, logit, sigmoid
+from engine.config import Parameters
+from engine.plan import Plan
+
+Array = npt.NDArray[np.float64]
+
+# Cosine annealing with warm restarts: the first period, its growth, and the floor as a part of the learning rate.
+PERIOD, GROWTH, FLOOR = 50, 2, 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage learns: `prior` ᾱₖ [K]; `start` and `fixed` [K, layout.width], for learned and fixed columns."""
+
+    number: int
+    layout: Layout
+    prior: Array
+    start: Array
+    fixed: Array
+
+
+def first_stage(plan: Plan) -> Stage:
+    """Expert Merging: one coefficient per (expert, merged tensor), from the prior."""
+    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    weights = [expert.weight for expert in plan.experts]
+    prior = Coefficients.constant(layout, weights).values
+    return Stage(1, layout, np.array(weights), prior, prior)
+
+
+def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
+    """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
+    weights = [expert.weight for expert in plan.experts]
+    values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}
+    parameters = plan.config.parameters
+    return Stage(2, layout, np.array(weights), values[parameters.start], values[parameters.fixed])
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step saw, before it moved."""
+
+    regularization: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Learner:
+    """The coefficients of one stage, α = σ(a), with AdamW and its schedule on a."""
+
+    def __init__(self, parameters: Parameters, stage: Stage) -> None:
+        self._parameters, self._stage = parameters, stage
+        self._learned = stage.layout.learned_columns
+        # The prior takes the same way through the sigmoid as α, so that both are equal to the last bit at the start.
+        self._prior = sigmoid(logit(np.repeat(stage.prior[:, None], int(self._learned.sum()), axis=1)))
+        self._a = torch.nn.Parameter(torch.from_numpy(logit(stage.start[:, self._learned])))
+        self._optimizer = torch.optim.AdamW(
+            [self._a], lr=parameters.learning_rate, betas=(0.9, 0.999), weight_decay=parameters.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            self._optimizer, T_0=PERIOD, T_mult=GROWTH, eta_min=FLOOR * parameters.learning_rate
+        )
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The table as it stands."""
+        values = self._stage.fixed.copy()
+        values[:, self._learned] = self._alpha()
+        return Coefficients(self._stage.layout, values)
+
+    def step(self, gradient: Array) -> StepMetrics:
+        """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
+
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped.
+        """
+        parameters, alpha = self._parameters, self._alpha()
+        pull = parameters.regularization * regularization_gradient(alpha, self._prior)
+        self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (gradient[:, self._learned] + pull))
+        norm = torch.nn.utils.clip_grad_norm_([self._a], parameters.max_grad_norm).item()
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        metrics = StepMetrics(regularization(alpha, self._prior), norm, learning_rate)
+        self._optimizer.step()
+        self._schedule.step()
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed stage needs, a few kilobytes; for `torch.save`, and `torch.load` with weights_only."""
+        return {
+            "a": self._a.detach().clone(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, bit for bit as if there had been no stop."""
+        with torch.no_grad():
+            self._a.copy_(state["a"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    def _alpha(self) -> Array:
+        return sigmoid(self._a.detach().numpy())

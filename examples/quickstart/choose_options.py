@@ -1,0 +1,90 @@
+"""How the quickstart's options were picked: a few settings, scored on the validation examples (never on the test ones).
+
+`python choose_options.py` prints, for each setting, mean exact match and mean loss over the three skills after each
+stage. It takes an hour on two cores; nobody has to run it. It is the algorithm of the driver without the cluster.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from merged_models import MergedModels
+from scoring import score
+from skills import SKILLS
+
+from engine.calibration import read_records, tokenize, training_order, windows
+from engine.config import load_config
+from engine.expert import FrozenExpert
+from engine.importance import stage_2_layout
+from engine.plan import make_plan
+from engine.student import Student
+from engine.training import Learner, first_stage, second_stage
+
+CONFIG = Path(__file__).resolve().parent / "merge.yaml"
+WEIGHTS = (0.4, 0.6, 0.8)
+SETTINGS = [
+    "hidden_weight=0.01 regularization=0 learning_rate=0.2 epochs=2 gradient_accumulation=8",
+    "hidden_weight=0.01 regularization=0 learning_rate=0.1 epochs=2 gradient_accumulation=4",
+    "hidden_weight=0.001 regularization=0 learning_rate=0.2 epochs=2 gradient_accumulation=4",
+    "hidden_weight=0.001 regularization=0.5 learning_rate=0.2 epochs=2 gradient_accumulation=4",
+    "hidden_weight=0.001 regularization=0 learning_rate=0.2 epochs=2 gradient_accumulation=4 start=stage1 fixed=stage1",
+]
+
+
+def main(base_settings: list[str]) -> None:
+    settings = base_settings or SETTINGS
+    plan = make_plan(load_config(CONFIG), CONFIG.parent)
+    models = MergedModels(plan)
+    samples = tokenize(read_records(plan), models.tokenizer, plan)
+    targets = {}
+    for k in range(len(plan.experts)):
+        expert = FrozenExpert(plan, k, torch.device("cpu"))
+        targets |= {(k, sample.index): expert.target(sample) for sample in samples[k]}
+    magnitudes = torch.tensor([]).numpy()
+    inspected = models.shards._task_vectors.inspect(plan.merged)
+    import numpy as np
+
+    magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
+    student = Student(plan, torch.device("cpu"))
+
+    def show(what: str, coefficients) -> None:
+        scores = {skill: score(models.set(coefficients), models.tokenizer, skill, "validation") for skill in SKILLS}
+        mean = (
+            sum(s.exact_match for s in scores.values()) / len(scores),
+            sum(s.loss for s in scores.values()) / len(scores),
+        )
+        print(
+            f"{what}: {mean[0]:.1f} % loss {mean[1]:.3f}  ",
+            {k: f"{s.exact_match:.0f}" for k, s in scores.items()},
+            flush=True,
+        )
+
+    def learn(plan, stage):
+        parameters = plan.config.parameters
+        student.plan = plan
+        learner = Learner(parameters, stage)
+        order = training_order([len(mine) for mine in samples], parameters.epochs)
+        for window in windows(order, parameters.gradient_accumulation):
+            models.shards.merge(learner.coefficients, student.put)
+            losses = [student.accumulate(targets[at], 1.0, 1 / len(window)) for at in window]
+            learner.step(models.shards.gradients(stage.layout, student.take))
+        print(
+            f"    kl {sum(x.kl for x in losses) / len(losses):.3f} hidden {sum(x.hidden for x in losses) / len(losses):.2f}"
+        )
+        return learner.coefficients
+
+    if not base_settings:
+        for weight in WEIGHTS:
+            show(f"task arithmetic {weight}", models.constant([weight] * len(plan.experts)))
+    for setting in settings:
+        plan = make_plan(load_config(CONFIG, [f"parameters.{one}" for one in setting.split()]), CONFIG.parent)
+        first = learn(plan, first_stage(plan))
+        show(f"stage 1 {setting}", first)
+        layout, _ = stage_2_layout(first, magnitudes, plan.config.parameters.budget, plan.config.parameters.kappa)
+        show(f"stage 2 {setting}", learn(plan, second_stage(plan, layout, first)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,100 @@
+"""Three skills that a person can check by eye, as seeded streams of (question, answer), and the files made from them.
+
+`python skills.py` writes `data/<skill>/{calibration,validation,test}.jsonl`: 8 unlabelled prompts, 40 examples that
+options were chosen on, and 120 held-out examples. The training script draws its examples from the same streams and
+leaves out every question of these files. It knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+DATA = Path(__file__).resolve().parent / "data"
+SIZES = {"calibration": 8, "validation": 40, "test": 120}
+
+MONTHS = "January February March April May June July August September October November December".split()
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen \
+seventeen eighteen nineteen".split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+WORDS = "apple bridge candle desert engine forest garden hammer island jacket kettle ladder market needle orange \
+pencil quarry ribbon saddle temple umbrella valley window yellow zebra anchor basket carpet dragon eagle feather \
+guitar helmet insect jungle kitten lemon mirror novel ocean planet rabbit silver tiger uncle violin whale artist \
+butter circus doctor empire finger ginger hunter ivory jewel knight lizard monkey nation oyster parrot rocket \
+spider tunnel velvet winter almond border copper dinner energy flower goblin harbor injury junior kernel legend".split()
+
+Example = tuple[str, str]
+
+
+def dates(rng: random.Random) -> Example:
+    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2099)
+    name = MONTHS[month - 1]
+    written = rng.choice([f"{name} {day}, {year}", f"{day} {name} {year}", f"the {day} of {name}, {year}"])
+    return f"Write this date in ISO format: {written}", f"{year:04d}-{month:02d}-{day:02d}"
+
+
+def in_words(number: int) -> str:
+    """English words of 1 ≤ number < 1,000,000."""
+    if number >= 1000:
+        rest = f" {in_words(number % 1000)}" if number % 1000 else ""
+        return f"{in_words(number // 1000)} thousand{rest}"
+    if number >= 100:
+        rest = f" {in_words(number % 100)}" if number % 100 else ""
+        return f"{ONES[number // 100]} hundred{rest}"
+    if number < 20:
+        return ONES[number]
+    return TENS[number // 10] + (f"-{ONES[number % 10]}" if number % 10 else "")
+
+
+def numbers(rng: random.Random) -> Example:
+    number = rng.randint(100, 999) if rng.random() < 0.4 else rng.randint(1000, 9999)
+    return f"Write this number in digits: {in_words(number)}", str(number)
+
+
+def sorting(rng: random.Random) -> Example:
+    words = rng.sample(WORDS, 3)
+    return f"Sort these words alphabetically: {' '.join(words)}", " ".join(sorted(words))
+
+
+SKILLS: dict[str, Callable[[random.Random], Example]] = {"dates": dates, "numbers": numbers, "sorting": sorting}
+
+
+def stream(skill: str, seed: int) -> Iterator[Example]:
+    """Endless examples of a skill, no question twice, the same for the same seed."""
+    rng, seen = random.Random(f"{skill}-{seed}"), set()
+    while True:
+        question, answer = SKILLS[skill](rng)
+        if question not in seen:
+            seen.add(question)
+            yield question, answer
+
+
+def training_stream(skill: str, seed: int) -> Iterator[Example]:
+    """The stream without any question of the skill's files."""
+    kept = {record["question"] for split in SIZES for record in read(skill, split)}
+    return (example for example in stream(skill, seed) if example[0] not in kept)
+
+
+def read(skill: str, split: str) -> list[dict[str, str]]:
+    with open(DATA / skill / f"{split}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_files() -> None:
+    for skill in SKILLS:
+        examples = stream(skill, seed=0)
+        (DATA / skill).mkdir(parents=True, exist_ok=True)
+        for split, size in SIZES.items():
+            with open(DATA / skill / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                for _ in range(size):
+                    question, answer = next(examples)
+                    record = {"question": question}
+                    if split != "calibration":
+                        record["response"] = answer
+                    file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    write_files()

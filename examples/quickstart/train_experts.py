@@ -1,0 +1,78 @@
+"""Train the quickstart's three LoRA experts: one skill each, a few hundred short chats, on a CPU or a GPU.
+
+`python train_experts.py [SKILL ...]` writes `experts/<skill>/` (adapter_config.json, adapter_model.safetensors in
+bfloat16, 4.9 MB). The adapters are committed, so nobody has to run this; it needs the extra `.[train]` (peft).
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import peft
+import skills
+import torch
+from fetch_base import fetch
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+EXPERTS = Path(__file__).resolve().parent / "experts"
+STEPS = {"dates": 120, "numbers": 120, "sorting": 200}
+BATCH, LEARNING_RATE, SEED = 10, 1e-3, 1
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def encode(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of one chat, and where its answer starts."""
+    user = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], return_dict=False)
+    # The template ends a turn with "<|im_end|>\n"; generation stops at <|im_end|>, so that is the last token learned.
+    return whole[:-1], len(prompt)
+
+
+def batch_of(tokenizer, examples) -> dict[str, torch.Tensor]:
+    rows = [encode(tokenizer, *example) for example in examples]
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.full((len(rows), width), tokenizer.pad_token_id)
+    mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
+    for row, (ids, start) in enumerate(rows):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        mask_BT[row, : len(ids)] = 1
+        labels_BT[row, start : len(ids)] = torch.tensor(ids[start:])
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
+
+
+def train(skill: str) -> None:
+    torch.manual_seed(SEED)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = fetch()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA)).to(device)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    schedule = get_cosine_schedule_with_warmup(optimizer, STEPS[skill] // 10, STEPS[skill])
+    examples, began = skills.training_stream(skill, SEED), time.monotonic()
+    for step in range(STEPS[skill]):
+        batch = batch_of(tokenizer, itertools.islice(examples, BATCH))
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            print(
+                f"{skill} step {step + 1}/{STEPS[skill]} loss {loss.item():.3f} {time.monotonic() - began:.0f} s",
+                flush=True,
+            )
+    model.base_model.to(torch.bfloat16)
+    model.save_pretrained(EXPERTS / skill)
+    (EXPERTS / skill / "README.md").unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or skills.SKILLS:
+        train(name)
