@@ -14,6 +14,7 @@ import click
 
 from engine.config import load_config
 from engine.errors import ConfigError, MergeError
+from engine.headers import locate
 from engine.plan import Plan, make_plan
 
 QUICKSTART = Path(__file__).resolve().parent / "examples" / "quickstart"
@@ -49,7 +50,7 @@ def merge(
         plan = _plan(config, overrides)
         from cluster.driver import merge as merge_by
 
-        target = out.expanduser().absolute()
+        target = locate(str(out), Path.cwd())
         if merge_by(plan, target, address, fresh, debug):
             click.echo(f"merged {len(plan.experts)} experts into {target}")
         else:

@@ -91,5 +91,7 @@ class Trainer:
             self._merged = coefficients
 
     def _accumulate(self, sample: WindowSample, share: float) -> Losses:
-        target = Target.from_tensors(unpack_all(self._pull(sample.target)))
+        # Copies: what arrives lies wherever its buffer begins, and a matrix product's last bit depends on that.
+        arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(sample.target)).items()}
+        target = Target.from_tensors(arrived)
         return self._student.accumulate(target, self._plan.experts[sample.expert].loss_weight, share)

@@ -22,11 +22,12 @@ from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.exchange import RemoteShards
 from cluster.placement import Bundle, Placement
-from cluster.session import answer, first_answer, reserved
+from cluster.session import answer, await_nodes, first_answer, reserved
 from engine.calibration import Sample
 from engine.codec import Packed, pack_all
 from engine.expert import load_target
 from engine.plan import Plan
+from engine.run_folder import load_plan
 
 # How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
 RESTARTS = 3
@@ -37,11 +38,10 @@ Arguments = Callable[[Plan], tuple[Any, ...]]
 class Crew:
     """Makes and dismisses the actors of one merge; `say` is told what is being waited for."""
 
-    def __init__(self, plan: Plan, placement: Placement, say: Callable[[str], None]) -> None:
-        self._plan, self._placement, self._say = plan, placement, say
+    def __init__(self, plan: Plan, plan_file: Path, placement: Placement, say: Callable[[str], None]) -> None:
+        self._plan, self._plan_file, self._placement, self._say = plan, plan_file, placement, say
         self._wait = plan.config.cluster.wait
-        # Held as long as the crew: an actor that is started again reads its plan again.
-        self._shared_plan = ray.put(plan)
+        await_nodes([placement.trainer, *placement.experts[:1], *placement.shards[:1]], self._wait, say)
 
     @contextmanager
     def shards(self) -> Iterator[list[Any]]:
@@ -105,7 +105,7 @@ class Crew:
             max_task_retries=RESTARTS,
             scheduling_strategy=where,
         )
-        return remote.remote([self._shared_plan], arguments)
+        return remote.remote(self._plan_file, arguments)
 
 
 def stored_target(path: Path) -> Any:
@@ -120,12 +120,12 @@ def _load(path: Path) -> dict[str, Packed]:
 def _planned(kind: type) -> type:
     """The actor class, with its arguments made from the plan where it runs.
 
-    A large constructor argument would live in the object store as long as one call does, and a later start would not
-    find it; a reference inside a list is kept as it is and read on the spot.
+    A plan is too large to travel with the call that makes an actor: Ray would put it into the object store, where an
+    actor that is started again may not find it.
     """
 
-    def start(self: Any, shared_plan: list[Any], arguments: Arguments) -> None:
-        kind.__init__(self, *arguments(ray.get(shared_plan[0])))  # type: ignore[misc]
+    def start(self: Any, plan_file: Path, arguments: Arguments) -> None:
+        kind.__init__(self, *arguments(load_plan(plan_file)))  # type: ignore[misc]
 
     return type(kind.__name__, (kind,), {"__init__": start})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from cluster.placement import place
 from cluster.progress import Progress
 from cluster.session import answer, connect, nodes
 from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
-from engine.checkpoint import open_base, weight_files
-from engine.coefficients import Array, Coefficients, write_coefficients
-from engine.importance import stage_2_layout, write_importance
+from engine.checkpoint import open_base
+from engine.coefficients import Array, Coefficients
+from engine.importance import stage_2_layout
 from engine.model import build_skeleton, load_tokenizer
 from engine.plan import Plan
-from engine.record import versions, write_card, write_config, write_metrics
+from engine.record import input_files, write_record
 from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
 from engine.task_vectors import Inspection
 from engine.training import Learner, Stage, first_stage, second_stage
@@ -33,14 +33,13 @@ Targets = Mapping[tuple[int, int], Any]
 
 
 def merge(plan: Plan, out: Path, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
-    """Merge by the plan into the folder `out`; False where that very merge is there already.
-
-    Raises:
-        InputError, ClusterError, RunError: see `engine.errors`.
-    """
+    """Merge by the plan into the folder `out`; False where that very merge is there already. Raises MergeError."""
     samples = prepare(plan)
     plan_identity = identity(plan)
     if check_output(out, plan_identity, fresh):
+        if RunFolder(out).folder.exists():  # a driver that died after its last act but one
+            with open_run(out, plan_identity, fresh=False) as run:
+                run.discard()
         return False
     with open_run(out, plan_identity, fresh) as run, connect(address, debug), Progress() as progress:
         Merge(plan, samples, run, progress).run(plan_identity)
@@ -66,8 +65,7 @@ class Merge:
         self.plan, self.samples, self.folder, self.progress = plan, samples, run, progress
         self.process = Process("driver")
         self.reports: list[Report] = []
-        self.target_bytes = 0
-        self.crew = Crew(plan, place(nodes(), plan.config), progress.say)
+        self.crew = Crew(plan, run.keep_plan(plan), place(nodes(), plan.config), progress.say)
 
     def run(self, plan_identity: str) -> None:
         """The whole algorithm."""
@@ -77,47 +75,36 @@ class Merge:
             targets = self._targets()
             with self.crew.trainer(shards) as trainer:
                 stages = [self._learn(trainer, first_stage(self.plan), targets)]
-                layout = importance = None
+                importance = None
                 if self.plan.config.stages == 2:
                     options = self.plan.config.parameters
                     layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
                     stages.append(self._learn(trainer, second_stage(self.plan, layout, stages[0]), targets))
                 self._report(trainer)
             folder = self._write(shards, stages[-1])
-            write_config(folder / "merge" / "config.yaml", self.plan, plan_identity, self._digests(shards))
+            digests = self._digests(shards)
             for shard in shards:
                 self._report(shard)
-        write_coefficients(folder / "merge" / "coefficients.parquet", stages, [e.name for e in self.plan.experts])
-        if layout is not None and importance is not None:
-            write_importance(folder / "merge" / "importance.parquet", layout, importance)
-        write_metrics(folder / "merge" / "metrics.parquet", self.folder.metrics())
-        write_card(folder / "README.md", self.plan, stages[-1], versions())
+        write_record(folder, self.plan, plan_identity, digests, stages, importance, self.folder.metrics())
         write_json(folder / "merge" / "memory.json", self._memory())
         self.folder.finish()
 
     def _inspect(self, shards: Sequence[Any]) -> Array:
         """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite."""
         names = list(self.plan.base_header.tensors)
-        self.progress.phase("reading every weight once", len(shards))
         asked = [shard.inspect.remote(names[index :: len(shards)]) for index, shard in enumerate(shards)]
         found: dict[str, Inspection] = {}
-        for done, reference in enumerate(asked, start=1):
-            found |= answer(reference, self.progress.say, "reading every weight once")
-            self.progress.advance(done)
+        for part in self._answers("reading every weight once", asked):
+            found |= part
         return np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
 
     def _targets(self) -> Targets:
         """References to every sample's target; each is computed once in the life of a run."""
-        everyone = [sample for mine in self.samples for sample in mine]
-        stored = {s for s in everyone if self.folder.target(s).exists()}
-        self.progress.phase("targets", len(everyone), len(stored))
-        wanted = {
-            expert: [(s, self.folder.target(s)) for s in mine if s not in stored]
-            for expert, mine in enumerate(self.samples)
-            if not stored.issuperset(mine)
-        }
-        references = {(s.expert, s.index): stored_target(self.folder.target(s)) for s in stored}
-        count = len(stored)
+        paths = {sample: self.folder.target(sample) for mine in self.samples for sample in mine}
+        stored = [sample for sample, path in paths.items() if path.exists()]
+        self.progress.phase("targets", len(paths), len(stored))
+        self.forwards_before = count = len(stored)
+        self.target_bytes = sum(paths[sample].stat().st_size for sample in stored)
 
         def done(nbytes: int) -> None:
             nonlocal count
@@ -125,7 +112,9 @@ class Merge:
             self.target_bytes += nbytes
             self.progress.advance(count)
 
-        self.forwards_before = len(stored)
+        references = {(sample.expert, sample.index): stored_target(paths[sample]) for sample in stored}
+        missing = [[(s, paths[s]) for s in mine if s not in stored] for mine in self.samples]
+        wanted = {expert: mine for expert, mine in enumerate(missing) if mine}
         if wanted:
             computed, reports = self.crew.targets(wanted, done)
             references |= computed
@@ -142,9 +131,8 @@ class Merge:
         reference = ray.put(stage)
         for number in range(state.steps, len(steps)):
             window = [WindowSample(k, index, targets[k, index]) for k, index in steps[number]]
-            step = answer(
-                trainer.step.remote(reference, state.learner, number, window), self.progress.say, "taking a step"
-            )
+            asked = trainer.step.remote(reference, state.learner, number, window)
+            step = answer(asked, self.progress.say, "taking a step")
             state = StageState(number + 1, step.state)
             self.folder.save_stage(stage.number, state, step.rows)
             self.progress.advance(number + 1, _summary(step.rows))
@@ -157,29 +145,28 @@ class Merge:
         """The output's files by the shards, tensor by tensor, in a folder that is not the output yet."""
         folder = self.folder.start_output()
         files = output_files(self.plan)
-        self.progress.phase("writing", len(files))
         asked = []
         for number, file in enumerate(files):
             wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}
             asked.append(shards[number % len(shards)].write.remote(folder, file, wanted))
-        for done, reference in enumerate(asked, start=1):
-            answer(reference, self.progress.say, "writing")
-            self.progress.advance(done)
+        self._answers("writing", asked)
         write_companions(folder, self.plan, open_base(self.plan).folder, files)
         return folder
 
-    def _digests(self, shards: Sequence[Any]) -> dict[str, dict[str, str]]:
+    def _digests(self, shards: Sequence[Any]) -> dict[Path, str]:
         """SHA-256 of the inputs' weight and calibration files."""
-        models = {"base": (self.plan.base, ()), **{e.name: (e, e.calibration) for e in self.plan.experts}}
-        files = {name: [*weight_files(model), *more] for name, (model, more) in models.items()}
-        everything = sorted({file for mine in files.values() for file in mine})
-        asked = [shard.digests.remote(everything[i :: len(shards)]) for i, shard in enumerate(shards)]
-        found = {
-            file: digest
-            for reference in asked
-            for file, digest in answer(reference, self.progress.say, "hashing").items()
-        }
-        return {name: {str(file): found[file] for file in mine} for name, mine in files.items()}
+        files = sorted({file for mine in input_files(self.plan).values() for file in mine})
+        asked = [shard.digests.remote(files[index :: len(shards)]) for index, shard in enumerate(shards)]
+        return {file: digest for part in self._answers("hashing the inputs", asked) for file, digest in part.items()}
+
+    def _answers(self, phase: str, asked: Sequence[Any]) -> list[Any]:
+        """The values of references that make a phase, in their order."""
+        self.progress.phase(phase, len(asked))
+        answers = []
+        for reference in asked:
+            answers.append(answer(reference, self.progress.say, phase))
+            self.progress.advance(len(answers))
+        return answers
 
     def _report(self, actor: Any) -> None:
         self.reports.append(answer(actor.report.remote(), self.progress.say, "asking for memory figures"))
@@ -187,12 +174,12 @@ class Merge:
     def _memory(self) -> dict[str, Any]:
         """merge/memory.json: memory by actor, and what was moved and computed."""
         reports = [self.process.report(), *self.reports]
-        counts = {
-            key: sum(report.counts.get(key, 0) for report in reports)
-            for key in ("bytes_to_shards", "bytes_from_shards", "forwards")
-        }
+        counts = sum((Counter(report.counts) for report in reports), Counter())
         return {
-            "actors": [{k: v for k, v in dataclasses.asdict(report).items() if k != "counts"} for report in reports],
+            "actors": [
+                {"role": report.role, "pid": report.pid, "peak_anonymous_bytes": report.peak_anonymous_bytes}
+                for report in reports
+            ],
             "bytes_trainer_to_shards": counts["bytes_to_shards"],
             "bytes_shards_to_trainer": counts["bytes_from_shards"],
             "bytes_merged": self.plan.merged_bytes,
@@ -201,9 +188,8 @@ class Merge:
         }
 
     def _say_cuts(self) -> None:
-        for sample in (sample for mine in self.samples for sample in mine if sample.cut):
-            length = self.plan.config.calibration.max_length
-            self.progress.say(f"{sample.where}: cut to max_length {length}, {sample.cut} tokens left out")
+        for s in (s for mine in self.samples for s in mine if s.cut):
+            self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> str:

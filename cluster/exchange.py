@@ -7,7 +7,7 @@ the object store is a few buckets, not a model.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -38,11 +38,10 @@ class RemoteShards:
     def merge(self, coefficients: Coefficients, put: Callable[[str, Tensor], None]) -> None:
         """See `Shards.merge`."""
 
-        def asked() -> Iterator[Any]:
-            for shard, bucket in self._buckets:
-                yield self._handles[shard].merge.remote({name: coefficients.of(name) for name in bucket})
+        def ask(shard: int, bucket: Bucket) -> Any:
+            return self._handles[shard].merge.remote({name: coefficients.of(name) for name in bucket})
 
-        for packed in self._answers(asked()):
+        for packed in self._answers(ask):
             self._received += sum(one.nbytes for one in packed.values())
             for name, tensor in unpack_all(packed).items():
                 put(name, tensor)
@@ -50,28 +49,35 @@ class RemoteShards:
     def gradients(self, layout: Layout, take: Callable[[str], Tensor]) -> Array:
         """See `Shards.gradients`."""
 
-        def asked() -> Iterator[Any]:
-            for shard, bucket in self._buckets:
-                packed = {name: pack(take(name)) for name in bucket}
-                self._sent += sum(one.nbytes for one in packed.values())
-                yield self._handles[shard].gradients.remote({name: layout.edges_of[name] for name in bucket}, packed)
+        def ask(shard: int, bucket: Bucket) -> Any:
+            packed = {name: pack(take(name)) for name in bucket}
+            self._sent += sum(one.nbytes for one in packed.values())
+            return self._handles[shard].gradients.remote({name: layout.edges_of[name] for name in bucket}, packed)
 
-        parts = {name: part for answer in self._answers(asked()) for name, part in answer.items()}
+        parts = {name: part for answer in self._answers(ask) for name, part in answer.items()}
         return np.concatenate([parts[name] for name in layout.tensors], axis=1)
 
     def traffic(self) -> dict[str, int]:
         """See `Shards.traffic`."""
         return {"bytes_to_shards": self._sent, "bytes_from_shards": self._received}
 
-    def _answers(self, asked: Iterable[Any]) -> Iterator[Any]:
-        """The answers in the order of the questions, of which a bounded number is open at a time."""
-        waiting: deque[Any] = deque()
-        for reference in asked:
-            waiting.append(reference)
-            if len(waiting) >= IN_FLIGHT * len(self._handles):
-                yield ray.get(waiting.popleft())
+    def _answers(self, ask: Callable[[int, Bucket], Any]) -> Iterator[Any]:
+        """The answers about all buckets in their order, with a bounded number of questions open at each shard."""
+        waiting: deque[tuple[int, Any]] = deque()
+        opened = [0] * len(self._handles)
+
+        def oldest() -> Any:
+            shard, reference = waiting.popleft()
+            opened[shard] -= 1
+            return ray.get(reference)
+
+        for shard, bucket in self._buckets:
+            while opened[shard] >= IN_FLIGHT:
+                yield oldest()
+            waiting.append((shard, ask(shard, bucket)))
+            opened[shard] += 1
         while waiting:
-            yield ray.get(waiting.popleft())
+            yield oldest()
 
 
 def interleaved_buckets(plan: Plan, shards: int) -> Iterator[tuple[int, Bucket]]:

@@ -35,19 +35,29 @@ def place(nodes: Sequence[Node], config: Config) -> Placement:
     """
     gpus = sum(node.gpus for node in nodes)
     useful = [node for node in nodes if node.cpus > 0]
-    most = max((node.cpus for node in useful), default=1.0)
+    half = max((node.cpus for node in useful), default=1.0) / 2
     expert = _gpus(config.cluster.expert.num_gpus, gpus)
     trainer = _gpus(config.cluster.trainer.num_gpus, gpus)
     slots = sum(int(node.gpus // expert) for node in nodes) if expert else len(useful)
+    at_once = max(1, min(slots, len(config.models)))
     count = max(1, len(useful)) if config.cluster.shards == "auto" else config.cluster.shards
-    # Whole hundredths, rounded down: shards of one node never ask for more together than the half that is theirs.
-    per_node = -(-count // max(1, len(useful)))
-    shard_cpus = max(0.01, int(100 * min(1.0, most / 2 / per_node)) / 100)
-    half = min(1.0, most / 2)
     return Placement(
-        trainer=_bundle(half, trainer),
-        experts=(_bundle(half, expert),) * max(1, min(slots, len(config.models))),
-        shards=(_bundle(shard_cpus, 0),) * count,
+        trainer=_bundle(_share(half, 1), trainer),
+        experts=(_bundle(_share(half, -(-at_once // max(1, len(useful)))), expert),) * at_once,
+        shards=(_bundle(_share(half, -(-count // max(1, len(useful)))), 0),) * count,
+    )
+
+
+def _share(half: float, actors: int) -> float:
+    """What each of so many actors of a node asks of its half: a CPU at most, in whole hundredths, rounded down."""
+    return max(0.01, int(100 * min(1.0, half / actors)) / 100)
+
+
+def fits(nodes: Sequence[Node], bundles: Sequence[Bundle]) -> bool:
+    """Whether each of the bundles, alone, finds a node that has all of it, in use or not."""
+    return all(
+        any(node.cpus >= bundle.get("CPU", 0) and node.gpus >= bundle.get("GPU", 0) for node in nodes)
+        for bundle in bundles
     )
 
 

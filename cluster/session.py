@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from cluster.placement import Bundle, Node, shortage
+from cluster.placement import Bundle, Node, fits, shortage
 from engine.errors import ClusterError, MergeError, RunError
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
@@ -68,6 +68,18 @@ def nodes() -> list[Node]:
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
+def await_nodes(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None]) -> None:
+    """Return when the cluster has a node for each of the bundles, before anything is computed that would be lost.
+
+    Raises:
+        ClusterError: it has not within `wait` seconds.
+    """
+    began = time.monotonic()
+    while not fits(nodes(), bundles):
+        _say_or_stop(bundles, time.monotonic() - began, wait, say)
+        time.sleep(min(SAY_EVERY, max(0.1, wait)))
+
+
 @contextmanager
 def reserved(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None]) -> Iterator[PlacementGroup]:
     """Hold the bundles, spread over the nodes, while the context lasts.
@@ -79,18 +91,21 @@ def reserved(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None])
     try:
         began = time.monotonic()
         while not group.wait(min(SAY_EVERY, max(0.1, wait))):
-            waited = time.monotonic() - began
-            if waited >= wait:
-                raise ClusterError(
-                    f"the resources were not to be had within {wait:g} seconds",
-                    "the cluster",
-                    shortage(nodes(), bundles),
-                    "free some, add nodes, or lower num_gpus or shards in the config's `cluster`",
-                )
-            say(f"waiting for resources ({waited:.0f} of {wait:g} s); {shortage(nodes(), bundles)}")
+            _say_or_stop(bundles, time.monotonic() - began, wait, say)
         yield group
     finally:
         remove_placement_group(group)
+
+
+def _say_or_stop(bundles: Sequence[Bundle], waited: float, wait: float, say: Callable[[str], None]) -> None:
+    if waited >= wait:
+        raise ClusterError(
+            f"the resources were not to be had within {wait:g} seconds",
+            "the cluster",
+            shortage(nodes(), bundles),
+            "free some, add nodes, or lower num_gpus or shards in the config's `cluster`",
+        )
+    say(f"waiting for resources ({waited:.0f} of {wait:g} s); {shortage(nodes(), bundles)}")
 
 
 def answer(reference: Any, say: Callable[[str], None], what: str) -> Any:

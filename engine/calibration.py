@@ -19,6 +19,7 @@ from engine.plan import Plan
 Record = dict[str, Any]
 # In the order of precedence: the first that a record has decides what is made of it.
 FIELDS = ("input_ids", "messages", "question", "text")
+READ = {*FIELDS, "response", "image_path", "image_paths"}
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,16 @@ def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
             import pyarrow.parquet
 
             try:
-                rows = pyarrow.parquet.read_table(path).to_pylist()
+                columns = pyarrow.parquet.read_schema(path).names
+                rows = pyarrow.parquet.read_table(path, columns=[c for c in columns if c in READ]).to_pylist()
             except pyarrow.ArrowException as error:
                 raise CalibrationError(f"not a parquet file: {error}", str(path)) from error
+            if not any(column in READ for column in columns):
+                raise _no_field(columns, f"{path} record 1")
         else:
             raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
     except OSError as error:
-        raise CalibrationError(f"the file cannot be read: {error.strerror}", str(path)) from error
+        raise CalibrationError(f"the file cannot be read: {error.strerror or error}", str(path)) from error
     except UnicodeDecodeError as error:
         raise CalibrationError("the file is not UTF-8 text", str(path)) from error
     if not isinstance(rows, list):
@@ -140,6 +144,11 @@ def _parse(text: str, where: str) -> Any:
         raise CalibrationError(f"not valid JSON: {error}", where) from error
 
 
+def _no_field(fields: Sequence[str], where: str) -> CalibrationError:
+    told = f"the record has no usable field; it has {', '.join(fields) or 'none'}"
+    return CalibrationError(told, where, f"one of {', '.join(FIELDS)}")
+
+
 def _field(record: Record) -> str | None:
     return next((field for field in FIELDS if record.get(field) is not None), None)
 
@@ -150,11 +159,7 @@ def _check(record: Any, where: str) -> None:
         raise CalibrationError("the record is not a mapping of fields to values", where)
     field = _field(record)
     if field is None:
-        raise CalibrationError(
-            f"the record has no usable field; it has {', '.join(map(str, record)) or 'none'}",
-            where,
-            f"one of {', '.join(FIELDS)}",
-        )
+        raise _no_field(list(map(str, record)), where)
     if record.get("image_path") is not None or record.get("image_paths") is not None:
         raise CalibrationError("the record has images, and this is a language model without them", where)
     value, response = record[field], record.get("response")
@@ -174,12 +179,21 @@ def _check(record: Any, where: str) -> None:
 
 def _token_ids(record: Record, tokenizer: Any, where: str) -> tuple[list[int], bool]:
     """The record's tokens, and whether they are a prompt that still wants a response."""
-    field = _field(record)
-    if field == "input_ids":
+    import jinja2
+
+    if _field(record) == "input_ids":
         return list(record["input_ids"]), False
+    try:
+        return _tokenized(record, tokenizer, where)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        who = "tokenizer" if _field(record) == "text" or not tokenizer.chat_template else "chat template"
+        raise CalibrationError(f"the {who} does not take this record: {error}", where) from error
+
+
+def _tokenized(record: Record, tokenizer: Any, where: str) -> tuple[list[int], bool]:
+    field, response = _field(record), record.get("response")
     if field == "text":
         return list(tokenizer(record["text"]).input_ids), False
-    response = record.get("response")
     if field == "messages":
         messages = record["messages"]
         if not tokenizer.chat_template:
@@ -190,11 +204,6 @@ def _token_ids(record: Record, tokenizer: Any, where: str) -> tuple[list[int], b
     else:
         text = "\n".join([record["question"], *([response] if response else [])])
         return list(tokenizer(text).input_ids), not response
-    import jinja2
-
     is_prompt = messages[-1]["role"] != "assistant"
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise CalibrationError(f"the chat template does not take this record: {error}", where) from error
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
     return list(ids), is_prompt

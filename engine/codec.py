@@ -39,6 +39,8 @@ def pack(tensor: Tensor) -> Packed:
 
 def unpack(packed: Packed) -> Tensor:
     """The tensor as a view of what arrived, on the CPU. Others may share that memory: never write to it."""
+    if not packed.nbytes:
+        return torch.empty(packed.shape, dtype=packed.dtype)
     with warnings.catch_warnings():
         # What arrives is read-only, and so is what we do with it.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -21,6 +21,13 @@ from engine.errors import ConfigError
 
 Location = tuple[int | str, ...]
 
+# Keys that take one of several kinds of value, and what they take.
+UNIONS: dict[int | str, str] = {
+    "hidden_layers": "middle, all, or a list of indices into hidden_states",
+    "num_gpus": "auto, or a number of at least 0",
+    "shards": "auto, or a whole number of at least 1",
+}
+
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
 
@@ -42,6 +49,12 @@ Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _last_part(model: str) -> str:
+    """`math` of `owner/math`, `../experts/math/` and `owner/math@revision`."""
+    hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@.+", model)
+    return (hub[1] if hub else model).rstrip("/").rpartition("/")[2] or model
 
 
 class _Section(BaseModel):
@@ -71,7 +84,7 @@ class Parameters(_Section):
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     gradient_accumulation: Annotated[Int, Field(ge=1)] = 8
-    epochs: Annotated[Int, Field(ge=1)] = 1
+    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 1
     budget: Annotated[Float, Field(gt=0)] = 1.1
     kappa: Annotated[Float, Field(ge=0)] = 1.0
     fixed: Literal["prior", "stage1"] = "prior"
@@ -82,8 +95,8 @@ class Expert(_Section):
     """One entry of `models`: a checkpoint or an adapter, by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
-    name: Annotated[str, Field(min_length=1)]
-    calibration: tuple[str, ...] = ()
+    name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda given: _last_part(given.get("model", "")))
+    calibration: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
     parameters: ModelParameters = ModelParameters()
 
 
@@ -152,6 +165,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is not a text", problem_mark=key.start_mark)
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(str(key.value))
@@ -173,12 +188,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"the config cannot be read: {error.strerror}", str(path)) from error
     except UnicodeDecodeError as error:
         raise ConfigError("the config is not UTF-8 text", str(path)) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError as error:
+        raise ConfigError("not valid YAML: it is nested too deeply", str(path)) from error
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            f"not valid YAML: {getattr(error, 'problem', None) or 'it is nested too deeply'}", where
-        ) from error
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"not valid YAML: {what}", where) from error
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of keys to values", str(path), "merge_method: … and so on")
     for override in overrides:
@@ -193,45 +209,37 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         line = _line(node, location)
         return f"{path}:{line}" if line else str(path)
 
-    raw = _with_defaults(raw)
     try:
         config = Config.model_validate(raw)
     except pydantic.ValidationError as error:
-        faults = [_explain(fault, where) for fault in error.errors(include_url=False)]
-        more = [f"({len(faults) - 5} more)"] if len(faults) > 5 else []
-        raise ConfigError("\n".join([str(fault) for fault in faults[:5]] + more)) from None
+        faults = [f for f in error.errors(include_url=False) if f["type"] != "default_factory_not_called"]
+        found = {_location(fault): fault for fault in reversed(faults)}
+        # A section with a fault in it is often reported as missing or short as well: only the deepest is the user's.
+        deepest = [at for at in reversed(found) if not any(at != other == (*at, *other[len(at) :]) for other in found)]
+        told = [str(_explain(found[at], at, where)) for at in deepest]
+        more = [f"({len(told) - 5} more)"] if len(told) > 5 else []
+        raise ConfigError("\n".join(told[:5] + more)) from None
     _check(config, where)
-    return config
-
-
-def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Names from paths, one calibration path as a list of one, and no base among `models` (mergekit's users list it)."""
-    models = raw.get("models")
-    if not isinstance(models, list):
-        return raw
-    experts = []
-    for entry in models:
-        if isinstance(entry, dict) and isinstance(entry.get("model"), str):
-            if entry["model"] == raw.get("base_model") and not entry.get("calibration"):
-                continue
-            entry = {"name": re.split(r"[/@]", entry["model"].rstrip("/").split("@")[0])[-1] or entry["model"], **entry}
-            if isinstance(entry.get("calibration"), str):
-                entry["calibration"] = [entry["calibration"]]
-        experts.append(entry)
-    return {**raw, "models": experts}
+    return config.model_copy(
+        update={"models": tuple(expert for expert in config.models if not _is_base(config, expert))}
+    )
 
 
 def _check(config: Config, where: Any) -> None:
     """What one key alone cannot show."""
-    names = [expert.name for expert in config.models]
-    for index, expert in enumerate(config.models):
+    experts = [(index, expert) for index, expert in enumerate(config.models) if not _is_base(config, expert)]
+    if not experts:
+        raise ConfigError("`models` has no expert beside the base", where(("models",)))
+    names: set[str] = set()
+    for index, expert in experts:
         at = where(("models", index))
-        if names.index(expert.name) != index:
+        if expert.name in names:
             raise ConfigError(
                 f"two experts are called {expert.name!r}",
                 at,
                 do="give one of them another `name`; names label the outputs",
             )
+        names.add(expert.name)
         weight = config.weight(expert)
         if not 0 < weight < 1:
             raise ConfigError(
@@ -255,10 +263,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError("not an override", at, "key.sub=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("the value is not valid YAML", at) from error
     target: Any = raw
-    *parents, last = (int(key) if key.isdigit() else key for key in keys.split("."))
+    *parents, last = (int(key) if key.isdecimal() else key for key in keys.split("."))
     for key in parents:
         if isinstance(target, dict) and isinstance(key, str):
             target = target.setdefault(key, {})
@@ -307,9 +315,19 @@ def _known_keys(location: Location) -> list[str]:
     return list(section.model_fields)
 
 
-def _explain(fault: Any, where: Any) -> ConfigError:
+def _location(fault: Any) -> Location:
+    """Where a fault stands, without the names that pydantic adds for the members of a union."""
+    parts: Location = fault["loc"]
+    return next((parts[: i + 1] for i, part in enumerate(parts) if part in UNIONS), parts)
+
+
+def _is_base(config: Config, expert: Expert) -> bool:
+    """Whether the entry is the base, which mergekit's users list among the models."""
+    return expert.model == config.base_model and not expert.calibration
+
+
+def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
     """One of pydantic's faults in our words."""
-    location: Location = tuple(part for part in fault["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", part))
     key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -319,5 +337,6 @@ def _explain(fault: Any, where: Any) -> ConfigError:
     if fault["type"] == "missing":
         return ConfigError(f"the key {key!r} is missing", where(location[:-1]))
     given = repr(fault["input"])
-    message = fault["msg"].removeprefix("Value error, ")
+    message = UNIONS.get(str(location[-1])) if location else None
+    message = message or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return ConfigError(f"{key} is {given if len(given) < 80 else given[:77] + '…'}", where(location), message)

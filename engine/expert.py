@@ -96,7 +96,7 @@ class FrozenExpert:
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
         last_BTH = output.hidden_states[-1]
-        # Asked for and checked, not known: what lies between the last hidden state and the logits is the model's affair.
+        # Asked for and checked: what lies between the last hidden state and the logits is the model's affair.
         rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)
         return Target(
             input_ids_T=ids_BT[0].cpu(),
@@ -109,7 +109,8 @@ class FrozenExpert:
 def save_target(target: Target, path: Path) -> None:
     """Write a target to a file that appears whole or not at all."""
     temporary = path.with_suffix(".part")
-    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in target.tensors().items()}, temporary)
+    # Copies: the last hidden state may also be one of S, and the format allows no two names for one memory.
+    safetensors.torch.save_file({name: tensor.clone() for name, tensor in target.tensors().items()}, temporary)
     temporary.rename(path)
 
 

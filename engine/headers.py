@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InputError
 
 BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -59,8 +60,9 @@ class ModelHeader:
     @property
     def architecture(self) -> str:
         """What decides whether two models are of one kind."""
-        architectures = self.config.get("architectures") or ["?"]
-        return f"{architectures[0]} ({self.config.get('model_type', '?')})"
+        architectures = self.config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else "?"
+        return f"{first} ({self.config.get('model_type', '?')})"
 
     @property
     def vocab_size(self) -> int | None:
@@ -77,6 +79,18 @@ class ModelHeader:
         return None
 
 
+def locate(path: str, folder: Path, kind: type[InputError] = InputError) -> Path:
+    """The absolute path that a user means, relative to `folder`; `~` is a home.
+
+    Raises:
+        InputError: no file can have that name; `kind` says which of them.
+    """
+    try:
+        return (folder / Path(path).expanduser()).resolve()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise kind(f"not a path: {error}", repr(path)) from error
+
+
 def find_model(model: str, config_folder: Path) -> Path:
     """The folder of a model: a path relative to the config's folder, or a hub id (`owner/name`, perhaps `@revision`).
 
@@ -85,8 +99,8 @@ def find_model(model: str, config_folder: Path) -> Path:
     Raises:
         CheckpointError: there is no such folder, or the hub does not give it.
     """
-    path = (config_folder / Path(model).expanduser()).resolve()
-    if path.is_dir():
+    path = locate(model, config_folder, CheckpointError)
+    if os.path.isdir(path):  # noqa: PTH112 - false, not an error, for a name that no file can have
         return path
     hub_id, _, revision = model.partition("@")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", hub_id, flags=re.ASCII):
@@ -97,7 +111,7 @@ def find_model(model: str, config_folder: Path) -> Path:
 
     try:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(
             f"no folder of this name, and the hub does not give it: {str(error).splitlines()[0]}",
             model,

@@ -34,7 +34,8 @@ def importance(alpha_KL: Array, magnitude_KL: Array, numel_L: Array) -> Array:
 
 def allocate_chunks(importance_L: Array, budget: float, kappa: float) -> list[int]:
     """mₗ = ⌊B·N · Iₗ^κ / Σⱼ Iⱼ^κ⌋, [L]; `budget` B is a multiple of the number of merged tensors N."""
-    powered_L = importance_L**kappa
+    # Relative to the largest, so that a large κ cannot take them all below the smallest number there is.
+    powered_L = (importance_L / importance_L.max()) ** kappa
     share_L = powered_L / powered_L.sum()
     # A share that is a whole number up to rounding is that number: uniform importance at B = 1 gives 1 chunk, not 0.
     return [math.floor(budget * len(share_L) * share + 1e-9) for share in share_L]

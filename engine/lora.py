@@ -29,6 +29,9 @@ HARMLESS = {
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
     "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+# Architectures whose linear layers are Conv1D, which stores [in, out], and the names of those layers.
+CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # Initialisations that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, …) replace them.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -73,6 +76,8 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
     tensors = read_file_header(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = {}
     for name in tensors:
+        if name.endswith(".base_layer.weight") and _is_frozen_copy(name, tensors, base):
+            continue
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         if suffix is None or not name.startswith(PREFIX):
             raise CheckpointError(f"the tensor {name!r} is not part of a LoRA pair", str(folder / WEIGHTS))
@@ -88,10 +93,9 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
             raise CheckpointError(
                 f"it changes {target!r}, which the base does not have", str(folder), do="check the base"
             )
-        transposed = bool(config.get("fan_in_fan_out")) or "lora_embedding" in names["a"]
-        pair = LoraPair(names["a"], names["b"], _scaling(config, module, tensors[names["a"]], folder), transposed)
-        _check_shapes(pair, tensors, base.tensors[target], folder)
-        pairs[target] = pair
+        scaling = _scaling(config, module, tensors[names["a"]], folder)
+        transposed = _is_transposed(tensors[names["a"]], tensors[names["b"]], base, target, folder)
+        pairs[target] = LoraPair(names["a"], names["b"], scaling, transposed)
     return AdapterHeader(folder, pairs, tensors)
 
 
@@ -127,21 +131,38 @@ def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path)
     try:
         rank = int(matched(config.get("rank_pattern"), config["r"]))
         alpha = float(matched(config.get("alpha_pattern"), config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise CheckpointError(
             f"r, lora_alpha or a pattern is missing or wrong: {error}", str(folder / CONFIG)
         ) from error
+    if rank < 1 or not math.isfinite(alpha):
+        raise CheckpointError(f"rank {rank} and alpha {alpha} of {module!r}", str(folder / CONFIG), "rank 1 or more")
     if not a.shape or a.shape[0] != rank:
         raise CheckpointError(f"{a.name!r} has shape {a.shape}", str(folder), f"rank {rank}, as {CONFIG} says")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _check_shapes(pair: LoraPair, tensors: dict[str, TensorHeader], base: TensorHeader, folder: Path) -> None:
-    a, b = tensors[pair.a].shape, tensors[pair.b].shape
-    product = (b[0], a[1]) if len(a) == len(b) == 2 and a[0] == b[1] else None
-    if product is None or (product[::-1] if pair.transposed else product) != base.shape:
+def _is_frozen_copy(name: str, tensors: dict[str, TensorHeader], base: ModelHeader) -> bool:
+    """Whether it is the base's own embedding or head, which peft saves beside an adapter of it, frozen as it was."""
+    target = base.tensors.get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight")
+    return target is not None and target.shape == tensors[name].shape
+
+
+def _is_transposed(a: TensorHeader, b: TensorHeader, base: ModelHeader, target: str, folder: Path) -> bool:
+    """Whether the base stores the weight as [in, out], so that ΔW = scaling · (B·A)ᵀ.
+
+    Shapes say it where they differ. Where the weight is square, embeddings are transposed and so are Conv1D modules;
+    `fan_in_fan_out` would say it too, but peft saves one flag for all modules, that of the last.
+    """
+    wanted = base.tensors[target].shape
+    product = (b.shape[0], a.shape[1]) if len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] else None
+    if product is None or wanted not in (product, product[::-1]):
         raise CheckpointError(
-            f"the factors of {base.name!r} have shapes {a} and {b}",
+            f"the factors of {target!r} have shapes {a.shape} and {b.shape}",
             str(folder),
-            f"a product of the base's shape {base.shape}",
+            f"a product of the base's shape {wanted}",
         )
+    if product != product[::-1]:
+        return wanted != product
+    module = target.split(".")[-2]
+    return "lora_embedding" in a.name or (base.config.get("model_type") in CONV1D and module in CONV1D_MODULES)

@@ -6,6 +6,7 @@ torch nor Ray.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from engine.config import Config, Expert
 from engine.errors import CalibrationError, CheckpointError, ConfigError
-from engine.headers import BYTES, FLOATS, ModelHeader, find_model, read_model_header
+from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_model_header
 from engine.lora import AdapterHeader, is_adapter, read_adapter_header
 
 SAFETENSORS = {name: code for code, name in FLOATS.items()}
@@ -127,9 +128,9 @@ def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
 
 
 def _plan_expert(config: Config, expert: Expert, base: ModelHeader, config_folder: Path) -> ExpertPlan:
-    calibration = tuple((config_folder / Path(path).expanduser()).resolve() for path in expert.calibration)
+    calibration = tuple(locate(path, config_folder, CalibrationError) for path in expert.calibration)
     for path in calibration:
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise CalibrationError(f"expert {expert.name!r} has no such calibration file", str(path))
     folder = find_model(expert.model, config_folder)
     header: ModelHeader | AdapterHeader
@@ -203,6 +204,6 @@ def _main_dtype(base: ModelHeader) -> str:
 
 def _portable(model: str, folder: Path, config_folder: Path) -> str:
     """How another node finds the same files: a path as it is, a hub id with the commit that names its cache folder."""
-    if folder == (config_folder / Path(model).expanduser()).resolve():
+    if folder == locate(model, config_folder):
         return str(folder)
     return f"{model.partition('@')[0]}@{folder.name}"

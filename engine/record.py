@@ -13,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
-from engine.coefficients import Coefficients
+from engine.checkpoint import weight_files
+from engine.coefficients import Array, Coefficients, write_coefficients
+from engine.importance import write_importance
 from engine.plan import Plan
 
 PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
@@ -48,13 +50,38 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
     return config
 
 
+def input_files(plan: Plan) -> dict[str, list[Path]]:
+    """Every file that a result depends on, by model: weights, and the samples of an expert."""
+    files = {plan.base.model: weight_files(plan.base)}
+    return files | {expert.name: [*weight_files(expert), *expert.calibration] for expert in plan.experts}
+
+
+def write_record(
+    folder: Path,
+    plan: Plan,
+    identity: str,
+    digests: Mapping[Path, str],
+    stages: Sequence[Coefficients],
+    importance_L: Array | None,
+    metrics: Sequence[Mapping[str, Any]],
+) -> None:
+    """The model card, and all of `merge/` but the memory figures.
+
+    `digests` are the SHA-256 of the inputs' files; `importance_L` belongs to the layout of the last stage.
+    """
+    record = folder / "merge"
+    inputs = {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
+    write_config(record / "config.yaml", plan, identity, inputs)
+    write_coefficients(record / "coefficients.parquet", stages, [expert.name for expert in plan.experts])
+    if importance_L is not None:
+        write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
+    write_metrics(record / "metrics.parquet", metrics)
+    write_card(folder / "README.md", plan, stages[-1])
+
+
 def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
     """merge/config.yaml: the resolved config, with versions and `inputs`: model → file → SHA-256."""
-    record = {
-        "identity": identity,
-        "versions": versions(),
-        "inputs": {model: dict(files) for model, files in inputs.items()},
-    }
+    record = {"identity": identity, "versions": versions(), "inputs": inputs}
     text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
@@ -64,7 +91,7 @@ def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows), schema=METRICS), path)
 
 
-def write_card(path: Path, plan: Plan, learned: Coefficients, versions: Mapping[str, str]) -> None:
+def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     """README.md: what was merged, how, and how to load it."""
     method = "Expert Merging++" if plan.config.stages == 2 else "Expert Merging"
     front = {
@@ -78,7 +105,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, versions: Mapping[
         for expert, values in zip(plan.experts, learned.values[:, learned.layout.learned_columns], strict=True)
     ]
     options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
-    made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     total = int(np.sum(learned.layout.learned_columns))
     path.write_text(
         f"""---

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,8 @@ def check_output(out: Path, plan_identity: str, fresh: bool) -> bool:
         record = yaml.safe_load((out / RECORD).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         record = None
-    if not isinstance(record, dict) or (record.get("record") or {}).get("identity") != plan_identity:
+    told = record.get("record") if isinstance(record, dict) else None
+    if not isinstance(told, dict) or told.get("identity") != plan_identity:
         raise OutputError(
             "the output folder is in use: it holds another merge",
             str(out),
@@ -90,6 +92,12 @@ class RunFolder:
     def target(self, sample: Sample) -> Path:
         """Where the target of a sample is kept."""
         return self.targets / f"{sample.expert}-{sample.index}.safetensors"
+
+    def keep_plan(self, plan: Plan) -> Path:
+        """Put the plan where every node finds it."""
+        path = self.folder / "plan.pickle"
+        path.write_bytes(pickle.dumps(plan))
+        return path
 
     def load_stage(self, stage: int) -> StageState | None:
         """The state after the last optimiser step of a stage; None before the first."""
@@ -129,6 +137,13 @@ class RunFolder:
     def discard(self) -> None:
         """Remove the run's folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan that `keep_plan` kept; a file of this run's own, not of the user's."""
+    plan = pickle.loads(path.read_bytes())
+    assert isinstance(plan, Plan)
+    return plan
 
 
 @contextmanager

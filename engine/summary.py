@@ -14,11 +14,11 @@ from engine.plan import Plan
 
 def print_plan(plan: Plan, samples: Sequence[int]) -> None:
     """Print base, experts, tensors, bytes and steps; `samples` is how many each expert has."""
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False)
     header, parameters = plan.base_header, plan.config.parameters
     experts = rich.table.Table(box=rich.box.SIMPLE)
     for column in ("expert", "given as", "prior", "loss weight", "samples", "from"):
-        experts.add_column(column)
+        experts.add_column(column, overflow="fold")
     for expert, count in zip(plan.experts, samples, strict=True):
         experts.add_row(
             expert.name, expert.kind, f"{expert.weight:g}", f"{expert.loss_weight:g}", str(count), expert.model
@@ -27,6 +27,8 @@ def print_plan(plan: Plan, samples: Sequence[int]) -> None:
     merged = sum(plan.numels.values())
     steps = -(-max(samples) * len(samples) * parameters.epochs // parameters.gradient_accumulation)
     facts = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("method", plan.config.merge_method)
     facts.add_row("base", f"{plan.base.model}: {header.architecture}, {header.num_layers} blocks")
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the others stay the base's")

@@ -176,18 +176,18 @@ def inner_products(
 
 
 def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
-    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor."""
+    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor, summed in float64."""
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
-    base_B, tau_B, _ = _buffers()
+    base_B, tau_B, magnitude_B = _buffers()
     for start, stop in blocks(base.shape):
         block, tau = base_B[: stop - start], tau_B[: stop - start]
         block.copy_(base_N[start:stop])
-        base_sum += block.norm(p=1).item()
+        base_sum += torch.abs(block, out=magnitude_B[: stop - start]).sum(dtype=torch.float64).item()
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
                 task_vector.block(start, stop, block, tau)
-                sums[k] += tau.norm(p=1).item()
+                sums[k] += tau.abs_().sum(dtype=torch.float64).item()
     count = max(1, base.numel())
     return base_sum / count, sums / count
 

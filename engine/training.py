@@ -6,6 +6,7 @@ Letters in array names: K experts, C learned coefficients of one expert.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,7 @@ class Learner:
         """All that a resumed stage needs, a few kilobytes; for `torch.save`, and `torch.load` with weights_only."""
         return {
             "a": self._a.detach().clone(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "schedule": self._schedule.state_dict(),
         }
 
@@ -110,7 +111,7 @@ class Learner:
         """Go on from `state`, bit for bit as if there had been no stop."""
         with torch.no_grad():
             self._a.copy_(state["a"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self._schedule.load_state_dict(state["schedule"])
 
     def _alpha(self) -> Array:

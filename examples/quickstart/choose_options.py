@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from merged_models import MergedModels
 from scoring import score
@@ -42,10 +43,7 @@ def main(base_settings: list[str]) -> None:
     for k in range(len(plan.experts)):
         expert = FrozenExpert(plan, k, torch.device("cpu"))
         targets |= {(k, sample.index): expert.target(sample) for sample in samples[k]}
-    magnitudes = torch.tensor([]).numpy()
-    inspected = models.shards._task_vectors.inspect(plan.merged)
-    import numpy as np
-
+    inspected = models.streams.inspect(plan.merged)
     magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
     student = Student(plan, torch.device("cpu"))
 
@@ -70,9 +68,8 @@ def main(base_settings: list[str]) -> None:
             models.shards.merge(learner.coefficients, student.put)
             losses = [student.accumulate(targets[at], 1.0, 1 / len(window)) for at in window]
             learner.step(models.shards.gradients(stage.layout, student.take))
-        print(
-            f"    kl {sum(x.kl for x in losses) / len(losses):.3f} hidden {sum(x.hidden for x in losses) / len(losses):.2f}"
-        )
+        kl, hidden = (sum(getattr(x, part) for x in losses) / len(losses) for part in ("kl", "hidden"))
+        print(f"    last window: kl {kl:.3f} hidden {hidden:.2f}")
         return learner.coefficients
 
     if not base_settings:

@@ -20,7 +20,8 @@ class MergedModels:
     def __init__(self, plan: Plan) -> None:
         self.plan, base = plan, open_base(plan)
         experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
-        self.shards = LocalShards(TaskVectors(base, experts, getattr(torch, plan.dtype), torch.get_num_threads()))
+        self.streams = TaskVectors(base, experts, getattr(torch, plan.dtype), torch.get_num_threads())
+        self.shards = LocalShards(self.streams)
         self.model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, plan.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base.folder)
         self._parameters = dict(self.model.named_parameters())

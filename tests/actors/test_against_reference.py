@@ -1,0 +1,73 @@
+"""Stage 1, importance and stage 2 by the actors as plain classes, against the in-memory reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import plan_of
+from plain import Plain
+from reference import Reference, Result
+
+from engine.coefficients import Coefficients
+
+# Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
+TOLERANCE = 1e-4
+
+
+def largest_difference(stages: list[Coefficients], reference: Result) -> float:
+    differences = [
+        np.abs(table.values[:, table.layout.columns[name]] - expected[name].numpy()).max()
+        for table, expected in zip(stages, reference.stages, strict=True)
+        for name in table.layout.tensors
+    ]
+    return float(max(differences))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: Path, family: str, tied: bool) -> None:
+    config = tiny.make_merge(
+        tmp_path / "merge", family, tied=tied, sharded=tied, parameters={"epochs": 2, "budget": 1.5}
+    )
+    plain, reference = Plain(plan_of(config), tmp_path), Reference(config).run()
+    stages = plain.run()
+
+    assert largest_difference(stages, reference) < TOLERANCE
+    layout = stages[1].layout
+    assert list(layout.tensors) != [] and set(layout.tensors) == set(reference.importance)
+    expected = [reference.importance[name] for name in layout.tensors]
+    np.testing.assert_allclose(plain.importance, expected, rtol=1e-4)
+    chunks = {
+        name: len(layout.edges_of[name]) - 1 for name, on in zip(layout.tensors, layout.learned, strict=True) if on
+    }
+    assert chunks == {name: count for name, count in reference.chunks.items() if count}
+    assert max(chunks.values()) > 1, "the budget must give some tensor several chunks"
+    moved = np.abs(stages[1].values - np.array([[e.weight] for e in plain.plan.experts]))
+    assert moved[:, layout.learned_columns].mean() > 10 * TOLERANCE, "learning must move further than the tolerance"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"start": "stage1", "fixed": "stage1", "budget": 0.9},
+        {"temperature": 2.0, "hidden_layers": [], "regularization": 0.0},
+        {"hidden_layers": [0, 3], "hidden_weight": 0.3, "kappa": 0.5, "budget": 2.5, "gradient_accumulation": 8},
+    ],
+    ids=["start-and-fixed-at-stage-1", "logits-only", "layers-and-kappa"],
+)
+def test_options_mean_what_the_method_says(tmp_path: Path, parameters: dict[str, object]) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=3, parameters={"epochs": 2, **parameters})
+    stages = Plain(plan_of(config), tmp_path).run()
+    assert largest_difference(stages, Reference(config).run()) < TOLERANCE
+
+
+def test_a_loss_weight_and_a_weight_of_ones_own_count(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", parameters={"loss_weight": 0.5, "epochs": 2})
+    text = config.read_text().replace("weight: 0.2\n", "weight: 0.2\n    loss_weight: 3.0\n")
+    config.write_text(text)
+    assert "loss_weight: 3.0" in text
+    stages = Plain(plan_of(config), tmp_path).run()
+    assert largest_difference(stages, Reference(config).run()) < TOLERANCE

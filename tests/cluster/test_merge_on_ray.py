@@ -1,0 +1,151 @@
+"""Whole merges on a real Ray: the laws, and the same bits whatever the placement and whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import ray
+import safetensors.torch
+import tiny
+import torch
+from cluster_helpers import result, run_merge
+from conftest import plan_of
+from plain import Plain
+from transformers import AutoModelForCausalLM
+
+from cluster.driver import Merge
+from engine.coefficients import read_coefficients
+
+pytestmark = pytest.mark.usefixtures("small_ray")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), sharded=True, parameters={"budget": 1.5})
+
+
+@pytest.fixture(scope="module")
+def merged(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The merge that the others are compared with: one shard."""
+    return run_merge(plan_of(config), tmp_path_factory.mktemp("out") / "merged")
+
+
+def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_path: Path) -> None:
+    expected = Plain(plan_of(config), tmp_path).run()
+    for stage, table in enumerate(expected, start=1):
+        models, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
+        assert models == ["expert0", "expert1"]
+        assert got.layout == table.layout
+        np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+
+
+def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:
+    plan = plan_of(config)
+    _, table = read_coefficients(merged / "merge" / "coefficients.parquet", 2)
+    written = safetensors.torch.load_file(merged / "model.safetensors")
+    sources = [config.parent / name for name in ("base", "expert0", "expert1")]
+    base, *experts = (
+        {k: v for f in sorted(s.glob("*.safetensors")) for k, v in safetensors.torch.load_file(f).items()}
+        for s in sources
+    )
+    assert set(written) == set(base)
+    for name, tensor in written.items():
+        if name not in plan.merged_set:
+            assert torch.equal(tensor, base[name]), f"{name} is the base's, bit for bit"
+            continue
+        edges, values = table.of(name).edges, table.of(name).values
+        expected = base[name].flatten().double()
+        for k, expert in enumerate(experts):
+            tau = expert[name].flatten().double() - base[name].flatten().double()
+            for chunk, (start, end) in enumerate(pairwise(edges)):
+                expected[start:end] += float(values[k, chunk]) * tau[start:end]
+        torch.testing.assert_close(tensor.flatten().double(), expected, atol=1e-6, rtol=0)
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in written.items())
+
+
+def test_figures_hold_the_laws(config: Path, merged: Path) -> None:
+    figures = json.loads((merged / "merge" / "memory.json").read_text())
+    steps = {
+        (row["stage"], row["step"])
+        for row in pyarrow.parquet.read_table(merged / "merge" / "metrics.parquet").to_pylist()
+    }
+    assert len(steps) == 6
+    assert figures["bytes_trainer_to_shards"] == len(steps) * figures["bytes_merged"], "one gradient out a step"
+    assert figures["bytes_shards_to_trainer"] == len(steps) * figures["bytes_merged"], "one set of merged tensors in"
+    assert figures["expert_forwards"] == 7, "once a sample, for both stages"
+    assert [actor["role"] for actor in figures["actors"]] == [
+        "driver",
+        "expert expert0",
+        "expert expert1",
+        "trainer",
+        "shard 0",
+    ]
+    assert all(actor["peak_anonymous_bytes"] > 0 for actor in figures["actors"])
+    assert not merged.with_name("merged.run").exists(), "the run's folder goes when the merge is done"
+
+
+def test_three_shards_give_the_same_bits_as_one(config: Path, merged: Path, tmp_path: Path) -> None:
+    other = run_merge(plan_of(config, "cluster.shards=3"), tmp_path / "merged")
+    assert result(other) == result(merged)
+
+
+@pytest.mark.parametrize("victim", ["trainer", "shard", "expert"])
+def test_an_actor_that_is_killed_is_replaced_with_the_same_bits(
+    config: Path, merged: Path, tmp_path: Path, victim: str
+) -> None:
+    killed: list[int] = []
+
+    def kill_once(merge: Merge) -> None:
+        phase = merge.progress._phase
+        wanted = {"expert": "targets", "trainer": "stage 1", "shard": "stage 2"}[victim]
+        if killed or phase != wanted:
+            return
+        name = {"expert": "ray::Expert", "trainer": "ray::Trainer", "shard": "ray::Shard"}[victim]
+        killed.extend(pid for pid in worker_pids(name))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    other = run_merge(plan_of(config), tmp_path / "merged", kill_once)
+    assert killed, "the victim was found"
+    assert result(other) == result(merged)
+
+
+def worker_pids(title: str) -> list[int]:
+    """Processes of this Ray session whose title begins so."""
+    session = ray.get_runtime_context().get_node_id()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().decode(errors="replace").startswith(title) and session:
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
+    def stop_in_stage_2(merge: Merge) -> None:
+        if merge.progress._phase == "stage 2":
+            raise KeyboardInterrupt
+
+    plan = plan_of(config)
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, tmp_path / "merged", stop_in_stage_2)
+    assert not (tmp_path / "merged").exists()
+    assert (tmp_path / "merged.run" / "stage-2.pt").exists()
+    run_merge(plan, tmp_path / "merged")
+    assert result(tmp_path / "merged") == result(merged)
+    figures = json.loads((tmp_path / "merged" / "merge" / "memory.json").read_text())
+    assert figures["expert_forwards"] == 7, "nothing was computed again"
+    metrics = [p.joinpath("merge/metrics.parquet") for p in (merged, tmp_path / "merged")]
+    one, other = (pyarrow.parquet.read_table(path).drop(["seconds"]) for path in metrics)
+    assert one.equals(other)

@@ -1,0 +1,35 @@
+"""One node and three simulated nodes: the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ray
+import tiny
+from cluster_helpers import result, run_merge
+from conftest import plan_of
+from ray.cluster_utils import Cluster
+
+from cluster.session import ENVIRONMENT, nodes
+
+
+def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=3, sharded=True, parameters={"budget": 1.5})
+    plan = plan_of(config)
+    for count in (1, 3):
+        options = {"num_cpus": 2, "object_store_memory": 80 << 20}
+        cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
+        try:
+            for _ in range(count - 1):
+                cluster.add_node(**options)
+            cluster.wait_for_nodes()
+            environment = {"env_vars": ENVIRONMENT}
+            ray.init(address=cluster.address, log_to_driver=False, logging_level="error", runtime_env=environment)
+            assert len(nodes()) == count
+            run_merge(plan, tmp_path / f"on-{count}")
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+    one, three = tmp_path / "on-1", tmp_path / "on-3"
+    assert (three / "merge" / "memory.json").read_text().count('"shard ') == 3, "a shard on every node"
+    assert result(one) == result(three)

@@ -1,0 +1,177 @@
+"""The losses against closed forms in float64, and their gradients against finite differences of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from engine.alignment import hidden_loss, logit_loss, regularization, regularization_gradient
+
+Array = npt.NDArray[np.float64]
+
+TEMPERATURES = [0.5, 1.0, 3.0]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def closed_kl(student_TV: Array, expert_TV: Array, temperature: float) -> float:
+    """T² · mean over tokens of Σ p · ln(p / q)."""
+    p = np.exp(expert_TV / temperature) / np.exp(expert_TV / temperature).sum(axis=1, keepdims=True)
+    q = np.exp(student_TV / temperature) / np.exp(student_TV / temperature).sum(axis=1, keepdims=True)
+    return float(temperature**2 * (p * np.log(p / q)).sum(axis=1).mean())
+
+
+def closed_hidden(student: dict[int, Array], expert: dict[int, Array]) -> float:
+    return float(np.mean([((student[i] - expert[i]) ** 2).mean() for i in expert]))
+
+
+def differences(loss: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
+    """Central differences of a float64 function."""
+    slopes = np.zeros_like(at)
+    for place in np.ndindex(*at.shape):
+        up, down = at.copy(), at.copy()
+        up[place] += step
+        down[place] -= step
+        slopes[place] = (loss(up) - loss(down)) / (2 * step)
+    return slopes
+
+
+def gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    leaf = at.clone().requires_grad_()
+    loss(leaf).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_logit_loss_is_the_closed_form(temperature: float) -> None:
+    student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
+    found = logit_loss(student, expert, temperature)
+    assert found.shape == () and found.dtype == torch.float32
+    assert found.item() == pytest.approx(
+        closed_kl(student.double().numpy(), expert.double().numpy(), temperature), 1e-5
+    )
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_logit_loss_is_zero_at_a_perfect_match_and_flat_there(temperature: float) -> None:
+    logits = random(4, 9)
+    assert logit_loss(logits, logits.clone(), temperature).item() == 0
+    assert gradient(lambda z: logit_loss(z, logits, temperature), logits).abs().max() < 1e-6
+
+
+def test_the_logit_loss_does_not_see_a_constant_added_to_a_token_s_logits() -> None:
+    student, expert = random(4, 9, seed=1), random(4, 9, seed=2)
+    shifted = student + torch.arange(4.0)[:, None]
+    torch.testing.assert_close(logit_loss(shifted, expert, 1.0), logit_loss(student, expert, 1.0))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 12), st.floats(0.2, 5))
+def test_the_logit_loss_is_never_negative(seed: int, tokens: int, words: int, temperature: float) -> None:
+    student, expert = random(tokens, words, seed=seed), random(tokens, words, seed=seed + 1)
+    assert logit_loss(student, expert, temperature).item() >= -1e-6
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_temperature_comes_in_squared(temperature: float) -> None:
+    student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
+    heated = logit_loss(student * temperature, expert * temperature, temperature)
+    torch.testing.assert_close(heated, temperature**2 * logit_loss(student, expert, 1.0))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_logit_loss_has_the_gradient_of_the_soft_target_cross_entropy(temperature: float) -> None:
+    student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
+
+    def cross_entropy(z: Tensor) -> Tensor:
+        soft = functional.softmax(expert / temperature, dim=-1)
+        return temperature**2 * functional.cross_entropy(z / temperature, soft)
+
+    found = gradient(lambda z: logit_loss(z, expert, temperature), student)
+    torch.testing.assert_close(found, gradient(cross_entropy, student), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_logit_loss_has_the_gradient_of_finite_differences(temperature: float) -> None:
+    student, expert = random(3, 5, seed=1), random(3, 5, seed=2)
+    found = gradient(lambda z: logit_loss(z, expert, temperature), student)
+    wanted = differences(lambda z: closed_kl(z, expert.double().numpy(), temperature), student.double().numpy())
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_the_hidden_loss_is_the_closed_form_over_the_expert_s_layers() -> None:
+    student = {i: random(4, 6, seed=i) for i in range(5)}
+    expert = {3: random(4, 6, seed=13), 0: random(4, 6, seed=10)}
+    found = hidden_loss(student, expert)
+    assert found.shape == () and found.dtype == torch.float32
+    wanted = closed_hidden(*({i: t.double().numpy() for i, t in one.items()} for one in (student, expert)))
+    assert found.item() == pytest.approx(wanted, 1e-6)
+
+
+def test_the_hidden_loss_by_hand() -> None:
+    student = {1: torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 2: torch.zeros(2, 2)}
+    expert = {1: torch.tensor([[1.0, 0.0], [0.0, 4.0]]), 2: torch.full((2, 2), 2.0)}
+    assert hidden_loss(student, expert).item() == ((0 + 4 + 9 + 0) / 4 + 4) / 2
+
+
+def test_the_hidden_loss_is_zero_at_a_perfect_match_and_where_no_layer_is_compared() -> None:
+    states = {2: random(4, 6)}
+    assert hidden_loss(states, {2: states[2].clone()}).item() == 0
+    assert gradient(lambda h: hidden_loss({2: h}, states), states[2]).abs().max() == 0
+    assert hidden_loss(states, {}).item() == 0
+
+
+def test_the_hidden_loss_has_the_gradient_of_finite_differences() -> None:
+    student, expert = random(3, 4, seed=1), {1: random(3, 4, seed=2), 2: random(3, 4, seed=3)}
+    numbers = {i: tensor.double().numpy() for i, tensor in expert.items()}
+    found = gradient(lambda h: hidden_loss({1: h, 2: h * h}, expert), student)
+    wanted = differences(lambda h: closed_hidden({1: h, 2: h * h}, numbers), student.double().numpy())
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    student, expert = random(5, 64, seed=1).to(dtype), random(5, 64, seed=2).to(dtype)
+    for found, wanted in [
+        (logit_loss(student, expert, 2.0), logit_loss(student.float(), expert.float(), 2.0)),
+        (hidden_loss({0: student}, {0: expert}), hidden_loss({0: student.float()}, {0: expert.float()})),
+    ]:
+        assert found.dtype == torch.float32
+        assert torch.equal(found, wanted)
+    assert gradient(lambda z: logit_loss(z, expert, 1.0), student).dtype == dtype
+
+
+def test_regularization_by_hand() -> None:
+    alpha, prior = np.array([[0.1, 0.4], [0.5, 0.2]]), np.array([[0.1, 0.1], [0.3, 0.3]])
+    assert regularization(alpha, prior) == pytest.approx((0 + 0.3 + 0.2 + 0.1) / 2)
+    np.testing.assert_array_equal(regularization_gradient(alpha, prior), [[0, 0.5], [0.5, -0.5]])
+
+
+def test_regularization_and_its_gradient_are_zero_at_the_prior() -> None:
+    prior = np.full((3, 4), 0.3)
+    assert regularization(prior.copy(), prior) == 0
+    np.testing.assert_array_equal(regularization_gradient(prior.copy(), prior), np.zeros((3, 4)))
+
+
+def test_regularization_of_nothing_is_zero() -> None:
+    nothing = np.zeros((2, 0))
+    assert regularization(nothing, nothing) == 0
+    assert regularization_gradient(nothing, nothing).shape == (2, 0)
+
+
+def test_regularization_has_the_gradient_of_finite_differences() -> None:
+    generator = np.random.default_rng(0)
+    alpha, prior = generator.uniform(0, 1, (3, 5)), generator.uniform(0, 1, (3, 5))
+    wanted = differences(lambda table: regularization(table, prior), alpha, step=1e-7)
+    np.testing.assert_allclose(regularization_gradient(alpha, prior), wanted, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,414 @@
+"""Calibration: records of every kind become token ids in the order of the method; a bad one is told with its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tiny
+from conftest import plan_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
+from engine.errors import CalibrationError
+from engine.model import load_tokenizer
+from engine.plan import Plan
+
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+# Token ids of the tiny tokenizer: </s> 2, user: 4, assistant: 5, w0 6, w1 7, …
+END, USER, ASSISTANT = 2, 4, 5
+
+
+@pytest.fixture(scope="session")
+def tokenizer(llama_merge: Path) -> Any:
+    return load_tokenizer(llama_merge.parent / "base")
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One without a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.save_tokenizer(folder, chat=False)
+    return load_tokenizer(folder)
+
+
+def write(path: Path, records: Any) -> Path:
+    """Records, or text or bytes as they are, in the kind of file that the name asks for."""
+    if isinstance(records, str | bytes):
+        path.write_bytes(records.encode() if isinstance(records, str) else records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        names = dict.fromkeys(name for record in records for name in record)
+        columns = {name: [record.get(name) for record in records] for name in names}
+        pyarrow.parquet.write_table(pa.table(columns), path)
+    else:
+        path.write_text(json.dumps(records), encoding="utf-8")
+    return path
+
+
+def plan_with(llama_merge: Path, *files: Path, options: Sequence[str] = ()) -> Plan:
+    """The plan of two experts, of which the first has these calibration files."""
+    return plan_of(llama_merge, f"models.0.calibration={json.dumps([str(file) for file in files])}", *options)
+
+
+def first_samples(plan: Plan, tokenizer: Any) -> list[Sample]:
+    return tokenize(read_records(plan), tokenizer, plan)[0]
+
+
+def fault(plan: Plan, tokenizer: Any = None) -> str:
+    with pytest.raises(CalibrationError) as caught:
+        tokenize(read_records(plan), tokenizer, plan)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_records_of_each_kind_of_file_are_the_same_samples(
+    tmp_path: Path, llama_merge: Path, tokenizer: Any, kind: str
+) -> None:
+    records = [
+        {"input_ids": [7, 8, 9]},
+        {"text": "w1 w2"},
+        {"question": "w1"},
+        {"question": "w1", "response": "w3", "source": "ignored"},
+        {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}]},
+    ]
+    path = write(tmp_path / f"a.{kind}", records)
+    samples = first_samples(plan_with(llama_merge, path), tokenizer)
+    dialogue = (USER, 7, END, ASSISTANT, 9, END)
+    assert [sample.input_ids for sample in samples] == [
+        (7, 8, 9),
+        (7, 8),
+        (USER, 7, END, ASSISTANT),
+        dialogue,
+        dialogue,
+    ]
+    assert [(sample.expert, sample.index, sample.cut, sample.generate) for sample in samples] == [
+        (0, index, 0, 0) for index in range(5)
+    ]
+    place = f"{path}:" if kind == "jsonl" else f"{path} record "
+    assert [sample.where for sample in samples] == [f"{place}{number}" for number in range(1, 6)]
+
+
+def test_a_record_is_made_of_the_first_field_that_it_has(tmp_path: Path, llama_merge: Path, tokenizer: Any) -> None:
+    everything = {"text": "w4", "question": "w3", "messages": [{"role": "user", "content": "w2"}], "input_ids": [7]}
+    names = ["input_ids", "messages", "question", "text"]
+    records = [{**everything, **dict.fromkeys(names[:number])} for number in range(4)]
+    path = write(tmp_path / "a.jsonl", records)
+    assert [sample.input_ids for sample in first_samples(plan_with(llama_merge, path), tokenizer)] == [
+        (7,),
+        (USER, 8, END, ASSISTANT),
+        (USER, 9, END, ASSISTANT),
+        (10,),
+    ]
+
+
+def test_without_a_chat_template_a_question_is_text(tmp_path: Path, llama_merge: Path, plain_tokenizer: Any) -> None:
+    records = [{"question": "w1 w2"}, {"question": "w1", "response": "w3"}, {"question": "w1", "response": ""}]
+    plan = plan_with(llama_merge, write(tmp_path / "a.json", records), options=["calibration.generate_responses=5"])
+    samples = first_samples(plan, plain_tokenizer)
+    assert [(sample.input_ids, sample.generate) for sample in samples] == [((7, 8), 5), ((7, 9), 0), ((7,), 5)]
+
+
+def test_only_prompts_are_marked_for_a_response(tmp_path: Path, llama_merge: Path, tokenizer: Any) -> None:
+    user, assistant = {"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}
+    marked = [{"question": "w1"}, {"messages": [user]}, {"messages": [user, assistant, user]}]
+    unmarked = [
+        {"question": "w1", "response": "w2"},
+        {"text": "w1"},
+        {"input_ids": [7]},
+        {"messages": [user, assistant]},
+    ]
+    options = ["calibration.generate_responses=6", "parameters.samples_per_model=99"]
+    plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", [*marked, *unmarked]), options=options)
+    assert [sample.generate for sample in first_samples(plan, tokenizer)] == [6, 6, 6, 0, 0, 0, 0]
+    assert not any(sample.generate for sample in first_samples(plan_with(llama_merge, tmp_path / "a.jsonl"), tokenizer))
+
+
+@pytest.mark.parametrize(("length", "generate"), [(4, 0), (5, 1), (9, 5), (10, 6), (2, 0)])
+def test_a_response_ends_at_max_length(
+    tmp_path: Path, llama_merge: Path, tokenizer: Any, length: int, generate: int
+) -> None:
+    options = ["calibration.generate_responses=6", f"calibration.max_length={length}"]
+    plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", [{"question": "w1"}]), options=options)
+    assert first_samples(plan, tokenizer)[0].generate == generate
+
+
+@pytest.mark.parametrize(("length", "kept", "cut"), [(2, 2, 8), (9, 9, 1), (10, 10, 0), (11, 10, 0)])
+def test_tokens_beyond_max_length_are_left_out_and_counted(
+    tmp_path: Path, llama_merge: Path, length: int, kept: int, cut: int
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"input_ids": list(range(10, 20))}])
+    plan = plan_with(llama_merge, path, options=[f"calibration.max_length={length}"])
+    (sample,) = first_samples(plan, None)
+    assert (sample.input_ids, sample.cut) == (tuple(range(10, 10 + kept)), cut)
+
+
+def test_files_of_one_expert_are_read_one_after_the_other(tmp_path: Path, llama_merge: Path) -> None:
+    files = [
+        write(tmp_path / "b.jsonl", [{"input_ids": [9]}, {"input_ids": [8]}]),
+        write(tmp_path / "a.json", [{"input_ids": [7]}]),
+    ]
+    assert [sample.input_ids for sample in first_samples(plan_with(llama_merge, *files), None)] == [(9,), (8,), (7,)]
+
+
+def test_blank_lines_are_no_records_and_count_as_lines(tmp_path: Path, llama_merge: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '\n{"input_ids": [7]}\r\n  \n{"input_ids": [8]}')
+    assert [sample.where for sample in first_samples(plan_with(llama_merge, path), None)] == [f"{path}:2", f"{path}:4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ([], [4, 3]),
+        (["parameters.samples_per_model=2"], [2, 2]),
+        (["parameters.samples_per_model=2", "models.1.parameters.samples_per_model=1"], [2, 1]),
+        (["models.0.parameters.samples_per_model=3"], [3, 3]),
+    ],
+)
+def test_each_expert_has_at_most_samples_per_model(llama_merge: Path, options: list[str], counts: list[int]) -> None:
+    plan = plan_of(llama_merge, *options)
+    everything = read_records(plan_of(llama_merge))
+    records = read_records(plan)
+    assert [len(mine) for mine in records] == counts
+    assert records == [mine[:count] for mine, count in zip(everything, counts, strict=True)]
+
+
+def test_by_default_five_samples_are_taken(tmp_path: Path, llama_merge: Path) -> None:
+    plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", [{"input_ids": [i]} for i in range(9)]))
+    assert [sample.input_ids for sample in first_samples(plan, None)] == [(i,) for i in range(5)]
+
+
+def test_shuffling_permutes_the_whole_list_by_the_seed_before_samples_are_taken(
+    tmp_path: Path, llama_merge: Path
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"input_ids": [i]} for i in range(60)])
+
+    def taken(seed: int, count: int, *more: str) -> list[str]:
+        options = [f"seed={seed}", "calibration.shuffle=true", f"parameters.samples_per_model={count}", *more]
+        return [sample.where for sample in first_samples(plan_with(llama_merge, path, options=options), None)]
+
+    every = [f"{path}:{number}" for number in range(1, 61)]
+    whole = taken(0, 60)
+    assert whole != every and sorted(whole) == sorted(every)
+    assert taken(0, 5) == whole[:5]
+    assert taken(0, 60) == whole
+    assert taken(1, 60) != whole
+    assert taken(0, 60, f"models.1.calibration={path}") == whole, "another expert's samples change nothing"
+
+
+def test_the_lists_of_two_experts_are_shuffled_each_in_its_own_way(tmp_path: Path, llama_merge: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"input_ids": [i]} for i in range(60)])
+    options = [f"models.1.calibration={path}", "calibration.shuffle=true", "parameters.samples_per_model=60"]
+    first, second = read_records(plan_with(llama_merge, path, options=options))
+    assert first != second and sorted(first, key=str) == sorted(second, key=str)
+
+
+@pytest.mark.parametrize(("records", "needed"), [([{"input_ids": [7]}], False), ([{"text": "w1"}], True)])
+def test_a_tokenizer_is_needed_for_text_alone(
+    tmp_path: Path, llama_merge: Path, records: list[Any], needed: bool
+) -> None:
+    plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", records))
+    assert needs_tokenizer(read_records(plan)) is needed
+
+
+def test_samples_go_round_robin_and_a_shorter_list_starts_again() -> None:
+    assert training_order([3, 1, 2], 1) == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 0), (2, 1), (0, 2), (1, 0), (2, 0)]
+    assert training_order([1, 2], 2) == [(0, 0), (1, 0), (0, 0), (1, 1)] * 2
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 12))
+def test_order_and_windows_are_those_of_the_method(counts: list[int], epochs: int, size: int) -> None:
+    order = training_order(counts, epochs)
+    longest, experts = max(counts), len(counts)
+    assert len(order) == longest * experts * epochs
+    for place, (expert, index) in enumerate(order):
+        assert expert == place % experts
+        assert index == place // experts % longest % counts[expert]
+    cut = windows(order, size)
+    assert [pair for window in cut for pair in window] == order
+    assert all(len(window) == size for window in cut[:-1]) and 1 <= len(cut[-1]) <= size
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "problem"),
+    [
+        ("a.jsonl", "", "", "has no calibration records"),
+        ("a.jsonl", "\n \n", "", "has no calibration records"),
+        ("a.json", "[]", "", "has no calibration records"),
+        ("a.json", "", "", "not valid JSON"),
+        ("a.json", '{"text": "w1"}', "", "does not hold a list"),
+        ("a.json", '"text"', "", "does not hold a list"),
+        ("a.json", "[{]", "", "not valid JSON"),
+        ("a.json", "[" * 100_000, "", "not valid JSON"),
+        ("a.json", b"[\xff]", "", "not UTF-8"),
+        ("a.json", '[{"text": "w1"}, 3]', " record 2", "not a mapping"),
+        ("a.json", "[[]]", " record 1", "not a mapping"),
+        ("a.jsonl", '{"text": "w1"}\n\n{"text": w2}\n', ":3", "not valid JSON"),
+        ("a.jsonl", '{"text": "w1"}\n{"text":\n"w2"}\n', ":2", "not valid JSON"),
+        ("a.jsonl", "[1]\n", ":1", "not a mapping"),
+        ("a.jsonl", '{"text": "w1"}\nnull\n', ":2", "not a mapping"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "", "not UTF-8"),
+        ("a.jsonl", '{"a": %s}' % ("9" * 5000), ":1", "not valid JSON"),
+        ("a.parquet", b"", "", "not a parquet file"),
+        ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "", ""),
+        ("a.parquet", [{"words": "w1"}], " record 1", "no usable field; it has words"),
+        ("a.csv", "text\nw1\n", "", "unknown kind of file: '.csv'"),
+        ("a", "w1", "", "unknown kind of file"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_list_of_records_is_told_with_the_place(
+    tmp_path: Path, llama_merge: Path, tokenizer: Any, name: str, content: Any, place: str, problem: str
+) -> None:
+    path = write(tmp_path / name, content)
+    message = fault(plan_with(llama_merge, path), tokenizer)
+    assert message.startswith(f"{path}{place}: ") and problem in message
+    assert "None" not in message.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({}, "no usable field; it has none"),
+        ({"words": "w1", "label": 3}, "no usable field; it has words, label"),
+        ({"text": None}, "no usable field; it has text"),
+        ({"text": ""}, "`text` is not a text, or an empty one"),
+        ({"text": " \n"}, "`text` is not a text, or an empty one"),
+        ({"text": ["w1"]}, "`text` is not a text"),
+        ({"question": 5}, "`question` is not a text"),
+        ({"question": "", "text": "w1"}, "`question` is not a text, or an empty one"),
+        ({"question": "w1", "response": ["w2"]}, "`response` is not a text"),
+        ({"messages": []}, "`messages` is not a list of {role, content}"),
+        ({"messages": "w1"}, "`messages` is not a list of {role, content}"),
+        ({"messages": [{"role": "user"}]}, "`messages` is not a list of {role, content}"),
+        ({"messages": [{"role": 5, "content": "w1"}]}, "`messages` is not a list of {role, content}"),
+        ({"messages": [["user", "w1"]]}, "`messages` is not a list of {role, content}"),
+        ({"input_ids": "7 8"}, "`input_ids` is not a list of integers"),
+        ({"input_ids": [7.0]}, "`input_ids` is not a list of integers"),
+        ({"input_ids": [True]}, "`input_ids` is not a list of integers"),
+        ({"input_ids": [[7]]}, "`input_ids` is not a list of integers"),
+        ({"input_ids": {"7": 8}}, "`input_ids` is not a list of integers"),
+        ({"input_ids": []}, "makes no tokens"),
+        ({"input_ids": [7, 64]}, "ids below the vocabulary's size, 64"),
+        ({"input_ids": [-1, 7]}, "token ids from -1 to 7"),
+        ({"input_ids": [10**30]}, "ids below the vocabulary's size, 64"),
+        ({"question": "w1", "image_path": "a.png"}, "has images"),
+        ({"question": "w1", "image_paths": ["a.png", "b.png"]}, "has images"),
+        ({"text": "w1 \ud800"}, ""),
+        ({"question": "\ud800"}, ""),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("template", [True, False])
+def test_a_bad_record_is_told_with_its_line(
+    tmp_path: Path,
+    llama_merge: Path,
+    tokenizer: Any,
+    plain_tokenizer: Any,
+    record: dict[str, Any],
+    problem: str,
+    template: bool,
+) -> None:
+    path = write(tmp_path / "a.jsonl", [{"input_ids": [7]}, record])
+    message = fault(plan_with(llama_merge, path), tokenizer if template else plain_tokenizer)
+    assert message.startswith(f"{path}:2: ") and problem in message
+
+
+def test_a_chat_without_a_chat_template_is_a_fault(tmp_path: Path, llama_merge: Path, plain_tokenizer: Any) -> None:
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}])
+    assert "no chat template" in fault(plan_with(llama_merge, path), plain_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9]['content'] }}", "{% if %}"]
+)
+def test_a_chat_template_that_does_not_take_a_record_is_told(tmp_path: Path, llama_merge: Path, template: str) -> None:
+    tiny.save_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.chat_template = template
+    path = write(tmp_path / "a.jsonl", [{"question": "w1"}])
+    message = fault(plan_with(llama_merge, path), tokenizer)
+    assert message.startswith(f"{path}:1: the chat template does not take this record")
+
+
+def test_a_bad_record_beyond_the_ones_taken_is_told_too(tmp_path: Path, llama_merge: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"input_ids": [7]}] * 9 + [{"words": 3}])
+    assert fault(plan_with(llama_merge, path)).startswith(f"{path}:10: ")
+
+
+@pytest.mark.parametrize("column", [pa.array([1], pa.timestamp("ns")), pa.array([1], pa.duration("ns"))], ids=str)
+def test_a_parquet_column_that_is_no_field_of_ours_is_ignored_whatever_its_type(
+    tmp_path: Path, llama_merge: Path, tokenizer: Any, column: Any
+) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pa.table({"text": ["w1"], "made": column}), path)
+    assert [sample.input_ids for sample in first_samples(plan_with(llama_merge, path), tokenizer)] == [(7,)]
+
+
+def test_a_file_that_went_away_is_a_fault(tmp_path: Path, llama_merge: Path) -> None:
+    for name in ("a.json", "a.jsonl", "a.parquet"):
+        path = write(tmp_path / name, [{"input_ids": [7]}])
+        plan = plan_with(llama_merge, path)
+        path.unlink()
+        message = fault(plan)
+        assert message.startswith(f"{path}: ") and "None" not in message
+
+
+def records_or_told(plan: Plan, tokenizer: Any, path: Path) -> bool:
+    try:
+        return bool(tokenize(read_records(plan), tokenizer, plan)[0])
+    except CalibrationError as error:
+        return str(error).startswith(str(path))
+
+
+@pytest.fixture(scope="session")
+def random_file(llama_merge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
+    """A plan whose first expert's calibration file is written anew by each example."""
+    path = write(tmp_path_factory.mktemp("random") / "a.jsonl", [])
+    return plan_with(llama_merge, path), path
+
+
+@PROPERTY
+@given(st.binary(max_size=80) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(b'{"input_ids": [7]}')
+@example(b'\xef\xbb\xbf{"input_ids": [7]}')
+@example(b'{"text": "\\ud800"}')
+@example(b'{"question": "\\ud800"}')
+def test_random_bytes_are_records_or_a_calibration_error(
+    random_file: tuple[Plan, Path], tokenizer: Any, content: bytes
+) -> None:
+    plan, path = random_file
+    path.write_bytes(content)
+    assert records_or_told(plan, tokenizer, path)
+
+
+leaves = st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=6) | st.just("w1")
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content"]) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+fields = st.sampled_from(["input_ids", "messages", "question", "response", "text", "image_path", "other"])
+
+
+@PROPERTY
+@given(st.lists(values | st.dictionaries(fields, values, max_size=4), max_size=3))
+@example([{"messages": [{"role": "user", "content": {"a": [1, None]}}]}])
+def test_any_json_is_records_or_a_calibration_error(
+    random_file: tuple[Plan, Path], tokenizer: Any, records: list[Any]
+) -> None:
+    plan, path = random_file
+    write(path, records)
+    assert records_or_told(plan, tokenizer, path)

@@ -1,0 +1,557 @@
+"""The YAML of a merge: what it may say, what its faults are told as, and that nothing but a ConfigError comes of it."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import plan_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from engine.config import Config, load_config, parse_config
+from engine.errors import ConfigError
+from engine.record import resolved_config
+
+HEAD = """\
+merge_method: expert_merging_pp
+base_model: models/base
+"""
+MODELS = """\
+models:
+  - model: models/math
+    calibration: math.jsonl
+"""
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "merge.yaml"
+
+
+def load(path: Path, text: str, *overrides: str) -> Config:
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def fault(path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, text, *overrides)
+    return str(caught.value)
+
+
+def last_line(value: Any) -> str | None:
+    """A readable test id for a config whose last line matters."""
+    return value.strip().splitlines()[-1].strip()[:60] if isinstance(value, str) and value.strip() else None
+
+
+def line_of(text: str, marker: str = "# here") -> int:
+    return next(number for number, line in enumerate(text.splitlines(), start=1) if marker in line)
+
+
+def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
+    config = load(path, HEAD + MODELS)
+    expert = config.models[0]
+    assert (config.weight(expert), config.loss_weight(expert), config.samples_per_model(expert)) == (0.1, 1.0, 5)
+    assert config.parameters.model_dump() == {
+        "weight": 0.1,
+        "loss_weight": 1.0,
+        "samples_per_model": 5,
+        "hidden_layers": "middle",
+        "hidden_weight": 1.0,
+        "temperature": 1.0,
+        "regularization": 5.0,
+        "learning_rate": 0.5,
+        "weight_decay": 1e-5,
+        "max_grad_norm": 1.0,
+        "gradient_accumulation": 8,
+        "epochs": 1,
+        "budget": 1.1,
+        "kappa": 1.0,
+        "fixed": "prior",
+        "start": "prior",
+    }
+    assert " ".join(config.exclude) == ".*vision.* .*visual.* .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*"
+    assert (config.calibration.max_length, config.calibration.shuffle) == (2048, False)
+    assert (config.seed, config.dtype, config.out_dtype) == (0, None, None)
+    assert (config.cluster.shards, config.cluster.wait) == ("auto", 600)
+    assert config.cluster.expert.num_gpus == config.cluster.trainer.num_gpus == "auto"
+
+
+@pytest.mark.parametrize(("method", "stages"), [("expert_merging", 1), ("expert_merging_pp", 2)])
+def test_the_method_says_how_many_stages_there_are(path: Path, method: str, stages: int) -> None:
+    assert load(path, HEAD + MODELS, f"merge_method={method}").stages == stages
+
+
+def test_a_parameter_is_the_models_own_else_the_top_levels(path: Path) -> None:
+    config = load(
+        path,
+        HEAD
+        + """\
+models:
+  - {model: a, calibration: a.jsonl, parameters: {weight: 0.3, loss_weight: 0, samples_per_model: 2}}
+  - {model: b, calibration: b.jsonl, parameters: {weight: 0.4}}
+  - {model: c, calibration: c.jsonl}
+parameters: {weight: 0.6, loss_weight: 2, samples_per_model: 9}
+""",
+    )
+    assert [config.weight(expert) for expert in config.models] == [0.3, 0.4, 0.6]
+    assert [config.loss_weight(expert) for expert in config.models] == [0, 2, 2]
+    assert [config.samples_per_model(expert) for expert in config.models] == [2, 9, 9]
+
+
+def test_an_own_weight_stands_in_for_a_top_level_one_that_is_no_prior(path: Path) -> None:
+    text = HEAD + "models: [{model: a, calibration: a.jsonl, parameters: {weight: 0.3}}]\nparameters: {weight: 1.5}\n"
+    config = load(path, text)
+    assert config.weight(config.models[0]) == 0.3
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("models/math", "math"),
+        ("models/math/", "math"),
+        ("math", "math"),
+        ("/abs/models/math", "math"),
+        ("owner/math-7B", "math-7B"),
+        ("owner/math-7B@1f2e3d", "math-7B"),
+        ("owner/math-7B@refs/pr/3", "math-7B"),
+        ("/home/me@work/models/math", "math"),
+    ],
+)
+def test_a_name_is_by_default_the_last_part_of_the_path(path: Path, model: str, name: str) -> None:
+    config = load(path, HEAD + f"models: [{{model: '{model}', calibration: a.jsonl}}]\n")
+    assert (config.models[0].name, config.models[0].model) == (name, model)
+
+
+def test_a_base_listed_among_the_models_is_dropped(path: Path) -> None:
+    text = HEAD + "models:\n  - model: models/base\n  - {model: models/math, calibration: math.jsonl}\n"
+    assert [expert.model for expert in load(path, text).models] == ["models/math"]
+
+
+def test_a_base_with_calibration_among_the_models_is_an_expert(path: Path) -> None:
+    text = HEAD + "models: [{model: models/base, calibration: a.jsonl}, {model: b, calibration: b.jsonl}]\n"
+    assert [expert.name for expert in load(path, text).models] == ["base", "b"]
+
+
+@pytest.mark.parametrize("calibration", ["math.jsonl", "[math.jsonl]"])
+def test_one_calibration_path_is_a_list_of_one(path: Path, calibration: str) -> None:
+    config = load(path, HEAD + f"models: [{{model: a, calibration: {calibration}}}]\n")
+    assert config.models[0].calibration == ("math.jsonl",)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("'0.5'", 0.5), ("1", 1.0)])
+def test_numbers_that_yaml_takes_for_text_are_numbers(path: Path, text: str, value: float) -> None:
+    assert load(path, f"{HEAD}{MODELS}parameters: {{weight_decay: {text}}}\n").parameters.weight_decay == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("all", "all"), ("middle", "middle"), ("[0, 3]", (0, 3)), ("[]", ()), ("[-1]", (-1,))]
+)
+def test_hidden_layers_are_a_word_or_indices(path: Path, text: str, value: Any) -> None:
+    assert load(path, f"{HEAD}{MODELS}parameters: {{hidden_layers: {text}}}\n").parameters.hidden_layers == value
+
+
+def test_a_config_is_frozen(path: Path) -> None:
+    config = load(path, HEAD + MODELS)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("merge_method: ties  # here\nbase_model: b\n" + MODELS, "merge_method"),
+        ("merge_method: expert_merging\nbase_model: 3  # here\n" + MODELS, "base_model"),
+        ("merge_method: expert_merging\nbase_model: ''  # here\n" + MODELS, "base_model"),
+        (HEAD + "models: math  # here\n", "models"),
+        (HEAD + "models: []  # here\n", "models"),
+        (HEAD + "models:\n  - math  # here\n", "models.0"),
+        (HEAD + "models:\n  - model: 5  # here\n    calibration: a.jsonl\n", "models.0.model"),
+        (HEAD + "models:\n  - model: ''  # here\n    calibration: a.jsonl\n", "models.0.model"),
+        (HEAD + "models:\n  - model: a\n    calibration: 5  # here\n", "models.0.calibration"),
+        (HEAD + "models:\n  - model: a\n    calibration: [5]  # here\n", "models.0.calibration.0"),
+        (HEAD + "models:\n  - model: a\n    calibration: a.jsonl\n    name: [b]  # here\n", "models.0.name"),
+        (HEAD + MODELS + "  - model: b\n    calibration: {}  # here\n", "models.1.calibration"),
+        (HEAD + MODELS + "  - model: b\n    parameters: {weight: a}  # here\n", "models.1.parameters.weight"),
+        *(
+            (f"{HEAD}{MODELS}parameters:\n  temperature: 2\n  {text}  # here\n", f"parameters.{key}")
+            for text, key in [
+                ("weight: true", "weight"),
+                ("weight: heavy", "weight"),
+                ("weight: [0.1]", "weight"),
+                ("weight: .nan", "weight"),
+                ("weight: .inf", "weight"),
+                (f"weight: {'9' * 400}", "weight"),
+                ("loss_weight: -1", "loss_weight"),
+                ("samples_per_model: 0", "samples_per_model"),
+                ("samples_per_model: true", "samples_per_model"),
+                ("epochs: 1.5", "epochs"),
+                ("epochs: null", "epochs"),
+                ("regularization: -0.1", "regularization"),
+                ("learning_rate: 0", "learning_rate"),
+                ("budget: {a: 1}", "budget"),
+                ("fixed: stage2", "fixed"),
+                ("start: 1", "start"),
+                ("hidden_layers: last", "hidden_layers"),
+                ("hidden_layers: 3", "hidden_layers"),
+                ("hidden_layers: true", "hidden_layers"),
+                ("hidden_layers: [a]", "hidden_layers"),
+                ("hidden_layers: [true]", "hidden_layers"),
+            ]
+        ),
+        *(
+            (f"{HEAD}{MODELS}{text}  # here\n", key)
+            for text, key in [
+                ("parameters: [1]", "parameters"),
+                ("parameters: null", "parameters"),
+                ("calibration: 5", "calibration"),
+                ("calibration: {max_length: 1}", "calibration.max_length"),
+                ("calibration: {shuffle: 3}", "calibration.shuffle"),
+                ("calibration: {generate_responses: -1}", "calibration.generate_responses"),
+                ("exclude: '.*norm.*'", "exclude"),
+                ("exclude: [a, 3]", "exclude.1"),
+                ("exclude: [a, '(b']", "exclude.1"),
+                ("dtype: float64", "dtype"),
+                ("out_dtype: 16", "out_dtype"),
+                ("seed: true", "seed"),
+                ("seed: -1", "seed"),
+                ("seed: 1.5", "seed"),
+                ("seed: 2020-01-02", "seed"),
+                (f"seed: {2**63}", "seed"),
+                ("cluster: 4", "cluster"),
+                ("cluster: {expert: {num_gpus: lots}}", "cluster.expert.num_gpus"),
+                ("cluster: {trainer: {num_gpus: -1}}", "cluster.trainer.num_gpus"),
+                ("cluster: {shards: 0}", "cluster.shards"),
+                ("cluster: {shards: true}", "cluster.shards"),
+                ("cluster: {wait: soon}", "cluster.wait"),
+                ("record: 5", "record"),
+            ]
+        ),
+    ],
+    ids=last_line,
+)
+def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Path, text: str, key: str) -> None:
+    message = fault(path, text)
+    assert message.startswith(f"{path}:{line_of(text)}: {key}")
+    assert message.count(str(path)) == 1, "one fault is told once"
+    assert message.count("expected: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        (HEAD + MODELS + "parametres: {}  # here\n", "parametres", "parameters"),
+        (HEAD + MODELS + "sed: 3  # here\n", "sed", "seed"),
+        (HEAD + MODELS + "merge-methods: 3  # here\n", "merge-methods", "merge_method"),
+        (HEAD + MODELS + "parameters:\n  weigth: 0.2  # here\n", "parameters.weigth", "weight"),
+        (HEAD + MODELS + "parameters:\n  learning-rate: 1  # here\n", "parameters.learning-rate", "learning_rate"),
+        (HEAD + MODELS + "parameters:\n  loss.weight: 1  # here\n", "parameters.loss.weight", "loss_weight"),
+        (HEAD + MODELS + "    modle: x  # here\n", "models.0.modle", "model"),
+        (HEAD + MODELS + "    parameters: {wieght: 0.2}  # here\n", "models.0.parameters.wieght", "weight"),
+        (HEAD + MODELS + "calibration: {max_lenght: 9}  # here\n", "calibration.max_lenght", "max_length"),
+        (HEAD + MODELS + "cluster: {shard: 2}  # here\n", "cluster.shard", "shards"),
+        (HEAD + MODELS + "cluster: {expert: {num_gpu: 2}}  # here\n", "cluster.expert.num_gpu", "num_gpus"),
+    ],
+    ids=last_line,
+)
+def test_an_unknown_key_is_told_with_the_nearest_known_one(path: Path, text: str, key: str, near: str) -> None:
+    message = fault(path, text)
+    assert message == f"{path}:{line_of(text)}: unknown key {key!r}\n  do: did you mean {near!r}?"
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("zzzz: 1", "merge_method, base_model"),
+        ("'': 1", "merge_method, base_model"),
+        ("parameters: {zzzz: 1}", "temperature"),
+    ],
+)
+def test_an_unknown_key_like_no_other_is_told_with_all_known_ones(path: Path, text: str, known: str) -> None:
+    message = fault(path, f"{HEAD}{MODELS}{text}\n")
+    assert message.startswith(f"{path}:6: unknown key ")
+    assert "known keys here: " in message and known in message
+
+
+@pytest.mark.parametrize("key", ["1", "null", "1.5", "true", "2020-01-02", "? [a, b]\n", "? {a: b}\n"])
+def test_a_key_that_is_no_text_is_a_config_error(path: Path, key: str) -> None:
+    assert fault(path, f"{HEAD}{MODELS}{key}: 1\n").startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("{}\n", ["merge_method", "base_model", "models"]),
+        (HEAD, ["models"]),
+        (HEAD + "models: [{calibration: a.jsonl}]\n", ["models.0.model"]),
+    ],
+    ids=last_line,
+)
+def test_missing_keys_are_named_and_no_other(path: Path, text: str, missing: list[str]) -> None:
+    message = fault(path, text)
+    assert [line.rpartition("the key ")[2] for line in message.splitlines()] == [f"{k!r} is missing" for k in missing]
+
+
+def test_at_most_five_faults_are_told_at_once(path: Path) -> None:
+    message = fault(path, HEAD + MODELS + "".join(f"zzzz{number}: 1\n" for number in range(7)))
+    assert message.count("unknown key") == 5
+    assert message.endswith("(2 more)")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (HEAD + MODELS + "seed: 1\nseed: 2  # here\n", "'seed' is given twice"),
+        (HEAD + MODELS + "parameters:\n  weight: 0.1\n  weight: 0.1  # here\n", "'weight' is given twice"),
+        (HEAD + MODELS + "parameters: {kappa: 1, 'kappa': 2}  # here\n", "'kappa' is given twice"),
+        (HEAD + MODELS + "\tseed: 1  # here\n", "\\t"),
+        (HEAD + MODELS + "seed: *unknown  # here\n", "undefined alias 'unknown'"),
+        (HEAD + MODELS + "seed: !!python/object:os.system {}  # here\n", "could not determine a constructor"),
+        (HEAD + MODELS + "---  # here\nseed: 1\n", "another document"),
+        (HEAD + "models: [  # here", "<stream end>"),
+    ],
+)
+def test_text_that_is_no_yaml_is_told_with_its_line(path: Path, text: str, problem: str) -> None:
+    message = fault(path, text)
+    assert message.startswith(f"{path}:{line_of(text)}: not valid YAML: ")
+    assert problem in message
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 2020-13-45", "seed: 0x_", f"seed: {'1' * 5000}", "seed: !!int abc"], ids=last_line
+)
+def test_a_value_that_yaml_cannot_make_is_a_config_error(path: Path, text: str) -> None:
+    assert fault(path, f"{HEAD}{MODELS}{text}\n").startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "nested"), [("seed: \x00", False), ("seed: \x1b[0m", False), ("a: " + "[" * 3000 + "]" * 3000, True)]
+)
+def test_what_is_wrong_with_yaml_is_told_as_it_is(path: Path, text: str, nested: bool) -> None:
+    message = fault(path, HEAD + MODELS + text)
+    assert "not valid YAML" in message
+    assert ("nested too deeply" in message) is nested
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "merge\n", "3\n"])
+def test_a_config_that_is_no_mapping_is_a_config_error(path: Path, text: str) -> None:
+    assert fault(path, text).startswith(f"{path}: the config is not a mapping")
+
+
+def test_a_config_that_is_not_utf8_is_a_config_error(path: Path) -> None:
+    path.write_bytes(b"merge_method: \xff\xfe")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(path)
+
+
+def test_a_config_that_cannot_be_read_is_a_config_error(path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        load_config(path)
+    path.mkdir()
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(path)
+
+
+def test_yaml_anchors_and_merge_keys_may_be_used(path: Path) -> None:
+    text = f"{HEAD}models:\n  - &first {{model: a, calibration: a.jsonl}}\n  - {{<<: *first, model: b, name: b}}\n"
+    assert [(expert.model, expert.calibration) for expert in load(path, text).models] == [
+        ("a", ("a.jsonl",)),
+        ("b", ("a.jsonl",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("  - model: other/math  # here\n    calibration: b.jsonl\n", ["two experts are called 'math'", "`name`"]),
+        ("  - {model: b, name: math, calibration: b.jsonl}  # here\n", ["two experts are called 'math'"]),
+        ("  - model: b  # here\n", ["expert 'b' has no calibration"]),
+        ("  - {model: b, calibration: []}  # here\n", ["expert 'b' has no calibration"]),
+        *(
+            (f"  - {{model: b, calibration: b.jsonl, parameters: {{weight: {weight}}}}}  # here\n", ["prior", weight])
+            for weight in ("0", "1", "-0.1", "1.5")
+        ),
+    ],
+)
+def test_what_one_key_alone_cannot_show_is_told_with_the_experts_line(path: Path, text: str, words: list[str]) -> None:
+    text = HEAD + MODELS + text
+    message = fault(path, text)
+    assert message.startswith(f"{path}:{line_of(text)}: ")
+    assert all(word in message for word in words)
+
+
+def test_a_top_level_prior_outside_0_to_1_is_told_with_the_expert(path: Path) -> None:
+    message = fault(path, HEAD + MODELS + "parameters: {weight: 1}\n")
+    assert "the prior of expert 'math' is 1" in message and "above 0 and below 1" in message
+
+
+@pytest.mark.parametrize(
+    ("entry", "key"),
+    [
+        ("  - model: a\n    calibration: a.jsonl\n    modle: x  # here\n", "models.1.modle"),
+        ("  - model: a\n    calibration: 5  # here\n", "models.1.calibration"),
+        ("  - model: a  # here\n", "no calibration"),
+        ("  - {model: a, calibration: a.jsonl, parameters: {weight: 2}}  # here\n", "the prior"),
+    ],
+    ids=last_line,
+)
+def test_a_base_among_the_models_does_not_shift_the_lines_of_faults(path: Path, entry: str, key: str) -> None:
+    text = HEAD + "models:\n  - model: models/base\n" + entry
+    message = fault(path, text)
+    assert message.startswith(f"{path}:{line_of(text)}: ")
+    assert key in message
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("seed=7", lambda config: config.seed == 7),
+        ("parameters.weight=0.4", lambda config: config.parameters.weight == 0.4),
+        ("parameters={weight: 0.4}", lambda config: config.parameters.weight == 0.4),
+        ("parameters.hidden_layers=[1, 2]", lambda config: config.parameters.hidden_layers == (1, 2)),
+        ("models.0.name=sums", lambda config: config.models[0].name == "sums"),
+        ("models.0.parameters.weight=0.4", lambda config: config.weight(config.models[0]) == 0.4),
+        ("models.0.calibration=a=b.jsonl", lambda config: config.models[0].calibration == ("a=b.jsonl",)),
+        ("cluster.expert.num_gpus=0", lambda config: config.cluster.expert.num_gpus == 0),
+        ("exclude=[]", lambda config: config.exclude == ()),
+        ("dtype=", lambda config: config.dtype is None),
+    ],
+)
+def test_an_override_sets_a_key(path: Path, override: str, read: Any) -> None:
+    assert read(load(path, HEAD + MODELS, override))
+
+
+def test_overrides_apply_in_order_and_before_lookup(path: Path) -> None:
+    assert load(path, HEAD + MODELS, "seed=1", "seed=2").seed == 2
+    assert load(path, HEAD + MODELS, "models.0.model=x/y").models[0].name == "y"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed",
+        "=1",
+        ".=1",
+        "seed.=1",
+        "parameters..weight=1",
+        "models.1.name=x",
+        "models.1=x",
+        "models.-1.name=x",
+        "models.name=x",
+        "models.².name=x",
+        "base_model.sub.sub=1",
+        "seed=[",
+        "seed=2020-13-45",
+        "seed=" + "[" * 3000,
+    ],
+    ids=last_line,
+)
+def test_an_override_that_cannot_be_applied_is_named(path: Path, override: str) -> None:
+    assert f"--set {override}"[:40] in fault(path, HEAD + MODELS, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parameters.weigth=0.2", ["unknown key 'parameters.weigth'", "'weight'"]),
+        ("parameters.0=1", ["parameters.0"]),
+        ("seed=abc", ["seed is 'abc'"]),
+        ("base_model=", ["base_model is None"]),
+        ("parameters.weight=2", ["prior"]),
+    ],
+)
+def test_a_fault_that_an_override_brings_is_told_like_any_other(path: Path, override: str, words: list[str]) -> None:
+    message = fault(path, HEAD + MODELS, override)
+    assert all(word in message for word in words)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"parameters": {"hidden_layers": "all", "weight_decay": "1e-7"}, "dtype": "float16", "out_dtype": "bfloat16"},
+    {"parameters": {"hidden_layers": [1, 3]}, "exclude": [".*norm.*", "été"], "seed": 2**63 - 1},
+    {"cluster": {"expert": {"num_gpus": 0.5}, "shards": 3, "wait": 1e9}, "calibration": {"shuffle": True}},
+    {"record": {"identity": "…", "versions": {"torch": "2"}}},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_resolved_config_runs_from_anywhere_and_resolves_to_itself(
+    tmp_path: Path, llama_merge: Path, options: dict[str, Any]
+) -> None:
+    path = shutil.copytree(llama_merge.parent, tmp_path / "merge") / "merge.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(llama_merge.read_text()) | options), encoding="utf-8")
+    plan = plan_of(path)
+    resolved = resolved_config(plan)
+    elsewhere = tmp_path / "config.yaml"
+    elsewhere.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    again = plan_of(elsewhere)
+    assert resolved_config(again) == resolved
+    assert (again.base, again.experts, again.merged) == (plan.base, plan.experts, plan.merged)
+    unchanged = {"base_model", "models", "record"}
+    assert again.config.model_dump(exclude=unchanged) == plan.config.model_dump(exclude=unchanged)
+
+
+KEYS = [*Config.model_fields, "model", "name", "weight", "hidden_layers", "shards", "num_gpus", "expert", "max_length"]
+VALID: dict[str, Any] = {
+    "merge_method": "expert_merging",
+    "base_model": "base",
+    "models": [{"model": "a", "calibration": ["a.jsonl"], "parameters": {"weight": 0.3}}, {"model": "base"}],
+    "parameters": {"hidden_layers": [1]},
+    "exclude": ["a"],
+    "cluster": {"expert": {"num_gpus": 1}, "shards": 2},
+    "calibration": {"shuffle": True},
+}
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("auto")
+json_like = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6) | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def is_config_or_config_error(raw: dict[Any, Any]) -> bool:
+    try:
+        return isinstance(parse_config(raw, Path("merge.yaml")), Config)
+    except ConfigError as error:
+        return str(error).startswith("merge.yaml")
+
+
+@PROPERTY
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=6), json_like, max_size=5))
+@example({"": 1})
+@example({"a-b": 1})
+def test_any_mapping_is_a_config_or_a_config_error(raw: dict[str, Any]) -> None:
+    assert is_config_or_config_error(raw)
+
+
+@PROPERTY
+@given(st.data())
+def test_a_config_with_anything_in_the_place_of_a_part_is_one_or_a_config_error(data: st.DataObject) -> None:
+    raw = copy.deepcopy(VALID)
+    target: Any = raw
+    while True:
+        keys = list(target) if isinstance(target, dict) else list(range(len(target)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(target[key], dict | list) or not target[key] or data.draw(st.booleans()):
+            break
+        target = target[key]
+    target[key] = data.draw(json_like)
+    assert is_config_or_config_error(raw)
+
+
+@PROPERTY
+@given(st.text(max_size=60) | st.binary(max_size=60))
+def test_any_file_is_a_config_or_a_config_error(tmp_path_factory: pytest.TempPathFactory, content: str | bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "replace"))
+    with pytest.raises(ConfigError):
+        load_config(path)

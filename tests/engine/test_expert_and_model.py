@@ -1,0 +1,151 @@
+"""Experts and skeletons against what `from_pretrained` makes of the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from conftest import plan_of
+from transformers import AutoModelForCausalLM
+
+from engine.calibration import Sample
+from engine.errors import CheckpointError
+from engine.expert import FrozenExpert, load_target, save_target
+from engine.headers import read_model_header
+from engine.model import build_skeleton, match_names, rebuild_logits
+from engine.student import Student
+
+CPU = torch.device("cpu")
+SAMPLE = Sample(0, 0, (5, 9, 33, 12, 7, 41), "here")
+
+
+def truth(folder: Path, dtype: torch.dtype = torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(torch.tensor([SAMPLE.input_ids]), output_hidden_states=True)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_target_is_what_the_loaded_expert_says(tmp_path: Path, family: str, tied: bool) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1, tied=tied, sharded=True))
+    target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
+    expected = truth(tmp_path / "merge" / "expert0")
+    assert target.logits_TV is None, "the head is the base's, so the last hidden state is enough"
+    for index in (1, 2):
+        assert torch.equal(target.hidden_TH[index], expected.hidden_states[index][0])
+    student = Student(plan, CPU)
+    assert torch.equal(rebuild_logits(student.model, target.last_hidden_TH[None])[0], expected.logits[0])
+
+
+def test_bfloat16_experts_too(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", "gemma2", experts=1, dtype=torch.bfloat16))
+    assert plan.dtype == "bfloat16"
+    target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
+    expected = truth(tmp_path / "merge" / "expert0", torch.bfloat16)
+    assert torch.equal(target.hidden_TH[2], expected.hidden_states[2][0])
+    assert target.last_hidden_TH is not None and target.last_hidden_TH.dtype == torch.bfloat16
+
+
+def test_another_head_carries_the_logits(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "base")
+    expert = tiny.make_expert(base, seed=1)
+    with torch.no_grad():
+        expert.lm_head.weight[3, 4] += 0.5
+    tiny.save(expert, tmp_path / "merge" / "expert0")
+    target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
+    assert target.last_hidden_TH is None
+    assert torch.equal(target.logits_TV, truth(tmp_path / "merge" / "expert0").logits[0])
+
+
+def test_a_head_that_is_merged_carries_the_logits(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=1, exclude=[".*norm.*"])
+    target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
+    assert target.last_hidden_TH is None and target.logits_TV is not None
+
+
+def test_another_configuration_carries_the_logits(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", "gemma2", experts=1)
+    path = tmp_path / "merge" / "expert0" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"final_logit_softcapping": 5.0}))
+    target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
+    assert target.last_hidden_TH is None
+    assert torch.equal(target.logits_TV, truth(tmp_path / "merge" / "expert0").logits[0])
+
+
+def test_an_expert_writes_its_own_response_greedily(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
+    target = FrozenExpert(plan, 0, CPU).target(Sample(0, 0, SAMPLE.input_ids, "here", generate=4))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert0").eval()
+    ids = torch.tensor([SAMPLE.input_ids])
+    for _ in range(4):
+        with torch.no_grad():
+            best = model(ids).logits[0, -1].argmax()
+        ids = torch.cat([ids, best[None, None]], dim=1)
+        if best == model.config.eos_token_id:
+            break
+    assert target.input_ids_T.tolist() == ids[0].tolist()
+    assert target.hidden_TH[1].shape[0] == ids.shape[1]
+
+
+def test_a_target_survives_its_file(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1, parameters={"hidden_layers": [0, 3]}))
+    target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
+    save_target(target, tmp_path / "target.safetensors")
+    read = load_target(tmp_path / "target.safetensors")
+    assert read.tensors().keys() == target.tensors().keys()
+    assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in target.tensors().items())
+
+
+def test_a_tied_config_beside_another_head_in_the_file_is_built_untied(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=1, tied=True)
+    for name in ("base", "expert0"):
+        path = tmp_path / "merge" / name / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        tensors["lm_head.weight"] = torch.randn(tiny.VOCAB, 32, generator=torch.Generator().manual_seed(5))
+        safetensors.torch.save_file(tensors, path, {"format": "pt"})
+    plan = plan_of(config)
+    student = Student(plan, CPU)
+    head = student.model.lm_head.weight
+    assert torch.equal(head, tensors["lm_head.weight"])
+    assert not torch.equal(head, student.model.get_input_embeddings().weight)
+
+
+def test_names_without_a_partner_are_named(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model(), tmp_path / "model")
+    names = list(read_model_header(folder).tensors)
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.extra\.weight' has no partner"):
+        build_skeleton(folder, [*names, "model.layers.0.extra.weight"], torch.float32)
+    with pytest.raises(CheckpointError, match=r"fills the model's parameter 'model\.norm\.weight'"):
+        build_skeleton(folder, [name for name in names if name != "model.norm.weight"], torch.float32)
+
+
+def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model(), tmp_path / "model")
+    model, _ = build_skeleton(folder, read_model_header(folder).tensors, torch.float32)
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert match_names(model, ["layers.0.mlp.up_proj.weight", old], folder) == {
+        "layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"
+    }
+
+
+def test_an_unknown_architecture_says_so(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model(), tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(CheckpointError, match="no_such_model"):
+        build_skeleton(folder, [], torch.float32)
+
+
+def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
+    expert = FrozenExpert(plan, 0, CPU)
+    with torch.no_grad():
+        expert.model.get_parameter("model.norm.weight").data = torch.full((32,), float("inf"))
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        expert.target(SAMPLE)
+    assert caught.value.where == "here"

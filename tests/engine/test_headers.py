@@ -1,0 +1,326 @@
+"""Checkpoints by their headers: the same tensors that safetensors sees, and a named fault for every broken folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import tiny
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from engine.errors import CheckpointError
+from engine.headers import FLOATS, find_model, read_file_header, read_json, read_model_header
+
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+INDEX = "model.safetensors.index.json"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in one file; read only."""
+    return tiny.save(tiny.make_model(), tmp_path_factory.mktemp("headers") / "model")
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in many files with an index; read only."""
+    return tiny.save(tiny.make_model(), tmp_path_factory.mktemp("headers") / "model", sharded=True)
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A model in one file, to be spoilt."""
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+@pytest.fixture
+def shards(sharded: Path, tmp_path: Path) -> Path:
+    """A model in many files, to be spoilt."""
+    return shutil.copytree(sharded, tmp_path / "model")
+
+
+def fault(call: Callable[[], Any]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    return str(caught.value)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [False, True])
+def test_headers_say_what_safetensors_and_torch_say(tmp_path: Path, dtype: torch.dtype, many: bool) -> None:
+    folder = tiny.save(tiny.make_model("qwen2", tied=True), tmp_path / "model", dtype, sharded=many)
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {name: (tensor, file.name) for file in files for name, tensor in load_file(file).items()}
+    header = read_model_header(folder)
+    assert (len(files) > 1) is many
+    assert set(header.tensors) == set(tensors)
+    for name, found in header.tensors.items():
+        tensor, file = tensors[name]
+        assert (found.name, found.file, found.shape) == (name, file, tuple(tensor.shape))
+        assert (found.numel, found.nbytes) == (tensor.numel(), tensor.nbytes)
+        assert getattr(torch, FLOATS[found.dtype]) == tensor.dtype == dtype
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_tensors_come_in_the_order_of_the_files_bytes(whole: Path, sharded: Path, many: bool) -> None:
+    folder = sharded if many else whole
+    expected = []
+    for file in sorted(folder.glob("*.safetensors")):
+        content = file.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        names = {name: part for name, part in json.loads(content[8 : 8 + size]).items() if name != "__metadata__"}
+        expected += sorted(names, key=lambda name: names[name]["data_offsets"])
+    assert list(read_model_header(folder).tensors) == expected
+
+
+def test_a_config_tells_architecture_vocabulary_and_blocks(whole: Path) -> None:
+    header = read_model_header(whole)
+    assert header.architecture == "LlamaForCausalLM (llama)"
+    assert (header.vocab_size, header.num_layers, header.folder) == (tiny.VOCAB, 3, whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "vocabulary", "layers"),
+    [
+        ({"text_config": {"vocab_size": 5, "num_hidden_layers": 2}, "vocab_size": 9}, 5, 2),
+        ({"vocab_size": 7, "n_layer": 4}, 7, 4),
+        ({"vocab_size": "many", "num_layers": None}, None, None),
+    ],
+)
+def test_configs_of_other_shapes_are_read(folder: Path, config: Any, vocabulary: int | None, layers: Any) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    header = read_model_header(folder)
+    assert (header.vocab_size, header.num_layers, header.architecture) == (vocabulary, layers, "? (?)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
+def test_every_type_and_shape_has_its_bytes(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape).to(dtype)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    header = read_file_header(tmp_path / "model.safetensors")["a"]
+    assert (header.shape, header.numel, header.nbytes) == (shape, tensor.numel(), tensor.nbytes)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -1000])
+def test_a_truncated_file_is_named(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:keep])
+    assert fault(lambda: read_model_header(folder)).startswith(f"{file}: not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage",
+        b"PK\x03\x04" + bytes(100),
+        b"\xff" * 100,
+        bytes(100),
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ],
+)
+def test_a_file_of_something_else_is_named(folder: Path, content: bytes) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(content)
+    assert fault(lambda: read_model_header(folder)).startswith(f"{file}: not a whole safetensors file")
+
+
+def test_bytes_behind_the_last_tensor_are_a_fault(folder: Path) -> None:
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    assert "not a whole safetensors file" in fault(lambda: read_model_header(folder))
+
+
+def test_a_folder_in_place_of_a_file_is_a_fault(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    assert str(folder / "model.safetensors") in fault(lambda: read_model_header(folder))
+
+
+@PROPERTY
+@given(st.binary(max_size=200))
+@example(b"\x09\x00\x00\x00\x00\x00\x00\x00[1, 2, 3]")
+@example(b'\x20\x00\x00\x00\x00\x00\x00\x00{"a":{"dtype":"F32","shape":[9]}}')
+def test_random_bytes_are_no_safetensors_file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "random.safetensors"
+    path.write_bytes(content)
+    assert str(path) in fault(lambda: read_file_header(path))
+
+
+@PROPERTY
+@given(st.data())
+def test_a_spoilt_header_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, whole: Path, data: st.DataObject
+) -> None:
+    content = bytearray((whole / "model.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, 600))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "spoilt.safetensors"
+    path.write_bytes(bytes(content))
+    try:
+        told = list(read_file_header(path))
+    except CheckpointError as error:
+        told = [str(error)]
+    assert told
+
+
+@pytest.mark.parametrize(
+    "file", ["../x.safetensors", "a/../../x.safetensors", "/tmp/x.safetensors", "..", "a\\..\\x.safetensors"]
+)
+def test_an_index_that_points_outside_its_folder_is_refused(shards: Path, file: str) -> None:
+    save_file({"x": torch.ones(1)}, shards.parent / "x.safetensors")
+    edit_index(shards, lambda weights: weights.update(x=file))
+    message = fault(lambda: read_model_header(shards))
+    assert str(shards / INDEX) in message
+    assert f"outside the model's folder: {file!r}" in message
+
+
+@pytest.mark.parametrize("file", ["gone.safetensors", "", ".", "a\0b"])
+def test_an_index_that_names_a_file_that_is_not_there_is_a_fault(shards: Path, file: str) -> None:
+    edit_index(shards, lambda weights: weights.update(x=file))
+    message = fault(lambda: read_model_header(shards))
+    assert message.startswith(f"{shards / INDEX}: ")
+    assert f"a file that is not there: {file!r}" in message
+
+
+def test_an_index_that_claims_a_tensor_that_its_file_lacks_is_a_fault(shards: Path) -> None:
+    file = sorted(shards.glob("*.safetensors"))[0].name
+    edit_index(shards, lambda weights: weights.update(extra=file))
+    assert f"says that {file!r} holds 'extra', and it does not" in fault(lambda: read_model_header(shards))
+
+
+def test_a_tensor_that_the_index_does_not_list_is_not_there(shards: Path) -> None:
+    name = next(iter(read_model_header(shards).tensors))
+    edit_index(shards, lambda weights: weights.pop(name))
+    assert name not in read_model_header(shards).tensors
+
+
+def test_a_truncated_shard_is_named(shards: Path) -> None:
+    file = sorted(shards.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    assert fault(lambda: read_model_header(shards)).startswith(f"{file}: not a whole safetensors file")
+
+
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}', "[]", "", "{", "\xff"]
+)
+def test_an_index_that_is_none_is_named(shards: Path, index: str) -> None:
+    (shards / INDEX).write_bytes(index.encode("latin-1"))
+    assert fault(lambda: read_model_header(shards)).startswith(f"{shards / INDEX}: ")
+
+
+@pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickled_weights_alone_are_refused_by_name(folder: Path, pickled: str) -> None:
+    (folder / "model.safetensors").rename(folder / pickled)
+    message = fault(lambda: read_model_header(folder))
+    assert f"only pickled ones ({pickled})" in message and "save_pretrained" in message
+
+
+def test_a_folder_without_weights_is_a_fault(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    message = fault(lambda: read_model_header(folder))
+    assert message.startswith(f"{folder}: no safetensors weights here\n") and "pickled" not in message
+
+
+def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    assert "quantized" in fault(lambda: read_model_header(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "not valid JSON"),
+        (b"{,}", "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b"[]", "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_config_json_that_is_none_is_named(folder: Path, content: bytes | None, problem: str) -> None:
+    path = folder / "config.json"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    message = fault(lambda: read_model_header(folder))
+    assert message.startswith(f"{path}: ") and problem in message
+
+
+def test_a_folder_in_place_of_a_json_file_is_a_fault(tmp_path: Path) -> None:
+    assert "cannot be read: Is a directory" in fault(lambda: read_json(tmp_path))
+
+
+@pytest.mark.parametrize("model", ["model", "./model", "model/", "../{parent}/model", "{absolute}"])
+def test_a_path_is_taken_from_the_configs_folder(whole: Path, model: str) -> None:
+    model = model.format(parent=whole.parent.name, absolute=whole)
+    assert find_model(model, whole.parent) == whole.resolve()
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    monkeypatch.setenv("HOME", str(whole.parent))
+    assert find_model("~/model", Path("/")) == whole.resolve()
+
+
+@pytest.mark.parametrize("model", ["../none", "/none/at/all", "a b", "a/b/c", "http://huggingface.co/a/b", "@main"])
+def test_a_missing_folder_is_named_with_its_whole_path(tmp_path: Path, model: str) -> None:
+    message = fault(lambda: find_model(model, tmp_path))
+    assert message.startswith(f"{(tmp_path / model).resolve()}: no such model folder")
+    assert "owner/name" in message
+
+
+@pytest.mark.parametrize("model", ["~no-such-user/model", "a\0b", "owner/name@a\0b", "x" * 5000, "x/" * 3000])
+def test_a_name_that_no_file_can_have_is_a_fault(tmp_path: Path, model: str) -> None:
+    assert fault(lambda: find_model(model, tmp_path))
+
+
+@pytest.mark.parametrize("model", ["owner/none", "owner/none@main", "none", "owner/a--b", "owner/a.git"])
+def test_a_hub_id_that_the_cache_does_not_hold_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    message = fault(lambda: find_model(model, tmp_path))
+    assert message.startswith(f"{model}: no folder of this name, and the hub does not give it")
+    assert "HF_HUB_OFFLINE=1" in message and str(tmp_path / model.partition("@")[0]) in message
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@{commit}"])
+def test_a_hub_id_is_found_in_the_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, revision: str
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--owner--name"
+    snapshot = shutil.copytree(whole, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    found = find_model("owner/name" + revision.format(commit=commit), tmp_path)
+    assert found == snapshot
+    assert read_model_header(found).tensors == read_model_header(whole).tensors
+
+
+def test_a_folder_goes_before_a_hub_id_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert find_model("owner/name", tmp_path) == tmp_path / "owner" / "name"

@@ -1,0 +1,378 @@
+"""LoRA adapters that peft itself builds: the same change of every weight, and a refusal by name of all else."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.checkpoint import AdapterExpert, Checkpoint
+from engine.errors import CheckpointError
+from engine.headers import read_model_header
+from engine.lora import CONFIG, PREFIX, WEIGHTS, AdapterHeader, is_adapter, read_adapter_header
+
+Q = "model.layers.1.self_attn.q_proj"
+FACTOR = f"{PREFIX}{Q}.lora_A.weight"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A base and an adapter on disk, and what peft's merge makes of each of the base's tensors."""
+
+    base: Path
+    adapter: Path
+    base_tensors: dict[str, Tensor]
+    merged_tensors: dict[str, Tensor]
+
+    def header(self) -> AdapterHeader:
+        return read_adapter_header(self.adapter, read_model_header(self.base))
+
+
+def gpt2(tied: bool = True) -> Any:
+    """A tiny GPT-2: its blocks are Conv1D, which stores weights as [in, out]."""
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def build(folder: Path, model: Any, dtype: torch.dtype = torch.float32, save: Any = None, **options: Any) -> Built:
+    """An adapter with random factors, saved by peft; `save` goes to `save_pretrained`."""
+    base = tiny.save(model, folder / "base")
+    with warnings.catch_warnings():
+        # peft warns of what it sets by itself: Conv1D's layout, tied embeddings.
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_((torch.randn_like(parameter) * 0.2).to(dtype))
+        adapted.save_pretrained(folder / "adapter", **(save or {}))
+        merged = adapted.merge_and_unload().state_dict()
+    if dtype != torch.float32:
+        tensors = load_file(folder / "adapter" / WEIGHTS)
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "adapter" / WEIGHTS)
+    return Built(base, folder / "adapter", load_file(base / "model.safetensors"), merged)
+
+
+def cuts(numel: int, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, numel)) for start in range(0, numel, size)]
+
+
+def assert_equals_peft(built: Built, changed: int) -> None:
+    header = built.header()
+    expert = AdapterExpert(Checkpoint(built.adapter, header.tensors), header.pairs)
+    assert is_adapter(built.adapter) and not is_adapter(built.base)
+    assert len(header.pairs) == changed
+    for name, base in built.base_tensors.items():
+        vector = expert.task_vector(name)
+        expected = (built.merged_tensors[name] - base).reshape(-1)
+        if vector is None:
+            assert not expected.any(), name
+            continue
+        assert expected.abs().max() > 0.01, name
+        numel, columns = base.numel(), base.shape[-1]
+        for size in (numel, 37, columns, 2 * columns + 1, columns - 1):
+            out = torch.full((numel,), torch.nan)
+            for start, stop in cuts(numel, size):
+                vector.block(start, stop, base.reshape(-1)[start:stop], out[start:stop])
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        (6, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}),
+        (21, {"r": 4, "lora_alpha": 3, "target_modules": "all-linear"}),
+        (6, {"r": 5, "lora_alpha": 8, "use_rslora": True, "target_modules": ["k_proj", "up_proj"]}),
+        (
+            9,
+            {
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": ["q_proj", "v_proj", "gate_proj"],
+                "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 3, "layers.2.mlp.gate_proj": 6},
+            },
+        ),
+        (
+            6,
+            {
+                "r": 4,
+                "lora_alpha": 8,
+                "target_modules": ["q_proj", "v_proj"],
+                "alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 1, "v_proj": 20, "proj": 99},
+            },
+        ),
+        (
+            6,
+            {
+                "r": 4,
+                "lora_alpha": 8,
+                "use_rslora": True,
+                "target_modules": ["q_proj", "v_proj"],
+                "rank_pattern": {"^model.layers.1.self_attn.q_proj": 3, "0.self_attn.v_proj": 1},
+                "alpha_pattern": {"q_proj": 5, "self_attn.q_proj": 7},
+            },
+        ),
+        (2, {"r": 4, "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]}),
+        (3, {"r": 4, "target_modules": r".*layers\.\d\.mlp\.up_proj", "lora_dropout": 0.1}),
+        (3, {"r": 4, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"], "task_type": "CAUSAL_LM"}),
+        (3, {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
+        (3, {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
+        (3, {"r": 40, "lora_alpha": 1, "target_modules": ["down_proj"]}),
+    ],
+    ids=str,
+)
+def test_a_llama_adapter_changes_what_peft_says(tmp_path: Path, changed: int, options: dict[str, Any]) -> None:
+    assert_equals_peft(build(tmp_path, tiny.make_model(), **options), changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "options"),
+    [
+        (2, {"r": 4, "lora_alpha": 6}),
+        (6, {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj"]}),
+        (2, {"r": 3, "target_modules": ["c_fc"], "fan_in_fan_out": True, "use_rslora": True}),
+        (4, {"r": 4, "target_modules": ["c_attn", "c_fc"], "rank_pattern": {"c_fc": 2}, "alpha_pattern": {"c_fc": 9}}),
+    ],
+    ids=str,
+)
+def test_a_gpt2_adapter_changes_what_peft_says(tmp_path: Path, changed: int, options: dict[str, Any]) -> None:
+    assert_equals_peft(build(tmp_path, gpt2(), **options), changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_of_half_precision_are_multiplied_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    built = build(tmp_path, tiny.make_model(), dtype, r=4, target_modules=["q_proj", "down_proj"])
+    assert_equals_peft(built, 6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "make", "targets"),
+    [
+        (4, tiny.make_model, ["embed_tokens", "q_proj"]),
+        (4, tiny.make_model, ["lm_head", "q_proj"]),
+        (3, gpt2, ["wte", "c_attn"]),
+        (2, lambda: tiny.make_model(tied=False), ["embed_tokens", "lm_head"]),
+    ],
+)
+@pytest.mark.parametrize("save", ["factors only", "as peft does by default"])
+def test_an_adapter_of_embedding_or_head_changes_what_peft_says(
+    tmp_path: Path, changed: int, make: Callable[[], Any], targets: list[str], save: str
+) -> None:
+    # By default peft writes an unchanged copy of the base's embedding or head beside the factors.
+    options = {"save_embedding_layers": False} if save == "factors only" else {}
+    assert_equals_peft(build(tmp_path, make(), r=4, lora_alpha=8, target_modules=targets, save=options), changed)
+
+
+def test_a_gpt2_adapter_with_a_linear_module_too_is_right_or_refused(tmp_path: Path) -> None:
+    # peft writes the fan_in_fan_out of the module that it saw last, the head: false, though c_proj is a square Conv1D.
+    targets = ["attn.c_proj", "lm_head"]
+    built = build(tmp_path, gpt2(tied=False), r=4, target_modules=targets, save={"save_embedding_layers": False})
+    assert json.loads((built.adapter / CONFIG).read_text())["fan_in_fan_out"] is False
+    try:
+        built.header()
+    except CheckpointError as error:
+        assert "fan_in_fan_out" in error.what  # noqa: PT017
+    else:
+        assert_equals_peft(built, 3)
+
+
+def test_a_task_vector_may_be_read_in_any_order_and_again(tmp_path: Path) -> None:
+    built = build(tmp_path, tiny.make_model(), r=4, target_modules=["q_proj"])
+    header = built.header()
+    vector = AdapterExpert(Checkpoint(built.adapter, header.tensors), header.pairs).task_vector(f"{Q}.weight")
+    assert vector is not None
+    base = built.base_tensors[f"{Q}.weight"].reshape(-1)
+    out, again = torch.empty(base.numel()), torch.empty(base.numel())
+    vector.block(0, base.numel(), base, out)
+    for start, stop in reversed(cuts(base.numel(), 45)):
+        vector.block(start, stop, base[start:stop], again[start:stop])
+    torch.testing.assert_close(out, again, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A plain adapter of rank 4; read only."""
+    return build(tmp_path_factory.mktemp("lora"), tiny.make_model(), r=4, target_modules=["q_proj"])
+
+
+@pytest.fixture
+def built(plain: Built, tmp_path: Path) -> Built:
+    """A plain adapter of rank 4, to be spoilt."""
+    adapter = shutil.copytree(plain.adapter, tmp_path / "adapter")
+    return Built(plain.base, adapter, plain.base_tensors, plain.merged_tensors)
+
+
+def fault(built: Built) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        built.header()
+    return str(caught.value)
+
+
+def edit_config(built: Built, **changes: Any) -> None:
+    path = built.adapter / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(built: Built, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(built.adapter / WEIGHTS)
+    change(tensors)
+    save_file(tensors, built.adapter / WEIGHTS)
+
+
+def test_the_adapter_that_the_refusals_spoil_is_right(built: Built) -> None:
+    assert_equals_peft(built, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"bias": "lora_only"}, "bias 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"a_later_variant": True}, "a_later_variant"),
+        ({"a_later_variant": {"on": 1}}, "a_later_variant"),
+    ],
+)
+def test_a_variant_is_refused_by_its_name(built: Built, changes: dict[str, Any], name: str) -> None:
+    edit_config(built, **changes)
+    message = fault(built)
+    assert message.startswith(f"{built.adapter / CONFIG}: the adapter uses {name}")
+    assert "merge_and_unload" in message
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}, {"init_lora_weights": "olora"}]
+)
+def test_a_variant_that_peft_writes_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    built = build(tmp_path, tiny.make_model(), r=4, target_modules=["q_proj"], **options)
+    assert "is not supported" in fault(built)
+
+
+def test_an_unknown_key_that_is_switched_off_is_no_fault(built: Built) -> None:
+    edit_config(built, a_later_variant=False, another=None, a_third=[], a_fourth=0)
+    assert_equals_peft(built, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 5},
+        {"rank_pattern": {"q_proj": 2}},
+        {"r": 0},
+        {"r": "many"},
+        {"r": None},
+        {"r": float("inf")},
+        {"lora_alpha": None},
+        {"rank_pattern": {"(": 2}},
+        {"rank_pattern": ["q_proj"]},
+        {"alpha_pattern": {"q_proj": "x"}},
+    ],
+    ids=str,
+)
+def test_a_rank_or_scale_that_cannot_be_is_a_fault(built: Built, changes: dict[str, Any]) -> None:
+    edit_config(built, **changes)
+    assert str(built.adapter) in fault(built)
+
+
+def test_an_empty_pair_is_a_fault(built: Built) -> None:
+    edit_config(built, r=0)
+    edit_tensors(
+        built, lambda t: t.update({n: x[:0] if "lora_A" in n else x[:, :0].contiguous() for n, x in t.items()})
+    )
+    assert str(built.adapter) in fault(built)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_one_factor_without_the_other_is_a_fault(built: Built, factor: str) -> None:
+    edit_tensors(built, lambda tensors: tensors.pop(f"{PREFIX}{Q}.{factor}.weight"))
+    message = fault(built)
+    assert f"{Q!r} has one LoRA factor without the other" in message and WEIGHTS in message
+
+
+def test_a_target_that_the_base_lacks_is_named(built: Built) -> None:
+    def move(tensors: dict[str, Tensor]) -> None:
+        for factor in ("lora_A", "lora_B"):
+            tensors[f"{PREFIX}{Q.replace('.1.', '.7.')}.{factor}.weight"] = tensors.pop(f"{PREFIX}{Q}.{factor}.weight")
+
+    edit_tensors(built, move)
+    assert "changes 'model.layers.7.self_attn.q_proj.weight', which the base does not have" in fault(built)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (FACTOR, (4, 16)),
+        (FACTOR, (4,)),
+        (FACTOR, (4, 8, 4)),
+        (FACTOR, ()),
+        (FACTOR.replace("_A", "_B"), (32, 5)),
+        (FACTOR.replace("_A", "_B"), (16, 4)),
+        (FACTOR.replace("_A", "_B"), (128,)),
+    ],
+)
+def test_factors_that_do_not_fit_the_base_are_named(built: Built, name: str, shape: tuple[int, ...]) -> None:
+    edit_tensors(built, lambda tensors: tensors.update({name: torch.ones(shape)}))
+    message = fault(built)
+    assert Q in message and str(shape) in message and "expected: " in message
+
+
+@pytest.mark.parametrize(
+    "name", [f"{PREFIX}{Q}.weight", f"{PREFIX}{Q}.lora_magnitude_vector", f"{Q}.lora_A.weight", f"{PREFIX}lm_head.bias"]
+)
+def test_a_tensor_that_is_no_factor_is_named(built: Built, name: str) -> None:
+    edit_tensors(built, lambda tensors: tensors.update({name: torch.ones(2)}))
+    assert f"the tensor {name!r} is not part of a LoRA pair" in fault(built)
+
+
+def test_an_adapter_without_tensors_is_a_fault(built: Built) -> None:
+    edit_tensors(built, lambda tensors: tensors.clear())
+    assert "no tensors" in fault(built)
+
+
+def test_a_pickled_adapter_is_refused(built: Built) -> None:
+    (built.adapter / WEIGHTS).rename(built.adapter / "adapter_model.bin")
+    assert f"no {WEIGHTS} here; pickled adapters are not read" in fault(built)
+
+
+def test_a_truncated_adapter_is_named(built: Built) -> None:
+    path = built.adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+    assert fault(built).startswith(f"{path}: not a whole safetensors file")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"peft_type": "LORA"'])
+def test_an_adapter_config_that_is_none_is_named(built: Built, content: str) -> None:
+    (built.adapter / CONFIG).write_text(content)
+    assert fault(built).startswith(f"{built.adapter / CONFIG}: ")

@@ -1,0 +1,306 @@
+"""The plan: what is merged, in which type and by whom; every misfit of base and experts is found from headers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import tiny
+import torch
+from conftest import plan_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.config import Config
+from engine.errors import CalibrationError, CheckpointError, ConfigError, MergeError
+from engine.headers import ModelHeader, TensorHeader
+from engine.plan import ModelPlan, Plan, slices
+
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+LINEAR = [
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+]  # fmt: skip
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def config(llama_merge: Path, tmp_path: Path) -> Path:
+    """merge.yaml of two Llama experts, to be spoilt."""
+    return shutil.copytree(llama_merge.parent, tmp_path / "merge") / "merge.yaml"
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed = {key: value for key, value in (config | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(changed))
+
+
+def fault(kind: type[MergeError], config: Path, *overrides: str) -> str:
+    with pytest.raises(kind) as caught:
+        plan_of(config, *overrides)
+    return str(caught.value)
+
+
+def test_a_plan_says_where_everything_is(llama_merge: Path) -> None:
+    plan = plan_of(llama_merge)
+    folder = llama_merge.parent.resolve()
+    assert plan.base.model == str(folder / "base")
+    assert [(e.name, e.model, e.kind, e.weight, e.loss_weight, e.calibration, e.samples) for e in plan.experts] == [
+        (
+            f"expert{k}",
+            str(folder / f"expert{k}"),
+            "checkpoint",
+            pytest.approx(0.2 + 0.1 * k),
+            1.0,
+            (folder / f"expert{k}.jsonl",),
+            5,
+        )
+        for k in range(2)
+    ]
+    assert plan.base_header.folder == folder / "base"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_by_default_the_weights_of_the_blocks_linear_layers_are_merged(tmp_path: Path, family: str) -> None:
+    config = tiny.make_merge(tmp_path / "merge", family, experts=1)
+    plan = plan_of(config)
+    assert sorted(plan.merged) == sorted(f"model.layers.{i}.{name}.weight" for i in range(3) for name in LINEAR)
+    assert list(plan.merged) == [name for name in plan.base_header.tensors if name in plan.merged_set]
+    tensors = load_file(config.parent / "base" / "model.safetensors")
+    assert plan.numels == {name: tensors[name].numel() for name in plan.merged}
+    assert plan.merged_bytes == sum(tensors[name].nbytes for name in plan.merged)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "count"),
+    [
+        ("[]", 30),
+        ("[norm]", 30),
+        ("['.*norm']", 23),
+        ("[lm_head]", 29),
+        (r"['.*layers\.[01]\.']", 12),
+        ("['.*q_proj', '.*k_proj']", 24),
+    ],
+)
+def test_patterns_match_from_the_start_of_a_name(llama_merge: Path, exclude: str, count: int) -> None:
+    assert len(plan_of(llama_merge, f"exclude={exclude}").merged) == count
+
+
+def test_tensors_that_are_no_floats_or_empty_are_not_merged(config: Path) -> None:
+    for model in ("base", "expert0", "expert1"):
+        edit_tensors(
+            config.parent / model, lambda t: t.update(a=torch.ones(3, dtype=torch.int64), b=torch.ones(0), c=t[Q] * 1)
+        )
+    plan = plan_of(config)
+    assert {"a", "b", "c"} & plan.merged_set == {"c"}
+    assert plan.out_dtype("a") == "I64"
+    assert plan_of(config, "out_dtype=float16").out_dtype("a") == "I64"
+
+
+def test_excludes_that_leave_nothing_are_a_fault(llama_merge: Path) -> None:
+    message = fault(ConfigError, llama_merge, "exclude=['.*weight', '.*bias']")
+    assert "`exclude` leaves no tensor to merge" in message and ".*weight, .*bias" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_by_default_the_base_checkpoints(tmp_path: Path, dtype: str) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=1, dtype=getattr(torch, dtype))
+    plan = plan_of(config)
+    code = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    assert (plan.dtype, plan.out_dtype(Q)) == (dtype, code)
+    assert plan.merged_bytes == sum(plan.numels.values()) * getattr(torch, dtype).itemsize
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "out"),
+    [
+        (["dtype=bfloat16"], "bfloat16", "BF16"),
+        (["out_dtype=float16"], "float32", "F16"),
+        (["dtype=bfloat16", "out_dtype=float32"], "bfloat16", "F32"),
+    ],
+)
+def test_a_dtype_of_the_config_goes_first(llama_merge: Path, overrides: list[str], dtype: str, out: str) -> None:
+    plan = plan_of(llama_merge, *overrides)
+    assert (plan.dtype, plan.out_dtype(Q), plan.out_dtype("lm_head.weight")) == (dtype, out, out)
+
+
+def test_the_dtype_is_the_one_of_most_bytes(config: Path) -> None:
+    edit_tensors(config.parent / "base", lambda t: t.update({n: x.half() for n, x in t.items() if "mlp" in n}))
+    assert plan_of(config).dtype == "float32"
+    edit_tensors(config.parent / "base", lambda t: t.update({n: x.half() for n, x in t.items() if "layers" in n}))
+    plan = plan_of(config)
+    assert (plan.dtype, plan.out_dtype(Q), plan.out_dtype("lm_head.weight")) == ("float16", "F16", "F32")
+
+
+def test_a_base_without_floats_is_a_fault(config: Path) -> None:
+    for model in ("base", "expert0", "expert1"):
+        edit_tensors(config.parent / model, lambda t: t.update({n: x.double() for n, x in t.items()}))
+    assert fault(MergeError, config)
+
+
+@pytest.mark.parametrize(
+    ("given", "indices"),
+    [("middle", (1,)), ("all", (0, 1, 2, 3)), ("[3, 0, 3]", (0, 3)), ("[]", ()), ("[2]", (2,))],
+)
+def test_hidden_layers_are_indices_into_hidden_states(llama_merge: Path, given: str, indices: tuple[int, ...]) -> None:
+    assert plan_of(llama_merge, f"parameters.hidden_layers={given}").hidden_layers == indices
+
+
+@pytest.mark.parametrize("given", ["[4]", "[1, 4, 9]", "[-1]"])
+def test_hidden_layers_out_of_range_are_a_fault(llama_merge: Path, given: str) -> None:
+    message = fault(ConfigError, llama_merge, f"parameters.hidden_layers={given}")
+    assert f"hidden_layers names {'-1' if '-' in given else 4}" in message and "indices 0 to 3: 3 blocks" in message
+
+
+def test_a_base_that_does_not_say_its_blocks_is_a_fault(config: Path) -> None:
+    edit_config(config.parent / "base", num_hidden_layers=None)
+    assert "how many blocks" in fault(CheckpointError, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(Q), ["lacks 1 of the base's tensors", repr(Q)]),
+        (lambda t: t.update(extra=torch.ones(2)), ["has 1 that the base does not have", "'extra'"]),
+        (lambda t: t.update(renamed=t.pop(Q)), ["lacks 1 of", repr(Q), "has 1 that", "'renamed'"]),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.2" in name],
+            ["lacks 9 of the base's tensors", "'model.layers.2."],
+        ),
+        (lambda t: t.update({Q: t[Q][:16].contiguous()}), [repr(Q), "has shape (16, 32)", "(32, 32)"]),
+        (lambda t: t.update({Q: t[Q].T[None].contiguous()}), [repr(Q), "has shape (1, 32, 32)"]),
+        (lambda t: t.update({"lm_head.weight": torch.ones(65, 32)}), ["'lm_head.weight' has shape (65, 32)"]),
+        (lambda t: t.update({Q: t[Q].to(torch.int8)}), [repr(Q), "is I8", "a float"]),
+    ],
+    ids=["lacks", "adds", "renames", "fewer blocks", "shape", "dimensions", "excluded tensor", "type"],
+)
+def test_an_expert_whose_tensors_differ_is_told(config: Path, change: Any, words: list[str]) -> None:
+    edit_tensors(config.parent / "expert1", change)
+    message = fault(CheckpointError, config)
+    assert message.startswith(f"expert 'expert1' ({(config.parent / 'expert1').resolve()}): ")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM (llama)", "LlamaForCausalLM (llama)"]),
+        ({"model_type": "mistral"}, ["LlamaForCausalLM (mistral)"]),
+        ({"architectures": None}, ["? (llama)"]),
+        ({"vocab_size": 65}, ["its vocabulary has 65 tokens", "the base's 64"]),
+    ],
+)
+def test_an_expert_of_another_kind_is_told(config: Path, changes: dict[str, Any], words: list[str]) -> None:
+    edit_config(config.parent / "expert0", **changes)
+    message = fault(CheckpointError, config)
+    assert message.startswith("expert 'expert0' (") and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("architectures", [5, {"a": 1}, True])
+def test_an_architecture_that_is_none_is_a_fault(config: Path, architectures: Any) -> None:
+    edit_config(config.parent / "expert0", architectures=architectures)
+    assert "expert0" in fault(CheckpointError, config)
+
+
+def test_floats_of_different_precision_fit(config: Path) -> None:
+    edit_tensors(config.parent / "expert0", lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
+    plan = plan_of(config)
+    assert plan.dtype == "float32" and isinstance(plan.experts[0].header, ModelHeader)
+    assert plan.experts[0].header.tensors[Q].dtype == "BF16"
+
+
+def test_experts_may_be_cut_into_other_files_than_the_base(config: Path) -> None:
+    folder = config.parent / "expert0"
+    shutil.rmtree(folder)
+    tiny.save(tiny.make_expert(tiny.make_model(), seed=1), folder, sharded=True)
+    plan = plan_of(config)
+    assert isinstance(plan.experts[0].header, ModelHeader)
+    assert set(plan.experts[0].header.tensors) == set(plan.base_header.tensors)
+
+
+@pytest.mark.parametrize("file", ["none.jsonl", "base", "~no-such-user/a.jsonl", "a\\0b"])
+def test_a_missing_calibration_file_is_told_with_its_expert(llama_merge: Path, file: str) -> None:
+    message = fault(CalibrationError, llama_merge, f'models.1.calibration="{file}"')
+    assert "expert 'expert1' has no such calibration file" in message
+
+
+@pytest.mark.parametrize("key", ["base_model", "models.0.model"])
+def test_a_missing_model_is_told(llama_merge: Path, key: str) -> None:
+    message = fault(CheckpointError, llama_merge, f"{key}=../none")
+    assert message.startswith(f"{llama_merge.parent.parent.resolve() / 'none'}: no such model folder")
+
+
+def write_adapter(folder: Path) -> None:
+    folder.mkdir()
+    options = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(options))
+    module = f"base_model.model.{Q.removesuffix('.weight')}"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(32, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+
+
+def test_an_adapter_may_be_an_expert_and_not_a_base(config: Path) -> None:
+    write_adapter(config.parent / "adapter")
+    plan = plan_of(config, "models.0.model=adapter")
+    assert [expert.kind for expert in plan.experts] == ["adapter", "checkpoint"]
+    assert plan.merged == plan_of(config).merged
+    assert "the base is an adapter" in fault(CheckpointError, config, "base_model=adapter")
+
+
+def test_a_plan_names_a_hub_model_with_its_commit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = config.parent.parent / "cache"
+    repository = cache / "models--owner--name"
+    (repository / "snapshots").mkdir(parents=True)
+    (config.parent / "expert0").rename(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    plan = plan_of(config, "models.0.model=owner/name@main")
+    assert (plan.experts[0].model, plan.experts[0].name) == (f"owner/name@{commit}", "name")
+
+
+def plan_over(numels: list[int]) -> Plan:
+    """A plan over tensors of these sizes that are in no file."""
+    tensors = {f"t{i}": TensorHeader(f"t{i}", (numel,), "F32", "model.safetensors") for i, numel in enumerate(numels)}
+    expert = {"model": "e", "name": "e", "calibration": ["e.jsonl"]}
+    config = Config.model_validate({"merge_method": "expert_merging", "base_model": "b", "models": [expert]})
+    base = ModelPlan("b", ModelHeader(Path("b"), {}, tensors))
+    return Plan(config, base, experts=(), merged=tuple(tensors), dtype="float32", hidden_layers=())
+
+
+@PROPERTY
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40), st.integers(1, 12))
+def test_slices_hold_every_tensor_once_in_order_and_are_balanced(numels: list[int], count: int) -> None:
+    plan = plan_over(numels)
+    parts = slices(plan, count)
+    assert len(parts) == count
+    assert sorted(name for part in parts for name in part) == sorted(plan.merged)
+    assert all(list(part) == [name for name in plan.merged if name in part] for part in parts)
+    loads = [sum(plan.numels[name] for name in part) for part in parts]
+    assert max(loads) - min(loads) <= max(numels)
+
+
+def test_slices_of_equal_tensors_are_equal() -> None:
+    assert [len(part) for part in slices(plan_over([7] * 12), 4)] == [3, 3, 3, 3]
+    assert slices(plan_over([5, 9]), 3) == [("t1",), ("t0",), ()]
+
+
+def test_slices_do_not_depend_on_anything_but_the_tensors(llama_merge: Path) -> None:
+    plan = plan_of(llama_merge)
+    assert slices(plan, 3) == slices(plan_of(llama_merge, "seed=5"), 3)
+    assert slices(plan, 1) == [plan.merged]
