@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("eng
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "1048576", "TOKENIZERS_PARALLELISM": "false"}
 SAY_EVERY = 5.0
 HEARTBEAT = 30.0
+KNOCK_SECONDS = 10.0
 
 
 @contextmanager
@@ -40,6 +42,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         # A job brings its working directory along; a driver outside of one has to.
         environment["py_modules"] = PACKAGES
     options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    _knock(address)
     try:
         ray.init(
             address=address or "local",
@@ -56,6 +59,18 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Fail at once where nothing listens at host:port: Ray itself would go on trying for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise ClusterError(
+                f"no Ray cluster answers: {error}", str(address), do="check the head's address"
+            ) from error
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

@@ -23,6 +23,7 @@ from merged_models import MergedModels
 from scoring import Score, score
 from skills import SKILLS
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from engine.coefficients import read_coefficients
 from engine.config import load_config
@@ -33,6 +34,7 @@ CLI = HERE.parent.parent / "cli.py"
 
 
 def main(out: Path) -> None:
+    logging.disable_progress_bar()
     began = time.monotonic()
     fetch()
     config = HERE / "merge.yaml"

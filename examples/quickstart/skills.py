@@ -1,7 +1,7 @@
 """Three skills that a person can check by eye, as seeded streams of (question, answer), and the files made from them.
 
 `python skills.py` writes `data/<skill>/{calibration,validation,test}.jsonl`: 8 unlabelled prompts, 40 examples that
-options were chosen on, and 120 held-out examples. The training script draws its examples from the same streams and
+options were chosen on, and 100 held-out examples. The training script draws its examples from the same streams and
 leaves out every question of these files. It knows nothing of models.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent / "data"
-SIZES = {"calibration": 8, "validation": 40, "test": 120}
+SIZES = {"calibration": 8, "validation": 40, "test": 100}
 
 MONTHS = "January February March April May June July August September October November December".split()
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen \

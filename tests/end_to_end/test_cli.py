@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -136,3 +137,25 @@ def test_no_cluster_at_an_address(tmp_path: Path) -> None:
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge"]
+
+
+def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=2, parameters={"epochs": 8})
+    command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if "stage 1 3/" in line:
+                run.send_signal(signal.SIGTERM)
+                break
+        run.stdout.read()
+        message = run.stderr.read()
+    assert run.returncode == 130, message
+    assert "stopped" in message and "Traceback" not in message
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
+    done = cli("merge", config, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"targets: 7 \(7 done before\)", done.stdout)
+    assert re.search(r"stage 1: \d+ \(\d+ done before\)", done.stdout)
+    assert json.loads((tmp_path / "out" / "merge" / "memory.json").read_text())["expert_forwards"] == 7
