@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from engine.config import load_config
-from engine.errors import ConfigError, MergeError
+from engine.errors import ConfigError, MergeError, RunError
 from engine.headers import locate
 from engine.plan import Plan, make_plan
 
@@ -89,7 +89,13 @@ def _default_config() -> Path:
         click.echo(f"config: {here.absolute()}")
         return here
     if not (QUICKSTART / "base" / "config.json").is_file():
-        subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=True)
+        fetched = subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=False)
+        if fetched.returncode:
+            raise ConfigError(
+                "there is no merge.yaml here, and the base of the bundled quickstart could not be fetched",
+                str(Path.cwd()),
+                do="name a config, or see the lines above",
+            )
     click.echo(f"config: {QUICKSTART / 'merge.yaml'} (the bundled quickstart; there is no merge.yaml here)")
     return QUICKSTART / "merge.yaml"
 
@@ -103,6 +109,12 @@ def _guarded(run: Callable[[], None], debug: bool) -> None:
             raise
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        # A file that cannot be read or written, for want of room or right: the run failed, and its state is kept.
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(RunError.exit_code)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on from here", err=True)
         sys.exit(INTERRUPTED)

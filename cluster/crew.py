@@ -5,10 +5,10 @@ No actor keeps what a call would need from an earlier one, so Ray may start any 
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Crew:
     def __init__(self, plan: Plan, plan_file: Path, placement: Placement, say: Callable[[str], None]) -> None:
         self._plan, self._plan_file, self._placement, self._say = plan, plan_file, placement, say
         self._wait = plan.config.cluster.wait
+        self._name = f"shards-{uuid.uuid4().hex}"
         await_nodes([placement.trainer, *placement.experts[:1], *placement.shards[:1]], self._wait, say)
 
     @contextmanager
@@ -49,7 +50,7 @@ class Crew:
         bundles = self._placement.shards
         with reserved(bundles, self._wait, self._say) as group:
             shards = [
-                self._spawn(Shard, group, index, bundle, partial(_with_index, index))
+                self._spawn(Shard, group, index, bundle, _with_index(index), name=f"{self._name}-{index}")
                 for index, bundle in enumerate(bundles)
             ]
             yield shards
@@ -60,7 +61,9 @@ class Crew:
         """The trainer, while the context lasts."""
         bundle = self._placement.trainer
         with reserved([bundle], self._wait, self._say) as group:
-            trainer = self._spawn(Trainer, group, 0, bundle, lambda plan: (plan, RemoteShards(plan, shards), ray.get))
+            # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
+            names = [f"{self._name}-{index}" for index in range(len(shards))]
+            trainer = self._spawn(Trainer, group, 0, bundle, lambda plan: (plan, _shards_named(plan, names), ray.get))
             yield trainer
             _kill([trainer])
 
@@ -81,7 +84,7 @@ class Crew:
             while waiting or pending:
                 while waiting and free:
                     expert, slot = waiting.popleft(), free.popleft()
-                    actor = self._spawn(Expert, group, slot, bundles[slot], partial(_with_index, expert))
+                    actor = self._spawn(Expert, group, slot, bundles[slot], _with_index(expert))
                     for sample, path in wanted[expert]:
                         size, target = actor.target.options(num_returns=2).remote(sample, path)
                         references[expert, sample.index] = target
@@ -96,7 +99,15 @@ class Crew:
                     free.append(slot)
         return references, reports
 
-    def _spawn(self, kind: type, group: PlacementGroup, index: int, bundle: Bundle, arguments: Arguments) -> Any:
+    def _spawn(
+        self,
+        kind: type,
+        group: PlacementGroup,
+        index: int,
+        bundle: Bundle,
+        arguments: Arguments,
+        name: str | None = None,
+    ) -> Any:
         where = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
         remote = ray.remote(_planned(kind)).options(
             num_cpus=bundle["CPU"],
@@ -104,6 +115,7 @@ class Crew:
             max_restarts=RESTARTS,
             max_task_retries=RESTARTS,
             scheduling_strategy=where,
+            name=name,
         )
         return remote.remote(self._plan_file, arguments)
 
@@ -130,8 +142,15 @@ def _planned(kind: type) -> type:
     return type(kind.__name__, (kind,), {"__init__": start})
 
 
-def _with_index(index: int, plan: Plan) -> tuple[Plan, int]:
-    return plan, index
+def _shards_named(plan: Plan, names: Sequence[str]) -> RemoteShards:
+    return RemoteShards(plan, [ray.get_actor(name) for name in names])
+
+
+def _with_index(index: int) -> Arguments:
+    """Plan and index. A closure, which travels by value: by name it would make a shard import this module and, with
+    it, all that experts and trainer need.
+    """
+    return lambda plan: (plan, index)
 
 
 def _kill(actors: Sequence[Any]) -> None:

@@ -37,16 +37,20 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         ClusterError: there is no cluster at that address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
-    if address and not os.environ.get("RAY_JOB_ID"):
-        # A job brings its working directory along; a driver outside of one has to.
-        environment["py_modules"] = PACKAGES
-    options: dict[str, Any] = {} if address else {"include_dashboard": False}
-    _knock(address)
+    options: dict[str, Any]
+    if address:
+        _knock(address)
+        environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
+        if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            # A job brings its working directory along; a driver outside of one has to.
+            environment["py_modules"] = PACKAGES
+        options = {"address": address, "runtime_env": environment}
+    else:
+        # Workers of a Ray of our own inherit this process's environment, and need no other.
+        os.environ.update(ENVIRONMENT)
+        options = {"address": "local", "include_dashboard": False}
     try:
         ray.init(
-            address=address or "local",
-            runtime_env=environment,
             log_to_driver=debug,
             logging_level="info" if debug else "error",
             **options,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
@@ -19,8 +20,8 @@ class PeakMemory:
     def __init__(self, interval_seconds: float = 0.02) -> None:
         self._peak = anonymous_bytes()
         self._stop = threading.Event()
-        self._interval = interval_seconds
-        threading.Thread(target=self._sample, name="peak-memory", daemon=True).start()
+        arguments = weakref.ref(self), self._stop, interval_seconds
+        threading.Thread(target=_sample, args=arguments, name="peak-memory", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -37,9 +38,15 @@ class PeakMemory:
         """Stop sampling."""
         self._stop.set()
 
-    def _sample(self) -> None:
-        while not self._stop.wait(self._interval):
-            self._peak = max(self._peak, anonymous_bytes())
+
+def _sample(watched: weakref.ref[PeakMemory], stop: threading.Event, interval_seconds: float) -> None:
+    """Look again and again, until told to stop or until nobody wants to know."""
+    while not stop.wait(interval_seconds):
+        memory = watched()
+        if memory is None:
+            return
+        _ = memory.peak
+        del memory
 
 
 def anonymous_bytes() -> int:

@@ -39,6 +39,7 @@ def small_ray() -> Iterator[None]:
 
     from cluster.session import ENVIRONMENT
 
+    os.environ.update(ENVIRONMENT)
     ray.init(
         address="local",
         num_cpus=2,
@@ -46,7 +47,6 @@ def small_ray() -> Iterator[None]:
         object_store_memory=120 << 20,
         log_to_driver=False,
         logging_level="error",
-        runtime_env={"env_vars": ENVIRONMENT},
     )
     yield
     ray.shutdown()

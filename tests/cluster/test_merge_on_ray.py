@@ -98,24 +98,19 @@ def test_three_shards_give_the_same_bits_as_one(config: Path, merged: Path, tmp_
     assert result(other) == result(merged)
 
 
-@pytest.mark.parametrize("victim", ["trainer", "shard", "expert"])
-def test_an_actor_that_is_killed_is_replaced_with_the_same_bits(
-    config: Path, merged: Path, tmp_path: Path, victim: str
-) -> None:
-    killed: list[int] = []
+def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
+    victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"}
+    killed: dict[str, list[int]] = {}
 
-    def kill_once(merge: Merge) -> None:
+    def kill_once_a_phase(merge: Merge) -> None:
         phase = merge.progress._phase
-        wanted = {"expert": "targets", "trainer": "stage 1", "shard": "stage 2"}[victim]
-        if killed or phase != wanted:
-            return
-        name = {"expert": "ray::Expert", "trainer": "ray::Trainer", "shard": "ray::Shard"}[victim]
-        killed.extend(pid for pid in worker_pids(name))
-        for pid in killed:
-            os.kill(pid, signal.SIGKILL)
+        if phase in victims and phase not in killed:
+            killed[phase] = worker_pids(victims[phase])
+            for pid in killed[phase]:
+                os.kill(pid, signal.SIGKILL)
 
-    other = run_merge(plan_of(config), tmp_path / "merged", kill_once)
-    assert killed, "the victim was found"
+    other = run_merge(plan_of(config), tmp_path / "merged", kill_once_a_phase)
+    assert all(killed[phase] for phase in victims), "every victim was found"
     assert result(other) == result(merged)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import ray
 import tiny
 from cluster_helpers import result, run_merge
@@ -13,8 +14,9 @@ from ray.cluster_utils import Cluster
 from cluster.session import ENVIRONMENT, nodes
 
 
+@pytest.mark.slow
 def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
-    config = tiny.make_merge(tmp_path / "merge", experts=3, sharded=True, parameters={"budget": 1.5})
+    config = tiny.make_merge(tmp_path / "merge", experts=2, sharded=True, parameters={"budget": 1.5})
     plan = plan_of(config)
     for count in (1, 3):
         options = {"num_cpus": 2, "object_store_memory": 80 << 20}

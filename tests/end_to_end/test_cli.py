@@ -101,14 +101,6 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
     assert other.returncode == 2 and "holds another merge" in other.stderr
 
 
-def test_stage_1_alone_has_no_importance(mixed: Path) -> None:
-    done = cli("merge", mixed / "merge.yaml", "--out", mixed / "one", "--set", "merge_method=expert_merging")
-    assert done.returncode == 0, done.stderr
-    assert not (mixed / "one" / "merge" / "importance.parquet").exists()
-    stages = pyarrow.parquet.read_table(mixed / "one" / "merge" / "coefficients.parquet")["stage"].unique().to_pylist()
-    assert stages == [1]
-
-
 def test_a_weight_that_is_not_finite_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     expert = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert1")
@@ -140,7 +132,7 @@ def test_no_cluster_at_an_address(tmp_path: Path) -> None:
 
 
 def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Path) -> None:
-    config = tiny.make_merge(tmp_path / "merge", experts=2, parameters={"epochs": 8})
+    config = tiny.make_merge(tmp_path / "merge", merge_method="expert_merging", parameters={"epochs": 8})
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
@@ -159,3 +151,6 @@ def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Pat
     assert re.search(r"targets: 7 \(7 done before\)", done.stdout)
     assert re.search(r"stage 1: \d+ \(\d+ done before\)", done.stdout)
     assert json.loads((tmp_path / "out" / "merge" / "memory.json").read_text())["expert_forwards"] == 7
+    record = tmp_path / "out" / "merge"
+    assert pyarrow.parquet.read_table(record / "coefficients.parquet")["stage"].unique().to_pylist() == [1]
+    assert not (record / "importance.parquet").exists(), "stage 1 alone has no importance"
