@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from engine.config import Config, Expert
-from engine.errors import CalibrationError, CheckpointError, ConfigError
+from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_model_header
 from engine.lora import AdapterHeader, is_adapter, read_adapter_header
 
@@ -128,10 +128,7 @@ def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
 
 
 def _plan_expert(config: Config, expert: Expert, base: ModelHeader, config_folder: Path) -> ExpertPlan:
-    calibration = tuple(locate(path, config_folder, CalibrationError) for path in expert.calibration)
-    for path in calibration:
-        if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
-            raise CalibrationError(f"expert {expert.name!r} has no such calibration file", str(path))
+    calibration = tuple(_calibration_file(expert.name, path, config_folder) for path in expert.calibration)
     folder = find_model(expert.model, config_folder)
     header: ModelHeader | AdapterHeader
     if is_adapter(folder):
@@ -148,6 +145,17 @@ def _plan_expert(config: Config, expert: Expert, base: ModelHeader, config_folde
         calibration=calibration,
         samples=config.samples_per_model(expert),
     )
+
+
+def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:
+    try:
+        found = locate(path, config_folder)
+        if os.path.isfile(found):  # noqa: PTH113 - false, not an error, for a name that no file can have
+            return found
+        where = str(found)
+    except InputError as error:
+        where = str(error)
+    raise CalibrationError(f"expert {expert!r} has no such calibration file", where)
 
 
 def _check_same_tensors(name: str, expert: ModelHeader, base: ModelHeader) -> None:
