@@ -15,6 +15,7 @@ from cluster.session import ENVIRONMENT, nodes
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2, sharded=True, parameters={"budget": 1.5})
     plan = plan_of(config)
