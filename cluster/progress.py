@@ -16,10 +16,10 @@ class Progress:
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._live = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description}"),
-            rich.progress.BarColumn(),
+            rich.progress.BarColumn(bar_width=12),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("{task.fields[note]}"),
             rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )

@@ -69,6 +69,7 @@ def train(skill: str) -> None:
                 flush=True,
             )
     model.base_model.to(torch.bfloat16)
+    model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(EXPERTS / skill)
     (EXPERTS / skill / "README.md").unlink(missing_ok=True)
 
