@@ -7,6 +7,7 @@ from types import TracebackType
 
 import rich.console
 import rich.progress
+import rich.table
 
 
 class Progress:
@@ -18,7 +19,7 @@ class Progress:
             rich.progress.TextColumn("[bold]{task.description}"),
             rich.progress.BarColumn(bar_width=12),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
+            rich.progress.TimeElapsedColumn(table_column=rich.table.Column(min_width=7)),
             rich.progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             disable=not self._console.is_terminal,
