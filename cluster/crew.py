@@ -41,7 +41,8 @@ class Crew:
     def __init__(self, plan: Plan, plan_file: Path, placement: Placement, say: Callable[[str], None]) -> None:
         self._plan, self._plan_file, self._placement, self._say = plan, plan_file, placement, say
         self._wait = plan.config.cluster.wait
-        self._name = f"shards-{uuid.uuid4().hex}"
+        run = uuid.uuid4().hex
+        self._shard_names = [f"shard-{index}-{run}" for index in range(len(placement.shards))]
         await_nodes([placement.trainer, *placement.experts[:1], *placement.shards[:1]], self._wait, say)
 
     @contextmanager
@@ -50,19 +51,19 @@ class Crew:
         bundles = self._placement.shards
         with reserved(bundles, self._wait, self._say) as group:
             shards = [
-                self._spawn(Shard, group, index, bundle, _with_index(index), name=f"{self._name}-{index}")
-                for index, bundle in enumerate(bundles)
+                self._spawn(Shard, group, index, bundle, _with_index(index), name)
+                for index, (bundle, name) in enumerate(zip(bundles, self._shard_names, strict=True))
             ]
             yield shards
             _kill(shards)
 
     @contextmanager
-    def trainer(self, shards: Sequence[Any]) -> Iterator[Any]:
-        """The trainer, while the context lasts."""
+    def trainer(self) -> Iterator[Any]:
+        """The trainer, while the context lasts; the shards must be there."""
         bundle = self._placement.trainer
         with reserved([bundle], self._wait, self._say) as group:
             # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
-            names = [f"{self._name}-{index}" for index in range(len(shards))]
+            names = self._shard_names
             trainer = self._spawn(Trainer, group, 0, bundle, lambda plan: (plan, _shards_named(plan, names), ray.get))
             yield trainer
             _kill([trainer])

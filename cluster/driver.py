@@ -73,7 +73,7 @@ class Merge:
         with self.crew.shards() as shards:
             magnitudes = self._inspect(shards)
             targets = self._targets()
-            with self.crew.trainer(shards) as trainer:
+            with self.crew.trainer() as trainer:
                 stages = [self._learn(trainer, first_stage(self.plan), targets)]
                 importance = None
                 if self.plan.config.stages == 2:
