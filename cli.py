@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.errors import ConfigError, MergeError, RunError
 from engine.headers import locate
 from engine.plan import Plan, make_plan

@@ -16,9 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"engine": 0, "actors": 1, "cluster": 2, "cli": 3}
 HEAVY = {"torch", "transformers", "ray"}
 # These are read by `plan` and `--help`, which a person waits for.
-LIGHT = [f"engine.{name}" for name in ("config", "headers", "lora", "plan", "errors", "summary", "calibration")] + [
-    "cli"
-]
+LIGHT = [
+    f"engine.{name}"
+    for name in ("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration")
+] + ["cli"]
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 FILE_LINES, FUNCTION_LINES, DRIVER_LINES = 350, 60, 200

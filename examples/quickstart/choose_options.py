@@ -16,7 +16,7 @@ from scoring import score
 from skills import SKILLS
 
 from engine.calibration import read_records, tokenize, training_order, windows
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.expert import FrozenExpert
 from engine.importance import stage_2_layout
 from engine.plan import make_plan

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from engine.coefficients import read_coefficients
-from engine.config import load_config
+from engine.config_file import load_config
 from engine.plan import make_plan
 
 HERE = Path(__file__).resolve().parent

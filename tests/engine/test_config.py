@@ -13,7 +13,8 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, load_config, parse_config
+from engine.config import Config, Rates
+from engine.config_file import load_config, parse_config
 from engine.errors import ConfigError
 from engine.record import resolved_config
 
@@ -81,6 +82,8 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
     assert (config.seed, config.dtype, config.out_dtype) == (0, None, None)
     assert (config.cluster.shards, config.cluster.wait) == ("auto", 600)
     assert config.cluster.expert.num_gpus == config.cluster.trainer.num_gpus == "auto"
+    assert (config.gradients, config.gradient_checkpointing) == ("accumulate", False)
+    assert set(config.cluster.rates.model_dump().values()) == {None}
 
 
 @pytest.mark.parametrize(("method", "stages"), [("expert_merging", 1), ("expert_merging_pp", 2)])
@@ -157,6 +160,55 @@ def test_hidden_layers_are_a_word_or_indices(path: Path, text: str, value: Any) 
     assert load(path, f"{HEAD}{MODELS}parameters: {{hidden_layers: {text}}}\n").parameters.hidden_layers == value
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("gradients: stream", ("stream", False)),
+        ("gradients: accumulate", ("accumulate", False)),
+        ("gradient_checkpointing: true", ("accumulate", True)),
+        ("gradients: stream\ngradient_checkpointing: false", ("stream", False)),
+    ],
+)
+def test_how_the_gradient_is_held_may_be_chosen(path: Path, text: str, options: tuple[str, bool]) -> None:
+    config = load(path, f"{HEAD}{MODELS}{text}\n")
+    assert (config.gradients, config.gradient_checkpointing) == options
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("1", 1), ("64", 64)])
+def test_shards_are_auto_or_a_number_that_may_be_none(path: Path, text: str, value: Any) -> None:
+    assert load(path, f"{HEAD}{MODELS}cluster: {{shards: {text}}}\n").cluster.shards == value
+
+
+@pytest.mark.parametrize("rate", Rates.model_fields)
+@pytest.mark.parametrize(("text", "value"), [("12.5", 12.5), ("3", 3.0), ("1e-3", 1e-3), ("null", None)])
+def test_a_rate_is_a_positive_number_and_the_others_stay_unknown(
+    path: Path, rate: str, text: str, value: float | None
+) -> None:
+    rates = load(path, f"{HEAD}{MODELS}cluster: {{rates: {{{rate}: {text}}}}}\n").cluster.rates
+    assert rates.model_dump(exclude_none=True) == ({} if value is None else {rate: value})
+
+
+def test_the_rates_are_these() -> None:
+    assert list(Rates.model_fields) == ["compute_tflops", "stream_gbs", "exchange_gbs", "network_gbs", "disk_gbs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("gradients: keep", "gradients is 'keep'\n  expected: 'accumulate' or 'stream'"),
+        ("gradients: null", "gradients is None\n  expected: 'accumulate' or 'stream'"),
+        ("gradient_checkpointing: 3", "gradient_checkpointing is 3\n  expected: a valid boolean"),
+        ("cluster: {shards: -1}", "cluster.shards is -1\n  expected: auto, or a whole number of at least 0"),
+        ("cluster: {shards: all}", "cluster.shards is 'all'\n  expected: auto, or a whole number of at least 0"),
+        ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs is 0\n  expected: greater than 0"),
+        ("cluster: {rates: {network_gbs: fast}}", "cluster.rates.network_gbs is 'fast'\n  expected: a valid number"),
+    ],
+)
+def test_faults_of_gradients_shards_and_rates_say_what_is_expected(path: Path, text: str, told: str) -> None:
+    message = fault(path, f"{HEAD}{MODELS}{text}\n")
+    assert message.startswith(f"{path}:6: {told}")
+
+
 def test_a_config_is_frozen(path: Path) -> None:
     config = load(path, HEAD + MODELS)
     with pytest.raises(ValueError, match="frozen"):
@@ -227,7 +279,20 @@ def test_a_config_is_frozen(path: Path) -> None:
                 ("cluster: 4", "cluster"),
                 ("cluster: {expert: {num_gpus: lots}}", "cluster.expert.num_gpus"),
                 ("cluster: {trainer: {num_gpus: -1}}", "cluster.trainer.num_gpus"),
-                ("cluster: {shards: 0}", "cluster.shards"),
+                ("gradients: keep", "gradients"),
+                ("gradients: [stream]", "gradients"),
+                ("gradients: true", "gradients"),
+                ("gradient_checkpointing: 3", "gradient_checkpointing"),
+                ("gradient_checkpointing: null", "gradient_checkpointing"),
+                ("cluster: {shards: -1}", "cluster.shards"),
+                ("cluster: {shards: 1.5}", "cluster.shards"),
+                ("cluster: {rates: 5}", "cluster.rates"),
+                ("cluster: {rates: null}", "cluster.rates"),
+                ("cluster: {rates: {compute_tflops: -1}}", "cluster.rates.compute_tflops"),
+                ("cluster: {rates: {stream_gbs: 0}}", "cluster.rates.stream_gbs"),
+                ("cluster: {rates: {exchange_gbs: true}}", "cluster.rates.exchange_gbs"),
+                ("cluster: {rates: {network_gbs: .inf}}", "cluster.rates.network_gbs"),
+                ("cluster: {rates: {disk_gbs: [1]}}", "cluster.rates.disk_gbs"),
                 ("cluster: {shards: true}", "cluster.shards"),
                 ("cluster: {wait: soon}", "cluster.wait"),
                 ("record: 5", "record"),
@@ -257,6 +322,8 @@ def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Pa
         (HEAD + MODELS + "calibration: {max_lenght: 9}  # here\n", "calibration.max_lenght", "max_length"),
         (HEAD + MODELS + "cluster: {shard: 2}  # here\n", "cluster.shard", "shards"),
         (HEAD + MODELS + "cluster: {expert: {num_gpu: 2}}  # here\n", "cluster.expert.num_gpu", "num_gpus"),
+        (HEAD + MODELS + "cluster: {rates: {disk_gb: 2}}  # here\n", "cluster.rates.disk_gb", "disk_gbs"),
+        (HEAD + MODELS + "gradient: stream  # here\n", "gradient", "gradients"),
     ],
     ids=last_line,
 )
@@ -418,6 +485,8 @@ def test_a_base_among_the_models_does_not_shift_the_lines_of_faults(path: Path, 
         ("models.0.name=sums", lambda config: config.models[0].name == "sums"),
         ("models.0.parameters.weight=0.4", lambda config: config.weight(config.models[0]) == 0.4),
         ("models.0.calibration=a=b.jsonl", lambda config: config.models[0].calibration == ("a=b.jsonl",)),
+        ("gradients=stream", lambda config: config.gradients == "stream"),
+        ("cluster.rates.disk_gbs=2.5", lambda config: config.cluster.rates.disk_gbs == 2.5),
         ("cluster.expert.num_gpus=0", lambda config: config.cluster.expert.num_gpus == 0),
         ("exclude=[]", lambda config: config.exclude == ()),
         ("dtype=", lambda config: config.dtype is None),
@@ -476,6 +545,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"parameters": {"hidden_layers": "all", "weight_decay": "1e-7"}, "dtype": "float16", "out_dtype": "bfloat16"},
     {"parameters": {"hidden_layers": [1, 3]}, "exclude": [".*norm.*", "été"], "seed": 2**63 - 1},
     {"cluster": {"expert": {"num_gpus": 0.5}, "shards": 3, "wait": 1e9}, "calibration": {"shuffle": True}},
+    {"gradients": "stream", "gradient_checkpointing": True, "cluster": {"shards": 0, "rates": {"stream_gbs": 1.5}}},
     {"record": {"identity": "…", "versions": {"torch": "2"}}},
 ]
 
@@ -497,14 +567,25 @@ def test_a_resolved_config_runs_from_anywhere_and_resolves_to_itself(
     assert again.config.model_dump(exclude=unchanged) == plan.config.model_dump(exclude=unchanged)
 
 
-KEYS = [*Config.model_fields, "model", "name", "weight", "hidden_layers", "shards", "num_gpus", "expert", "max_length"]
+KEYS = [
+    *Config.model_fields,
+    "model",
+    "name",
+    "weight",
+    "hidden_layers",
+    "shards",
+    "num_gpus",
+    "expert",
+    "max_length",
+    "rates",
+]
 VALID: dict[str, Any] = {
     "merge_method": "expert_merging",
     "base_model": "base",
     "models": [{"model": "a", "calibration": ["a.jsonl"], "parameters": {"weight": 0.3}}, {"model": "base"}],
     "parameters": {"hidden_layers": [1]},
     "exclude": ["a"],
-    "cluster": {"expert": {"num_gpus": 1}, "shards": 2},
+    "cluster": {"expert": {"num_gpus": 1}, "shards": 2, "rates": {"disk_gbs": 2.0, "network_gbs": 1}},
     "calibration": {"shuffle": True},
 }
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("auto")

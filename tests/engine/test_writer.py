@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.config import parse_config
+from engine.config_file import parse_config
 from engine.headers import BYTES, FLOATS, ModelHeader, TensorHeader, read_model_header
 from engine.plan import ModelPlan, Plan
 from engine.writer import OutputFile, OutputTensor, output_files, torch_dtype, write_companions, write_file
@@ -88,13 +89,18 @@ def named_tensors(draw: st.DrawFn) -> dict[str, tuple[Tensor, str]]:
 
 
 @settings(deadline=None, max_examples=80)
-@given(named_tensors())
-def test_what_is_written_is_read_back_bit_for_bit(
-    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[Tensor, str]]
+@given(named_tensors(), st.integers(1, 30))
+def test_what_is_written_in_parts_is_read_back_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[Tensor, str]], size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
     file = OutputFile("model.safetensors", tuple(entry(name, *tensor) for name, tensor in tensors.items()))
-    write_file(folder, file, lambda one: tensors[one.name][0])
+
+    def parts(one: OutputTensor) -> list[Tensor]:
+        flat = tensors[one.name][0].reshape(-1)
+        return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+    write_file(folder, file, parts)
     with safe_open(folder / file.name, framework="pt") as read:
         assert set(read.keys()) == set(tensors)
         assert read.metadata() == {"format": "pt"}
@@ -108,7 +114,7 @@ def test_what_is_written_is_read_back_bit_for_bit(
 @pytest.mark.parametrize("length", range(1, 10))
 def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int) -> None:
     tensor = torch.arange(3.0)
-    write_file(tmp_path, OutputFile("x", (entry("n" * length, tensor, "F32"),)), lambda _: tensor)
+    write_file(tmp_path, OutputFile("x", (entry("n" * length, tensor, "F32"),)), lambda _: [tensor])
     content = (tmp_path / "x").read_bytes()
     header = int.from_bytes(content[:8], "little")
     assert header % 8 == 0
@@ -116,23 +122,38 @@ def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int
     assert json.loads(content[8 : 8 + header])["n" * length]["data_offsets"] == [0, 12]
 
 
-def test_tensors_are_asked_for_once_each_in_their_order(tmp_path: Path) -> None:
+def test_tensors_are_asked_for_once_each_in_their_order_and_their_parts_one_by_one(tmp_path: Path) -> None:
     asked: list[str] = []
+    alive: list[weakref.ref[Tensor]] = []
 
-    def tensor(one: OutputTensor) -> Tensor:
+    def parts(one: OutputTensor) -> Iterator[Tensor]:
         asked.append(one.name)
-        return torch.full(one.shape, float(len(asked)))
+        for row in range(2):
+            # Only the one before may still be held, by the loop that is about to let it go.
+            assert sum(part() is not None for part in alive) <= 1
+            part = torch.full((3,), len(asked) + row / 10)
+            alive.append(weakref.ref(part))
+            yield part
 
     names = ["b", "a", "c"]
-    write_file(tmp_path, OutputFile("x", tuple(OutputTensor(name, (2, 3), "F32", 24) for name in names)), tensor)
+    write_file(tmp_path, OutputFile("x", tuple(OutputTensor(name, (2, 3), "F32", 24) for name in names)), parts)
     assert asked == names
     with safe_open(tmp_path / "x", framework="pt") as read:
-        assert [read.get_tensor(name)[0, 0].item() for name in names] == [1, 2, 3]
+        for number, name in enumerate(names, start=1):
+            wanted = torch.tensor([[number], [number + 0.1]]).expand(2, 3)
+            assert torch.equal(read.get_tensor(name), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_that_are_not_the_whole_tensor_are_refused(tmp_path: Path, rows: int) -> None:
+    file = OutputFile("x", (entry("not-whole", torch.zeros(2, 3), "F32"),))
+    with pytest.raises(AssertionError, match="not-whole"):
+        write_file(tmp_path, file, lambda _: [torch.zeros(rows, 3)])
 
 
 def test_a_view_is_written_in_its_own_order(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
-    write_file(tmp_path, OutputFile("x", (entry("view", whole[1:3].T, "F32"),)), lambda _: whole[1:3].T)
+    write_file(tmp_path, OutputFile("x", (entry("view", whole[1:3].T, "F32"),)), lambda _: [whole[1:3].T])
     with safe_open(tmp_path / "x", framework="pt") as read:
         assert torch.equal(read.get_tensor("view"), whole[1:3].T)
 
@@ -214,7 +235,7 @@ def test_a_folder_of_several_files_is_a_checkpoint_again(tmp_path: Path) -> None
     plan = plan_with({"model_type": "llama"})
     files = output_files(plan, 72)
     for file in files:
-        write_file(tmp_path, file, lambda one: torch.ones(one.shape, dtype=TORCH[one.dtype]))
+        write_file(tmp_path, file, lambda one: [torch.ones(one.shape, dtype=TORCH[one.dtype])])
     write_companions(tmp_path, plan, tmp_path, files)
     header = read_model_header(tmp_path)
     assert {name: (one.shape, one.dtype) for name, one in header.tensors.items()} == TENSORS
@@ -270,7 +291,7 @@ def test_a_real_base_is_written_whole(llama_merge: Path, tmp_path: Path) -> None
     with safe_open(base_folder / "model.safetensors", framework="pt") as base:
         reader: Callable[[str], Tensor] = base.get_tensor
         for file in files:
-            write_file(tmp_path, file, lambda one: reader(one.name))
+            write_file(tmp_path, file, lambda one: [reader(one.name)])
         write_companions(tmp_path, plan, base_folder, files)
         written = read_model_header(tmp_path)
         assert list(written.tensors) == list(plan.base_header.tensors)

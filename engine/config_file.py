@@ -1,0 +1,205 @@
+"""A merge's YAML read into a `Config`, with `--set` overrides and checks of what one key alone cannot show.
+
+Reads and checks text only: unknown keys fail with the nearest known key, and every error carries its key and line. The
+keys themselves are `engine.config`'s. Knows nothing of checkpoints, torch or Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from engine.config import UNIONS, Config, Expert
+from engine.errors import ConfigError
+
+Location = tuple[int | str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error, not a silent overwrite."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key is not a text", problem_mark=key.start_mark)
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a merge's YAML, apply `--set key.sub=value` overrides and check everything that text alone can show.
+
+    Raises:
+        ConfigError: with file, line and key; up to five faults at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        raw = loader.construct_document(node) if node is not None else None
+    except OSError as error:
+        raise ConfigError(f"the config cannot be read: {error.strerror}", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError("the config is not UTF-8 text", str(path)) from error
+    except RecursionError as error:
+        raise ConfigError("not valid YAML: it is nested too deeply", str(path)) from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"not valid YAML: {what}", where) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("the config is not a mapping of keys to values", str(path), "merge_method: … and so on")
+    for override in overrides:
+        _override(raw, override)
+    return parse_config(raw, path, node)
+
+
+def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None) -> Config:
+    """Check a config that is already a mapping; `path` and `node` tell where a fault stands."""
+
+    def where(location: Location) -> str:
+        line = _line(node, location)
+        return f"{path}:{line}" if line else str(path)
+
+    try:
+        config = Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        faults = [f for f in error.errors(include_url=False) if f["type"] != "default_factory_not_called"]
+        found = {_location(fault): fault for fault in reversed(faults)}
+        # A section with a fault in it is often reported as missing or short as well: only the deepest is the user's.
+        deepest = [at for at in reversed(found) if not any(at != other == (*at, *other[len(at) :]) for other in found)]
+        told = [str(_explain(found[at], at, where)) for at in deepest]
+        more = [f"({len(told) - 5} more)"] if len(told) > 5 else []
+        raise ConfigError("\n".join(told[:5] + more)) from None
+    _check(config, where)
+    return config.model_copy(
+        update={"models": tuple(expert for expert in config.models if not _is_base(config, expert))}
+    )
+
+
+def _check(config: Config, where: Any) -> None:
+    """What one key alone cannot show."""
+    experts = [(index, expert) for index, expert in enumerate(config.models) if not _is_base(config, expert)]
+    if not experts:
+        raise ConfigError("`models` has no expert beside the base", where(("models",)))
+    names: set[str] = set()
+    for index, expert in experts:
+        at = where(("models", index))
+        if expert.name in names:
+            raise ConfigError(
+                f"two experts are called {expert.name!r}",
+                at,
+                do="give one of them another `name`; names label the outputs",
+            )
+        names.add(expert.name)
+        weight = config.weight(expert)
+        if not 0 < weight < 1:
+            raise ConfigError(
+                f"the prior of expert {expert.name!r} is {weight}",
+                at,
+                "a `weight` above 0 and below 1: coefficients are learned through a sigmoid that starts there",
+            )
+        if not expert.calibration:
+            raise ConfigError(
+                f"expert {expert.name!r} has no calibration",
+                at,
+                "`calibration: FILE` with 5–10 unlabelled records of its domain (.json, .jsonl or .parquet)",
+            )
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Apply one `key.sub=value`; a number between dots is an index into a list."""
+    keys, separator, text = override.partition("=")
+    at = f"--set {override}"
+    if not separator or not all(keys.split(".")):
+        raise ConfigError("not an override", at, "key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError("the value is not valid YAML", at) from error
+    target: Any = raw
+    *parents, last = (int(key) if key.isdecimal() else key for key in keys.split("."))
+    for key in parents:
+        if isinstance(target, dict) and isinstance(key, str):
+            target = target.setdefault(key, {})
+        elif isinstance(target, list) and isinstance(key, int) and key < len(target):
+            target = target[key]
+        else:
+            raise ConfigError(f"there is no {key!r} to set a value in", at)
+    try:
+        target[last] = value
+    except (TypeError, IndexError) as error:
+        raise ConfigError(f"there is no {last!r} to set", at) from error
+
+
+def _line(node: yaml.Node | None, location: Location) -> int | None:
+    """The line, from 1, of the deepest part of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            if found is None:
+                return line
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The config sections that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (tuple, Union, types.UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _sections(argument)
+
+
+def _known_keys(location: Location) -> list[str]:
+    """The keys that the section at `location` has."""
+    section: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = next(_sections(section.model_fields[part].annotation), section)
+    return list(section.model_fields)
+
+
+def _location(fault: Any) -> Location:
+    """Where a fault stands, without the names that pydantic adds for the members of a union."""
+    parts: Location = fault["loc"]
+    return next((parts[: i + 1] for i, part in enumerate(parts) if part in UNIONS), parts)
+
+
+def _is_base(config: Config, expert: Expert) -> bool:
+    """Whether the entry is the base, which mergekit's users list among the models."""
+    return expert.model == config.base_model and not expert.calibration
+
+
+def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
+    """One of pydantic's faults in our words."""
+    key = ".".join(str(part) for part in location)
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        do = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+        return ConfigError(f"unknown key {key!r}", where(location), do=do)
+    if fault["type"] == "missing":
+        return ConfigError(f"the key {key!r} is missing", where(location[:-1]))
+    given = repr(fault["input"])
+    message = UNIONS.get(str(location[-1])) if location else None
+    message = message or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return ConfigError(f"{key} is {given if len(given) < 80 else given[:77] + '…'}", where(location), message)
