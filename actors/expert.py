@@ -1,8 +1,7 @@
-"""The expert actor: one frozen expert on its device; samples in, targets out. State and calls, no mathematics."""
+"""The expert actor: one frozen expert after the other on its device; samples in, targets out. No mathematics."""
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 
 from actors.process import Process, Report
@@ -13,15 +12,16 @@ from engine.plan import Plan
 
 
 class Expert:
-    """Expert `index` of the plan. It keeps nothing between samples, so it may be started again at any time."""
+    """Whichever expert a sample is of. It keeps nothing that counts, so it may be started again at any time."""
 
     def __init__(self, plan: Plan, index: int) -> None:
-        self._process = Process(f"expert {plan.experts[index].name}")
-        self._plan, self._index, self._forwards = plan, index, 0
+        self._process = Process(f"expert {index}")
+        self._plan, self._forwards = plan, 0
+        self._held: tuple[int, FrozenExpert] | None = None
 
     def target(self, sample: Sample, path: Path) -> tuple[int, dict[str, Packed]]:
         """The target of one sample and its bytes; also written to `path`, where it outlives process and node."""
-        target = self._expert.target(sample)
+        target = self._expert(sample.expert).target(sample)
         self._forwards += 1
         save_target(target, path)
         packed = pack_all(target.tensors())
@@ -31,7 +31,9 @@ class Expert:
         """Memory, and how often the expert ran forward."""
         return self._process.report(forwards=self._forwards)
 
-    @cached_property
-    def _expert(self) -> FrozenExpert:
-        # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
-        return FrozenExpert(self._plan, self._index, self._process.device)
+    def _expert(self, index: int) -> FrozenExpert:
+        # Loaded by a call, not at the start: what a call raises reaches the driver as it is.
+        if self._held is None or self._held[0] != index:
+            self._held = None  # first, so that there are never two
+            self._held = index, FrozenExpert(self._plan, index, self._process.device)
+        return self._held[1]

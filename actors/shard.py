@@ -6,19 +6,17 @@ It has no state but open files: every call carries what it needs, so a shard tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from actors.process import Process, Report, usable_cpus
-from engine.checkpoint import open_base, open_expert
 from engine.codec import Packed, pack_all, unpack_all
 from engine.coefficients import Array, TensorCoefficients
 from engine.plan import Plan
-from engine.task_vectors import Inspection, TaskVectors
+from engine.task_vectors import Inspection, Piece, TaskVectors, open_task_vectors
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
 
@@ -41,27 +39,27 @@ class Shard:
                 found[file] = hashlib.file_digest(opened, "sha256").hexdigest()
         return found
 
-    def merge(self, coefficients: Mapping[str, TensorCoefficients]) -> dict[str, Packed]:
-        """Merged tensors in the run's dtype."""
-        return pack_all(self._task_vectors.merge(coefficients))
+    def merge(self, pieces: Sequence[Piece], coefficients: Mapping[str, TensorCoefficients]) -> dict[Piece, Packed]:
+        """Merged pieces in the run's dtype."""
+        return pack_all(self._task_vectors.merge_all({piece: coefficients[piece.name] for piece in pieces}))
 
     def gradients(
-        self, edges: Mapping[str, tuple[int, ...]], weight_gradients: Mapping[str, Packed]
-    ) -> dict[str, Array]:
-        """Coefficient gradients [K, m] of tensors from their weight gradients."""
-        return self._task_vectors.gradients(edges, unpack_all(weight_gradients))
+        self, weight_gradients: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]
+    ) -> dict[Piece, Array]:
+        """What pieces of weight gradients add to their tensors' coefficient gradients, [K, m] each."""
+        return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
 
     def write(self, folder: Path, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""
 
-        def tensor(entry: OutputTensor) -> Tensor:
+        def parts(entry: OutputTensor) -> Iterable[Tensor]:
             dtype = torch_dtype(entry.dtype)
             if entry.name in coefficients:
-                return self._task_vectors.merge({entry.name: coefficients[entry.name]}, dtype)[entry.name]
+                return self._task_vectors.stream(entry.name, coefficients[entry.name], dtype)
             base = self._task_vectors.base.read(entry.name)
-            return base if dtype is None else base.to(dtype)
+            return [base if dtype is None else base.to(dtype)]
 
-        write_file(folder, file, tensor)
+        write_file(folder, file, parts)
 
     def report(self) -> Report:
         """Memory."""
@@ -70,5 +68,4 @@ class Shard:
     @cached_property
     def _task_vectors(self) -> TaskVectors:
         # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
-        experts = [(expert.name, open_expert(expert)) for expert in self._plan.experts]
-        return TaskVectors(open_base(self._plan), experts, getattr(torch, self._plan.dtype), threads=usable_cpus())
+        return open_task_vectors(self._plan, usable_cpus())

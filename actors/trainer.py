@@ -13,8 +13,8 @@ from engine.codec import Packed, unpack_all
 from engine.coefficients import Coefficients
 from engine.expert import Target
 from engine.plan import Plan
+from engine.shards import Gradients, Shards
 from engine.student import Losses, Student
-from engine.task_vectors import Shards
 from engine.training import Learner, Stage
 
 
@@ -48,14 +48,24 @@ class Trainer:
         self._merged: Coefficients | None = None
 
     def step(self, stage: Stage, state: dict[str, Any] | None, number: int, window: Sequence[WindowSample]) -> Step:
-        """Step `number` of a stage from one window: the gradient goes out to the shards, the merged tensors come in."""
+        """Step `number` of a stage from one window: merged tensors come in as the first sample runs forward, and their
+        gradient leaves as the last one (or, with `gradients: stream`, every one) runs backward.
+        """
         started = time.monotonic()
         learner = Learner(self._plan.config.parameters, stage)
         if state is not None:
             learner.restore(state)
-        self._merge(learner.coefficients)
-        losses = [self._accumulate(sample, 1 / len(window)) for sample in window]
-        metrics = learner.step(self._shards.gradients(stage.layout, self._student.take))
+        coefficients, stale = learner.coefficients, self._merged
+        self._merged = None
+        if stale is None or not stale.same_as(coefficients):
+            self._student.expect(self._shards.merge(coefficients, self._student))
+        leaving = self._shards.gradients(stage.layout)
+        losses = []
+        for sample in window:
+            final = sample is window[-1] or self._plan.config.gradients == "stream"
+            losses.append(self._accumulate(sample, 1 / len(window), leaving if final else None))
+        self._merged = coefficients
+        metrics = learner.step(leaving.collect())
         seconds = time.monotonic() - started
         rows = [
             {
@@ -83,15 +93,8 @@ class Trainer:
         # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
         return Student(self._plan, self._process.device)
 
-    def _merge(self, coefficients: Coefficients) -> None:
-        """Bring the model to these coefficients, unless it has them."""
-        if self._merged is None or not self._merged.same_as(coefficients):
-            self._merged = None
-            self._shards.merge(coefficients, self._student.put)
-            self._merged = coefficients
-
-    def _accumulate(self, sample: WindowSample, share: float) -> Losses:
+    def _accumulate(self, sample: WindowSample, share: float, leaving: Gradients | None) -> Losses:
         # Copies: what arrives lies wherever its buffer begins, and a matrix product's last bit depends on that.
         arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(sample.target)).items()}
         target = Target.from_tensors(arrived)
-        return self._student.accumulate(target, self._plan.experts[sample.expert].loss_weight, share)
+        return self._student.accumulate(target, self._plan.experts[sample.expert].loss_weight, share, leaving)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.expert import Expert
-from actors.process import Report
+from actors.process import Report, usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.exchange import RemoteShards
@@ -28,6 +29,7 @@ from engine.codec import Packed, pack_all
 from engine.expert import load_target
 from engine.plan import Plan
 from engine.run_folder import load_plan
+from engine.shards import LocalShards, Shards
 
 # How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
 RESTARTS = 3
@@ -61,9 +63,9 @@ class Crew:
     def trainer(self) -> Iterator[Any]:
         """The trainer, while the context lasts; the shards must be there."""
         bundle = self._placement.trainer
+        # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
+        names = [] if self._placement.within_trainer else self._shard_names
         with reserved([bundle], self._wait, self._say) as group:
-            # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
-            names = self._shard_names
             trainer = self._spawn(Trainer, group, 0, bundle, lambda plan: (plan, _shards_named(plan, names), ray.get))
             yield trainer
             _kill([trainer])
@@ -73,31 +75,30 @@ class Crew:
     ) -> tuple[dict[tuple[int, int], Any], list[Report]]:
         """References to the targets of the wanted samples by (expert, index), and what the experts said of themselves.
 
-        As many experts at a time as there are bundles; an expert that is done makes room for the next. `done` is told
-        the bytes of each target as it is there.
+        An actor a bundle; one that is done with an expert takes the next, without a new process. `done` is told the
+        bytes of each target as it is there.
         """
         references: dict[tuple[int, int], Any] = {}
-        reports: list[Report] = []
-        bundles = self._placement.experts
+        bundles = self._placement.experts[: len(wanted)]
         with reserved(bundles, self._wait, self._say) as group:
-            waiting, free = deque(wanted), deque(range(len(bundles)))
-            pending: dict[Any, tuple[int, Any]] = {}
+            actors = [self._spawn(Expert, group, i, bundle, _with_index(i)) for i, bundle in enumerate(bundles)]
+            waiting, free = deque(wanted.values()), deque(actors)
+            pending: dict[Any, Any] = {}
             while waiting or pending:
                 while waiting and free:
-                    expert, slot = waiting.popleft(), free.popleft()
-                    actor = self._spawn(Expert, group, slot, bundles[slot], _with_index(expert))
-                    for sample, path in wanted[expert]:
+                    actor = free.popleft()
+                    for sample, path in waiting.popleft():
                         size, target = actor.target.options(num_returns=2).remote(sample, path)
-                        references[expert, sample.index] = target
-                        pending[size] = slot, actor
+                        references[sample.expert, sample.index] = target
+                        pending[size] = actor
                 size, nbytes = first_answer(list(pending), self._say, "computing targets")
-                slot, actor = pending.pop(size)
+                actor = pending.pop(size)
                 done(nbytes)
-                if not any(other == slot for other, _ in pending.values()):
-                    reports.append(answer(actor.report.remote(), self._say, "computing targets"))
-                    # What a method returned belongs to the driver: it outlives the actor.
-                    _kill([actor])
-                    free.append(slot)
+                if actor not in pending.values():
+                    free.append(actor)
+            reports = [answer(actor.report.remote(), self._say, "computing targets") for actor in actors]
+            # What a method returned belongs to the driver: it outlives the actor.
+            _kill(actors)
         return references, reports
 
     def _spawn(
@@ -143,7 +144,10 @@ def _planned(kind: type) -> type:
     return type(kind.__name__, (kind,), {"__init__": start})
 
 
-def _shards_named(plan: Plan, names: Sequence[str]) -> RemoteShards:
+def _shards_named(plan: Plan, names: Sequence[str]) -> Shards:
+    """The shards of those names; without names, the task vectors in this process."""
+    if not names:
+        return LocalShards(plan, usable_cpus(), overlap=torch.cuda.is_available())
     return RemoteShards(plan, [ray.get_actor(name) for name in names])
 
 

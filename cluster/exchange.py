@@ -1,101 +1,140 @@
 """What the trainer's process says to the shards over Ray: buckets of bounded size, a bounded number in flight.
 
 A step moves one gradient out and one set of merged tensors in, whatever the number of experts and shards; what waits in
-the object store is a few buckets, not a model.
+the object store is a few buckets, not a model. A thread of its own does the talking, while the model computes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 import ray
 from torch import Tensor
 
-from engine.codec import pack, unpack_all
+from engine.codec import Packed, pack_all, unpack_all
 from engine.coefficients import Array, Coefficients, Layout
 from engine.headers import BYTES
-from engine.plan import SAFETENSORS, Plan, slices
+from engine.plan import SAFETENSORS, Plan, in_order_of_use, slices
+from engine.shards import WINDOW_BYTES, Arrivals, Gradients, Model, Window, coefficient_gradient
+from engine.task_vectors import PIECE, Piece, pieces
 
-BUCKET_BYTES = 64 << 20
 # Per shard: one that it works on and one that is on its way.
 IN_FLIGHT = 2
 
-Bucket = tuple[str, ...]
+Bucket = tuple[Piece, ...]
 
 
 class RemoteShards:
-    """`engine.task_vectors.Shards` over shard actors, each with its slice of the merged tensors."""
+    """`engine.shards.Shards` over shard actors, each with its slice of the merged tensors."""
 
     def __init__(self, plan: Plan, handles: Sequence[Any]) -> None:
-        self._handles = list(handles)
-        self._buckets = list(interleaved_buckets(plan, len(self._handles)))
-        self._sent = self._received = 0
+        self.handles = list(handles)
+        self.experts = len(plan.experts)
+        owned = slices(plan, len(self.handles))
+        self.owner = {name: shard for shard, names in enumerate(owned) for name in names}
+        self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in plan.merged}
+        item = BYTES[SAFETENSORS[plan.dtype]]
+        self.bucket_bytes = max(WINDOW_BYTES // (IN_FLIGHT * len(self.handles)), PIECE * item)
+        # The shards in turn, so that all of them are at work.
+        turns = zip_longest(*(self._buckets(names, item) for names in owned))
+        self._merged = [(shard, bucket) for turn in turns for shard, bucket in enumerate(turn) if bucket]
+        self.thread = ThreadPoolExecutor(1, "exchange")
+        self.sent = self.received = 0
 
-    def merge(self, coefficients: Coefficients, put: Callable[[str, Tensor], None]) -> None:
+    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
         """See `Shards.merge`."""
+        asked: list[Any] = []
 
-        def ask(shard: int, bucket: Bucket) -> Any:
-            return self._handles[shard].merge.remote({name: coefficients.of(name) for name in bucket})
+        def receive(number: int) -> None:
+            while len(asked) < min(len(self._merged), number + IN_FLIGHT * len(self.handles)):
+                shard, bucket = self._merged[len(asked)]
+                wanted = {piece.name: coefficients.of(piece.name) for piece in bucket}
+                asked.append(self.handles[shard].merge.remote(bucket, wanted))
+            packed: Mapping[Piece, Packed] = ray.get(asked[number])
+            asked[number] = None
+            self.received += sum(one.nbytes for one in packed.values())
+            for piece, tensor in unpack_all(packed).items():
+                room = model.room(piece)
+                room.copy_(tensor)
+                model.put(piece, room)
 
-        for packed in self._answers(ask):
-            self._received += sum(one.nbytes for one in packed.values())
-            for name, tensor in unpack_all(packed).items():
-                put(name, tensor)
+        arrivals = defaultdict(list)
+        for number, (_, bucket) in enumerate(self._merged):
+            arrived = self.thread.submit(receive, number)
+            for name in dict.fromkeys(piece.name for piece in bucket):
+                arrivals[name].append(arrived)
+        return arrivals
 
-    def gradients(self, layout: Layout, take: Callable[[str], Tensor]) -> Array:
+    def gradients(self, layout: Layout) -> Gradients:
         """See `Shards.gradients`."""
-
-        def ask(shard: int, bucket: Bucket) -> Any:
-            packed = {name: pack(take(name)) for name in bucket}
-            self._sent += sum(one.nbytes for one in packed.values())
-            return self._handles[shard].gradients.remote({name: layout.edges_of[name] for name in bucket}, packed)
-
-        parts = {name: part for answer in self._answers(ask) for name, part in answer.items()}
-        return np.concatenate([parts[name] for name in layout.tensors], axis=1)
+        return _RemoteGradients(self, layout)
 
     def traffic(self) -> dict[str, int]:
         """See `Shards.traffic`."""
-        return {"bytes_to_shards": self._sent, "bytes_from_shards": self._received}
+        return {"bytes_to_shards": self.sent, "bytes_from_shards": self.received}
 
-    def _answers(self, ask: Callable[[int, Bucket], Any]) -> Iterator[Any]:
-        """The answers about all buckets in their order, with a bounded number of questions open at each shard."""
-        waiting: deque[tuple[int, Any]] = deque()
-        opened = [0] * len(self._handles)
-
-        def oldest() -> Any:
-            shard, reference = waiting.popleft()
-            opened[shard] -= 1
-            return ray.get(reference)
-
-        for shard, bucket in self._buckets:
-            while opened[shard] >= IN_FLIGHT:
-                yield oldest()
-            waiting.append((shard, ask(shard, bucket)))
-            opened[shard] += 1
-        while waiting:
-            yield oldest()
-
-
-def interleaved_buckets(plan: Plan, shards: int) -> Iterator[tuple[int, Bucket]]:
-    """Each shard's slice in buckets of at most BUCKET_BYTES (or one tensor), the shards in turn."""
-    size = BYTES[SAFETENSORS[plan.dtype]]
-    for turn in zip_longest(*(_buckets(plan, names, size) for names in slices(plan, shards))):
-        yield from ((shard, bucket) for shard, bucket in enumerate(turn) if bucket)
-
-
-def _buckets(plan: Plan, names: Sequence[str], size: int) -> Iterator[Bucket]:
-    bucket: list[str] = []
-    filled = 0
-    for name in names:
-        nbytes = plan.numels[name] * size
-        if bucket and filled + nbytes > BUCKET_BYTES:
+    def _buckets(self, names: Sequence[str], item: int) -> Iterator[Bucket]:
+        bucket: list[Piece] = []
+        filled = 0
+        for piece in (piece for name in in_order_of_use(names) for piece in self.pieces[name]):
+            if bucket and filled + piece.numel * item > self.bucket_bytes:
+                yield tuple(bucket)
+                bucket, filled = [], 0
+            bucket.append(piece)
+            filled += piece.numel * item
+        if bucket:
             yield tuple(bucket)
-            bucket, filled = [], 0
-        bucket.append(name)
-        filled += nbytes
-    if bucket:
-        yield tuple(bucket)
+
+
+class _RemoteGradients:
+    def __init__(self, shards: RemoteShards, layout: Layout) -> None:
+        self._shards, self._layout = shards, layout
+        self._window = Window(WINDOW_BYTES)
+        self._posted: list[Future[None]] = []
+        self._open: dict[int, dict[Piece, Tensor]] = defaultdict(dict)
+        self._asked: dict[int, list[Any]] = defaultdict(list)
+
+    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
+        self._window.enter(nbytes)
+        posted = self._shards.thread.submit(self._post, name, fetch)
+        posted.add_done_callback(lambda _: self._window.leave(nbytes))
+        self._posted.append(posted)
+
+    def collect(self) -> Array:
+        for posted in self._posted:
+            posted.result()
+        for shard in range(len(self._shards.handles)):
+            self._ship(shard)
+        # A tensor belongs to one shard, and its pieces are shipped in order.
+        answers = (answer for asked in self._asked.values() for answer in asked)
+        parts = ((piece.name, part) for answer in answers for piece, part in ray.get(answer).items())
+        return coefficient_gradient(self._layout, self._shards.experts, parts)
+
+    def _post(self, name: str, fetch: Callable[[], Tensor]) -> None:
+        gradient_N, shard = fetch().reshape(-1), self._shards.owner[name]
+        limit = self._shards.bucket_bytes
+        for piece in self._shards.pieces[name]:
+            part_N = gradient_N[piece.start : piece.stop]
+            if (
+                piece in self._open[shard]
+                or sum(one.nbytes for one in self._open[shard].values()) + part_N.nbytes > limit
+            ):
+                self._ship(shard)
+            self._open[shard][piece] = part_N
+        if gradient_N.nbytes > limit:
+            # What is left over would keep the whole gradient until the next one comes.
+            self._ship(shard)
+
+    def _ship(self, shard: int) -> None:
+        bucket = pack_all(self._open.pop(shard, {}))
+        if not bucket:
+            return
+        if len(self._asked[shard]) >= IN_FLIGHT:
+            ray.wait([self._asked[shard][-IN_FLIGHT]])
+        edges = {piece.name: self._layout.edges_of[piece.name] for piece in bucket}
+        self._asked[shard].append(self._shards.handles[shard].gradients.remote(bucket, edges))
+        self._shards.sent += sum(one.nbytes for one in bucket.values())

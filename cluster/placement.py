@@ -20,11 +20,15 @@ class Node:
 
 @dataclass(frozen=True)
 class Placement:
-    """One bundle for the trainer, one for each expert that runs at the same time, one for each shard."""
+    """One bundle for the trainer, one for each expert that runs at the same time, one for each shard.
+
+    With `within_trainer` the trainer asks task vectors of its own, and the shards only read and write files.
+    """
 
     trainer: Bundle
     experts: tuple[Bundle, ...]
     shards: tuple[Bundle, ...]
+    within_trainer: bool = False
 
 
 def place(nodes: Sequence[Node], config: Config) -> Placement:
@@ -40,11 +44,13 @@ def place(nodes: Sequence[Node], config: Config) -> Placement:
     trainer = _gpus(config.cluster.trainer.num_gpus, gpus)
     slots = sum(int(node.gpus // expert) for node in nodes) if expert else len(useful)
     at_once = max(1, min(slots, len(config.models)))
-    count = max(1, len(useful)) if config.cluster.shards == "auto" else config.cluster.shards
+    wanted = config.cluster.shards
+    count = max(1, len(useful) if wanted == "auto" else wanted)
     return Placement(
         trainer=_bundle(_share(half, 1), trainer),
         experts=(_bundle(_share(half, -(-at_once // max(1, len(useful)))), expert),) * at_once,
         shards=(_bundle(_share(half, -(-count // max(1, len(useful)))), 0),) * count,
+        within_trainer=wanted == 0,
     )
 
 

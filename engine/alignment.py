@@ -27,14 +27,21 @@ def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> 
     return torch.stack([functional.mse_loss(student[i].float(), expert[i].float()) for i in sorted(expert)]).mean()
 
 
-def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> Tensor:
-    """L_logit = T² · mean over tokens of KL(softmax(zₖ/T) ‖ softmax(z/T)), a float32 scalar.
+def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """T² · Σ over tokens of KL(softmax(zₖ/T) ‖ softmax(z/T)), a float32 scalar, and its gradient by z [T, V].
 
-    The same gradient as the soft-target cross entropy of the published code, and 0 at a perfect match.
+    Divided by the number of tokens it is L_logit: a sum, so that a long sample can be taken some tokens at a time. The
+    gradient, T · (softmax(z/T) − softmax(zₖ/T)) in float32, is that of the published code's soft-target cross entropy;
+    the value is 0 at a perfect match. Neither operand is kept or changed; nothing is recorded for autograd.
     """
-    student = functional.log_softmax(student_TV.float() / temperature, dim=-1)
-    expert = functional.log_softmax(expert_TV.float() / temperature, dim=-1)
-    return temperature**2 * functional.kl_div(student, expert, reduction="batchmean", log_target=True)
+    student, expert = (
+        functional.log_softmax(z.detach().float() / temperature, dim=-1) for z in (student_TV, expert_TV)
+    )
+    gap = expert - student
+    probability = expert.exp_()
+    kl = torch.dot(probability.reshape(-1), gap.reshape(-1))
+    gradient = student.exp_().sub_(probability).mul_(temperature)
+    return temperature**2 * kl, gradient
 
 
 def regularization(alpha: Array, prior: Array) -> float:

@@ -84,7 +84,11 @@ class _Difference:
         self._expert_N = expert_N
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
-        out_N.copy_(self._expert_N[start:stop]).sub_(base_N)
+        expert_N = self._expert_N[start:stop]
+        if expert_N.dtype == torch.float32:
+            torch.sub(expert_N, base_N, out=out_N)
+        else:
+            out_N.copy_(expert_N).sub_(base_N)
 
 
 class _Product:

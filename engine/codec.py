@@ -8,13 +8,16 @@ Ray.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,31 @@ def unpack(packed: Packed) -> Tensor:
     return data.view(packed.dtype).reshape(packed.shape)
 
 
-def pack_all(tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
-    """Several tensors by name, each as `pack` does it."""
-    return {name: pack(tensor) for name, tensor in tensors.items()}
+def pack_all(tensors: Mapping[Key, Tensor]) -> dict[Key, Packed]:
+    """Several tensors, each as `pack` does it."""
+    return {key: pack(tensor) for key, tensor in tensors.items()}
 
 
-def unpack_all(packed: Mapping[str, Packed]) -> dict[str, Tensor]:
-    """Several tensors by name, each as `unpack` does it."""
-    return {name: unpack(one) for name, one in packed.items()}
+def unpack_all(packed: Mapping[Key, Packed]) -> dict[Key, Tensor]:
+    """Several tensors, each as `unpack` does it."""
+    return {key: unpack(one) for key, one in packed.items()}
+
+
+def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin to bring a tensor to the CPU; what is returned waits for it, in whatever thread it is called.
+
+    From a GPU the copy takes its turn among the device's work, so that whoever computes there goes on meanwhile, and
+    the tensor's memory may be used again at once.
+    """
+    if not tensor.is_cuda:
+        return lambda: tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -142,6 +142,17 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     return logits
 
 
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks that the model is a sequence of: what stands in its outermost lists of modules."""
+    inside: set[int] = set()
+    found = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and id(module) not in inside:
+            inside.update(id(part) for part in module.modules())
+            found += list(module)
+    return found
+
+
 def head_names(model: Any) -> list[str]:
     """The module's names of everything between the last hidden state and the logits that has weights."""
     head = model.get_output_embeddings()

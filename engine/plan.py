@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +114,11 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         dtype=config.dtype or _main_dtype(base),
         hidden_layers=_hidden_layers(config, base),
     )
+
+
+def in_order_of_use(names: Iterable[str]) -> list[str]:
+    """Names as a model goes through them: block 2 before block 10, where files often have it the other way round."""
+    return sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
 
 
 def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:

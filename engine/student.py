@@ -1,22 +1,34 @@
 """The merged weights in a model: targets in, losses and the gradient of the merged tensors out.
 
 It holds one model and one gradient, whatever the number of experts: the coefficients are the trainer's affair, the task
-vectors the shards'. Letters in tensor names: B batch (1), T tokens, H hidden features, V vocabulary.
+vectors the shards'. It computes with what has arrived and lets go of what is final, so that both can travel meanwhile.
+Letters in tensor names: B batch (1), T tokens, P some of the tokens, H hidden features, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from engine.alignment import hidden_loss, logit_loss
 from engine.checkpoint import open_base
+from engine.codec import to_cpu
 from engine.errors import RunError
 from engine.expert import Target
-from engine.model import build_skeleton, fill, rebuild_logits
+from engine.model import blocks_of, build_skeleton, fill, rebuild_logits
 from engine.plan import Plan
+from engine.shards import Arrivals, Gradients
+from engine.task_vectors import Piece
+
+# Bytes of the float32 logits that stand at one time: those of all tokens would be a trainer's largest tensor.
+LOGIT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,46 +57,128 @@ class Student:
         fill(self.model, tensors, device)
         named = dict(self.model.named_parameters())
         self._merged = {name: named[partners[name]].requires_grad_() for name in plan.merged}
+        self._arriving: dict[str, Sequence[Future[None]]] = {}
+        self._leaving: Gradients | None = None
+        self._watch_blocks()
+        self._watch_gradients()
 
-    @torch.no_grad()
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Copy a merged tensor into the model's own buffer."""
-        self._merged[name].copy_(tensor)
+    def _watch_blocks(self) -> None:
+        """Have each block wait for its own weights before it computes; it may be told to compute twice, too."""
+        everywhere = set(self.plan.merged)
+        for block in blocks_of(self.model):
+            inside = {id(parameter) for parameter in block.parameters()}
+            names = [name for name, parameter in self._merged.items() if id(parameter) in inside]
+            everywhere.difference_update(names)
+            block.register_forward_pre_hook(lambda *_, names=names: self._await(names))
+            if self.plan.config.gradient_checkpointing:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        self._outside_blocks = sorted(everywhere)
 
-    def take(self, name: str) -> Tensor:
-        """Give up the gradient of a merged tensor; zeros where no sample reached it."""
-        parameter = self._merged[name]
-        gradient, parameter.grad = parameter.grad, None
-        return torch.zeros_like(parameter) if gradient is None else gradient
+    def _watch_gradients(self) -> None:
+        """Have each gradient leave when it is final."""
+        for name, parameter in self._merged.items():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._leave(name))
 
-    def accumulate(self, target: Target, loss_weight: float, share: float) -> Losses:
+    def room(self, piece: Piece) -> Tensor:
+        """See `Model.room`: the model's own memory, or memory from which a GPU can copy."""
+        if self._merged[piece.name].is_cuda:
+            return torch.empty(piece.numel, dtype=self.dtype, pin_memory=True)
+        return self._slot(piece)
+
+    def put(self, piece: Piece, merged_N: Tensor) -> None:
+        """See `Model.put`."""
+        if self._merged[piece.name].is_cuda:
+            self._slot(piece).copy_(merged_N, non_blocking=True)
+
+    def expect(self, arriving: Arrivals) -> None:
+        """Compute with each merged tensor no sooner than it is there."""
+        self._arriving = dict(arriving)
+
+    def accumulate(self, target: Target, loss_weight: float, share: float, leaving: Gradients | None = None) -> Losses:
         """Add `share` times the gradient of βₖ · (L_logit + λ_hid · L_hid) of one sample to the merged tensors'.
+
+        With `leaving`, the sums leave as they become final, and are none afterwards.
 
         Raises:
             RunError: the loss is not finite.
         """
-        parameters = self.plan.config.parameters
-        ids_BT = target.input_ids_T.to(self.device)[None]
-        output = self.model(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), output_hidden_states=True, use_cache=False
-        )
-        kl = logit_loss(output.logits[0], self._expert_logits(target), parameters.temperature)
+        weight = self.plan.config.parameters.hidden_weight
+        self._await(self._outside_blocks)
+        output = self._decode(target)
+        if self._arriving:
+            # A model that uses a block's weights without calling the block: what it computed with is not known.
+            self._await(list(self._arriving))
+            output = self._decode(target)
+        last_BTH = output.last_hidden_state
+        kl, slope_BTH = self._logit_loss(last_BTH, target, loss_weight * share)
         hidden = hidden_loss(
             {index: output.hidden_states[index][0] for index in target.hidden_TH},
             {index: tensor.to(self.device) for index, tensor in target.hidden_TH.items()},
         )
-        loss = loss_weight * (kl + parameters.hidden_weight * hidden)
-        if not loss.isfinite():
+        if not (kl + hidden).isfinite():
             raise RunError(
                 "the loss of the merged model is not finite", do="lower `learning_rate` or the weights, or use float32"
             )
-        torch.autograd.backward(share * loss)
+        slopes = [(last_BTH, slope_BTH), (hidden, torch.full_like(hidden, loss_weight * share * weight))]
+        roots = [(root, slope) for root, slope in slopes if root.requires_grad]
+        # From here on: the parts of a head's gradient that `_logit_loss` left on it were not final.
+        self._leaving = leaving
+        torch.autograd.backward([root for root, _ in roots], [slope for _, slope in roots])
+        if leaving is not None:
+            for name, parameter in self._merged.items():
+                if parameter.grad is not None:
+                    self._leave(name)
+        self._leaving = None
         return Losses(kl.item(), hidden.item())
 
+    def _decode(self, target: Target) -> Any:
+        """Hidden states of all layers; no logits."""
+        ids_BT = target.input_ids_T.to(self.device)[None]
+        options = {"attention_mask": torch.ones_like(ids_BT), "output_hidden_states": True, "use_cache": False}
+        return self.model.base_model(input_ids=ids_BT, **options)
+
+    def _logit_loss(self, last_BTH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:
+        """L_logit, and `scale` times its gradient by the last hidden state; some tokens at a time.
+
+        The gradient of a head that is merged is left on it.
+        """
+        temperature, tokens = self.plan.config.parameters.temperature, last_BTH.shape[1]
+        rows = max(1, LOGIT_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
+        kl = torch.zeros((), device=self.device)
+        slope_BTH = torch.empty_like(last_BTH)
+        for start in range(0, tokens, rows):
+            some = slice(start, min(start + rows, tokens))
+            hidden_BPH = last_BTH[:, some].detach().requires_grad_()
+            logits_PV = rebuild_logits(self.model, hidden_BPH)[0]
+            loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some), temperature)
+            kl += loss / tokens
+            torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
+            assert hidden_BPH.grad is not None
+            slope_BTH[:, some] = hidden_BPH.grad
+        return kl, slope_BTH
+
     @torch.no_grad()
-    def _expert_logits(self, target: Target) -> Tensor:
-        """zₖ(x) [T, V]: as it came, or from the expert's last hidden state through the head that both share."""
+    def _expert_logits(self, target: Target, some: slice) -> Tensor:
+        """zₖ(x) of some tokens [P, V]: as they came, or from the last hidden state through the head that both share."""
         if target.logits_TV is not None:
-            return target.logits_TV.to(self.device)
+            return target.logits_TV[some].to(self.device)
         assert target.last_hidden_TH is not None
-        return rebuild_logits(self.model, target.last_hidden_TH.to(self.device)[None])[0]
+        return rebuild_logits(self.model, target.last_hidden_TH[None, some].to(self.device))[0]
+
+    def _slot(self, piece: Piece) -> Tensor:
+        """The model's own memory of a piece."""
+        slot: Tensor = self._merged[piece.name].detach().view(-1)[piece.start : piece.stop]
+        return slot
+
+    def _await(self, names: Iterable[str]) -> None:
+        for name in names:
+            for arrival in self._arriving.pop(name, ()):
+                arrival.result()
+
+    def _leave(self, name: str) -> None:
+        if self._leaving is None:
+            return
+        parameter = self._merged[name]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._leaving.send(name, to_cpu(gradient), gradient.nbytes)

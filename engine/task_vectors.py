@@ -1,9 +1,10 @@
 """Streams over the checkpoints: merged tensors from coefficients, coefficient gradients from weight gradients.
 
-All work that grows with the number of experts is here. It goes over a tensor in blocks that fit a core's cache, over
-the experts in their order, in float32, with sums of blocks in float64, each tensor by one thread: the result does not
-depend on who computes it, nor beside whom. No task vector ever stands whole. Knows no models and no Ray.
-Letters: N elements of a flattened tensor, B of a block, K experts, m chunks of the tensor.
+All work that grows with the number of experts is here. The unit of work is a piece of a tensor, gone through by one
+thread in blocks that fit a core's cache: one pass over each expert's bytes, in float32, with the sums of blocks in
+float64. The result does not depend on who computes it, nor beside whom; no task vector ever stands whole. Knows no
+models and no Ray.
+Letters: N elements of a flattened tensor, B of a block, K experts, G experts of a group, m chunks of the tensor.
 Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
 """
 
@@ -12,39 +13,63 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, Expert, TaskVector
-from engine.coefficients import Coefficients, Layout, TensorCoefficients
+from engine.checkpoint import Checkpoint, Expert, TaskVector, open_base, open_expert
+from engine.coefficients import TensorCoefficients
 from engine.errors import CheckpointError
+from engine.plan import Plan
 
 Array = npt.NDArray[np.float64]
 
-# Elements of a block at most: base, one expert's difference and the result are 3 MiB in float32, which stays in a
-# core's cache. Each thread keeps its three for good: fresh memory would cost more than the sums.
-BLOCK = 1 << 18
-_scratch = threading.local()
+# Elements of a block at most, and experts whose differences stand side by side to be multiplied in one operation. The
+# least time by measurement: smaller blocks cost more calls, larger ones leave the cache. Each thread keeps its 3 MiB
+# for good, since fresh memory would cost more than the sums.
+BLOCK = 1 << 17
+GROUP = 4
+# Elements of a piece at most: what one thread does at a time, and the least that travels.
+PIECE = 1 << 22
+_local = threading.local()
 
 
-class Shards(Protocol):
-    """What a trainer asks of the task vectors, wherever they are."""
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start` to `stop` of the flattened tensor `name`."""
 
-    def merge(self, coefficients: Coefficients, put: Callable[[str, Tensor], None]) -> None:
-        """Compute every merged tensor in the run's dtype and give each to `put`, which copies it."""
+    name: str
+    start: int
+    stop: int
 
-    def gradients(self, layout: Layout, take: Callable[[str], Tensor]) -> Array:
-        """∂L/∂α [K, C] from ∂L/∂θ, which `take` gives up tensor by tensor; C are the layout's columns."""
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
 
-    def traffic(self) -> dict[str, int]:
-        """Bytes of weight gradients sent out and of merged tensors received, so far."""
+
+def pieces(name: str, shape: Sequence[int]) -> Iterator[Piece]:
+    """The pieces of a tensor: whole blocks, so that its shape alone decides how its sums are ordered."""
+    numel, block = math.prod(shape), _block_size(shape)
+    size = max(1, PIECE // block) * block
+    return (Piece(name, start, min(start + size, numel)) for start in range(0, numel, size))
+
+
+def blocks(shape: Sequence[int], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """Where the blocks of a flattened tensor begin and end, between `start` and `stop`."""
+    stop, size = math.prod(shape) if stop is None else stop, _block_size(shape)
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _block_size(shape: Sequence[int]) -> int:
+    """Whole rows of the last dimension where they fit: what a product of two factors gives without waste."""
+    row = shape[-1] if shape else 1
+    return BLOCK // row * row if 0 < row <= BLOCK else BLOCK
 
 
 @dataclass(frozen=True)
@@ -55,34 +80,51 @@ class Inspection:
 
 
 class TaskVectors:
-    """The base and K experts as streams; `threads` tensors at a time."""
+    """The base and K experts as streams; what is computed for several pieces is computed on `pool`."""
 
     def __init__(
         self, base: Checkpoint, experts: Sequence[tuple[str, Expert]], dtype: torch.dtype, threads: int
     ) -> None:
-        self.base, self.experts, self.dtype = base, experts, dtype
-        # One thread a tensor, and none inside an operation: sums must not depend on how many threads there are.
-        self._pool = ThreadPoolExecutor(threads, "task-vectors", initializer=torch.set_num_threads, initargs=(1,))
+        self.base, self.experts, self.dtype, self.threads = base, experts, dtype, threads
+        # One thread a piece, and none inside an operation: sums must not depend on how many threads there are.
+        self.pool = ThreadPoolExecutor(threads, "task-vectors", initializer=torch.set_num_threads, initargs=(1,))
 
-    def merge(
-        self, coefficients: Mapping[str, TensorCoefficients], dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """The merged tensors θₗ of the given names, in `dtype` (the run's if None), shaped as the base's."""
+    def merge(self, piece: Piece, wanted: TensorCoefficients, out_N: Tensor) -> None:
+        """Write the merged tensor's elements of the piece to `out_N` [piece.numel], rounded once to its dtype."""
+        merge_piece(piece, self.base.read(piece.name), self._task_vectors(piece.name), wanted, out_N)
 
-        def one(name: str, wanted: TensorCoefficients) -> Tensor:
-            return merge_tensor(self.base.read(name), self._task_vectors(name), wanted, dtype or self.dtype)
+    def gradients(self, piece: Piece, gradient_N: Tensor, edges: tuple[int, ...]) -> Array:
+        """What the piece adds to ∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩ [K, m], from its elements of G, `gradient_N`."""
+        return inner_products(piece, gradient_N, self.base.read(piece.name), self._task_vectors(piece.name), edges)
 
-        return dict(zip(coefficients, self._pool.map(one, coefficients, coefficients.values()), strict=True))
+    def merge_all(
+        self, wanted: Mapping[Piece, TensorCoefficients], dtype: torch.dtype | None = None
+    ) -> dict[Piece, Tensor]:
+        """The merged elements of several pieces, in `dtype` (the run's if None)."""
 
-    def gradients(
-        self, edges: Mapping[str, tuple[int, ...]], weight_gradients: Mapping[str, Tensor]
-    ) -> dict[str, Array]:
-        """∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩ of the given tensors, each [K, m]."""
+        def one(piece: Piece) -> Tensor:
+            out_N = torch.empty(piece.numel, dtype=dtype or self.dtype)
+            self.merge(piece, wanted[piece], out_N)
+            return out_N
 
-        def one(name: str) -> Array:
-            return inner_products(weight_gradients[name], self.base.read(name), self._task_vectors(name), edges[name])
+        return dict(zip(wanted, self.pool.map(one, wanted), strict=True))
 
-        return dict(zip(edges, self._pool.map(one, edges), strict=True))
+    def gradients_all(
+        self, weight_gradients: Mapping[Piece, Tensor], edges: Mapping[str, tuple[int, ...]]
+    ) -> dict[Piece, Array]:
+        """What several pieces add to their tensors' coefficient gradients."""
+
+        def one(piece: Piece) -> Array:
+            return self.gradients(piece, weight_gradients[piece], edges[piece.name])
+
+        return dict(zip(weight_gradients, self.pool.map(one, weight_gradients), strict=True))
+
+    def stream(self, name: str, wanted: TensorCoefficients, dtype: torch.dtype | None) -> Iterator[Tensor]:
+        """A whole merged tensor, a few pieces after the other, so that no tensor's size counts."""
+        todo = list(pieces(name, self.base.tensors[name].shape))
+        for first in range(0, len(todo), self.threads):
+            some = todo[first : first + self.threads]
+            yield from self.merge_all(dict.fromkeys(some, wanted), dtype).values()
 
     def inspect(self, names: Iterable[str]) -> dict[str, Inspection]:
         """Read the given tensors of base and experts once.
@@ -91,7 +133,7 @@ class TaskVectors:
             CheckpointError: a weight that is NaN or infinite, named with its tensor and model.
         """
         names = list(names)
-        return dict(zip(names, self._pool.map(self._inspect, names), strict=True))
+        return dict(zip(names, self.pool.map(self._inspect, names), strict=True))
 
     def _inspect(self, name: str) -> Inspection:
         base = self.base.read(name)
@@ -109,95 +151,81 @@ class TaskVectors:
         return [expert.task_vector(name) for _, expert in self.experts]
 
 
-class LocalShards:
-    """Task vectors in the caller's own process, behind the interface that a trainer uses."""
-
-    def __init__(self, task_vectors: TaskVectors) -> None:
-        self._task_vectors = task_vectors
-
-    def merge(self, coefficients: Coefficients, put: Callable[[str, Tensor], None]) -> None:
-        """See `Shards.merge`."""
-        for name in coefficients.layout.tensors:
-            put(name, self._task_vectors.merge({name: coefficients.of(name)})[name])
-
-    def gradients(self, layout: Layout, take: Callable[[str], Tensor]) -> Array:
-        """See `Shards.gradients`."""
-        parts = [
-            self._task_vectors.gradients({name: edges}, {name: take(name)})[name]
-            for name, edges in layout.edges_of.items()
-        ]
-        return np.concatenate(parts, axis=1)
-
-    def traffic(self) -> dict[str, int]:
-        """See `Shards.traffic`: nothing leaves the process."""
-        return {"bytes_to_shards": 0, "bytes_from_shards": 0}
+def open_task_vectors(plan: Plan, threads: int) -> TaskVectors:
+    """The plan's models as streams, found by its words on whatever node this is."""
+    experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
+    return TaskVectors(open_base(plan), experts, getattr(torch, plan.dtype), threads)
 
 
-def merge_tensor(
-    base: Tensor, task_vectors: Sequence[TaskVector | None], wanted: TensorCoefficients, dtype: torch.dtype
-) -> Tensor:
-    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one tensor, shaped as the base; a float32 sum over k, rounded once to `dtype`."""
-    merged, base_N = torch.empty(base.shape, dtype=dtype), base.reshape(-1)
-    merged_N = merged.view(-1)
-    base_B, tau_B, sum_B = _buffers()
-    for start, stop in blocks(base.shape):
-        block, tau, total = (buffer[: stop - start] for buffer in (base_B, tau_B, sum_B))
-        block.copy_(base_N[start:stop])
-        total.copy_(block)
-        for k, task_vector in enumerate(task_vectors):
-            if task_vector is not None:
-                task_vector.block(start, stop, block, tau)
-                for chunk, first, last in _chunks_within(wanted.edges, start, stop):
-                    total[first:last].add_(tau[first:last], alpha=float(wanted.values[k, chunk]))
-        merged_N[start:stop].copy_(total)
-    return merged
+def merge_piece(
+    piece: Piece, base: Tensor, task_vectors: Sequence[TaskVector | None], wanted: TensorCoefficients, out_N: Tensor
+) -> None:
+    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`."""
+    groups, base_N = _groups(task_vectors), base.reshape(-1)
+    values_mG = [torch.from_numpy(np.ascontiguousarray(wanted.values[group].T)) for group in groups]
+    for start, stop in blocks(base.shape, piece.start, piece.stop):
+        base_B, sum_B, tau_GB = _scratch(base_N[start:stop])
+        # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
+        sum_B.copy_(base_B)
+        for group, values in zip(groups, values_mG, strict=True):
+            _differences(task_vectors, group, start, stop, base_B, tau_GB)
+            for chunk, first, last in _chunks_within(wanted.edges, start, stop):
+                sum_B[first:last].addmv_(tau_GB[: len(group), first:last].t(), values[chunk])
+        out_N[start - piece.start : stop - piece.start].copy_(sum_B)
 
 
 def inner_products(
-    gradient: Tensor, base: Tensor, task_vectors: Sequence[TaskVector | None], edges: tuple[int, ...]
+    piece: Piece,
+    gradient_N: Tensor,
+    base: Tensor,
+    task_vectors: Sequence[TaskVector | None],
+    edges: tuple[int, ...],
 ) -> Array:
-    """⟨Gₛ, τₖ,ₛ⟩ of one tensor, [K, m]: products in float32, sums of blocks in float64.
+    """⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m]: products in float32, sums of blocks in float64.
 
     τ is formed before the product: the difference of ⟨G, θₖ⟩ and ⟨G, θ₀⟩ would cancel.
     """
-    products = np.zeros((len(task_vectors), len(edges) - 1))
-    gradient_N, base_N = gradient.reshape(-1), base.reshape(-1)
-    base_B, tau_B, gradient_B = _buffers()
-    for start, stop in blocks(base.shape):
-        block, tau, slope = (buffer[: stop - start] for buffer in (base_B, tau_B, gradient_B))
-        block.copy_(base_N[start:stop])
-        slope.copy_(gradient_N[start:stop])
-        for k, task_vector in enumerate(task_vectors):
-            if task_vector is not None:
-                task_vector.block(start, stop, block, tau)
-                for chunk, first, last in _chunks_within(edges, start, stop):
-                    products[k, chunk] += torch.dot(slope[first:last], tau[first:last]).item()
-    return products
+    groups, base_N = _groups(task_vectors), base.reshape(-1)
+    products_Km = np.zeros((len(task_vectors), len(edges) - 1))
+    for start, stop in blocks(base.shape, piece.start, piece.stop):
+        base_B, slope_B, tau_GB = _scratch(base_N[start:stop])
+        slope_B.copy_(gradient_N[start - piece.start : stop - piece.start])
+        for group in groups:
+            _differences(task_vectors, group, start, stop, base_B, tau_GB)
+            for chunk, first, last in _chunks_within(edges, start, stop):
+                products_Km[group, chunk] += torch.mv(tau_GB[: len(group), first:last], slope_B[first:last]).numpy()
+    return products_Km
 
 
 def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
     """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor, summed in float64."""
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
-    base_B, tau_B, magnitude_B = _buffers()
     for start, stop in blocks(base.shape):
-        block, tau = base_B[: stop - start], tau_B[: stop - start]
-        block.copy_(base_N[start:stop])
-        base_sum += torch.abs(block, out=magnitude_B[: stop - start]).sum(dtype=torch.float64).item()
+        base_B, magnitude_B, tau_GB = _scratch(base_N[start:stop])
+        base_sum += torch.abs(base_B, out=magnitude_B).sum(dtype=torch.float64).item()
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
-                task_vector.block(start, stop, block, tau)
-                sums[k] += tau.abs_().sum(dtype=torch.float64).item()
+                task_vector.block(start, stop, base_B, tau_GB[0])
+                sums[k] += tau_GB[0].abs_().sum(dtype=torch.float64).item()
     count = max(1, base.numel())
     return base_sum / count, sums / count
 
 
-def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where the blocks of a flattened tensor begin and end: whole rows of the last dimension where they fit a block."""
-    numel = math.prod(shape)
-    row = shape[-1] if shape else 1
-    size = BLOCK // row * row if 0 < row <= BLOCK else BLOCK
-    return ((start, min(start + size, numel)) for start in range(0, numel, size))
+def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:
+    """The experts that change the tensor, a few at a time, in their order."""
+    there = [k for k, task_vector in enumerate(task_vectors) if task_vector is not None]
+    return [there[first : first + GROUP] for first in range(0, len(there), GROUP)]
+
+
+def _differences(
+    task_vectors: Sequence[TaskVector | None], group: Sequence[int], start: int, stop: int, base_B: Tensor, tau: Tensor
+) -> None:
+    """Write the group's τ[start:stop] to the rows of `tau` [G, B]."""
+    for row, k in enumerate(group):
+        task_vector = task_vectors[k]
+        assert task_vector is not None
+        task_vector.block(start, stop, base_B, tau[row])
 
 
 def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -208,9 +236,12 @@ def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tu
         chunk += 1
 
 
-def _buffers() -> tuple[Tensor, Tensor, Tensor]:
-    """This thread's three blocks of float32."""
-    if not hasattr(_scratch, "buffers"):
-        _scratch.buffers = tuple(torch.empty(BLOCK) for _ in range(3))
-    buffers: tuple[Tensor, Tensor, Tensor] = _scratch.buffers
-    return buffers
+def _scratch(base_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """This block of the base in float32, and this thread's room for another block and for the differences [G, B]."""
+    if not hasattr(_local, "room"):
+        _local.room = torch.empty(BLOCK), torch.empty(BLOCK), torch.empty(GROUP * BLOCK)
+    count = base_B.numel()
+    base_room, other, differences = _local.room
+    if base_B.dtype != torch.float32:
+        base_B = base_room[:count].copy_(base_B)
+    return base_B, other[:count], differences[: GROUP * count].view(GROUP, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def output_files(plan: Plan, limit: int = FILE_BYTES) -> list[OutputFile]:
     return [OutputFile(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def write_file(folder: Path, file: OutputFile, tensor: Callable[[OutputTensor], Tensor]) -> None:
-    """Write one safetensors file, asking for its tensors one after the other; no two are held at once.
+def write_file(folder: Path, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> None:
+    """Write one safetensors file, asking for its tensors one after the other, each in parts; no two are held at once.
 
     The library's own writer wants all of a file's tensors in memory. The format is a length, a JSON header, the bytes.
     """
@@ -78,10 +78,12 @@ def write_file(folder: Path, file: OutputFile, tensor: Callable[[OutputTensor], 
     with open(folder / file.name, "wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for entry in file.tensors:
-            value = tensor(entry).contiguous().reshape(-1)
-            assert value.nbytes == entry.nbytes, entry.name
-            if value.nbytes:
-                out.write(value.view(torch.uint8).numpy().data)
+            written = 0
+            for part in parts(entry):
+                value = part.contiguous().reshape(-1)
+                if value.nbytes:
+                    written += out.write(value.view(torch.uint8).numpy().data)
+            assert written == entry.nbytes, entry.name
         out.flush()
         os.fsync(out.fileno())
 

@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import os
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
-from engine.config import load_config
+import actors.process
+import engine.task_vectors
+from engine.config_file import load_config
 from engine.plan import Plan, make_plan
+
+# Seconds. Nothing takes as long; a test that waits for it has found a deadlock.
+LONG = 30
 
 
 def plan_of(config: Path, *overrides: str) -> Plan:
     return make_plan(load_config(config, overrides), config.parent)
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch, block: int, piece: int) -> None:
+    """Give small tensors several blocks and pieces, of so many elements at most."""
+    monkeypatch.setattr(engine.task_vectors, "BLOCK", block)
+    monkeypatch.setattr(engine.task_vectors, "PIECE", piece)
+    # A thread's buffers are made at its first use, of the size that holds then.
+    monkeypatch.setattr(engine.task_vectors, "_local", threading.local())
+
+
+def begun(call: Callable[[], object]) -> Future[object]:
+    """The call in a thread of its own, which has had time to come to its end or to where it must wait."""
+    future = Future[object]()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+            future.set_exception(error)
+
+    # A daemon: should it never end, the test fails and the tests go on.
+    threading.Thread(target=run, daemon=True).start()
+    wait([future], timeout=0.05)
+    return future
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Operations of tiny models gain nothing from a second thread, and wait long for it on a busy machine."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(actors.process, "usable_cpus", lambda: 1)
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

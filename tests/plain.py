@@ -6,22 +6,45 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from actors.expert import Expert
 from actors.trainer import Trainer, WindowSample
 from engine.calibration import read_records, tokenize, training_order, windows
-from engine.checkpoint import open_base, open_expert
+from engine.checkpoint import open_base
 from engine.coefficients import Coefficients
 from engine.importance import stage_2_layout
 from engine.model import load_tokenizer
 from engine.plan import Plan
-from engine.task_vectors import LocalShards, TaskVectors
+from engine.shards import Arrivals, LocalShards
+from engine.task_vectors import Piece, TaskVectors, open_task_vectors
 from engine.training import Learner, Stage, first_stage, second_stage
 
 
 def task_vectors(plan: Plan, threads: int = 1) -> TaskVectors:
-    experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
-    return TaskVectors(open_base(plan), experts, getattr(torch, plan.dtype), threads)
+    return open_task_vectors(plan, threads)
+
+
+class Received:
+    """Where merged pieces go when there is no model: flattened tensors, NaN until they are there."""
+
+    def __init__(self, plan: Plan) -> None:
+        dtype = getattr(torch, plan.dtype)
+        self.tensors = {name: torch.full((numel,), torch.nan, dtype=dtype) for name, numel in plan.numels.items()}
+        self.pieces: list[Piece] = []
+
+    def room(self, piece: Piece) -> Tensor:
+        return torch.empty(piece.numel, dtype=self.tensors[piece.name].dtype)
+
+    def put(self, piece: Piece, merged_N: Tensor) -> None:
+        self.tensors[piece.name][piece.start : piece.stop] = merged_N
+        self.pieces.append(piece)
+
+    def all_of(self, arrivals: Arrivals) -> dict[str, Tensor]:
+        for futures in arrivals.values():
+            for future in futures:
+                future.result(30)
+        return self.tensors
 
 
 class Plain:
@@ -35,7 +58,7 @@ class Plain:
                 _, self.targets[k, sample.index] = expert.target(sample, scratch / f"{k}-{sample.index}.safetensors")
         inspected = streams.inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
-        self.trainer = Trainer(plan, LocalShards(streams), lambda target: target)
+        self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)
         self.rows: list[dict[str, object]] = []
 
     def learn(self, stage: Stage) -> Coefficients:

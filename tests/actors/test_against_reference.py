@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
-from conftest import plan_of
+import torch
+from conftest import cut_small, plan_of
 from plain import Plain
 from reference import Reference, Result
 
 from engine.coefficients import Coefficients
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
 TOLERANCE = 1e-4
 
@@ -71,3 +74,70 @@ def test_a_loss_weight_and_a_weight_of_ones_own_count(tmp_path: Path) -> None:
     assert "loss_weight: 3.0" in text
     stages = Plain(plan_of(config), tmp_path).run()
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradients": "stream"},
+        {"gradient_checkpointing": True},
+        {"gradients": "stream", "gradient_checkpointing": True, "exclude": []},
+    ],
+    ids=["stream", "checkpointing", "both-with-all-merged"],
+)
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3", True)])
+def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, options: dict[str, object]
+) -> None:
+    # Several blocks, pieces of tensors and of logits: what is large in real models.
+    cut_small(monkeypatch, block=200, piece=500)
+    monkeypatch.setattr("engine.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    parameters = {"epochs": 2, "budget": 1.5}
+    config = tiny.make_merge(tmp_path / "merge", family, tied=tied, parameters=parameters, **options)
+    stages = Plain(plan_of(config), tmp_path).run()
+    assert largest_difference(stages, Reference(config).run()) < TOLERANCE
+
+
+def test_gradient_checkpointing_gives_the_very_bits(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", parameters={"budget": 1.5})
+    first, second = Plain(plan_of(config), tmp_path).run()
+    again = Plain(plan_of(config, "gradient_checkpointing=true"), tmp_path).run()
+    assert first.same_as(again[0]) and second.same_as(again[1])
+
+
+def move_heads(folder: Path, experts: int = 2) -> None:
+    """Give each expert an embedding and a head of its own."""
+    for k in range(experts):
+        path, generator = folder / f"expert{k}" / "model.safetensors", torch.Generator().manual_seed(k)
+        tensors = safetensors.torch.load_file(path)
+        for name, tensor in tensors.items():
+            if "embed_tokens" in name or "lm_head" in name:
+                tensor += 0.05 * torch.randn(tensor.shape, generator=generator)
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("gradients", ["accumulate", "stream"])
+@pytest.mark.parametrize("exclude", [[], ["model.layers.*"]], ids=["all-merged", "only-outside-the-blocks"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_head_and_embedding_may_be_merged_some_tokens_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, exclude: list[str], gradients: str
+) -> None:
+    monkeypatch.setattr("engine.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    config = tiny.make_merge(tmp_path / "merge", tied=tied, exclude=exclude, gradients=gradients)
+    move_heads(config.parent)
+    plan = plan_of(config)
+    stages = Plain(plan, tmp_path).run()
+    assert largest_difference(stages, Reference(config).run()) < TOLERANCE
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & plan.merged_set:
+        columns = stages[0].layout.columns[name]
+        moved = np.abs(stages[0].values[:, columns] - np.array([[expert.weight] for expert in plan.experts]))
+        assert moved.max() > 10 * TOLERANCE, name
+
+
+def test_a_head_alone_may_be_merged(tmp_path: Path) -> None:
+    """Then nothing but the head has a gradient, and none goes further back."""
+    config = tiny.make_merge(tmp_path / "merge", exclude=["model.*"])
+    move_heads(config.parent)
+    plan = plan_of(config)
+    assert plan.merged == ("lm_head.weight",)
+    assert largest_difference(Plain(plan, tmp_path).run(), Reference(config).run()) < TOLERANCE

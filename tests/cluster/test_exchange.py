@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import gc
+import pickle
+import threading
+import time
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,90 +17,179 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from conftest import plan_of
+from conftest import LONG, begun, cut_small, plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import Plain, Received
 from torch import Tensor
 
 import cluster.exchange
-from cluster.exchange import IN_FLIGHT, RemoteShards, interleaved_buckets
-from engine.checkpoint import open_base, open_expert
-from engine.codec import pack_all, unpack_all
+from actors.shard import Shard
+from actors.trainer import Trainer, WindowSample
+from cluster.exchange import IN_FLIGHT, RemoteShards
+from engine.codec import Packed, pack, pack_all, unpack_all
 from engine.coefficients import Coefficients, Layout
-from engine.plan import Plan, slices
-from engine.task_vectors import LocalShards, TaskVectors
+from engine.plan import Plan, in_order_of_use, slices
+from engine.shards import LocalShards, Shards
+from engine.task_vectors import Piece, open_task_vectors, pieces
+from engine.training import first_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"float32": 4, "bfloat16": 2}
 
 
-def plan_like(numels: Sequence[int], dtype: str = "float32") -> Any:
-    """What the exchange asks of a plan."""
-    named = {f"t{i}": numel for i, numel in enumerate(numels)}
-    return SimpleNamespace(merged=tuple(named), numels=named, dtype=dtype)
+def plan_like(numels: Sequence[int], dtype: str = "float32", experts: int = 1) -> Any:
+    """What the exchange asks of a plan. As files often have them, t10 comes before t2."""
+    named = dict(sorted((f"t{i}", numel) for i, numel in enumerate(numels)))
+    tensors = {name: SimpleNamespace(shape=(numel,)) for name, numel in named.items()}
+    header = SimpleNamespace(tensors=tensors)
+    return SimpleNamespace(merged=tuple(named), numels=named, dtype=dtype, experts=range(experts), base_header=header)
+
+
+@dataclass(eq=False)
+class Question:
+    shard: int
+    method: str
+    arguments: tuple[Any, ...]
+    answer: Callable[[], Any]
 
 
 @dataclass
 class Line:
-    """In place of Ray: answers are made at once and handed out when they are asked for; it counts those between."""
+    """In place of Ray, with shards as slow as can be: a question is answered when somebody waits for its answer, the
+    shard's earlier ones before it. It notes how many are open.
+    """
 
-    open: Counter[int] = field(default_factory=Counter)
-    most: Counter[int] = field(default_factory=Counter)
+    asked: list[Question] = field(default_factory=list)
+    open: dict[int, list[Question]] = field(default_factory=lambda: defaultdict(list))
+    most: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     most_together: int = 0
-    calls: int = 0
+    gate: threading.Event = field(default_factory=threading.Event)
 
-    def ask(self, shard: int, value: Any) -> tuple[int, Any]:
-        self.calls += 1
-        self.open[shard] += 1
-        self.most[shard] = max(self.most[shard], self.open[shard])
-        self.most_together = max(self.most_together, self.open.total())
-        return shard, value
+    def __post_init__(self) -> None:
+        self.gate.set()
 
-    def get(self, reference: tuple[int, Any]) -> Any:
-        self.open[reference[0]] -= 1
-        return reference[1]
+    def ask(self, shard: int, method: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Question:
+        # What is sent is what there is now, whatever becomes of it here.
+        sent = pickle.loads(pickle.dumps(arguments, protocol=5))
+        question = Question(shard, method, sent, lambda: call(*sent))
+        self.asked.append(question)
+        self.open[shard].append(question)
+        self.most[shard] = max(self.most[shard], len(self.open[shard]))
+        self.most_together = max(self.most_together, sum(map(len, self.open.values())))
+        return question
+
+    def wait(self, questions: list[Question]) -> None:
+        assert self.gate.wait(LONG)
+        for question in questions:
+            while question in self.open[question.shard]:
+                first = self.open[question.shard].pop(0)
+                try:
+                    answer = first.answer()
+                    first.answer = lambda answer=answer: answer
+                except Exception as error:  # noqa: BLE001 - raised by `get`
+                    first.answer = lambda error=error: throw(error)
+
+    def get(self, question: Question) -> Any:
+        self.wait([question])
+        return question.answer()
 
     def handles(self, count: int, merge: Callable[..., Any], gradients: Callable[..., Any]) -> list[Any]:
-        def handle(shard: int) -> Any:
-            def remote(method: Callable[..., Any]) -> Any:
-                return SimpleNamespace(remote=lambda *arguments: self.ask(shard, method(*arguments)))
+        def remote(shard: int, method: str, call: Callable[..., Any]) -> Any:
+            return SimpleNamespace(remote=lambda *arguments: self.ask(shard, method, call, arguments))
 
-            return SimpleNamespace(merge=remote(merge), gradients=remote(gradients))
+        return [
+            SimpleNamespace(merge=remote(shard, "merge", merge), gradients=remote(shard, "gradients", gradients))
+            for shard in range(count)
+        ]
 
-        return [handle(shard) for shard in range(count)]
+    def buckets(self, method: str) -> list[tuple[int, tuple[Piece, ...]]]:
+        """Which pieces each question was about, and whose they are."""
+        return [(one.shard, tuple(one.arguments[0])) for one in self.asked if one.method == method]
+
+
+def throw(error: Exception) -> None:
+    raise error
 
 
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     made = Line()
-    monkeypatch.setattr(cluster.exchange, "ray", SimpleNamespace(get=made.get))
+    monkeypatch.setattr(cluster.exchange, "ray", SimpleNamespace(get=made.get, wait=made.wait))
     return made
 
 
-def bucket_bytes(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    monkeypatch.setattr(cluster.exchange, "BUCKET_BYTES", nbytes)
+def confine(monkeypatch: pytest.MonkeyPatch, bucket: int, shards: int, piece: int = 10**6) -> None:
+    """Buckets of so many bytes at most, pieces of so many elements."""
+    cut_small(monkeypatch, min(piece, 1 << 10), piece)
+    monkeypatch.setattr(cluster.exchange, "PIECE", 1)
+    monkeypatch.setattr(cluster.exchange, "WINDOW_BYTES", bucket * IN_FLIGHT * shards)
 
 
-@settings(deadline=None, max_examples=100)
+def zeros(dtype: torch.dtype = torch.float32) -> Callable[..., dict[Piece, Packed]]:
+    return lambda bucket, wanted: {piece: pack(torch.zeros(piece.numel, dtype=dtype)) for piece in bucket}
+
+
+def ones(bucket: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]) -> dict[Piece, np.ndarray]:
+    return {piece: np.ones((1, len(edges[piece.name]) - 1)) for piece in bucket}
+
+
+def layout_of(plan: Any, chunks: int = 1) -> Layout:
+    return Layout.make(plan.numels, dict.fromkeys(plan.merged, chunks))
+
+
+def merged(shards: Shards, plan: Any, coefficients: Coefficients) -> dict[str, Tensor]:
+    received = Received(plan)
+    return received.all_of(shards.merge(coefficients, received))
+
+
+def collected(shards: Shards, layout: Layout, slopes: Sequence[tuple[str, Tensor]]) -> np.ndarray:
+    leaving = shards.gradients(layout)
+    for name, slope in slopes:
+        leaving.send(name, lambda slope=slope: slope, slope.nbytes)
+    return leaving.collect()
+
+
+def exchange_all(plan: Any, shards: int, line: Line) -> RemoteShards:
+    """Merge all and send every gradient once."""
+    remote = RemoteShards(plan, line.handles(shards, zeros(getattr(torch, plan.dtype)), ones))
+    merged(remote, plan, Coefficients.constant(layout_of(plan), [0.5]))
+    slopes = [(name, torch.ones(numel, dtype=getattr(torch, plan.dtype))) for name, numel in plan.numels.items()]
+    collected(remote, layout_of(plan), slopes)
+    return remote
+
+
+@settings(deadline=None, max_examples=60)
 @given(
     numels=st.lists(st.integers(1, 60), min_size=1, max_size=25),
     shards=st.integers(1, 9),
     limit=st.sampled_from([1, 40, 100, 10**6]),
+    piece=st.sampled_from([7, 25, 1000]),
     dtype=st.sampled_from(sorted(SIZES)),
 )
-def test_every_merged_tensor_is_in_one_bucket_of_its_shard(
-    numels: list[int], shards: int, limit: int, dtype: str
+def test_every_piece_travels_once_each_way_in_a_bucket_of_its_shard(
+    numels: list[int], shards: int, limit: int, piece: int, dtype: str
 ) -> None:
-    plan = plan_like(numels, dtype)
+    plan, line, size = plan_like(numels, dtype), Line(), SIZES[dtype]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        bucket_bytes(monkeypatch, limit)
-        buckets = list(interleaved_buckets(plan, shards))
-    assert all(bucket for _, bucket in buckets)
-    for shard, names in enumerate(slices(plan, shards)):
-        assert tuple(name for owner, bucket in buckets if owner == shard for name in bucket) == names
-    assert Counter(name for _, bucket in buckets for name in bucket) == Counter(plan.merged)
-    for _, bucket in buckets:
-        assert len(bucket) == 1 or sum(plan.numels[name] for name in bucket) * SIZES[dtype] <= limit
+        monkeypatch.setattr(cluster.exchange, "ray", SimpleNamespace(get=line.get, wait=line.wait))
+        confine(monkeypatch, limit, shards, piece)
+        remote = exchange_all(plan, shards, line)
+        cut = {name: list(pieces(name, (numel,))) for name, numel in plan.numels.items()}
+    assert limit <= remote.bucket_bytes <= max(limit, size)
+    for method in ("merge", "gradients"):
+        buckets = line.buckets(method)
+        for shard, names in enumerate(slices(plan, shards)):
+            # The gradients were sent in the order of the plan.
+            ordered = in_order_of_use(names) if method == "merge" else names
+            owned = [one for owner, bucket in buckets if owner == shard for one in bucket]
+            assert owned == [one for name in ordered for one in cut[name]]
+        for _, bucket in buckets:
+            assert len(bucket) == 1 or 0 < sum(one.numel for one in bucket) * size <= remote.bucket_bytes
+    assert list(remote.traffic().values()) == [sum(numels) * size] * 2
+    assert max(line.most.values()) <= IN_FLIGHT * shards and line.most_together <= IN_FLIGHT * shards
 
 
 @pytest.mark.parametrize(
@@ -108,53 +203,106 @@ def test_every_merged_tensor_is_in_one_bucket_of_its_shard(
     ],
 )
 def test_the_shards_take_turns(
-    monkeypatch: pytest.MonkeyPatch, dtype: str, limit: int, buckets: list[tuple[int, str]]
+    monkeypatch: pytest.MonkeyPatch, line: Line, dtype: str, limit: int, buckets: list[tuple[int, str]]
 ) -> None:
-    bucket_bytes(monkeypatch, limit)
-    wanted = [(shard, tuple(f"t{number}" for number in names.split())) for shard, names in buckets]
-    assert list(interleaved_buckets(plan_like([10, 9, 5, 4, 3, 4, 1], dtype), 2)) == wanted
+    confine(monkeypatch, limit, shards=2)
+    exchange_all(plan_like([10, 9, 5, 4, 3, 4, 1], dtype), 2, line)
+    wanted = [(shard, [f"t{number}" for number in names.split()]) for shard, names in buckets]
+    assert [(shard, [one.name for one in bucket]) for shard, bucket in line.buckets("merge")] == wanted
 
 
-def echo(coefficients: Mapping[str, Any]) -> Any:
-    return pack_all({name: torch.full((3,), float(one.values[0, 0])) for name, one in coefficients.items()})
-
-
-def ones(edges: Mapping[str, tuple[int, ...]], slopes: Mapping[str, Any]) -> Any:
-    return {name: np.ones((1, len(edges[name]) - 1)) for name in slopes}
+def test_a_bucket_is_never_too_small_for_a_piece_nor_the_buckets_together_too_large() -> None:
+    plan = plan_like([10])
+    for shards in (1, 4, 64):
+        remote = RemoteShards(plan, [None] * shards)
+        piece = cluster.exchange.PIECE * 4
+        assert remote.bucket_bytes >= piece
+        assert remote.bucket_bytes * IN_FLIGHT * shards <= max(
+            cluster.exchange.WINDOW_BYTES, piece * IN_FLIGHT * shards
+        )
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("sizes", ["even", "one large"])
-@pytest.mark.parametrize("direction", ["merge", "gradients"])
-def test_each_shard_has_at_most_a_few_buckets_open(
-    monkeypatch: pytest.MonkeyPatch, line: Line, direction: str, sizes: str, shards: int
-) -> None:
-    bucket_bytes(monkeypatch, 40)
+def test_only_so_many_merges_are_open(monkeypatch: pytest.MonkeyPatch, line: Line, sizes: str, shards: int) -> None:
+    confine(monkeypatch, 40, shards)
     plan = plan_like([10] * 24 if sizes == "even" else [120] + [10] * 24)
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
-    remote = RemoteShards(plan, line.handles(shards, echo, ones))
-    if direction == "merge":
-        remote.merge(Coefficients.constant(layout, [0.5]), lambda name, tensor: None)
-    else:
-        remote.gradients(layout, lambda name: torch.ones(plan.numels[name]))
-    assert line.calls == len(plan.merged) and line.open.total() == 0
-    assert line.most_together <= IN_FLIGHT * shards
-    assert max(line.most.values()) <= IN_FLIGHT
-    assert line.most_together > shards, "a shard has its next bucket before it is done with one"
+    merged(RemoteShards(plan, line.handles(shards, zeros(), ones)), plan, Coefficients.constant(layout_of(plan), [0.5]))
+    assert len(line.asked) == len(plan.merged) and not any(line.open.values())
+    assert line.most_together == IN_FLIGHT * shards, "no more, and no fewer while there is something to ask"
 
 
-def test_a_bucket_s_gradients_are_given_up_only_when_it_is_sent(monkeypatch: pytest.MonkeyPatch, line: Line) -> None:
-    bucket_bytes(monkeypatch, 40)
-    plan = plan_like([10] * 12)
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
-    taken_before: list[int] = []
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("sizes", ["even", "one large"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_only_so_many_gradients_are_open_at_a_shard(
+    monkeypatch: pytest.MonkeyPatch, line: Line, times: int, sizes: str, shards: int
+) -> None:
+    confine(monkeypatch, 40, shards)
+    plan = plan_like([10] * 24 if sizes == "even" else [120] + [10] * 24)
+    remote = RemoteShards(plan, line.handles(shards, zeros(), ones))
+    slopes = [(name, torch.ones(numel)) for name, numel in plan.numels.items()]
+    collected(remote, layout_of(plan), slopes * times)
+    assert len(line.asked) == times * len(plan.merged) and not any(line.open.values())
+    assert max(line.most.values()) == IN_FLIGHT
 
-    def take(name: str) -> Tensor:
-        taken_before.append(line.calls)
-        return torch.ones(10)
 
-    RemoteShards(plan, line.handles(2, echo, ones)).gradients(layout, take)
-    assert taken_before == list(range(12))
+def test_a_gradient_waits_at_the_trainer_while_the_shards_have_enough_to_do(
+    monkeypatch: pytest.MonkeyPatch, line: Line
+) -> None:
+    confine(monkeypatch, 40, shards=1)
+    line.gate.clear()
+    plan = plan_like([10] * 8)
+    leaving = RemoteShards(plan, line.handles(1, zeros(), ones)).gradients(layout_of(plan))
+    sent, fetched = [], []
+
+    def send_all() -> None:
+        for name in plan.merged:
+            leaving.send(name, lambda name=name: fetched.append(name) or torch.ones(10), 40)
+            sent.append(name)
+
+    sending = begun(send_all)
+    deadline = time.monotonic() + LONG
+    while len(fetched) < IN_FLIGHT + 2 and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    wait([sending], timeout=0.05)
+    assert not sending.done() and len(line.asked) == IN_FLIGHT
+    # One is in a bucket that waits, and one has no room in it; two more may wait at the window.
+    assert len(fetched) == IN_FLIGHT + 2 and len(sent) <= IN_FLIGHT + 4
+    line.gate.set()
+    sending.result(LONG)
+    assert leaving.collect().sum() == len(plan.merged) == len(fetched)
+
+
+def test_a_gradient_larger_than_a_bucket_travels_in_several_and_is_let_go_of(
+    monkeypatch: pytest.MonkeyPatch, line: Line
+) -> None:
+    confine(monkeypatch, 100, shards=1, piece=20)
+    plan = plan_like([3, 131, 5])
+    remote = RemoteShards(plan, line.handles(1, zeros(), ones))
+    leaving = remote.gradients(layout_of(plan))
+    large = torch.arange(131.0)
+    seen = weakref.ref(large)
+    leaving.send("t0", lambda: torch.ones(3), 12)
+    leaving.send("t1", lambda large=large: large, large.nbytes)
+    del large
+    remote.thread.submit(gc.collect).result(LONG)
+    assert seen() is None, "nothing of it is kept until the next one comes"
+    leaving.send("t2", lambda: torch.ones(5), 20)
+    leaving.collect()
+    assert [sum(one.numel for one in bucket) for _, bucket in line.buckets("gradients")] == [
+        23,
+        20,
+        20,
+        20,
+        20,
+        20,
+        11,
+        5,
+    ]
+    travelled = [unpack_all(one.arguments[0]) for one in line.asked]
+    parts = [part for bucket in travelled for piece, part in bucket.items() if piece.name == "t1"]
+    assert torch.equal(torch.cat(parts), torch.arange(131.0))
 
 
 @pytest.fixture(scope="module")
@@ -162,65 +310,164 @@ def plans(llama_merge: Path) -> dict[str, Plan]:
     return {dtype: plan_of(llama_merge, f"dtype={dtype}") for dtype in SIZES}
 
 
-def task_vectors_of(plan: Plan) -> TaskVectors:
-    experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
-    return TaskVectors(open_base(plan), experts, getattr(torch, plan.dtype), threads=1)
+def plain_shards(line: Line, plan: Plan, count: int) -> list[Any]:
+    """Handles of shard actors as plain classes."""
+    shard = Shard(plan, 0)
+    return line.handles(count, shard.merge, shard.gradients)
+
+
+def table_of(plan: Plan) -> Coefficients:
+    layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
+    return Coefficients(layout, np.random.default_rng(0).uniform(0.1, 0.9, (len(plan.experts), layout.width)))
+
+
+def slopes_of(plan: Plan, seed: int) -> list[tuple[str, Tensor]]:
+    """As a backward pass gives them: the last tensors first."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {name: plan.base_header.tensors[name].shape for name in reversed(plan.merged)}
+    dtype = getattr(torch, plan.dtype)
+    return [(name, torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()]
 
 
 @pytest.mark.parametrize("dtype", SIZES)
 @pytest.mark.parametrize("shards", [1, 3, 40])
+@pytest.mark.parametrize("piece", [300, 10**6])
 def test_remote_shards_are_local_ones_with_every_byte_counted(
-    monkeypatch: pytest.MonkeyPatch, line: Line, plans: dict[str, Plan], dtype: str, shards: int
+    monkeypatch: pytest.MonkeyPatch, line: Line, plans: dict[str, Plan], dtype: str, shards: int, piece: int
 ) -> None:
-    bucket_bytes(monkeypatch, 10_000)
+    confine(monkeypatch, 5_000, shards, piece)
     plan = plans[dtype]
-    streams = task_vectors_of(plan)
-    layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
-    generator = np.random.default_rng(0)
-    table = Coefficients(layout, generator.uniform(0.1, 0.9, (len(plan.experts), layout.width)))
-    slopes = {
-        name: torch.from_numpy(generator.normal(size=plan.base_header.tensors[name].shape)).to(getattr(torch, dtype))
-        for name in plan.merged
-    }
-
-    def merge(coefficients: Mapping[str, Any]) -> Any:
-        return pack_all(streams.merge(coefficients))
-
-    def gradients(edges: Mapping[str, tuple[int, ...]], packed: Mapping[str, Any]) -> Any:
-        return streams.gradients(edges, unpack_all(packed))
-
-    remote, local = RemoteShards(plan, line.handles(shards, merge, gradients)), LocalShards(streams)
+    remote, local = RemoteShards(plan, plain_shards(line, plan, shards)), LocalShards(plan, 1, overlap=False)
     assert remote.traffic() == {"bytes_to_shards": 0, "bytes_from_shards": 0}
-
-    received: list[dict[str, Tensor]] = [{}, {}]
-    remote.merge(table, received[0].__setitem__)
-    local.merge(table, received[1].__setitem__)
-    assert received[0].keys() == received[1].keys() == set(plan.merged)
-    for name, tensor in received[0].items():
-        assert tensor.dtype == getattr(torch, dtype) and torch.equal(tensor, received[1][name])
+    table = table_of(plan)
+    found, wanted = merged(remote, plan, table), merged(local, plan, table)
+    for name in plan.merged:
+        assert not found[name].isnan().any() and torch.equal(found[name], wanted[name])
     assert remote.traffic() == {"bytes_to_shards": 0, "bytes_from_shards": plan.merged_bytes}
 
-    found = remote.gradients(layout, slopes.__getitem__)
-    assert found.shape == (len(plan.experts), layout.width)
-    np.testing.assert_array_equal(found, local.gradients(layout, slopes.__getitem__))
+    slopes = slopes_of(plan, 1)
+    gradient = collected(remote, table.layout, slopes)
+    np.testing.assert_array_equal(gradient, collected(local, table.layout, slopes))
+    assert gradient.all() and gradient.shape == (len(plan.experts), table.layout.width)
     assert remote.traffic() == {"bytes_to_shards": plan.merged_bytes, "bytes_from_shards": plan.merged_bytes}
     assert plan.merged_bytes == sum(plan.numels.values()) * SIZES[dtype]
+    if shards < 40:
+        assert len(line.asked) > 2 * shards, "several buckets a shard"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("limit", [500, 20_000])
+def test_tensors_that_leave_several_times_add_up_as_locally(
+    monkeypatch: pytest.MonkeyPatch, line: Line, plans: dict[str, Plan], limit: int, shards: int
+) -> None:
+    confine(monkeypatch, limit, shards, piece=300)
+    plan, layout = plans["float32"], table_of(plans["float32"]).layout
+    remote, local = RemoteShards(plan, plain_shards(line, plan, shards)), LocalShards(plan, 1, overlap=True)
+    samples = [slopes_of(plan, seed) for seed in range(3)]
+    gradient = collected(remote, layout, [one for sample in samples for one in sample])
+    np.testing.assert_array_equal(gradient, collected(local, layout, [one for sample in samples for one in sample]))
+    apart = sum(collected(local, layout, sample) for sample in samples)
+    np.testing.assert_allclose(gradient, apart, rtol=1e-9, atol=1e-9)
+    assert remote.traffic()["bytes_to_shards"] == 3 * plan.merged_bytes
+
+
+def test_a_tensor_may_leave_twice_in_a_row(monkeypatch: pytest.MonkeyPatch, line: Line) -> None:
+    """One bucket cannot hold both."""
+    confine(monkeypatch, 10**6, shards=1)
+    plan = plan_like([5, 4])
+    remote = RemoteShards(
+        plan,
+        line.handles(
+            1, zeros(), lambda bucket, edges: {p: np.full((1, 1), t.sum()) for p, t in unpack_all(bucket).items()}
+        ),
+    )
+    slopes = [("t0", torch.full((5,), 1.0)), ("t0", torch.full((5,), 10.0)), ("t1", torch.full((4,), 100.0))]
+    assert collected(remote, layout_of(plan), slopes).tolist() == [[55, 400]]
+    assert [len(bucket) for _, bucket in line.buckets("gradients")] == [1, 2]
 
 
 def test_what_a_step_moves_does_not_depend_on_experts_shards_or_buckets(
     monkeypatch: pytest.MonkeyPatch, line: Line
 ) -> None:
     moved = set()
-    for experts, shards, limit in [(1, 1, 10**6), (7, 3, 100), (2, 12, 1)]:
-        bucket_bytes(monkeypatch, limit)
-        plan = plan_like(range(1, 20))
-        layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 2))
-
-        def merge(coefficients: Mapping[str, Any], numels: Mapping[str, int] = plan.numels) -> Any:
-            return pack_all({name: torch.zeros(numels[name]) for name in coefficients})
-
-        remote = RemoteShards(plan, line.handles(shards, merge, ones))
-        remote.merge(Coefficients.constant(layout, [0.5] * experts), lambda name, tensor: None)
-        remote.gradients(layout, lambda name, numels=plan.numels: torch.ones(numels[name]))  # type: ignore[misc]
+    for experts, shards, limit, piece in [(1, 1, 10**6, 10**6), (7, 3, 100, 4), (2, 12, 1, 9)]:
+        confine(monkeypatch, limit, shards, piece)
+        plan = plan_like(range(1, 20), experts=experts)
+        layout = layout_of(plan, 2)
+        remote = RemoteShards(plan, line.handles(shards, zeros(), ones))
+        merged(remote, plan, Coefficients.constant(layout, [0.5] * experts))
+        collected(remote, layout, [(name, torch.ones(numel)) for name, numel in plan.numels.items()])
         moved.add(tuple(remote.traffic().values()))
     assert moved == {(190 * 4, 190 * 4)}
+
+
+@pytest.mark.parametrize("gradients", ["accumulate", "stream"])
+def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
+    monkeypatch: pytest.MonkeyPatch, line: Line, tmp_path: Path, gradients: str
+) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", samples=(2, 1)), f"gradients={gradients}")
+    targets = Plain(plan, tmp_path).targets
+    confine(monkeypatch, 5_000, shards=2, piece=300)
+    remote = RemoteShards(plan, plain_shards(line, plan, 2))
+    trainer = Trainer(plan, remote, lambda target: target)
+    window = [WindowSample(k, i, target) for (k, i), target in targets.items()]
+    out, size = len(window) if gradients == "stream" else 1, plan.merged_bytes
+    first = trainer.step(first_stage(plan), None, 0, window)
+    assert remote.traffic() == {"bytes_to_shards": out * size, "bytes_from_shards": size}
+    # Asked again, as after a death of someone else: what is merged already does not come a second time.
+    again = trainer.step(first_stage(plan), None, 0, window)
+    assert remote.traffic() == {"bytes_to_shards": 2 * out * size, "bytes_from_shards": size}
+    assert torch.equal(first.state["a"], again.state["a"])
+    trainer.step(first_stage(plan), first.state, 1, window)
+    assert remote.traffic() == {"bytes_to_shards": 3 * out * size, "bytes_from_shards": 2 * size}
+
+    local = Trainer(plan, LocalShards(plan, 1, overlap=False), lambda target: target)
+    alone = local.step(first_stage(plan), None, 0, window)
+    assert torch.equal(alone.state["a"], first.state["a"]), "the same bits with nothing moved"
+
+
+def lost(*_: Any) -> Any:
+    raise ConnectionError("the shard is gone")
+
+
+def test_the_error_of_a_shard_comes_out(line: Line) -> None:
+    plan = plan_like([10, 20, 30])
+    remote = RemoteShards(plan, line.handles(2, lost, lost))
+    arrivals = remote.merge(Coefficients.constant(layout_of(plan), [0.5]), Received(plan))
+    assert set(arrivals) == set(plan.merged)
+    for name in plan.merged:
+        with pytest.raises(ConnectionError, match="the shard is gone"):
+            arrivals[name][0].result(LONG)
+    with pytest.raises(ConnectionError, match="the shard is gone"):
+        collected(remote, layout_of(plan), [(name, torch.ones(numel)) for name, numel in plan.numels.items()])
+
+
+def test_a_gradient_that_cannot_be_fetched_is_an_error_and_takes_no_room(
+    monkeypatch: pytest.MonkeyPatch, line: Line
+) -> None:
+    confine(monkeypatch, 40, shards=1)
+    plan = plan_like([10] * 6)
+    leaving = RemoteShards(plan, line.handles(1, zeros(), ones)).gradients(layout_of(plan))
+
+    def send_all() -> None:
+        for name in plan.merged:
+            leaving.send(name, lost, 40)
+
+    begun(send_all).result(LONG)
+    with pytest.raises(ConnectionError):
+        leaving.collect()
+
+
+def test_packed_pieces_of_a_shard_are_the_streams_own(plans: dict[str, Plan]) -> None:
+    """The actor adds nothing to what the engine computes."""
+    plan = plans["bfloat16"]
+    table, shard, streams = table_of(plan), Shard(plan, 0), open_task_vectors(plan, 1)
+    name = plan.merged[2]
+    (piece,) = pieces(name, plan.base_header.tensors[name].shape)
+    wanted = {piece: table.of(name)}
+    tensor = unpack_all(shard.merge([piece], {name: table.of(name)}))[piece]
+    assert torch.equal(tensor, streams.merge_all(wanted)[piece])
+    slope = {piece: dict(slopes_of(plan, 1))[name].reshape(-1)}
+    edges = {name: table.of(name).edges}
+    found = shard.gradients(pack_all(slope), edges)
+    np.testing.assert_array_equal(found[piece], streams.gradients_all(slope, edges)[piece])

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.placement import Bundle, Node, Placement, place, shortage
-from engine.config import Config, parse_config
+from engine.config import Config
+from engine.config_file import parse_config
 
 
 def config(experts: int = 2, **cluster: Any) -> Config:
@@ -69,6 +70,9 @@ def test_as_many_experts_at_a_time_as_there_are_places_for(nodes: list[Node], ex
         ([Node(8, 0)], 5, 5),
         ([Node(8, 1), Node(8, 1), Node(8, 1)], 1, 1),
         ([Node(0, 0), Node(8, 1), Node(8, 1)], 8, 8),
+        # One reads and writes the files all the same.
+        ([Node(8, 0)], 0, 1),
+        ([Node(8, 1), Node(8, 1), Node(8, 1)], 0, 1),
     ],
 )
 def test_shards_are_as_many_as_asked_for_or_one_a_node_that_has_cpus(
@@ -77,6 +81,14 @@ def test_shards_are_as_many_as_asked_for_or_one_a_node_that_has_cpus(
     placement = place(nodes, config(shards=shards))
     assert len(placement.shards) == count
     assert all(set(bundle) == {"CPU"} and 0 < bundle["CPU"] <= 1 for bundle in placement.shards)
+
+
+@pytest.mark.parametrize("nodes", [[], [Node(8, 0)], [Node(0, 0), Node(8, 1), Node(8, 1)]], ids=len)
+def test_only_no_shards_at_all_keep_the_task_vectors_within_the_trainer(nodes: list[Node]) -> None:
+    within = {shards: place(nodes, config(shards=shards)).within_trainer for shards in ("auto", 0, 1, 2)}
+    assert within == {"auto": False, 0: True, 1: False, 2: False}
+    # The trainer then works alone, and asks for no more than it did.
+    assert place(nodes, config(shards=0)).trainer == place(nodes, config(shards=1)).trainer
 
 
 @pytest.mark.parametrize(
@@ -101,7 +113,7 @@ def test_gpus_that_no_node_has_are_asked_for_all_the_same() -> None:
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 16, 64])
 def test_one_node_is_never_asked_for_more_than_it_has(cpus: int, gpus: int) -> None:
     node = Node(cpus, gpus)
-    for experts, shards in product([1, 2, 5, 9], ["auto", 1, 2, 3, 5, 7, 8]):
+    for experts, shards in product([1, 2, 5, 9], ["auto", 0, 1, 2, 3, 5, 7, 8]):
         placement = place([node], config(experts, shards=shards))
         assert fits(placement, node), f"{experts} experts, {shards} shards: {placement}"
 

@@ -53,41 +53,93 @@ def gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return leaf.grad
 
 
+def divergence(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> Tensor:
+    """T² · Σ over tokens of KL as torch has it, in float64, for autograd to go through."""
+    student, expert = (functional.log_softmax(z.double() / temperature, dim=-1) for z in (student_TV, expert_TV))
+    return temperature**2 * functional.kl_div(student, expert, log_target=True, reduction="sum")
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_the_logit_loss_is_the_closed_form(temperature: float) -> None:
+def test_the_logit_loss_is_the_closed_form_summed_over_tokens(temperature: float) -> None:
     student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
-    found = logit_loss(student, expert, temperature)
+    found, slope = logit_loss(student, expert, temperature)
     assert found.shape == () and found.dtype == torch.float32
-    assert found.item() == pytest.approx(
-        closed_kl(student.double().numpy(), expert.double().numpy(), temperature), 1e-5
-    )
+    assert slope.shape == (5, 7) and slope.dtype == torch.float32
+    closed = 5 * closed_kl(student.double().numpy(), expert.double().numpy(), temperature)
+    assert found.item() == pytest.approx(closed, 1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 12), st.floats(0.2, 5), st.floats(0.1, 10), st.booleans()
+)
+def test_the_logit_loss_and_its_gradient_are_those_of_torch_s_kl_divergence(
+    seed: int, tokens: int, words: int, temperature: float, scale: float, far: bool
+) -> None:
+    student = random(tokens, words, seed=seed, scale=scale)
+    expert = random(tokens, words, seed=seed + 1, scale=scale) + (50 if far else 0)
+    found, slope = logit_loss(student, expert, temperature)
+    wanted = divergence(student, expert, temperature).item()
+    # Log-probabilities are of the size of the logits, and so are their last bits.
+    size = float(max(student.abs().max(), expert.abs().max())) / temperature
+    assert found.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6 * temperature**2 * tokens * (1 + size))
+    autograd = gradient(lambda z: divergence(z, expert, temperature), student)
+    torch.testing.assert_close(slope, autograd, rtol=1e-4, atol=2e-6 * temperature * (1 + size))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_logit_loss_is_zero_at_a_perfect_match_and_flat_there(temperature: float) -> None:
     logits = random(4, 9)
-    assert logit_loss(logits, logits.clone(), temperature).item() == 0
-    assert gradient(lambda z: logit_loss(z, logits, temperature), logits).abs().max() < 1e-6
+    found, slope = logit_loss(logits, logits.clone(), temperature)
+    assert found.item() == 0
+    assert not slope.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_logit_loss_changes_neither_operand_and_records_nothing(dtype: torch.dtype) -> None:
+    student, expert = random(5, 7, seed=1).to(dtype).requires_grad_(), random(5, 7, seed=2).to(dtype)
+    before = student.detach().clone(), expert.clone()
+    # At 1 nothing need be divided: there the operands themselves would be at hand.
+    found, slope = logit_loss(student, expert, 1.0)
+    assert torch.equal(student.detach(), before[0]) and torch.equal(expert, before[1])
+    assert not found.requires_grad and not slope.requires_grad
+    slope.zero_()
+    assert torch.equal(student.detach(), before[0]) and torch.equal(expert, before[1])
+    assert student.grad is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99), st.sampled_from(TEMPERATURES))
+def test_some_tokens_at_a_time_sum_up_to_the_whole(tokens: int, at_a_time: int, seed: int, temperature: float) -> None:
+    student, expert = random(tokens, 9, seed=seed), random(tokens, 9, seed=seed + 1)
+    whole, slope = logit_loss(student, expert, temperature)
+    parts = [
+        logit_loss(student[start : start + at_a_time], expert[start : start + at_a_time], temperature)
+        for start in range(0, tokens, at_a_time)
+    ]
+    torch.testing.assert_close(torch.stack([part for part, _ in parts]).sum(), whole)
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), slope, rtol=1e-6, atol=1e-7)
 
 
 def test_the_logit_loss_does_not_see_a_constant_added_to_a_token_s_logits() -> None:
     student, expert = random(4, 9, seed=1), random(4, 9, seed=2)
     shifted = student + torch.arange(4.0)[:, None]
-    torch.testing.assert_close(logit_loss(shifted, expert, 1.0), logit_loss(student, expert, 1.0))
+    for found, wanted in zip(logit_loss(shifted, expert, 1.0), logit_loss(student, expert, 1.0), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 12), st.floats(0.2, 5))
 def test_the_logit_loss_is_never_negative(seed: int, tokens: int, words: int, temperature: float) -> None:
     student, expert = random(tokens, words, seed=seed), random(tokens, words, seed=seed + 1)
-    assert logit_loss(student, expert, temperature).item() >= -1e-6
+    assert logit_loss(student, expert, temperature)[0].item() >= -1e-6
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_temperature_comes_in_squared(temperature: float) -> None:
     student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
-    heated = logit_loss(student * temperature, expert * temperature, temperature)
-    torch.testing.assert_close(heated, temperature**2 * logit_loss(student, expert, 1.0))
+    heated, _ = logit_loss(student * temperature, expert * temperature, temperature)
+    torch.testing.assert_close(heated, temperature**2 * logit_loss(student, expert, 1.0)[0])
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -98,16 +150,16 @@ def test_the_logit_loss_has_the_gradient_of_the_soft_target_cross_entropy(temper
         soft = functional.softmax(expert / temperature, dim=-1)
         return temperature**2 * functional.cross_entropy(z / temperature, soft)
 
-    found = gradient(lambda z: logit_loss(z, expert, temperature), student)
-    torch.testing.assert_close(found, gradient(cross_entropy, student), rtol=1e-5, atol=1e-7)
+    _, slope = logit_loss(student, expert, temperature)
+    torch.testing.assert_close(slope / 5, gradient(cross_entropy, student), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_the_logit_loss_has_the_gradient_of_finite_differences(temperature: float) -> None:
     student, expert = random(3, 5, seed=1), random(3, 5, seed=2)
-    found = gradient(lambda z: logit_loss(z, expert, temperature), student)
+    _, slope = logit_loss(student, expert, temperature)
     wanted = differences(lambda z: closed_kl(z, expert.double().numpy(), temperature), student.double().numpy())
-    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(slope.numpy() / 3, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_hidden_loss_is_the_closed_form_over_the_expert_s_layers() -> None:
@@ -144,12 +196,12 @@ def test_the_hidden_loss_has_the_gradient_of_finite_differences() -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     student, expert = random(5, 64, seed=1).to(dtype), random(5, 64, seed=2).to(dtype)
     for found, wanted in [
-        (logit_loss(student, expert, 2.0), logit_loss(student.float(), expert.float(), 2.0)),
+        *zip(logit_loss(student, expert, 2.0), logit_loss(student.float(), expert.float(), 2.0), strict=True),
         (hidden_loss({0: student}, {0: expert}), hidden_loss({0: student.float()}, {0: expert.float()})),
     ]:
         assert found.dtype == torch.float32
         assert torch.equal(found, wanted)
-    assert gradient(lambda z: logit_loss(z, expert, 1.0), student).dtype == dtype
+    assert gradient(lambda h: hidden_loss({0: h}, {0: expert}), student).dtype == dtype
 
 
 def test_regularization_by_hand() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.codec import Packed, pack, pack_all, unpack, unpack_all
+from engine.codec import Packed, pack, pack_all, to_cpu, unpack, unpack_all
+from engine.task_vectors import Piece
 
 DTYPES = [
     torch.float32,
@@ -126,3 +127,26 @@ def test_several_tensors_keep_their_names_and_order() -> None:
     unpacked = unpack_all(packed)
     assert list(packed) == list(unpacked) == ["b", "a", "c"]
     assert all(same_bytes(unpacked[name], tensor) for name, tensor in tensors.items())
+
+
+def test_pieces_of_tensors_keep_their_keys_and_share_their_memory() -> None:
+    whole = numbers((100,), torch.float32)
+    parts = {Piece("w", start, start + 40): whole[start : start + 40] for start in (40, 0)}
+    packed = pack_all(parts)
+    assert [one.data.ctypes.data for one in packed.values()] == [part.data_ptr() for part in parts.values()]
+    arrived = unpack_all({piece: travelled(one) for piece, one in packed.items()})
+    assert list(arrived) == [Piece("w", 40, 80), Piece("w", 0, 40)]
+    assert all(same_bytes(arrived[piece], part) for piece, part in parts.items())
+
+
+def test_what_is_on_the_cpu_is_brought_there_as_it_is() -> None:
+    tensor = numbers((3, 4), torch.bfloat16)
+    assert to_cpu(tensor)() is tensor
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_leaves_a_gpu_is_as_it_was_when_it_was_asked_for() -> None:
+    tensor = numbers((1000, 1000), torch.float32).cuda()
+    before, fetch = tensor.cpu(), to_cpu(tensor)
+    tensor.zero_()
+    assert same_bytes(fetch(), before) and fetch().is_pinned()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from engine.config import Config
 from engine.errors import CalibrationError, CheckpointError, ConfigError, MergeError
 from engine.headers import ModelHeader, TensorHeader
-from engine.plan import ModelPlan, Plan, slices
+from engine.plan import ModelPlan, Plan, in_order_of_use, slices
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 LINEAR = [
@@ -304,3 +305,25 @@ def test_slices_do_not_depend_on_anything_but_the_tensors(llama_merge: Path) -> 
     plan = plan_of(llama_merge)
     assert slices(plan, 3) == slices(plan_of(llama_merge, "seed=5"), 3)
     assert slices(plan, 1) == [plan.merged]
+
+
+def test_names_are_in_the_order_of_the_blocks() -> None:
+    wanted = [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{block}.{part}.weight" for block in range(23) for part in ("mlp.up_proj", "self_attn.q_proj")),
+        "model.norm.weight",
+    ]
+    # As files often have them: block 10 before block 2.
+    assert sorted(wanted) != wanted
+    assert in_order_of_use(sorted(wanted)) == wanted
+
+
+@PROPERTY
+@given(st.lists(st.text(alphabet="ab.01٣²½Ⅷ9é", max_size=8) | st.text(max_size=6), max_size=12))
+def test_any_names_have_an_order_that_depends_on_nothing_else(names: list[str]) -> None:
+    ordered = in_order_of_use(names)
+    assert sorted(ordered) == sorted(names)
+    assert in_order_of_use(ordered) == ordered
+    # Numbers that are written in several ways (07 and 7) tie, and stay as they came.
+    if len({re.sub(r"\d+", lambda number: str(int(number[0])), name) for name in names}) == len(set(names)):
+        assert in_order_of_use(sorted(names)) == ordered

@@ -1,51 +1,103 @@
-"""The gradient of the coefficients, without any expert in the student, against autograd and finite differences."""
+"""The gradient of the coefficients, without any expert in the student, against autograd and finite differences; and the
+same bits whenever the weights come and wherever the gradients go.
+"""
 
 from __future__ import annotations
 
+import random
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import plan_of
-from plain import Plain, task_vectors
-from reference import Reference, pieces
+from conftest import LONG, cut_small, plan_of
+from plain import Plain
+from reference import Reference
+from reference import pieces as reference_pieces
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine.student
+from engine.alignment import logit_loss
 from engine.codec import unpack_all
 from engine.coefficients import Coefficients, Layout
 from engine.errors import RunError
 from engine.expert import Target
+from engine.model import blocks_of
+from engine.plan import Plan, in_order_of_use
+from engine.shards import LocalShards
 from engine.student import Student
-from engine.task_vectors import LocalShards
+from engine.task_vectors import Piece, pieces
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
+def targets_of(plan: Plan, folder: Path) -> dict[tuple[int, int], Target]:
+    return {at: Target.from_tensors(unpack_all(packed)) for at, packed in Plain(plan, folder).targets.items()}
+
+
 @pytest.fixture(scope="module")
-def setup(tmp_path_factory: pytest.TempPathFactory):
+def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("student")
     config = tiny.make_merge(folder / "merge", parameters={"temperature": 1.5, "hidden_weight": 0.7})
     plan = plan_of(config)
-    targets = {at: Target.from_tensors(unpack_all(packed)) for at, packed in Plain(plan, folder).targets.items()}
     layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     values = np.random.default_rng(0).uniform(0.1, 0.6, (2, layout.width))
-    return config, plan, targets, Coefficients(layout, values)
+    return config, plan, targets_of(plan, folder), Coefficients(layout, values)
+
+
+def constant(plan: Plan, weight: float) -> Coefficients:
+    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    return Coefficients.constant(layout, [weight] * len(plan.experts))
 
 
 def loss_at(plan, student: Student, target: Target, coefficients: Coefficients) -> float:
-    LocalShards(task_vectors(plan)).merge(coefficients, student.put)
+    student.expect(LocalShards(plan, 1, overlap=False).merge(coefficients, student))
     losses = student.accumulate(target, 1.0, 1.0)
-    for name in plan.merged:
-        student.take(name)
+    standing(student)
     return losses.kl + 0.7 * losses.hidden
 
 
 def gradient(plan, student: Student, target: Target, coefficients: Coefficients) -> np.ndarray:
-    shards = LocalShards(task_vectors(plan))
-    shards.merge(coefficients, student.put)
-    student.accumulate(target, 1.0, 1.0)
-    return shards.gradients(coefficients.layout, student.take)
+    shards = LocalShards(plan, 1, overlap=False)
+    student.expect(shards.merge(coefficients, student))
+    leaving = shards.gradients(coefficients.layout)
+    student.accumulate(target, 1.0, 1.0, leaving)
+    return leaving.collect()
+
+
+def filled(plan: Plan, coefficients: Coefficients | None = None) -> Student:
+    """A student in which every merged tensor has arrived."""
+    student = Student(plan, CPU)
+    arrivals = LocalShards(plan, 1, overlap=False).merge(coefficients or constant(plan, 0.3), student)
+    for future in (future for futures in arrivals.values() for future in futures):
+        future.result(LONG)
+    return student
+
+
+def parameters(student: Student) -> dict[str, torch.nn.Parameter]:
+    """The merged ones, by their names in the files, which are the module's here."""
+    return {name: student.model.get_parameter(name) for name in student.plan.merged}
+
+
+def standing(student: Student) -> dict[str, Tensor]:
+    """The gradients that stand on the merged parameters, taken away."""
+    found = {}
+    for name, parameter in parameters(student).items():
+        assert parameter.grad is not None, name
+        found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_coefficient_gradients_equal_autograd_through_the_composed_weights(setup) -> None:
@@ -57,7 +109,7 @@ def test_coefficient_gradients_equal_autograd_through_the_composed_weights(setup
     alpha = {
         n: torch.tensor(coefficients.values[:, c], dtype=torch.float32).requires_grad_() for n, c in columns.items()
     }
-    assert all(len(pieces(plan.numels[n], alpha[n].shape[1])) == alpha[n].shape[1] for n in plan.merged)
+    assert all(len(reference_pieces(plan.numels[n], alpha[n].shape[1])) == alpha[n].shape[1] for n in plan.merged)
     reference.loss(alpha, 1, 2).backward()
     for name, column in columns.items():
         expected = alpha[name].grad.numpy()
@@ -81,45 +133,368 @@ def test_coefficient_gradients_equal_finite_differences(setup) -> None:
 
 def test_gradients_of_a_window_add_up(setup) -> None:
     _, plan, targets, coefficients = setup
-    student = Student(plan, CPU)
-    shards = LocalShards(task_vectors(plan))
-    shards.merge(coefficients, student.put)
-    for at in ((0, 0), (1, 0)):
-        student.accumulate(targets[at], 2.0, 0.5)
-    together = shards.gradients(coefficients.layout, student.take)
+    student = filled(plan, coefficients)
+    leaving = LocalShards(plan, 1, overlap=False).gradients(coefficients.layout)
+    student.accumulate(targets[0, 0], 2.0, 0.5)
+    student.accumulate(targets[1, 0], 2.0, 0.5, leaving)
     apart = sum(gradient(plan, student, targets[at], coefficients) for at in ((0, 0), (1, 0)))
-    np.testing.assert_allclose(together, apart, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(leaving.collect(), apart, rtol=1e-3, atol=1e-6)
 
 
 def test_a_perfect_match_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=1, exclude=["never"])
     plan = plan_of(config)
-    target = Target.from_tensors(unpack_all(Plain(plan, tmp_path).targets[0, 0]))
-    student = Student(plan, CPU)
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
-    LocalShards(task_vectors(plan)).merge(Coefficients.constant(layout, [1.0]), student.put)
-    losses = student.accumulate(target, 1.0, 1.0)
+    student = filled(plan, constant(plan, 1.0))
+    losses = student.accumulate(targets_of(plan, tmp_path)[0, 0], 1.0, 1.0)
     assert losses.kl == pytest.approx(0, abs=1e-6)
     assert losses.hidden == pytest.approx(0, abs=1e-8)
+    assert max(gradient.abs().max() for gradient in standing(student).values()) < 1e-5
 
 
 def test_what_is_never_merged_is_never_copied_and_has_no_gradient(setup) -> None:
     _, plan, targets, _ = setup
-    student = Student(plan, CPU)
-    LocalShards(task_vectors(plan)).merge(
-        Coefficients.constant(Layout.make(plan.numels, dict.fromkeys(plan.merged, 1)), [0.1, 0.1]), student.put
-    )
+    student = filled(plan)
     student.accumulate(targets[0, 0], 1.0, 1.0)
     with_gradient = {name for name, p in student.model.named_parameters() if p.grad is not None}
     assert with_gradient == set(plan.merged)
-    student.take(plan.merged[0])
-    assert student.model.get_parameter(plan.merged[0]).grad is None, "a gradient that is taken is gone"
 
 
 def test_a_loss_that_is_not_finite_is_an_error(setup) -> None:
     _, plan, targets, _ = setup
-    student = Student(plan, CPU)
-    for name in plan.merged:
-        student.put(name, torch.full(plan.base_header.tensors[name].shape, float("nan")))
+    student = filled(plan)
+    spoil(student)
     with pytest.raises(RunError, match="not finite"):
         student.accumulate(targets[0, 0], 1.0, 1.0)
+
+
+def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, _, _ = setup
+    cut_small(monkeypatch, block=100, piece=300)
+    student = Student(plan, CPU)
+    for name, parameter in parameters(student).items():
+        cut = list(pieces(name, parameter.shape))
+        assert len(cut) > 1
+        for value, piece in enumerate(cut):
+            room = student.room(piece)
+            assert room.shape == (piece.numel,) and not room.requires_grad
+            student.put(piece, room.fill_(value))
+        numbers = [value for value, piece in enumerate(cut) for _ in range(piece.numel)]
+        assert parameter.flatten().tolist() == numbers
+
+
+# Weights that arrive while the student already computes.
+
+
+def spoil(student: Student) -> None:
+    """Whoever computes with what has not arrived shall be found out."""
+    with torch.no_grad():
+        for parameter in parameters(student).values():
+            parameter.fill_(torch.nan)
+
+
+class Late:
+    """Merged tensors that are put into a student piece by piece, in the order given, from another thread."""
+
+    def __init__(self, plan: Plan, coefficients: Coefficients) -> None:
+        source = parameters(filled(plan, coefficients))
+        self.content = {
+            piece: tensor.detach().flatten()[piece.start : piece.stop].clone()
+            for name, tensor in source.items()
+            for piece in pieces(name, tensor.shape)
+        }
+
+    def come(
+        self, student: Student, order: Iterable[Piece], before: Callable[[Piece], object] = lambda _: None
+    ) -> dict[str, list[Future[None]]]:
+        spoil(student)
+        futures = {piece: Future[None]() for piece in self.content}
+
+        def bring() -> None:
+            for piece in order:
+                try:
+                    before(piece)
+                    room = student.room(piece)
+                    room.copy_(self.content[piece])
+                    student.put(piece, room)
+                    futures[piece].set_result(None)
+                except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+                    futures[piece].set_exception(error)
+
+        threading.Thread(target=bring, daemon=True).start()
+        return {
+            name: [future for piece, future in futures.items() if piece.name == name] for name in student.plan.merged
+        }
+
+
+ORDERS: dict[str, Callable[[list[Piece]], list[Piece]]] = {
+    "as-used": lambda order: [
+        piece for name in in_order_of_use({one.name for one in order}) for piece in order if piece.name == name
+    ],
+    "last-first": lambda order: order[::-1],
+    "any": lambda order: random.Random(1).sample(order, len(order)),
+    "any-other": lambda order: random.Random(2).sample(order, len(order)),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+def test_weights_that_come_late_and_in_any_order_give_the_same_bits(
+    setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, exclude: list[str] | None
+) -> None:
+    config, plan, targets, _ = setup
+    if exclude is not None:
+        plan = plan_of(config, "exclude=[]")
+        targets = targets_of(plan, tmp_path)
+    cut_small(monkeypatch, block=100, piece=500)
+    coefficients = constant(plan, 0.3)
+    student, late = filled(plan, coefficients), Late(plan, coefficients)
+    assert len(late.content) > 2 * len(plan.merged)
+    wanted = student.accumulate(targets[0, 1], 1.5, 0.5)
+    slopes = standing(student)
+    pause = threading.Event()
+    calls = []
+    blocks_of(student.model)[2].register_forward_hook(lambda *_: calls.append(None))
+    student.expect(late.come(student, ORDERS[order](list(late.content)), lambda _: pause.wait(1e-3)))
+    assert student.accumulate(targets[0, 1], 1.5, 0.5) == wanted
+    assert_same_bits(standing(student), slopes)
+    assert len(calls) == 1, "what has been waited for need not be computed again"
+
+
+def test_blocks_compute_while_the_weights_of_later_ones_are_on_their_way(setup) -> None:
+    _, plan, targets, coefficients = setup
+    student, late = filled(plan, coefficients), Late(plan, coefficients)
+    wanted = student.accumulate(targets[0, 0], 1.0, 1.0)
+    slopes = standing(student)
+    done = [threading.Event() for _ in range(3)]
+    for event, block in zip(done, blocks_of(student.model), strict=True):
+        block.register_forward_hook(lambda *_, event=event: event.set())
+
+    def before(piece: Piece) -> None:
+        # The weights of a block start only when the block before it is done.
+        number = int(piece.name.split(".")[2])
+        assert number == 0 or done[number - 1].wait(LONG)
+
+    student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
+    assert student.accumulate(targets[0, 0], 1.0, 1.0) == wanted
+    assert_same_bits(standing(student), slopes)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_an_arrival_that_fails_fails_the_computation(setup, name: str) -> None:
+    _, plan, targets, _ = setup
+    plan = plan_of(setup[0], "exclude=[]")
+    student, late = Student(plan, CPU), Late(plan, constant(plan, 0.3))
+
+    def before(piece: Piece) -> None:
+        if piece.name == name:
+            raise ConnectionError(f"lost {name}")
+
+    student.expect(late.come(student, list(late.content), before))
+    with pytest.raises(ConnectionError, match=f"lost {name}"):
+        student.accumulate(targets[0, 0], 1.0, 1.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_that_are_never_called_are_waited_for_all_the_same(
+    setup, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Some models use a block's weights without calling the block."""
+    config, plan, targets, coefficients = setup
+    student = filled(plan, coefficients)
+    wanted = student.accumulate(targets[0, 0], 1.0, 1.0)
+    slopes = standing(student)
+    never: list[torch.nn.Module] = []
+
+    def uncalled(model: torch.nn.Module) -> list[torch.nn.Module]:
+        never.extend(torch.nn.ModuleList([block]) for block in blocks_of(model)[1:])
+        return [blocks_of(model)[0], *never]
+
+    monkeypatch.setattr(engine.student, "blocks_of", uncalled)
+    student = Student(plan_of(config, f"gradient_checkpointing={checkpointing}".lower()), CPU)
+    assert len(never) == 2
+    late, end = Late(plan, coefficients), threading.Event()
+    student.model.base_model.norm.register_forward_hook(lambda *_: end.set())
+
+    def before(piece: Piece) -> None:
+        # By then, the model has been gone through without these.
+        assert piece.name.startswith("model.layers.0.") or end.wait(LONG)
+
+    student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
+    assert student.accumulate(targets[0, 0], 1.0, 1.0) == wanted
+    assert_same_bits(standing(student), slopes)
+
+
+# Gradients that leave.
+
+
+class Recorder:
+    """Takes gradients as they leave."""
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.taken = student, dict[str, Tensor]()
+        self.order: list[str] = []
+
+    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
+        gradient = fetch()
+        assert gradient.nbytes == nbytes and not gradient.requires_grad
+        assert parameters(self.student)[name].grad is None, "it does not stay behind"
+        self.order.append(name)
+        self.taken[name] = gradient.clone()
+
+    def collect(self) -> np.ndarray:
+        raise AssertionError("the student does not collect")
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3", False), ("gemma3", True)])
+@pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+def test_gradients_that_leave_are_those_that_would_have_stood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, exclude: list[str] | None
+) -> None:
+    options = {} if exclude is None else {"exclude": exclude}
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family, samples=(1, 2), tied=tied, **options))
+    # Several pieces of the logits: the head's gradient is a sum of several.
+    monkeypatch.setattr(engine.student, "LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    student, targets = filled(plan), targets_of(plan, tmp_path)
+    embedding = [name for name in plan.merged if "embed_tokens" in name or "lm_head" in name]
+    assert len(embedding) == (0 if exclude is None else 1 if tied else 2)
+
+    whole = [student.accumulate(targets[at], 1.5, 0.5) for at in ((0, 0), (1, 1))]
+    slopes = standing(student)
+    leaving = Recorder(student)
+    # The sum over the window leaves with the last sample.
+    parts = [
+        student.accumulate(targets[0, 0], 1.5, 0.5),
+        student.accumulate(targets[1, 1], 1.5, 0.5, leaving),
+    ]
+    assert parts == whole
+    assert sorted(leaving.order) == sorted(plan.merged), "each leaves once"
+    assert_same_bits(leaving.taken, {name: slopes[name] for name in leaving.taken})
+    assert all(parameter.grad is None for parameter in student.model.parameters())
+    last, first = (max(i for i, name in enumerate(leaving.order) if f"layers.{block}." in name) for block in (2, 0))
+    assert last < first, "a gradient leaves while those of earlier blocks are still to come"
+
+    # With every sample, as `gradients: stream` wants it: the parts add up to the same.
+    total: dict[str, Tensor] = {}
+    for at in ((0, 0), (1, 1)):
+        student.accumulate(targets[at], 1.5, 0.5, again := Recorder(student))
+        assert sorted(again.order) == sorted(plan.merged)
+        total = {name: total.get(name, 0) + tensor for name, tensor in again.taken.items()}
+    for name, slope in slopes.items():
+        torch.testing.assert_close(total[name], slope, rtol=1e-4, atol=1e-6 * slope.abs().max().item(), msg=name)
+
+
+def test_gradients_stay_when_nobody_takes_them(setup) -> None:
+    _, plan, targets, _ = setup
+    student = filled(plan)
+    student.accumulate(targets[0, 0], 1.0, 1.0, leaving := Recorder(student))
+    student.accumulate(targets[0, 0], 1.0, 1.0)
+    assert_same_bits(standing(student), leaving.taken)
+    assert len(leaving.order) == len(plan.merged)
+
+
+# Logits, some tokens at a time.
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of the float32 tensors that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, Sequence) else [out]:
+            if isinstance(one, Tensor) and one.dtype == torch.float32:
+                self.seen.add(tuple(one.shape))
+        return out
+
+
+def most_rows(seen: set[tuple[int, ...]]) -> int:
+    """Most tokens whose logits stood in one tensor. The head itself has as many rows as there are features."""
+    logits = {shape for shape in seen if len(shape) > 1 and shape[-1] == tiny.VOCAB}
+    return max(shape[-2] for shape in logits if shape[-2] != tiny.COMMON["hidden_size"])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_in_pieces_give_the_same_losses_and_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int
+) -> None:
+    options = {} if exclude is None else {"exclude": exclude}
+    config = tiny.make_merge(
+        tmp_path / "merge", family, experts=1, samples=(2,), parameters={"temperature": 1.5}, **options
+    )
+    plan = plan_of(config)
+    student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
+    tokens = len(target.input_ids_T)
+    assert tokens == 10 and (target.logits_TV is None) == (exclude is None)
+    wanted, slopes = student.accumulate(target, 1.5, 0.5), standing(student)
+
+    taken: list[tuple[int, ...]] = []
+
+    def recorded(student_PV: Tensor, expert_PV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        assert student_PV.shape == expert_PV.shape
+        taken.append(tuple(student_PV.shape))
+        return logit_loss(student_PV, expert_PV, temperature)
+
+    monkeypatch.setattr(engine.student, "logit_loss", recorded)
+    # A byte less than another row would need; one row even where there is room for none.
+    monkeypatch.setattr(engine.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
+    found, left = student.accumulate(target, 1.5, 0.5), standing(student)
+    full, rest = divmod(tokens, rows)
+    assert taken == [(rows, tiny.VOCAB)] * full + [(rest, tiny.VOCAB)] * bool(rest)
+    assert found.hidden == wanted.hidden
+    assert found.kl == pytest.approx(wanted.kl, rel=1e-5)
+    for name, slope in slopes.items():
+        torch.testing.assert_close(left[name], slope, rtol=1e-4, atol=1e-6 * slope.abs().max().item(), msg=name)
+
+
+def test_the_logits_of_all_tokens_never_stand_at_once(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, targets, _ = setup
+    student, target = filled(plan), targets[0, 2]
+    tokens = len(target.input_ids_T)
+    assert target.logits_TV is None and tokens < tiny.COMMON["hidden_size"]
+    seen = []
+    for nbytes in (engine.student.LOGIT_BYTES, 2 * 4 * tiny.VOCAB):
+        monkeypatch.setattr(engine.student, "LOGIT_BYTES", nbytes)
+        with Shapes() as shapes:
+            student.accumulate(target, 1.0, 1.0)
+        seen.append(shapes.seen)
+    assert [most_rows(shapes) for shapes in seen] == [tokens, 2]
+
+
+# Blocks that compute twice.
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, exclude: list[str] | None) -> None:
+    options = {} if exclude is None else {"exclude": exclude}
+    config = tiny.make_merge(
+        tmp_path / "merge", family, 1, samples=(1,), tied=True, parameters={"hidden_layers": "all"}, **options
+    )
+    plain, twice = plan_of(config), plan_of(config, "gradient_checkpointing=true")
+    target = targets_of(plain, tmp_path)[0, 0]
+    calls = dict.fromkeys((False, True), 0)
+    found = []
+    for plan in (plain, twice):
+        student = filled(plan)
+        for block in blocks_of(student.model):
+
+            def count(*_: object, which: bool = plan.config.gradient_checkpointing) -> None:
+                calls[which] += 1
+
+            block.self_attn.register_forward_hook(count)
+        losses = student.accumulate(target, 1.5, 0.5)
+        slopes = standing(student)
+        forwards = calls[plan.config.gradient_checkpointing]
+        hidden = student._decode(target).hidden_states
+        found.append((losses, slopes, [*hidden], forwards))
+    (losses, slopes, hidden, forwards), again = found
+    assert again[0] == losses and losses.hidden > 0 and losses.kl > 0
+    assert_same_bits(again[1], slopes)
+    assert len(hidden) == len(again[2]) == 4
+    assert all(torch.equal(one, other) for one, other in zip(hidden, again[2], strict=True))
+    assert (forwards, again[3]) == (3, 6), "each block computes once more on the way back"

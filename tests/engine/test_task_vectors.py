@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,16 +12,27 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from conftest import cut_small
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-import engine.task_vectors
 from engine.checkpoint import AdapterExpert, Checkpoint, Expert, FullExpert, TaskVector
-from engine.coefficients import Coefficients, Layout, TensorCoefficients, chunk_edges
+from engine.coefficients import TensorCoefficients, chunk_edges
 from engine.errors import CheckpointError
 from engine.headers import read_file_header
 from engine.lora import LoraPair
-from engine.task_vectors import LocalShards, TaskVectors, blocks, inner_products, mean_magnitudes, merge_tensor
+from engine.task_vectors import (
+    GROUP,
+    Piece,
+    TaskVectors,
+    blocks,
+    inner_products,
+    mean_magnitudes,
+    merge_piece,
+    pieces,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -40,7 +50,7 @@ SCALING, RANK = 0.75, 3
 
 @dataclass(frozen=True)
 class House:
-    """A base, a full expert and an adapter in files; `dense` are their task vectors in float64, None where zero."""
+    """A base, full experts and adapters in files; `dense` are their task vectors in float64, None where zero."""
 
     folder: Path
     base: Checkpoint
@@ -64,26 +74,28 @@ def saved(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
     return Checkpoint(folder, read_file_header(folder / "model.safetensors"))
 
 
-def make_house(folder: Path, dtype: torch.dtype) -> House:
-    base = {name: noise(shape, seed, dtype) for seed, (name, shape) in enumerate(SHAPES.items())}
-    full = {name: (tensor + 0.1 * noise(tensor.shape, 50)).to(dtype) for name, tensor in base.items()}
-    factors, pairs = {}, {}
-    dense: dict[str, list[Array | None]] = {
-        name: [full[name].double().numpy() - base[name].double().numpy(), None] for name in SHAPES
-    }
-    for seed, name in enumerate(ADAPTED):
-        # The second weight is stored as [in, out]: its product comes transposed.
-        rows, columns = SHAPES[name] if name == "matrix" else SHAPES[name][::-1]
-        a, b = noise((RANK, columns), 70 + seed, dtype), noise((rows, RANK), 80 + seed, dtype)
-        factors |= {f"{name}.a": a, f"{name}.b": b}
-        pairs[name] = LoraPair(f"{name}.a", f"{name}.b", SCALING, transposed=name == "wide")
-        product = SCALING * b.double().numpy() @ a.double().numpy()
-        dense[name][1] = product.T if name == "wide" else product
+def make_house(folder: Path, dtype: torch.dtype, kinds: Sequence[str] = ("full", "adapter")) -> House:
     folder.mkdir()
-    experts: list[tuple[str, Expert]] = [
-        ("full", FullExpert(saved(folder / "full", full))),
-        ("adapter", AdapterExpert(saved(folder / "adapter", factors), pairs)),
-    ]
+    base = {name: noise(shape, seed, dtype) for seed, (name, shape) in enumerate(SHAPES.items())}
+    experts: list[tuple[str, Expert]] = []
+    dense: dict[str, list[Array | None]] = {name: [None] * len(kinds) for name in SHAPES}
+    for k, kind in enumerate(kinds):
+        if kind == "full":
+            full = {name: (one + 0.1 * noise(tuple(one.shape), 50 + 100 * k)).to(dtype) for name, one in base.items()}
+            experts.append((f"full{k}", FullExpert(saved(folder / f"expert{k}", full))))
+            for name in SHAPES:
+                dense[name][k] = full[name].double().numpy() - base[name].double().numpy()
+            continue
+        factors, pairs = {}, {}
+        for seed, name in enumerate(ADAPTED):
+            # The second weight is stored as [in, out]: its product comes transposed.
+            rows, columns = SHAPES[name] if name == "matrix" else SHAPES[name][::-1]
+            a, b = noise((RANK, columns), 70 + seed + 100 * k, dtype), noise((rows, RANK), 80 + seed + 100 * k, dtype)
+            factors |= {f"{name}.a": a, f"{name}.b": b}
+            pairs[name] = LoraPair(f"{name}.a", f"{name}.b", SCALING, transposed=name == "wide")
+            product = SCALING * b.double().numpy() @ a.double().numpy()
+            dense[name][k] = product.T if name == "wide" else product
+        experts.append((f"adapter{k}", AdapterExpert(saved(folder / f"expert{k}", factors), pairs)))
     return House(folder, saved(folder / "base", base), experts, dense)
 
 
@@ -98,37 +110,56 @@ def house(houses: dict[torch.dtype, House]) -> House:
     return houses[torch.float32]
 
 
-@pytest.fixture(params=[4, 13, 48, None], ids=lambda size: f"block-{size or 'whole'}")
-def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """Tensors larger than a block; the whole-tensor block is the default one."""
+# Elements of a block and of a piece, which is one block, or several, or several and a part of one.
+@pytest.fixture(params=[(4, 4), (13, 30), (48, 100), None], ids=lambda size: f"block-{size[0] if size else 'whole'}")
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors larger than a block and a piece; the whole-tensor block is the default one."""
     if request.param is not None:
-        set_block(monkeypatch, request.param)
-    size: int | None = request.param
-    return size
+        cut_small(monkeypatch, *request.param)
 
 
-def set_block(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(engine.task_vectors, "BLOCK", size)
-    # A thread's buffers are made at its first use, of the size that holds then.
-    monkeypatch.setattr(engine.task_vectors, "_scratch", threading.local())
+def merged(
+    base: Tensor, vectors: Sequence[TaskVector | None], wanted: TensorCoefficients, dtype: torch.dtype
+) -> Tensor:
+    """A whole merged tensor, by its pieces."""
+    out_N = torch.full((base.numel(),), torch.nan, dtype=dtype)
+    for piece in pieces("any", base.shape):
+        merge_piece(piece, base, vectors, wanted, out_N[piece.start : piece.stop])
+    return out_N.view(base.shape)
 
 
-def coefficients(name: str, chunks: int) -> TensorCoefficients:
+def products_of(gradient: Tensor, base: Tensor, vectors: Sequence[TaskVector | None], edges: tuple[int, ...]) -> Array:
+    """Inner products with a whole gradient, by its pieces."""
+    gradient_N = gradient.reshape(-1)
+    return sum(
+        (
+            inner_products(piece, gradient_N[piece.start : piece.stop], base, vectors, edges)
+            for piece in pieces("any", base.shape)
+        ),
+        np.zeros((len(vectors), len(edges) - 1)),
+    )
+
+
+def all_pieces(names: Sequence[str] = tuple(SHAPES)) -> list[Piece]:
+    return [piece for name in names for piece in pieces(name, SHAPES[name])]
+
+
+def coefficients(name: str, chunks: int, experts: int = 2) -> TensorCoefficients:
     edges = chunk_edges(math.prod(SHAPES[name]), chunks)
-    values = np.random.default_rng(chunks).uniform(0.1, 0.9, (2, len(edges) - 1)).astype(np.float32)
+    values = np.random.default_rng(chunks).uniform(0.1, 0.9, (experts, len(edges) - 1)).astype(np.float32)
     return TensorCoefficients(edges, values)
 
 
 def dense_merge(house: House, name: str, wanted: TensorCoefficients) -> Array:
-    merged = house.base.read(name).double().numpy().copy()
+    total = house.base.read(name).double().numpy().copy()
     for k, tau in enumerate(house.dense[name]):
         if tau is not None:
-            merged += np.repeat(wanted.values[k].astype(np.float64), np.diff(wanted.edges)).reshape(tau.shape) * tau
-    return merged
+            total += np.repeat(wanted.values[k].astype(np.float64), np.diff(wanted.edges)).reshape(tau.shape) * tau
+    return total
 
 
 def dense_products(house: House, name: str, gradient: Tensor, edges: tuple[int, ...]) -> Array:
-    products = np.zeros((2, len(edges) - 1))
+    products = np.zeros((len(house.experts), len(edges) - 1))
     for k, tau in enumerate(house.dense[name]):
         if tau is not None:
             elementwise = (gradient.double().numpy() * tau).reshape(-1)
@@ -139,33 +170,32 @@ def dense_products(house: House, name: str, gradient: Tensor, edges: tuple[int, 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("block_size")
+@pytest.mark.usefixtures("small_blocks")
 def test_merged_tensors_are_the_dense_sum(
     houses: dict[torch.dtype, House], dtype: torch.dtype, name: str, chunks: int
 ) -> None:
     house, wanted = houses[dtype], coefficients(name, chunks)
-    merged = merge_tensor(house.base.read(name), house.vectors(name), wanted, torch.float32)
-    assert merged.dtype == torch.float32 and tuple(merged.shape) == SHAPES[name]
-    np.testing.assert_allclose(merged.numpy(), dense_merge(house, name, wanted), rtol=1e-6, atol=2e-6)
+    found = merged(house.base.read(name), house.vectors(name), wanted, torch.float32)
+    np.testing.assert_allclose(found.numpy(), dense_merge(house, name, wanted), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("block_size")
+@pytest.mark.usefixtures("small_blocks")
 def test_inner_products_are_the_dense_ones_chunk_by_chunk(
     houses: dict[torch.dtype, House], dtype: torch.dtype, name: str, chunks: int
 ) -> None:
     house, edges = houses[dtype], coefficients(name, chunks).edges
     gradient = noise(SHAPES[name], 99, dtype)
-    products = inner_products(gradient, house.base.read(name), house.vectors(name), edges)
+    products = products_of(gradient, house.base.read(name), house.vectors(name), edges)
     assert products.dtype == np.float64
     np.testing.assert_allclose(products, dense_products(house, name, gradient, edges), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("block_size")
+@pytest.mark.usefixtures("small_blocks")
 def test_mean_magnitudes_are_the_dense_ones(houses: dict[torch.dtype, House], dtype: torch.dtype, name: str) -> None:
     house = houses[dtype]
     base_magnitude, magnitudes = mean_magnitudes(house.base.read(name), house.vectors(name))
@@ -174,15 +204,19 @@ def test_mean_magnitudes_are_the_dense_ones(houses: dict[torch.dtype, House], dt
     np.testing.assert_allclose(magnitudes, wanted, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_the_result_is_rounded_once_to_the_dtype_asked_for(house: House) -> None:
     wanted = coefficients("matrix", 3)
     arguments = house.base.read("matrix"), house.vectors("matrix"), wanted
-    exact = merge_tensor(*arguments, torch.float32)
+    exact = merged(*arguments, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(merge_tensor(*arguments, dtype), exact.to(dtype))
-    merged = house.task_vectors(dtype=torch.bfloat16).merge({"matrix": wanted})["matrix"]
-    assert torch.equal(merged, exact.bfloat16())
-    assert torch.equal(house.task_vectors().merge({"matrix": wanted}, torch.float16)["matrix"], exact.half())
+        assert torch.equal(merged(*arguments, dtype), exact.to(dtype))
+    asked = dict.fromkeys(all_pieces(["matrix"]), wanted)
+    for found, rounded in [
+        (house.task_vectors(dtype=torch.bfloat16).merge_all(asked), exact.bfloat16()),
+        (house.task_vectors().merge_all(asked, torch.float16), exact.half()),
+    ]:
+        assert torch.equal(torch.cat(list(found.values())), rounded.reshape(-1))
 
 
 def test_a_small_task_vector_is_not_lost_beside_a_large_base() -> None:
@@ -190,7 +224,7 @@ def test_a_small_task_vector_is_not_lost_beside_a_large_base() -> None:
     expert = base + 2.0**-13  # the last bit of a float32 near 1000
     gradient = torch.ones(1000)
     tau = FullVector(expert)
-    assert inner_products(gradient, base, [tau], (0, 1000)).item() == 1000 * 2.0**-13
+    assert products_of(gradient, base, [tau], (0, 1000)).item() == 1000 * 2.0**-13
     assert mean_magnitudes(base, [tau])[1].item() == 2.0**-13
 
 
@@ -198,24 +232,22 @@ class FullVector:
     """The task vector of a full expert that lies in memory."""
 
     def __init__(self, expert_N: Tensor) -> None:
-        self._expert_N = expert_N
+        self.expert_N = expert_N
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
-        out_N.copy_(self._expert_N[start:stop] - base_N)
+        out_N.copy_(self.expert_N[start:stop] - base_N)
 
 
 def test_tensors_without_a_task_vector_stay_the_base_s() -> None:
     base, wanted = noise((6, 5), 1), TensorCoefficients((0, 30), np.full((2, 1), 0.5, dtype=np.float32))
-    assert torch.equal(merge_tensor(base, [None, None], wanted, torch.float32), base)
-    np.testing.assert_array_equal(inner_products(noise((6, 5), 2), base, [None, None], (0, 30)), np.zeros((2, 1)))
+    assert torch.equal(merged(base, [None, None], wanted, torch.float32), base)
+    np.testing.assert_array_equal(products_of(noise((6, 5), 2), base, [None, None], (0, 30)), np.zeros((2, 1)))
     assert mean_magnitudes(base, [None, None])[1].tolist() == [0, 0]
 
 
-def test_an_empty_tensor_is_merged_into_an_empty_tensor() -> None:
-    base, vector = torch.empty(0, 3), FullVector(torch.empty(0))
-    merged = merge_tensor(base, [vector], TensorCoefficients((0,), np.zeros((1, 0), dtype=np.float32)), torch.float32)
-    assert tuple(merged.shape) == (0, 3)
-    assert mean_magnitudes(base, [vector]) == (0.0, np.zeros(1))
+def test_an_empty_tensor_has_no_pieces_and_no_magnitude() -> None:
+    assert list(pieces("empty", (0, 3))) == list(pieces("empty", (3, 0))) == []
+    assert mean_magnitudes(torch.empty(0, 3), [FullVector(torch.empty(0))]) == (0.0, np.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -234,53 +266,251 @@ def test_an_empty_tensor_is_merged_into_an_empty_tensor() -> None:
 def test_blocks_are_whole_rows_where_these_fit(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], wanted: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(engine.task_vectors, "BLOCK", 10)
+    cut_small(monkeypatch, block=10, piece=10)
     assert list(blocks(shape)) == wanted
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    shape=st.lists(st.integers(0, 12), max_size=3).map(tuple),
+    block=st.integers(1, 40),
+    piece=st.integers(1, 200),
+)
+def test_pieces_and_blocks_cover_every_shape_once(shape: tuple[int, ...], block: int, piece: int) -> None:
+    numel, row = math.prod(shape), shape[-1] if shape else 1
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_small(monkeypatch, block, piece)
+        cut, whole = list(pieces("w", shape)), list(blocks(shape))
+        within = [list(blocks(shape, one.start, one.stop)) for one in cut]
+    assert [place for one in cut for place in range(one.start, one.stop)] == list(range(numel))
+    assert all(one.name == "w" and 0 < one.numel == one.stop - one.start <= max(piece, block) for one in cut)
+    assert [one for some in within for one in some] == whole, "pieces are whole blocks"
+    assert [place for start, stop in whole for place in range(start, stop)] == list(range(numel))
+    assert all(stop - start <= block for start, stop in whole)
+    if 0 < row <= block:
+        assert all(start % row == stop % row == 0 for start, stop in whole), "blocks are whole rows"
+    # As large as they may be: nothing is cut that need not be.
+    assert len(cut) <= 1 or all(one.numel > piece - block for one in cut[:-1])
+
+
+EVERY_KIND = ("full", "adapter", "full", "adapter", "adapter", "full", "adapter", "full", "full")
+
+
+@pytest.fixture(scope="module")
+def crowds(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, House]:
+    """Nine experts, more than two groups; of most tensors some in the midst have no task vector."""
+    folder = tmp_path_factory.mktemp("crowds")
+    assert len(EVERY_KIND) > 2 * GROUP
+    return {dtype: make_house(folder / str(dtype), dtype, EVERY_KIND) for dtype in (torch.float32, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("experts", range(1, 10))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("block_size")
+@pytest.mark.usefixtures("small_blocks")
+def test_any_number_of_experts_merges_and_gives_gradients_as_the_dense_sums(
+    crowds: dict[torch.dtype, House], dtype: torch.dtype, experts: int
+) -> None:
+    crowd = crowds[dtype]
+    house = House(
+        crowd.folder,
+        crowd.base,
+        crowd.experts[:experts],
+        {name: taus[:experts] for name, taus in crowd.dense.items()},
+    )
+    for name, shape in SHAPES.items():
+        wanted, slope = coefficients(name, 7, experts), noise(shape, 99, dtype)
+        arguments = house.base.read(name), house.vectors(name)
+        found = merged(*arguments, wanted, torch.float32)
+        np.testing.assert_allclose(found.numpy(), dense_merge(house, name, wanted), rtol=2e-6, atol=4e-6)
+        products = products_of(slope, *arguments, wanted.edges)
+        assert products.shape == (experts, len(wanted.edges) - 1)
+        np.testing.assert_allclose(products, dense_products(house, name, slope, wanted.edges), rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.tuples(st.integers(1, 7), st.integers(1, 9)),
+    block=st.integers(1, 30),
+    piece=st.integers(1, 60),
+    there=st.lists(st.booleans(), min_size=1, max_size=9),
+    data=st.data(),
+)
+def test_chunks_may_cut_through_blocks_and_pieces_anywhere(
+    shape: tuple[int, int], block: int, piece: int, there: list[bool], data: st.DataObject
+) -> None:
+    numel, generator = math.prod(shape), np.random.default_rng(len(there))
+    cuts = data.draw(st.sets(st.integers(1, max(1, numel - 1)), max_size=6))
+    edges = (0, *sorted(cuts - {numel}), numel)
+    base, slope = noise(shape, 1), noise(shape, 2)
+    taus = [generator.normal(0, 0.1, numel).astype(np.float32) if one else None for one in there]
+    vectors = [None if tau is None else FullVector(base.reshape(-1) + torch.from_numpy(tau)) for tau in taus]
+    values = generator.uniform(0, 1, (len(there), len(edges) - 1)).astype(np.float32)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        cut_small(monkeypatch, block, piece)
+        found = merged(base, vectors, TensorCoefficients(edges, values), torch.float32)
+        products = products_of(slope, base, vectors, edges)
+    # The task vectors as float32 differences give them: rounded when the experts were made.
+    exact = [None if one is None else (one.expert_N - base.reshape(-1)).double().numpy() for one in vectors]
+    total, flat = base.reshape(-1).double().numpy().copy(), slope.reshape(-1).double().numpy()
+    dense = np.zeros_like(products)
+    for k, tau in enumerate(exact):
+        if tau is not None:
+            total += np.repeat(values[k].astype(np.float64), np.diff(edges)) * tau
+            dense[k] = [(flat * tau)[start:stop].sum() for start, stop in pairwise(edges)]
+    np.testing.assert_allclose(found.reshape(-1).numpy(), total, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(products, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [1, GROUP, 2 * GROUP + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_experts_equal_to_the_base_leave_its_bits(dtype: torch.dtype, experts: int) -> None:
+    base = noise((13, 17), 3, dtype)
+    values = np.random.default_rng(0).uniform(0, 1, (experts, 5)).astype(np.float32)
+    wanted = TensorCoefficients(chunk_edges(base.numel(), 5), values)
+    equal = [FullVector(base.reshape(-1).clone()) for _ in range(experts)]
+    assert torch.equal(merged(base, equal, wanted, dtype).view(torch.uint8), base.view(torch.uint8))
+    np.testing.assert_array_equal(products_of(noise((13, 17), 4), base, equal, wanted.edges), np.zeros((experts, 5)))
+
+
+def shifted(tensor_N: Tensor, offset: int) -> Tensor:
+    """The same elements where an aligned address is that many elements away."""
+    room = torch.empty(tensor_N.numel() + offset, dtype=tensor_N.dtype)
+    room[offset:] = tensor_N
+    return room[offset:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_the_bits_do_not_depend_on_where_output_and_gradient_lie(
+    crowds: dict[torch.dtype, House], dtype: torch.dtype
+) -> None:
+    crowd = crowds[dtype]
+    for name in ("vector", "matrix", "wide"):
+        wanted = coefficients(name, 5, len(crowd.experts))
+        arguments, slope_N = (crowd.base.read(name), crowd.vectors(name)), noise(SHAPES[name], 99, dtype).reshape(-1)
+        for piece in pieces(name, SHAPES[name]):
+            found: list[tuple[Tensor, Array]] = []
+            for offset in (0, 1, 2, 3, 7):
+                out_N = shifted(torch.full((piece.numel,), torch.nan, dtype=dtype), offset)
+                merge_piece(piece, *arguments, wanted, out_N)
+                part_N = shifted(slope_N[piece.start : piece.stop], offset)
+                found.append((out_N, inner_products(piece, part_N, *arguments, wanted.edges)))
+            for out_N, products in found[1:]:
+                assert torch.equal(out_N, found[0][0])
+                np.testing.assert_array_equal(products, found[0][1])
+
+
+@pytest.fixture
+def _threads_set_back() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads_set_back")
+def test_blocks_of_full_size_have_the_same_bits_on_any_threads_and_at_any_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large enough for an operation to be spread over threads, and for a product to be computed another way."""
+    monkeypatch.setattr("engine.task_vectors.PIECE", 1 << 17)
+    shape, edges = (500, 901), (0, 70_001, 300_000, 500 * 901)
+    base = noise(shape, 0)
+    experts = [(f"e{k}", FullExpert(saved(tmp_path / f"e{k}", {"w": base + noise(shape, k + 1)}))) for k in range(5)]
+    house = House(tmp_path, saved(tmp_path / "base", {"w": base}), [*experts], {})
+    todo, slope_N = list(pieces("w", shape)), noise(shape, 99).reshape(-1)
+    assert len(todo) > 3
+    wanted = TensorCoefficients(edges, np.random.default_rng(0).uniform(0, 1, (5, 3)).astype(np.float32))
+    answers = []
+    for threads, caller, offset in [(1, 1, 0), (1, 4, 0), (2, 2, 1), (4, 1, 3)]:
+        # How many threads the caller's own operations have must not count either.
+        torch.set_num_threads(caller)
+        streams, tensor_N = house.task_vectors(threads), shifted(torch.full((base.numel(),), torch.nan), offset)
+        for merging in [
+            streams.pool.submit(streams.merge, one, wanted, tensor_N[one.start : one.stop]) for one in todo
+        ]:
+            merging.result()
+        slopes = {one: shifted(slope_N[one.start : one.stop], offset) for one in todo}
+        parts = np.stack(list(streams.gradients_all(slopes, {"w": edges}).values()))
+        answers.append((tensor_N, parts, streams.inspect(["w"])["w"].magnitudes))
+        assert streams.pool.submit(torch.get_num_threads).result() == 1
+    for tensor_N, *sums in answers[1:]:
+        assert torch.equal(tensor_N, answers[0][0])
+        for found, first in zip(sums, answers[0][1:], strict=True):
+            np.testing.assert_array_equal(found, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("small_blocks")
 def test_the_bits_depend_neither_on_threads_nor_on_what_else_is_asked_for(
     houses: dict[torch.dtype, House], dtype: torch.dtype
 ) -> None:
     house = houses[dtype]
-    wanted = {name: coefficients(name, 3) for name in SHAPES}
-    edges = {name: one.edges for name, one in wanted.items()}
-    slopes = {name: noise(shape, 99) for name, shape in SHAPES.items()}
+    wanted = {piece: coefficients(piece.name, 3) for piece in all_pieces()}
+    edges = {piece.name: one.edges for piece, one in wanted.items()}
+    slopes = {piece: noise(SHAPES[piece.name], 99).reshape(-1)[piece.start : piece.stop] for piece in wanted}
 
-    def together(threads: int) -> tuple[dict[str, Tensor], dict[str, Array], dict[str, Array]]:
-        task_vectors = house.task_vectors(threads)
-        inspected = {name: one.magnitudes for name, one in task_vectors.inspect(SHAPES).items()}
-        return task_vectors.merge(wanted), task_vectors.gradients(edges, slopes), inspected
+    def together(threads: int) -> tuple[dict[Piece, Tensor], dict[Piece, Array], dict[str, Array]]:
+        streams = house.task_vectors(threads)
+        inspected = {name: one.magnitudes for name, one in streams.inspect(SHAPES).items()}
+        return streams.merge_all(wanted), streams.gradients_all(slopes, edges), inspected
 
     alone = house.task_vectors()
-    for merged, products, magnitudes in (together(1), together(3)):
-        assert list(merged) == list(products) == list(magnitudes) == list(SHAPES)
+    for tensors, products, magnitudes in (together(1), together(3)):
+        assert list(tensors) == list(products) == all_pieces() and list(magnitudes) == list(SHAPES)
+        for piece in wanted:
+            assert torch.equal(tensors[piece], alone.merge_all({piece: wanted[piece]})[piece])
+            one = alone.gradients_all({piece: slopes[piece]}, edges)[piece]
+            np.testing.assert_array_equal(products[piece], one)
         for name in SHAPES:
-            assert torch.equal(merged[name], alone.merge({name: wanted[name]})[name])
-            one = alone.gradients({name: edges[name]}, {name: slopes[name]})[name]
-            np.testing.assert_array_equal(products[name], one)
             np.testing.assert_array_equal(magnitudes[name], alone.inspect([name])[name].magnitudes)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_a_tensor_as_a_stream_is_its_pieces_a_few_at_a_time(
+    house: House, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, threads: int
+) -> None:
+    streams = house.task_vectors(threads, torch.float16)
+    asked: list[int] = []
+    merge_all = streams.merge_all
+
+    def counted(wanted: dict[Piece, TensorCoefficients], dtype: torch.dtype | None = None) -> dict[Piece, Tensor]:
+        asked.append(len(wanted))
+        return merge_all(wanted, dtype)
+
+    monkeypatch.setattr(streams, "merge_all", counted)
+    for name, shape in SHAPES.items():
+        asked.clear()
+        wanted, parts = coefficients(name, 3), []
+        for number, part in enumerate(streams.stream(name, wanted, dtype)):
+            assert sum(asked) <= number + threads, "no more is computed than is asked for"
+            parts.append(part)
+        assert len(parts) == len(list(pieces(name, shape)))
+        whole = merged(house.base.read(name), house.vectors(name), wanted, dtype or torch.float16)
+        assert torch.equal(torch.cat(parts), whole.reshape(-1))
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_reading_changes_neither_the_files_nor_what_is_mapped(house: House) -> None:
     checkpoints = [house.base, *(expert.checkpoint for _, expert in house.experts)]  # type: ignore[attr-defined]
     files = sorted(house.folder.rglob("*.safetensors"))
     before = [file.read_bytes() for file in files]
     mapped = [{name: one.read(name).clone() for name in one.tensors} for one in checkpoints]
     task_vectors = house.task_vectors(threads=3)
-    wanted = {name: coefficients(name, 2) for name in SHAPES}
-    slopes = {name: noise(shape, 99) for name, shape in SHAPES.items()}
-    kept = {name: slope.clone() for name, slope in slopes.items()}
+    wanted = {piece: coefficients(piece.name, 2) for piece in all_pieces()}
+    slopes = {piece: noise((piece.numel,), 99) for piece in wanted}
+    kept = {piece: slope.clone() for piece, slope in slopes.items()}
     for _ in range(2):
         task_vectors.inspect(SHAPES)
-        for merged in task_vectors.merge(wanted).values():
-            merged.zero_()  # what is given away is the caller's
-        task_vectors.gradients({name: one.edges for name, one in wanted.items()}, slopes)
+        for tensor in task_vectors.merge_all(wanted).values():
+            tensor.zero_()  # what is given away is the caller's
+        task_vectors.gradients_all(slopes, {piece.name: one.edges for piece, one in wanted.items()})
     assert [file.read_bytes() for file in files] == before
     for checkpoint, tensors in zip(checkpoints, mapped, strict=True):
         assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
-    assert all(torch.equal(slopes[name], kept[name]) for name in slopes)
+    assert all(torch.equal(slopes[piece], kept[piece]) for piece in slopes)
 
 
 Spoil = Callable[[dict[str, dict[str, Tensor]]], None]
@@ -320,7 +550,7 @@ def test_a_weight_that_is_not_finite_is_named_with_tensor_and_model(
     assert "'w'" in caught.value.what and owner in caught.value.where
 
 
-@pytest.mark.usefixtures("block_size")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("model", ["base", "math"])
 def test_infinities_of_both_signs_do_not_hide_each_other(tmp_path: Path, model: str) -> None:
     def spoil(models: dict[str, dict[str, Tensor]]) -> None:
@@ -350,57 +580,6 @@ def test_large_finite_weights_are_accepted(tmp_path: Path) -> None:
 def test_a_missing_tensor_raises_where_it_is_asked_for(house: House) -> None:
     with pytest.raises(KeyError, match="absent"):
         house.task_vectors().inspect(["absent"])
-
-
-@pytest.fixture
-def layout() -> Layout:
-    numels = {name: math.prod(shape) for name, shape in SHAPES.items()}
-    return Layout.make(numels, {"scalar": 1, "one": 0, "vector": 4, "matrix": 2, "wide": 3, "cube": 1})
-
-
-@pytest.mark.usefixtures("block_size")
-def test_local_shards_put_every_merged_tensor(house: House, layout: Layout) -> None:
-    table = Coefficients(layout, np.random.default_rng(0).uniform(0, 1, (2, layout.width)))
-    shards, received = LocalShards(house.task_vectors(threads=2)), dict[str, Tensor]()
-    shards.merge(table, received.__setitem__)
-    assert list(received) == list(SHAPES)
-    for name, tensor in received.items():
-        assert torch.equal(tensor, house.task_vectors().merge({name: table.of(name)})[name])
-        np.testing.assert_allclose(tensor.numpy(), dense_merge(house, name, table.of(name)), rtol=1e-6, atol=2e-6)
-
-
-@pytest.mark.usefixtures("block_size")
-def test_local_shards_gather_the_gradients_in_the_layout_s_columns(house: House, layout: Layout) -> None:
-    taken: list[str] = []
-
-    def take(name: str) -> Tensor:
-        taken.append(name)
-        return noise(SHAPES[name], 99)
-
-    shards = LocalShards(house.task_vectors(threads=2))
-    gradients = shards.gradients(layout, take)
-    assert gradients.shape == (2, layout.width)
-    assert sorted(taken) == sorted(SHAPES)
-    for name, edges in layout.edges_of.items():
-        wanted = dense_products(house, name, noise(SHAPES[name], 99), edges)
-        np.testing.assert_allclose(gradients[:, layout.columns[name]], wanted, rtol=1e-5, atol=1e-5)
-    assert shards.traffic() == {"bytes_to_shards": 0, "bytes_from_shards": 0}
-
-
-def test_the_gradient_is_that_of_the_merge(house: House, layout: Layout) -> None:
-    """⟨G, θ(α + ε) − θ(α)⟩ = Σ ε · ∂L/∂α: the merge is linear, so the two streams must agree."""
-    shards, generator = LocalShards(house.task_vectors()), np.random.default_rng(0)
-    start = Coefficients(layout, generator.uniform(0.2, 0.8, (2, layout.width)))
-    step = generator.uniform(-1, 1, (2, layout.width))
-    slopes = {name: noise(shape, 99) for name, shape in SHAPES.items()}
-
-    def loss(table: Coefficients) -> float:
-        total: list[float] = []
-        shards.merge(table, lambda name, tensor: total.append((tensor.double() * slopes[name]).sum().item()))
-        return sum(total)
-
-    moved = loss(Coefficients(layout, start.values + step)) - loss(start)
-    assert moved == pytest.approx((shards.gradients(layout, slopes.__getitem__) * step).sum(), rel=1e-4)
 
 
 @pytest.fixture(autouse=True)
