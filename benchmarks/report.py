@@ -1,0 +1,96 @@
+"""What every benchmark prints and writes: the machine, a table, the targets, and one JSON layout for all of them.
+
+It measures nothing. `memory` are bytes that `compare.py` holds against a baseline, `time_ratios` compare two sides of
+one run, `other` is what is worth knowing and too noisy, or not better for being smaller, to be held against anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MB = 1e6
+# Tables are read in logs as well, where rich would fold them to 80 columns.
+console = Console(width=None if Console().is_terminal else 140, highlight=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that must not be above its limit; never asserted, only told."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+
+@dataclass
+class Report:
+    settings: dict[str, Any]
+    memory: dict[str, int] = field(default_factory=dict)
+    time_ratios: dict[str, float] = field(default_factory=dict)
+    other: dict[str, float] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write what there is so far: a long run that fails has not been for nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        targets = [{**asdict(target), "met": target.met} for target in self.targets]
+        path.write_text(json.dumps({"machine": machine(), **asdict(self), "targets": targets}, indent=1) + "\n")
+
+    def finish(self, path: Path) -> None:
+        """Print targets and machine, write the JSON."""
+        if self.targets:
+            table = Table("target", "measured", "at most", "", title="targets")
+            for target in self.targets:
+                verdict = "[green]met[/green]" if target.met else "[red]MISSED[/red]"
+                table.add_row(target.name, f"{target.value:.4g}", f"{target.limit:.4g}", verdict)
+            console.print(table)
+        console.print(", ".join(f"{key} {value}" for key, value in machine().items()))
+        self.save(path)
+        console.print(f"written to {path}", soft_wrap=True)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "ram_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "ray", "transformers")},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())
+
+
+def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    table = Table("", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def in_mb(nbytes: float | None) -> str:
+    return "–" if nbytes is None else f"{nbytes / MB:,.1f}"

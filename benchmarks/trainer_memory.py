@@ -1,0 +1,176 @@
+"""Laws 1 and 4: peak anonymous memory of every actor over the number of experts K, beside the in-memory way's.
+
+Each merge is a `python cli.py merge` on a Ray of its own; every actor samples its own RssAnon every 20 ms and says
+its peak in merge/memory.json. Beside it, at the same K and in the same run, the in-memory way in a process of its
+own, which samples itself in the same way. What a Ray worker takes before it does anything is measured on an idle one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import merges
+import models
+import ray
+from models import Models
+from report import MB, Report, Target, console, in_mb, print_table
+
+from cluster import session
+
+MERGES = {
+    "shard": ["cluster.shards=1"],
+    "in trainer": ["cluster.shards=0"],
+    "stream": ["cluster.shards=1", "gradients=stream"],
+}
+IN_MEMORY = {"in-memory": "resident", "in-memory mapped": "mapped"}
+ROLES = ("driver", "trainer", "shard", "expert")
+# A trainer does not grow with K; beside the in-memory way at the largest K it is this part of it at most.
+TRAINER_GROWTH, TRAINER_PART = 1.02, 1 / 15
+SHARD_ABOVE_IDLE_BYTES, SHARD_GROWTH = 400e6, 1.05
+
+
+class Idle:
+    """A worker that has imported what a shard needs, and does what every actor does at its start."""
+
+    def __init__(self) -> None:
+        import actors.shard  # noqa: F401
+        import engine.task_vectors  # noqa: F401
+        from actors.process import Process
+
+        self.process: Any = Process("idle")
+
+    def peak(self) -> int:
+        time.sleep(1)
+        return int(self.process.report().peak_anonymous_bytes)
+
+
+def idle_worker() -> int:
+    """Peak anonymous bytes of an idle worker, on a Ray as a merge starts it."""
+    os.environ.pop("RAY_ADDRESS", None)
+    with session.connect(None):
+        actor = ray.remote(Idle).options(num_cpus=0).remote()
+        peak: int = ray.get(actor.peak.remote())
+    return peak
+
+
+def in_memory(config: Path, steps: int, teachers: str) -> dict[str, Any]:
+    script = Path(__file__).with_name("in_memory.py")
+    command = [sys.executable, str(script), str(config), "--steps", str(steps), "--teachers", teachers]
+    # With the allocator's settings that the actors have: both sides give back what they free.
+    environment = {**merges.ENVIRONMENT, **session.ENVIRONMENT}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(command)} ended with {done.returncode}")
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def measure(report: Report, made: Models, k: int, ways: list[str], window: int, steps: int, tokens: int) -> None:
+    """All ways at one K, one after the other."""
+    fastest: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
+        samples = merges.samples_for(k, window, steps)
+        config = made.write_merge(Path(folder) / "merge.yaml", k, samples, tokens, {"gradient_accumulation": window})
+        for way in ways:
+            began = time.monotonic()
+            if way in MERGES:
+                merged = merges.run(config, Path(folder) / way.replace(" ", "-"), MERGES[way])
+                fastest[way] = min(merged.seconds)
+                for role, peak in merged.peaks().items():
+                    report.memory[name(way, role, k)] = peak
+            else:
+                figures = in_memory(config, steps, IN_MEMORY[way])
+                fastest[way] = min(figures["step_seconds"])
+                report.memory[name(way, "process", k)] = figures["peak_anonymous_bytes"]
+            console.print(f"K={k} {way}: {time.monotonic() - began:.0f} s")
+    for way in MERGES.keys() & fastest.keys():
+        if "in-memory" in fastest:
+            report.time_ratios[f"fastest step, {way} / in-memory, K={k}"] = fastest[way] / fastest["in-memory"]
+
+
+def name(way: str, role: str, k: int) -> str:
+    return f"{way}: {role}, K={k}"
+
+
+def add_targets(report: Report, counts: list[int], idle: int) -> None:
+    memory, low, high = report.memory, counts[0], counts[-1]
+    for way in MERGES:
+        trainer = memory.get(name(way, "trainer", high))
+        if trainer is None:
+            continue
+        if low != high:
+            growth = trainer / memory[name(way, "trainer", low)]
+            report.targets.append(Target(f"{way}: trainer, K={high} / K={low}", growth, TRAINER_GROWTH))
+        for other in IN_MEMORY:
+            whole = memory.get(name(other, "process", high))
+            if whole is not None and other == "in-memory":
+                report.targets.append(Target(f"{way}: trainer / {other}, K={high}", trainer / whole, TRAINER_PART))
+            elif whole is not None:
+                report.other[f"{way}: trainer / {other}, K={high}"] = trainer / whole
+        shards = [memory[key] for k in counts if (key := name(way, "shard", k)) in memory]
+        if shards:
+            above = (max(shards) - idle) / MB
+            limit = SHARD_ABOVE_IDLE_BYTES / MB
+            report.targets.append(Target(f"{way}: shard above an idle worker, any K, MB", above, limit))
+            if low != high:
+                growth = max(shards) / min(shards)
+                report.targets.append(Target(f"{way}: shard, max / min over K", growth, SHARD_GROWTH))
+
+
+@click.command(help=__doc__)
+@models.options
+@click.option("--experts", "-k", multiple=True, default=[2, 4, 8, 16, 32], show_default=True, type=click.IntRange(1))
+@click.option(
+    "--without",
+    multiple=True,
+    type=click.Choice([*MERGES, *IN_MEMORY]),
+    help="A way to leave out; may be given several times.",
+)
+@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples of an optimiser step.")
+@click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Optimiser steps at least.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a sample.")
+@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+def main(
+    workdir: Path,
+    size: str,
+    dtype: str,
+    own_heads: bool,
+    experts: tuple[int, ...],
+    without: tuple[str, ...],
+    window: int,
+    steps: int,
+    tokens: int,
+    path: Path | None,
+) -> None:
+    made = Models(workdir.absolute(), size, dtype, own_heads)
+    counts = sorted(set(experts))
+    ways = [way for way in (*MERGES, *IN_MEMORY) if way not in without]
+    settings = {"experts": counts, "window": window, "steps": steps, "tokens": tokens, "ways": ways}
+    report = Report(made.describe() | settings)
+    console.print(report.settings)
+    report.memory["idle worker"] = idle = idle_worker()
+    path = path or made.workdir / "results" / "trainer_memory.json"
+    for k in counts:
+        measure(report, made, k, ways, window, steps, tokens)
+        report.save(path)
+    keys = [(way, role) for way in ways for role in (ROLES if way in MERGES else ("process",))]
+    rows = {f"{way}: {role}": [report.memory.get(name(way, role, k)) for k in counts] for way, role in keys}
+    cells = {row: [in_mb(peak) for peak in peaks] for row, peaks in rows.items() if any(peaks)}
+    cells["idle worker"] = [in_mb(idle)] * len(counts)
+    print_table("peak anonymous memory, MB", [f"K={k}" for k in counts], cells)
+    for what, ratio in {**report.time_ratios, **report.other}.items():
+        console.print(f"{what}: {ratio:.3g}")
+    add_targets(report, counts, idle)
+    report.finish(path)
+
+
+if __name__ == "__main__":
+    main()
