@@ -8,7 +8,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -62,16 +64,24 @@ def merge(
 @main.command()
 @_config
 @_set
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes of the cluster, all alike.")
+@click.option("--cpus", type=click.FloatRange(1), help="CPUs of a node. Default: this machine's, as for what follows.")
+@click.option("--gpus", type=click.FloatRange(0), help="GPUs of a node.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory of a node in GB.")
+@click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory of a GPU in GB.")
 @_debug
-def plan(config: Path | None, overrides: tuple[str, ...], debug: bool) -> None:
-    """Check CONFIG and its inputs from their headers alone, and say what a merge would do."""
+def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
+    """Check CONFIG and its inputs from their headers alone, and say what a merge would do and take."""
 
     def run() -> None:
-        from engine.calibration import read_records
+        from engine.calibration import about_tokens, read_records
+        from engine.scaling import GB, Machines
         from engine.summary import print_plan
 
         made = _plan(config, overrides)
-        print_plan(made, [len(records) for records in read_records(made)])
+        given = {name: value for name, value in machines.items() if value is not None}
+        given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
+        print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given))
 
     _guarded(run, debug)
 

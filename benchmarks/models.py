@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 transformers.utils.logging.disable_progress_bar()
 
+WORKDIR = Path(tempfile.gettempdir()) / "expert-merging-benchmarks"
 NOISE = 1e-3
 FIRST_TOKEN = 3  # those below are taken for special ones
 # What the learned methods leave alone by default and a Llama has.
@@ -171,7 +172,7 @@ def options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
             "--workdir",
-            default=Path(tempfile.gettempdir()) / "expert-merging-benchmarks",
+            default=WORKDIR,
             show_default=True,
             type=click.Path(path_type=Path),
             help="Where models are kept.",

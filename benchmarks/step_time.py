@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,8 @@ def seconds(act: Callable[[], object]) -> float:
 class Bench:
     """A trainer over K experts and one window of samples, with their targets made before."""
 
-    def __init__(self, config: Path, window: int, scratch: Path) -> None:
-        self.plan: Plan = make_plan(load_config(config), config.parent)
+    def __init__(self, config: Path, window: int, scratch: Path, overrides: Sequence[str] = ()) -> None:
+        self.plan: Plan = make_plan(load_config(config, overrides), config.parent)
         samples = tokenize(read_records(self.plan), None, self.plan)
         chosen = [mine[i] for i in range(len(samples[0])) for mine in samples][:window]
         expert = Expert(self.plan, 0)
@@ -195,7 +195,7 @@ def beside_memory(report: Report, made: Models, k: int, limit: float, window: in
         bench = Bench(config, window, Path(folder))
         bench.step()
         ours = [seconds(bench.step) for _ in range(steps)]
-        theirs = in_memory(config, steps + 1, "resident")["step_seconds"][1:]
+        theirs = in_memory(config, steps + 1, "resident", gives_back=False)["step_seconds"][1:]
         ours += [seconds(bench.step) for _ in range(steps)]
     ratio = statistics.median(ours) / statistics.median(theirs)
     console.print(f"K={k}: ours {sorted(ours)}, in memory {sorted(theirs)}")
@@ -211,7 +211,9 @@ def whole_run(report: Report, made: Models, window: int, tokens: int, samples: i
         merged: list[merges.Merged] = []
         ours = seconds(lambda: merged.append(merges.run(config, Path(folder) / "out", settings)))
         figures: list[dict[str, Any]] = []
-        theirs = sum(seconds(lambda: figures.append(in_memory(config, 10**6, "resident"))) for _ in range(2))
+        theirs = sum(
+            seconds(lambda: figures.append(in_memory(config, 10**6, "resident", gives_back=False))) for _ in range(2)
+        )
     learning, in_steps = sum(merged[0].seconds), sum(sum(one["step_seconds"]) for one in figures)
     console.print(
         f"two stages, K=8, {samples} samples an expert: ours {ours:.1f} s, of which steps {learning:.1f} s; "

@@ -61,11 +61,12 @@ def idle_worker() -> int:
     return peak
 
 
-def in_memory(config: Path, steps: int, teachers: str) -> dict[str, Any]:
+def in_memory(config: Path, steps: int, teachers: str, gives_back: bool = True) -> dict[str, Any]:
     script = Path(__file__).with_name("in_memory.py")
     command = [sys.executable, str(script), str(config), "--steps", str(steps), "--teachers", teachers]
-    # With the allocator's settings that the actors have: both sides give back what they free.
-    environment = {**merges.ENVIRONMENT, **session.ENVIRONMENT}
+    # Its memory is measured with the allocator's settings that the actors have, so that both sides give back what they
+    # free; its time without them, as they make large temporaries slow and it has many.
+    environment = {**merges.ENVIRONMENT, **(session.ENVIRONMENT if gives_back else {})}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with {done.returncode}")

@@ -23,7 +23,7 @@ from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.exchange import RemoteShards
 from cluster.placement import Bundle, Placement
-from cluster.session import answer, await_nodes, first_answer, reserved
+from cluster.session import answer, await_nodes, first_answer, home_of, reserved
 from engine.calibration import Sample
 from engine.codec import Packed, pack_all
 from engine.expert import load_target
@@ -46,11 +46,16 @@ class Crew:
         run = uuid.uuid4().hex
         self._shard_names = [f"shard-{index}-{run}" for index in range(len(placement.shards))]
         await_nodes([placement.trainer, *placement.experts[:1], *placement.shards[:1]], self._wait, say)
+        self._trainer_bundle, self._shard_bundles = placement.trainer, placement.shards
+        if placement.together and not placement.within_trainer:
+            self._trainer_bundle = home_of(placement.trainer)
+            home = {kind: amount for kind, amount in self._trainer_bundle.items() if kind not in placement.trainer}
+            self._shard_bundles = tuple(bundle | home for bundle in placement.shards)
 
     @contextmanager
     def shards(self) -> Iterator[list[Any]]:
         """The shards, while the context lasts."""
-        bundles = self._placement.shards
+        bundles = self._shard_bundles
         with reserved(bundles, self._wait, self._say) as group:
             shards = [
                 self._spawn(Shard, group, index, bundle, _with_index(index), name)
@@ -62,7 +67,7 @@ class Crew:
     @contextmanager
     def trainer(self) -> Iterator[Any]:
         """The trainer, while the context lasts; the shards must be there."""
-        bundle = self._placement.trainer
+        bundle = self._trainer_bundle
         # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
         names = [] if self._placement.within_trainer else self._shard_names
         with reserved([bundle], self._wait, self._say) as group:

@@ -14,7 +14,7 @@ import torch
 from actors.process import Process, Report
 from actors.trainer import WindowSample
 from cluster.crew import Crew, stored_target
-from cluster.placement import place
+from cluster.placement import arrange
 from cluster.progress import Progress
 from cluster.session import answer, connect, nodes
 from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
@@ -25,6 +25,7 @@ from engine.model import build_skeleton, load_tokenizer
 from engine.plan import Plan
 from engine.record import input_files, write_record
 from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
+from engine.scaling import Work
 from engine.task_vectors import Inspection
 from engine.training import Learner, Stage, first_stage, second_stage
 from engine.writer import output_files, write_companions, write_json
@@ -65,7 +66,8 @@ class Merge:
         self.plan, self.samples, self.folder, self.progress = plan, samples, run, progress
         self.process = Process("driver")
         self.reports: list[Report] = []
-        self.crew = Crew(plan, run.keep_plan(plan), place(nodes(), plan.config), progress.say)
+        work = Work.of(plan.config, [[len(sample.input_ids) for sample in mine] for mine in samples])
+        self.crew = Crew(plan, run.keep_plan(plan), arrange(nodes(), plan, work), progress.say)
 
     def run(self, plan_identity: str) -> None:
         """The whole algorithm."""

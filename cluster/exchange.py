@@ -19,11 +19,9 @@ from engine.codec import Packed, pack_all, unpack_all
 from engine.coefficients import Array, Coefficients, Layout
 from engine.headers import BYTES
 from engine.plan import SAFETENSORS, Plan, in_order_of_use, slices
-from engine.shards import WINDOW_BYTES, Arrivals, Gradients, Model, Window, coefficient_gradient
-from engine.task_vectors import PIECE, Piece, pieces
-
-# Per shard: one that it works on and one that is on its way.
-IN_FLIGHT = 2
+from engine.shards import Arrivals, Gradients, Model, Window, coefficient_gradient
+from engine.sizes import IN_FLIGHT, WINDOW_BYTES, bucket_bytes
+from engine.task_vectors import Piece, pieces
 
 Bucket = tuple[Piece, ...]
 
@@ -38,7 +36,7 @@ class RemoteShards:
         self.owner = {name: shard for shard, names in enumerate(owned) for name in names}
         self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in plan.merged}
         item = BYTES[SAFETENSORS[plan.dtype]]
-        self.bucket_bytes = max(WINDOW_BYTES // (IN_FLIGHT * len(self.handles)), PIECE * item)
+        self.bucket_bytes = bucket_bytes(len(self.handles), item)
         # The shards in turn, so that all of them are at work.
         turns = zip_longest(*(self._buckets(names, item) for names in owned))
         self._merged = [(shard, bucket) for turn in turns for shard, bucket in enumerate(turn) if bucket]

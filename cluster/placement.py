@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.config import Config
+from engine.errors import ClusterError
+from engine.plan import Plan
+from engine.scaling import GB, Machines, Where, Work, choose
 
 Bundle = dict[str, float]
 
@@ -16,22 +19,52 @@ class Node:
 
     cpus: float
     gpus: float
+    memory: float = 0
 
 
 @dataclass(frozen=True)
 class Placement:
     """One bundle for the trainer, one for each expert that runs at the same time, one for each shard.
 
-    With `within_trainer` the trainer asks task vectors of its own, and the shards only read and write files.
+    With `within_trainer` the trainer asks task vectors of its own, and the shards only read and write files; with
+    `together` the shards are on the trainer's node.
     """
 
     trainer: Bundle
     experts: tuple[Bundle, ...]
     shards: tuple[Bundle, ...]
     within_trainer: bool = False
+    together: bool = False
 
 
-def place(nodes: Sequence[Node], config: Config) -> Placement:
+def arrange(nodes: Sequence[Node], plan: Plan, work: Work) -> Placement:
+    """The placement that the scaling model says is the quickest (docs/scaling.md).
+
+    Raises:
+        ClusterError: no node holds the trainer's weights and gradient, on the CPU.
+    """
+    there = machines(nodes, plan.config)
+    way = choose(plan, work, there)
+    largest = max((node.memory for node in nodes), default=0.0)
+    if not there.gpus and 0 < largest < way.memory.model:
+        raise ClusterError(
+            f"the merged weights and their gradient take {way.memory.model / GB:.1f} GB",
+            "the trainer",
+            f"at most the {largest / GB:.1f} GB of the largest node",
+            "`gradients: stream`, `dtype: bfloat16`, or a larger node; `plan` shows what each takes",
+        )
+    return place(nodes, plan.config, way.where, way.shards)
+
+
+def machines(nodes: Sequence[Node], config: Config) -> Machines:
+    """The cluster as the scaling model sees it: its smallest node, as many times as there are nodes that compute."""
+    useful = [node for node in nodes if node.cpus > 0]
+    gpus = max((node.gpus for node in useful), default=0.0) if config.cluster.trainer.num_gpus != 0 else 0.0
+    memory = min((node.memory for node in useful), default=0.0)
+    return Machines(max(1, len(useful)), min((node.cpus for node in useful), default=1.0), gpus, memory or None)
+
+
+def place(nodes: Sequence[Node], config: Config, where: Where | None = None, shards: int | None = None) -> Placement:
     """As many experts at a time as there are GPUs for (without GPUs: one a node, as each uses all of its cores).
 
     Experts are done before the trainer starts, so they share GPUs. CPU figures only say where actors may be: halves of
@@ -45,12 +78,13 @@ def place(nodes: Sequence[Node], config: Config) -> Placement:
     slots = sum(int(node.gpus // expert) for node in nodes) if expert else len(useful)
     at_once = max(1, min(slots, len(config.models)))
     wanted = config.cluster.shards
-    count = max(1, len(useful) if wanted == "auto" else wanted)
+    count = shards or max(1, len(useful) if wanted == "auto" else wanted)
     return Placement(
         trainer=_bundle(_share(half, 1), trainer),
         experts=(_bundle(_share(half, -(-at_once // max(1, len(useful)))), expert),) * at_once,
         shards=(_bundle(_share(half, -(-count // max(1, len(useful)))), 0),) * count,
-        within_trainer=wanted == 0,
+        within_trainer=wanted == 0 or where == "trainer",
+        together=where == "node",
     )
 
 

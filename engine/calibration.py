@@ -60,6 +60,19 @@ def read_records(plan: Plan) -> list[list[tuple[str, Record]]]:
     return chosen
 
 
+def about_tokens(plan: Plan, records: Sequence[Sequence[tuple[str, Record]]]) -> list[list[int]]:
+    """About how many tokens each sample has, without a tokenizer: four characters of a text make one."""
+    calibration = plan.config.calibration
+
+    def count(record: Record) -> int:
+        ids = record.get("input_ids")
+        text = "".join(str(record[field]) for field in (*FIELDS, "response") if record.get(field))
+        tokens = len(ids) if ids is not None else len(text) // 4 + 1 + calibration.generate_responses
+        return min(tokens, calibration.max_length)
+
+    return [[count(record) for _, record in mine] for mine in records]
+
+
 def tokenize(records: Sequence[Sequence[tuple[str, Record]]], tokenizer: Any, plan: Plan) -> list[list[Sample]]:
     """Samples of each expert; `tokenizer` is the base's, from transformers, or None where no record needs one.
 

@@ -18,12 +18,10 @@ from torch import Tensor
 
 from engine.coefficients import Coefficients, Layout
 from engine.plan import Plan, in_order_of_use
+from engine.sizes import WINDOW_BYTES
 from engine.task_vectors import Piece, TaskVectors, open_task_vectors, pieces
 
 Array = npt.NDArray[np.float64]
-
-# Bytes under way between a trainer and its shards, but never less than two pieces a shard.
-WINDOW_BYTES = 128 << 20
 
 # Tensor name → what is done when all of the tensor's merged pieces are in the model.
 Arrivals = Mapping[str, Sequence["Future[None]"]]

@@ -25,10 +25,8 @@ from engine.expert import Target
 from engine.model import blocks_of, build_skeleton, fill, rebuild_logits
 from engine.plan import Plan
 from engine.shards import Arrivals, Gradients
+from engine.sizes import LOGIT_BYTES
 from engine.task_vectors import Piece
-
-# Bytes of the float32 logits that stand at one time: those of all tokens would be a trainer's largest tensor.
-LOGIT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,11 @@ from engine.checkpoint import Checkpoint, Expert, TaskVector, open_base, open_ex
 from engine.coefficients import TensorCoefficients
 from engine.errors import CheckpointError
 from engine.plan import Plan
+from engine.sizes import BLOCK, GROUP, PIECE
 
 Array = npt.NDArray[np.float64]
 
-# Elements of a block at most, and experts whose differences stand side by side to be multiplied in one operation. The
-# least time by measurement: smaller blocks cost more calls, larger ones leave the cache. Each thread keeps its 3 MiB
-# for good, since fresh memory would cost more than the sums.
-BLOCK = 1 << 17
-GROUP = 4
-# Elements of a piece at most: what one thread does at a time, and the least that travels.
-PIECE = 1 << 22
+# Each thread keeps the memory of its blocks for good, since fresh memory would cost more than the sums.
 _local = threading.local()
 
 
@@ -198,18 +193,24 @@ def inner_products(
 
 
 def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
-    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor, summed in float64."""
+    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; sums of blocks in float64."""
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
     for start, stop in blocks(base.shape):
         base_B, magnitude_B, tau_GB = _scratch(base_N[start:stop])
-        base_sum += torch.abs(base_B, out=magnitude_B).sum(dtype=torch.float64).item()
+        base_sum += _sum(torch.abs(base_B, out=magnitude_B))
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
                 task_vector.block(start, stop, base_B, tau_GB[0])
-                sums[k] += tau_GB[0].abs_().sum(dtype=torch.float64).item()
+                sums[k] += _sum(tau_GB[0].abs_())
     count = max(1, base.numel())
     return base_sum / count, sums / count
+
+
+def _sum(block_B: Tensor) -> float:
+    """The sum of a block: in float64, which takes a copy of the block, only where float32 overflows."""
+    total = block_B.sum().item()
+    return total if math.isfinite(total) else block_B.sum(dtype=torch.float64).item()
 
 
 def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:

@@ -26,6 +26,7 @@ from plain import Plain, Received
 from torch import Tensor
 
 import cluster.exchange
+import engine.sizes
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from cluster.exchange import IN_FLIGHT, RemoteShards
@@ -124,8 +125,9 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
 def confine(monkeypatch: pytest.MonkeyPatch, bucket: int, shards: int, piece: int = 10**6) -> None:
     """Buckets of so many bytes at most, pieces of so many elements."""
     cut_small(monkeypatch, min(piece, 1 << 10), piece)
-    monkeypatch.setattr(cluster.exchange, "PIECE", 1)
-    monkeypatch.setattr(cluster.exchange, "WINDOW_BYTES", bucket * IN_FLIGHT * shards)
+    monkeypatch.setattr(engine.sizes, "PIECE", 1)
+    for module in (engine.sizes, cluster.exchange):
+        monkeypatch.setattr(module, "WINDOW_BYTES", bucket * IN_FLIGHT * shards)
 
 
 def zeros(dtype: torch.dtype = torch.float32) -> Callable[..., dict[Piece, Packed]]:
@@ -215,7 +217,7 @@ def test_a_bucket_is_never_too_small_for_a_piece_nor_the_buckets_together_too_la
     plan = plan_like([10])
     for shards in (1, 4, 64):
         remote = RemoteShards(plan, [None] * shards)
-        piece = cluster.exchange.PIECE * 4
+        piece = engine.sizes.PIECE * 4
         assert remote.bucket_bytes >= piece
         assert remote.bucket_bytes * IN_FLIGHT * shards <= max(
             cluster.exchange.WINDOW_BYTES, piece * IN_FLIGHT * shards

@@ -414,7 +414,7 @@ def test_blocks_of_full_size_have_the_same_bits_on_any_threads_and_at_any_addres
 ) -> None:
     """Large enough for an operation to be spread over threads, and for a product to be computed another way."""
     monkeypatch.setattr("engine.task_vectors.PIECE", 1 << 17)
-    shape, edges = (500, 901), (0, 70_001, 300_000, 500 * 901)
+    shape, edges = (1000, 901), (0, 70_001, 300_000, 1000 * 901)
     base = noise(shape, 0)
     experts = [(f"e{k}", FullExpert(saved(tmp_path / f"e{k}", {"w": base + noise(shape, k + 1)}))) for k in range(5)]
     house = House(tmp_path, saved(tmp_path / "base", {"w": base}), [*experts], {})

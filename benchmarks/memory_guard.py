@@ -1,0 +1,93 @@
+"""The memory of trainer and shard at a small size, quick enough for the test suite: it must not know K.
+
+Each figure is the peak anonymous memory of a fresh process that calls the actor as a plain class, imports included. Ten
+more experts' task vectors, if anything kept them, would be a third more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import models
+from models import Models
+from report import Report, Target
+
+from cluster.session import ENVIRONMENT
+
+TOKENS, WINDOW, STEPS = 16, 4, 3
+FEW, MANY = 2, 12
+GROWTH = 1.02
+
+
+def trainer(config: Path, gradients: str) -> int:
+    from step_time import Bench
+
+    from engine.memory import PeakMemory
+
+    bench = Bench(config, WINDOW, config.parent, [f"gradients={gradients}"])  # the expert's own memory is given back
+    gauge = PeakMemory()
+    for _ in range(STEPS):
+        bench.step()
+    return gauge.peak
+
+
+def shard(config: Path) -> int:
+    from actors.shard import Shard
+    from engine.codec import pack_all, unpack_all
+    from engine.coefficients import Coefficients
+    from engine.config_file import load_config
+    from engine.memory import PeakMemory
+    from engine.plan import make_plan
+    from engine.task_vectors import pieces
+    from engine.training import first_stage
+
+    plan = make_plan(load_config(config), config.parent)
+    actor, layout = Shard(plan, 0), first_stage(plan).layout
+    coefficients = Coefficients.constant(layout, [0.1] * len(plan.experts))
+    gauge = PeakMemory()
+    actor.inspect(plan.merged)
+    for name in plan.merged:
+        bucket = list(pieces(name, plan.base_header.tensors[name].shape))
+        merged = actor.merge(bucket, {name: coefficients.of(name)})
+        actor.gradients(pack_all(unpack_all(merged)), {name: layout.edges_of[name]})
+    return gauge.peak
+
+
+@click.command(help=__doc__)
+@click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
+@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option("--one", hidden=True, nargs=2, type=str, default=None, help="Role and merge.yaml, in this process.")
+def main(workdir: Path, path: Path | None, one: tuple[str, str] | None) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if one:
+        role, config = one
+        print(shard(Path(config)) if role == "shard" else trainer(Path(config), role))
+        return
+    made = Models(workdir.absolute(), "small")
+    report = Report(made.describe() | {"tokens": TOKENS, "window": WINDOW, "steps": STEPS})
+    roles = {"accumulate": "trainer", "stream": "trainer, gradients: stream", "shard": "shard"}
+    for role, name in roles.items():
+        peaks = [_peak(made, role, k) for k in (FEW, MANY)]
+        report.memory |= {f"{name}, K={k}": peak for k, peak in zip((FEW, MANY), peaks, strict=True)}
+        report.targets.append(Target(f"{name}: K={MANY} / K={FEW}", peaks[1] / peaks[0], GROWTH))
+    report.finish(path or made.workdir / "results" / "memory_guard.json")
+
+
+def _peak(made: Models, role: str, k: int) -> int:
+    with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
+        config = made.write_merge(Path(folder) / "merge.yaml", k, WINDOW, TOKENS)
+        command = [sys.executable, __file__, "--one", role, str(config)]
+        # The settings that actors have: freed memory goes back, and does not look like growth.
+        environment = os.environ | ENVIRONMENT
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return int(json.loads(done.stdout))
+
+
+if __name__ == "__main__":
+    main()

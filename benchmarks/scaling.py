@@ -1,0 +1,211 @@
+"""The scaling model (docs/scaling.md) against measured runs, and what it says of models that no machine here holds.
+
+`check` takes three merges to find the machine's rates (computing, streaming, moving), then predicts other merges, over
+K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes of a step, and
+the median seconds of a step, each beside the prediction. `paper` writes the headers of a 7B and of a 70B Llama (sparse
+files, which take no room) and has `cli.py plan` speak of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import merges
+import models
+import yaml
+from models import Models
+from report import Report, Target, console, in_mb, print_table
+
+from engine.config_file import load_config
+from engine.plan import make_plan
+from engine.scaling import GB, Machines, Prediction, Where, Work, predict
+
+WINDOW, STEPS = 8, 5
+# How far a prediction may be from what was measured.
+TOLERANCE = 0.15
+
+
+@dataclass(frozen=True)
+class Run:
+    """One merge: `shards` and `gradients` as in the config."""
+
+    size: str
+    k: int
+    tokens: int = 64
+    shards: int = 0
+    gradients: str = "accumulate"
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, K={self.k}, {self.tokens} tokens, shards={self.shards}, {self.gradients}"
+
+
+FEW, MANY, SHARDED = Run("standard", 2), Run("standard", 16), Run("standard", 2, shards=1)
+CHECKED = (
+    Run("standard", 8),
+    Run("standard", 32),
+    Run("standard", 4, tokens=128),
+    Run("standard", 8, shards=1),
+    Run("standard", 16, shards=2),
+    Run("standard", 4, shards=1, gradients="stream"),
+    Run("small", 64),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    step: float
+    trainer: int
+    shard: int
+    moved: float
+
+
+class Bench:
+    def __init__(self, workdir: Path) -> None:
+        self.workdir, self.machines = workdir, Machines.here()
+
+    def measure(self, run: Run) -> Measured:
+        with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
+            merged = merges.run(self._config(run, Path(folder)), Path(folder) / "out", self._settings(run))
+        peaks, told = merged.peaks(), merged.memory
+        moved = told["bytes_trainer_to_shards"] + told["bytes_shards_to_trainer"]
+        # The first step also loads the model and reads every file for the first time.
+        step = statistics.median(merged.seconds[1:])
+        return Measured(step, peaks["trainer"], peaks["shard"], moved / len(merged.seconds))
+
+    def predict(self, run: Run, rates: dict[str, float]) -> Prediction:
+        with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
+            config = self._config(run, Path(folder))
+            given = [f"cluster.rates.{name}={value}" for name, value in rates.items()]
+            plan = make_plan(load_config(config, [*self._settings(run), *given]), config.parent)
+        samples = merges.samples_for(run.k, WINDOW, STEPS)
+        work = Work.of(plan.config, [[run.tokens] * samples] * run.k)
+        where: Where = "node" if run.shards else "trainer"
+        return predict(plan, work, self.machines, where)
+
+    def rates(self) -> dict[str, float]:
+        """What makes the model agree with three runs: two that differ in K alone, one that moves bytes."""
+        few, many, sharded = (self.measure(run).step for run in (FEW, MANY, SHARDED))
+        # With rates of one unit the model's parts are amounts of work.
+        unit = {"compute_tflops": 1e-12, "stream_gbs": 1 / GB, "exchange_gbs": 1 / GB}
+        little, much = (self.predict(run, unit).step for run in (FEW, MANY))
+        stream = (much.stream - little.stream) / (many - few)
+        compute = little.compute / (few - little.stream / stream)
+        exchange = self.predict(SHARDED, unit).step.exchange / (sharded - few)
+        return {"compute_tflops": compute / 1e12, "stream_gbs": stream / GB, "exchange_gbs": exchange / GB}
+
+    def _config(self, run: Run, folder: Path) -> Path:
+        made = Models(self.workdir, run.size)
+        samples = merges.samples_for(run.k, WINDOW, STEPS)
+        return made.write_merge(folder / "merge.yaml", run.k, samples, run.tokens, {"gradient_accumulation": WINDOW})
+
+    def _settings(self, run: Run) -> list[str]:
+        return [f"cluster.shards={run.shards}", f"gradients={run.gradients}"]
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
+@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+def check(workdir: Path, path: Path | None) -> None:
+    workdir = workdir.absolute()
+    bench = Bench(workdir)
+    path = path or workdir / "results" / "scaling.json"
+    rates = bench.rates()
+    console.print("rates from three runs:", {name: round(value, 4) for name, value in rates.items()})
+    report = Report({"window": WINDOW, "steps": STEPS, "rates": rates})
+    rows = {}
+    for run in CHECKED:
+        said, seen = bench.predict(run, rates), bench.measure(run)
+        pairs = {
+            "step": (said.step.total, seen.step),
+            "trainer": (said.memory.trainer, seen.trainer),
+            "shard": (said.memory.shard, seen.shard),
+            "moved": (said.moved, seen.moved),
+        }
+        rows[run.name] = [f"{seen.step:.2f} / {said.step.total:.2f}"]
+        rows[run.name] += [f"{in_mb(saw)} / {in_mb(says)}" for says, saw in list(pairs.values())[1:]]
+        console.print(run.name, rows[run.name])
+        for what, (says, saw) in pairs.items():
+            away = abs(says / saw - 1) if saw else abs(says)
+            report.other[f"{run.name}: {what}, predicted / measured"] = says / saw if saw else 1 + says
+            report.targets.append(Target(f"{run.name}: {what}, predicted away from measured", away, TOLERANCE))
+        report.memory |= {f"{run.name}: trainer": seen.trainer, f"{run.name}: shard": seen.shard}
+        report.save(path)
+    print_table("measured / predicted", ["step s", "trainer MB", "shard MB", "moved MB"], rows)
+    report.finish(path)
+
+
+@main.command()
+def paper() -> None:
+    shapes = {
+        "7B": {"hidden": 4096, "layers": 32, "inner": 11008, "kv": 4096, "vocab": 32000},
+        "70B": {"hidden": 8192, "layers": 80, "inner": 28672, "kv": 1024, "vocab": 32000},
+    }
+    asked = (("7B", 32, 4, ["--gpus", "1"]), ("70B", 100, 16, ["--gpus", "8"]))
+    with tempfile.TemporaryDirectory() as folder:
+        for size, k, nodes, gpus in asked:
+            config = _paper_merge(Path(folder) / size, k, **shapes[size])
+            # Nodes as they are rented: 64 cores, 1 TB, GPUs of 141 GB, and a network of 100 Gbit/s.
+            settings = ["--set", "cluster.rates.network_gbs=12"]
+            machines = ["--nodes", str(nodes), "--cpus", "64", *gpus, "--memory", "1000", "--gpu-memory", "141"]
+            command = [sys.executable, str(merges.ROOT / "cli.py"), "plan", str(config), *machines, *settings]
+            wide = os.environ | {"COLUMNS": "120"}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=wide)
+            # What comes before are the plan's facts and its list of experts, which here say nothing.
+            console.print(
+                f"{k} experts of {size} on {nodes} nodes\n", done.stdout[done.stdout.index("  task vectors") :]
+            )
+
+
+def _paper_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> Path:
+    """A base whose file has a header and no bytes, and as many experts that are the same file under other names."""
+    block = {
+        **{
+            f"self_attn.{name}_proj": (rows, hidden)
+            for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden))
+        },
+        **{f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")},
+        "mlp.down_proj": (hidden, inner),
+    }
+    named = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
+    named |= {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    header, end = {}, 0
+    for name, (rows, columns) in named.items():
+        nbytes = 2 * rows * columns
+        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    base = folder / "base"
+    base.mkdir(parents=True)
+    with open(base / "model.safetensors", "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + end)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab}
+    config |= {"num_hidden_layers": layers, "intermediate_size": inner}
+    (base / "config.json").write_text(json.dumps(config))
+    (folder / "samples.jsonl").write_text((json.dumps({"input_ids": [1] * 512}) + "\n") * 5)
+    entries = []
+    for index in range(k):
+        (folder / f"expert{index}").symlink_to(base, target_is_directory=True)
+        entries.append({"model": f"expert{index}", "name": f"expert{index}", "calibration": "samples.jsonl"})
+    whole = {"merge_method": "expert_merging_pp", "base_model": "base", "models": entries}
+    (folder / "merge.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    return folder / "merge.yaml"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,299 @@
+"""The scaling model: memory, traffic and time of a merge, from its plan and its machines.
+
+What it says is derived and checked against measured runs in docs/scaling.md; `plan` prints it, and `shards: auto` picks
+the least of its times. Knows neither torch nor Ray. Units: bytes, seconds, FLOP; rates of them per second.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.config import Config
+from engine.headers import BYTES, FLOATS, ModelHeader
+from engine.lora import AdapterHeader
+from engine.plan import SAFETENSORS, ExpertPlan, Plan
+from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes
+
+# Where the task vectors are asked: in the trainer's process, by actors on its node, or by actors on every node.
+Where = Literal["trainer", "node", "nodes"]
+
+MB, GB = 1e6, 1e9
+# Anonymous memory of processes before they have anything of a model (imports of torch, transformers and Ray).
+TRAINER_BYTES, SHARD_BYTES = 330 * MB, 265 * MB
+# Copies of the logits that stand at one time: the model's, both logarithms, what becomes the gradient.
+LOGIT_COPIES = 4
+# The interpreter's part of one block of one expert; its lock lets one thread at a time have it.
+CALL_SECONDS = 7.5e-6
+# A process until it answers (imports), on a machine whose cores it has.
+START_SECONDS = 6.0
+# FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
+# a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach.
+CPU_FLOPS, GPU_FLOPS = 30e9, 200e12
+STREAM, EXCHANGE, NETWORK, DISK = 8 * GB, 2 * GB, 1.2 * GB, 1.2 * GB
+
+
+@dataclass(frozen=True)
+class Machines:
+    """A cluster of equal nodes; `memory` and `gpu_memory` of a node and of a GPU, None where not known."""
+
+    nodes: int
+    cpus: float
+    gpus: float
+    memory: float | None = None
+    gpu_memory: float | None = None
+
+    @classmethod
+    def here(cls) -> Machines:
+        """This machine alone."""
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
+        return cls(1, cpus, gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to learn from: mean tokens of a sample, samples in all, optimiser steps of a stage."""
+
+    tokens: float
+    samples: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: Config, tokens: Sequence[Sequence[int]]) -> Work:
+        """From the tokens of each expert's samples."""
+        counts = [count for mine in tokens for count in mine]
+        order = max(len(mine) for mine in tokens) * len(tokens) * config.parameters.epochs
+        steps = math.ceil(order / config.parameters.gradient_accumulation)
+        return cls(sum(counts) / len(counts), len(counts), steps)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by process: of the trainer's weights and gradient alone, of each whole process, and of the page cache."""
+
+    model: float
+    trainer: float
+    expert: float
+    shard: float
+    store: float
+    page_cache: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of an optimiser step: computing, reading checkpoints, moving bytes; `total` knows what overlaps."""
+
+    compute: float
+    stream: float
+    exchange: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one way to place the task vectors; `moved` are bytes of a step, in both directions."""
+
+    where: Where
+    shards: int
+    memory: Memory
+    moved: float
+    step: Step
+    run_seconds: float
+
+
+def predict(plan: Plan, work: Work, machines: Machines, where: Where) -> Prediction:
+    """Memory, traffic and time with the task vectors at `where`."""
+    shards = _shards(plan, machines, where)
+    step = _step(plan, work, machines, where, shards)
+    gradients = _window(plan) + 1 if plan.config.gradients == "stream" else 2
+    return Prediction(
+        where,
+        shards,
+        _memory(plan, work, machines, where, shards),
+        0 if where == "trainer" else gradients * plan.merged_bytes,
+        step,
+        _run(plan, work, machines, step),
+    )
+
+
+def choose(plan: Plan, work: Work, machines: Machines) -> Prediction:
+    """The way that takes the least time for a step; of equals the one with fewer processes."""
+    ways: list[Where] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
+    wanted = plan.config.cluster.shards
+    if wanted != "auto":
+        ways = ["nodes" if machines.nodes > 1 else "node"] if wanted else ["trainer"]
+    return min((predict(plan, work, machines, where) for where in ways), key=lambda found: found.step.total)
+
+
+def shortages(plan: Plan, found: Prediction, machines: Machines) -> list[str]:
+    """What would not fit, a line each, and what would help; a limit that is not known is not judged."""
+    memory, lines = found.memory, []
+    saves = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
+    saves += [] if plan.config.gradient_checkpointing else ["`gradient_checkpointing: true`"]
+    saves += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
+    kind, limit = ("GPU", machines.gpu_memory) if machines.gpus else ("node", machines.memory)
+    if limit is not None:
+        for role, wanted in (("trainer", memory.trainer), ("expert", memory.expert)):
+            if wanted > limit:
+                helps = f"; {' or '.join(saves)} would make it smaller" if role == "trainer" and saves else ""
+                lines.append(f"the {role} wants {wanted / GB:.1f} GB, and a {kind} has {limit / GB:.1f} GB{helps}")
+    if machines.memory is not None:
+        if memory.shard > machines.memory:
+            lines.append(f"a shard wants {memory.shard / GB:.1f} GB, and a node has {machines.memory / GB:.1f} GB")
+        if memory.page_cache > machines.memory:
+            lines.append(
+                f"each node reads {memory.page_cache / GB:.1f} GB of checkpoints a pass and has "
+                f"{machines.memory / GB:.1f} GB to keep them in: passes go at the disk's speed; more nodes help"
+            )
+    return lines
+
+
+def _shards(plan: Plan, machines: Machines, where: Where) -> int:
+    wanted = plan.config.cluster.shards
+    if wanted != "auto":
+        return max(1, wanted)
+    if where == "trainer":
+        return 1  # it reads and writes files
+    # As many processes a node as its cores need, where one interpreter's lock would hold them up.
+    a_node = max(1, math.ceil(machines.cpus * _stream_rate(plan) / _interpreter_rate(plan)))
+    return a_node * (machines.nodes if where == "nodes" else 1)
+
+
+def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Memory:
+    header, item = plan.base_header, _item(plan)
+    elements = sum(tensor.numel for tensor in header.tensors.values())
+    on_gpu = bool(machines.gpus)
+    # On a CPU, tensors that are not merged are views of the base's files where they have the run's dtype already.
+    mapped = 0 if on_gpu else sum(t.nbytes for n, t in header.tensors.items() if _mapped(plan, n))
+    weights = elements * item - mapped
+    bucket = bucket_bytes(shards, item)
+    gradient = min(plan.merged_bytes, WINDOW_BYTES) if plan.config.gradients == "stream" else plan.merged_bytes
+    activations = work.tokens * _activations(plan) * (4 if item == 4 else 2)
+    logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
+    scratch = 4 * BLOCK * (2 + GROUP) * machines.cpus
+    return Memory(
+        model=weights + gradient,
+        trainer=TRAINER_BYTES + weights + gradient + activations + logits + (scratch if where == "trainer" else bucket),
+        expert=TRAINER_BYTES
+        + elements * item * (1 if on_gpu else 0)
+        + work.tokens * (header.vocab_size or 0) * item * 3,
+        # A bucket that came and one that goes.
+        shard=SHARD_BYTES + scratch + (0 if where == "trainer" else 2 * bucket),
+        store=0 if where == "trainer" else IN_FLIGHT * shards * bucket,
+        page_cache=_read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1),
+    )
+
+
+def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Step:
+    rates, window = plan.config.cluster.rates, _window(plan)
+    flops = rates.compute_tflops * 1e12 if rates.compute_tflops else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
+    forward, backward = _flops(plan, work.tokens)
+    sample = (forward + backward) / flops
+    passes = (window if plan.config.gradients == "stream" else 1) + 1
+    nodes = machines.nodes if where == "nodes" else 1
+    processes = 1 if where == "trainer" else max(1, shards / nodes)
+    # A node's cores stream side by side, as far as their interpreters let them; nodes side by side in any case.
+    rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
+    if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
+        rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
+    stream = passes * _streamed(plan) / rate
+    link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
+    exchange = 0 if where == "trainer" else passes * plan.merged_bytes / (link * GB)
+    compute = window * sample
+    # Streams and transfers work side by side. On a GPU's trainer they also overlap the forward pass of the first sample
+    # and the backward pass of the last (or each); on a CPU's trainer they want the cores that it computes with.
+    if not machines.gpus:
+        total = compute + stream + exchange
+    else:
+        each = max(stream, exchange) / passes
+        hidden = min(each, forward / flops) + (passes - 1) * min(each, backward / flops)
+        total = compute + passes * each - hidden
+    return Step(compute, stream, exchange, total)
+
+
+def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
+    """A whole run: start, one reading of everything, targets, the stages, and the output."""
+    rates = plan.config.cluster.rates
+    disk = (rates.disk_gbs or DISK / GB) * GB
+    flops = rates.compute_tflops * 1e12 if rates.compute_tflops else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
+    slots = max(1, min(len(plan.experts), machines.gpus * machines.nodes or machines.nodes))
+    whole = sum(tensor.nbytes for tensor in plan.base_header.tensors.values())
+    reading = _read_bytes(plan) / (disk * machines.nodes)
+    targets = (len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / flops) / slots
+    stages = plan.config.stages * work.steps * step.total
+    return 4 * START_SECONDS + reading + targets + stages + whole / disk
+
+
+def _flops(plan: Plan, tokens: float) -> tuple[float, float]:
+    """FLOP of one sample forward and backward, targets' logits included; a gradient of weights only where merged."""
+    header = plan.base_header
+    config = header.text_config
+    hidden, layers = int(config.get("hidden_size") or 0), header.num_layers or 0
+    # What only looks rows up, or adds and scales, multiplies nothing to speak of; the head does, tied or not.
+    body = sum(t.numel for n, t in header.tensors.items() if len(t.shape) == 2 and "embed" not in n and "head" not in n)
+    merged = sum(numel for name, numel in plan.numels.items() if len(header.tensors[name].shape) == 2)
+    head = hidden * (header.vocab_size or 0)
+    attention = 2 * layers * hidden * tokens
+    forward = tokens * (2 * body + 4 * head + 2 * attention)
+    return forward, tokens * (2 * body + 2 * merged + 2 * head + 4 * attention)
+
+
+def _activations(plan: Plan) -> float:
+    """Elements a token that a Llama-like model keeps for its backward pass; a block's alone with checkpointing."""
+    config = plan.base_header.text_config
+    hidden, layers = int(config.get("hidden_size") or 0), plan.base_header.num_layers or 0
+    inner = int(config.get("intermediate_size") or 4 * hidden)
+    block = 12 * hidden + 5 * inner
+    return layers * hidden + block if plan.config.gradient_checkpointing else layers * block
+
+
+def _streamed(plan: Plan) -> float:
+    """Bytes that one pass over base and experts goes through; an adapter counts as what it takes to multiply out."""
+    base = sum(plan.base_header.tensors[name].nbytes for name in plan.merged)
+    return 2 * base + sum(_expert_bytes(plan, expert) for expert in plan.experts)
+
+
+def _expert_bytes(plan: Plan, expert: ExpertPlan) -> float:
+    if isinstance(expert.header, ModelHeader):
+        return sum(expert.header.tensors[name].nbytes for name in plan.merged)
+    # A product of two factors of rank r: 2r FLOP an element, which takes a core about as long as 2r/4 bytes.
+    ranks = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
+    return sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)
+
+
+def _read_bytes(plan: Plan) -> float:
+    """Bytes of base and experts in their files: what the page cache would hold."""
+    total = 0.0
+    for model in (plan.base, *plan.experts):
+        header: ModelHeader | AdapterHeader = model.header
+        total += sum(tensor.nbytes for tensor in header.tensors.values())
+    return total
+
+
+def _stream_rate(plan: Plan) -> float:
+    """Bytes of checkpoints a second that one core streams through."""
+    given = plan.config.cluster.rates.stream_gbs
+    return given * GB if given else STREAM
+
+
+def _interpreter_rate(plan: Plan) -> float:
+    """Bytes a second at which one process's interpreter can hand out blocks, however many cores it has."""
+    return BLOCK * _item(plan) / CALL_SECONDS
+
+
+def _item(plan: Plan) -> int:
+    return BYTES[SAFETENSORS[plan.dtype]]
+
+
+def _window(plan: Plan) -> int:
+    return plan.config.parameters.gradient_accumulation
+
+
+def _mapped(plan: Plan, name: str) -> bool:
+    dtype = plan.base_header.tensors[name].dtype
+    return name not in plan.merged_set and (dtype not in FLOATS or FLOATS[dtype] == plan.dtype)

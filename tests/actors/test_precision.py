@@ -1,0 +1,89 @@
+"""bfloat16 weights: the coefficient gradient of a window beside one computed offline in float64.
+
+What is float32 and why: differences τ and their products with the weight gradient (products of bfloat16 numbers,
+summed in bfloat16, would keep two digits of sums that cancel), the losses and the gradient of the logits (a softmax
+over a vocabulary). Sums of blocks, pieces and samples are float64: there are few of them. The forward and the backward
+pass, and the weight gradient that is summed over a window, are bfloat16, as the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import plan_of
+from plain import Plain
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from actors.trainer import WindowSample
+from engine.checkpoint import FullExpert, open_base, open_expert
+from engine.codec import unpack_all
+from engine.expert import Target
+from engine.training import Learner, first_stage
+
+K, TOKENS = 8, 200
+
+
+@pytest.fixture
+def gradient(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """∂L/∂α [K, C] as the learner gets it."""
+    seen: list[np.ndarray] = []
+    step = Learner.step
+
+    def watched(self: Learner, gradient: np.ndarray) -> object:
+        seen.append(gradient.copy())
+        return step(self, gradient)
+
+    monkeypatch.setattr(Learner, "step", watched)
+    return seen
+
+
+@pytest.mark.parametrize("gradients", ["accumulate", "stream"])
+def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent(
+    make_merge: Callable[..., Path], tmp_path: Path, gradient: list[np.ndarray], gradients: str
+) -> None:
+    parameters = {"gradient_accumulation": K}
+    config = make_merge(experts=K, samples=(1,) * K, dtype=torch.bfloat16, gradients=gradients, parameters=parameters)
+    for k in range(K):
+        # As long as a short chat: what bfloat16 rounds in each token's forward pass averages out over them.
+        tiny.write_calibration(config.parent / f"expert{k}.jsonl", 1, seed=k, length=TOKENS)
+    weights = [f"models.{k}.parameters.weight=0.1" for k in range(K)]
+    merge = Plain(plan_of(config, *weights), tmp_path)
+    window = [WindowSample(k, 0, merge.targets[k, 0]) for k in range(K)]
+    merge.trainer.step(first_stage(merge.plan), None, 0, window)
+    offline = float64_gradient(merge, window)
+    assert np.linalg.norm(gradient[0] - offline) < 0.01 * np.linalg.norm(offline)
+
+
+def float64_gradient(merge: Plain, window: list[WindowSample]) -> np.ndarray:
+    """The same weights and targets, everything else in float64, by autograd through nothing but the model."""
+    plan, base = merge.plan, open_base(merge.plan)
+    model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float64).eval()
+    named = dict(model.named_parameters())
+    taus = {}
+    for name in plan.merged:
+        start = base.read(name).double()
+        experts = [open_expert(expert) for expert in plan.experts]
+        assert all(isinstance(expert, FullExpert) for expert in experts)
+        taus[name] = torch.stack([expert.checkpoint.read(name).double() - start for expert in experts])
+        prior = torch.tensor([expert.weight for expert in plan.experts], dtype=torch.float64)
+        merged = start + torch.tensordot(prior, taus[name], 1)
+        # The trainer's weights are the rounded ones: rounding them is no error of the gradient.
+        named[name].data = merged.to(torch.bfloat16).double()
+    for sample in window:
+        target = Target.from_tensors(unpack_all(sample.target))
+        output = model(input_ids=target.input_ids_T[None], output_hidden_states=True)
+        assert target.last_hidden_TH is not None
+        with torch.no_grad():
+            logits = model.get_output_embeddings()(target.last_hidden_TH.double())
+        ours, theirs = (functional.log_softmax(z, -1) for z in (output.logits[0], logits))
+        kl = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        hidden = [(output.hidden_states[i][0] - h.double()).square().mean() for i, h in target.hidden_TH.items()]
+        ((kl + torch.stack(hidden).mean()) / len(window)).backward()
+    columns = [(taus[name] * named[name].grad).flatten(1).sum(1) for name in plan.merged]
+    return torch.stack(columns, 1).numpy()

@@ -1,0 +1,126 @@
+"""The scaling model: what must not depend on K, what must, and what is chosen and refused because of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import plan_of
+
+from cluster.placement import Node, arrange, machines
+from engine.errors import ClusterError
+from engine.plan import Plan
+from engine.scaling import GB, Machines, Work, choose, predict, shortages
+
+WORK = Work(tokens=64, samples=16, steps=2)
+ONE = Machines(nodes=1, cpus=2, gpus=0, memory=24 * GB)
+
+
+@pytest.fixture
+def plans(make_merge: Callable[..., Path]) -> list[Plan]:
+    """The same merge with two and with four experts."""
+    config = make_merge(experts=4)
+    four = plan_of(config)
+    return [replace(four, experts=four.experts[:2]), four]
+
+
+def larger(plan: Plan, factor: int) -> Plan:
+    """The plan of a model of so many times as many rows, and experts that have them too."""
+
+    def grown(model):
+        tensors = {
+            name: replace(tensor, shape=(tensor.shape[0] * factor, *tensor.shape[1:]))
+            for name, tensor in model.header.tensors.items()
+        }
+        return replace(model, header=replace(model.header, tensors=tensors))
+
+    return replace(plan, base=grown(plan.base), experts=tuple(grown(expert) for expert in plan.experts))
+
+
+@pytest.mark.parametrize("where", ["trainer", "node", "nodes"])
+def test_only_streaming_and_the_page_cache_know_k(plans: list[Plan], where) -> None:
+    cluster = Machines(nodes=4, cpus=8, gpus=1, memory=64 * GB, gpu_memory=80 * GB)
+    two, four = (predict(plan, WORK, cluster, where) for plan in plans)
+    assert two.memory == replace(four.memory, page_cache=two.memory.page_cache)
+    assert two.moved == four.moved == (0 if where == "trainer" else 2 * plans[0].merged_bytes)
+    assert four.memory.page_cache == pytest.approx(two.memory.page_cache * 5 / 3)
+    assert four.step.stream == pytest.approx(two.step.stream * 6 / 4)
+    assert two.step.compute == four.step.compute
+
+
+def test_a_streamed_gradient_moves_once_a_sample_and_is_not_held(make_merge: Callable[..., Path]) -> None:
+    config = make_merge()
+    kept, streamed = (larger(plan_of(config, f"gradients={how}"), 10_000) for how in ("accumulate", "stream"))
+    one, other = (predict(plan, WORK, ONE, "node") for plan in (kept, streamed))
+    window = kept.config.parameters.gradient_accumulation
+    assert other.moved == one.moved / 2 * (window + 1)
+    assert other.memory.trainer < one.memory.trainer
+
+
+def test_a_cpu_waits_for_everything_and_a_gpu_only_for_what_is_longer(plans: list[Plan]) -> None:
+    on_cpu = predict(plans[1], WORK, ONE, "node").step
+    assert on_cpu.total == pytest.approx(on_cpu.compute + on_cpu.stream + on_cpu.exchange)
+    on_gpu = predict(plans[1], WORK, replace(ONE, gpus=1), "node").step
+    assert on_gpu.compute <= on_gpu.total <= on_gpu.compute + on_gpu.stream + on_gpu.exchange
+
+
+def test_one_small_node_streams_within_the_trainer(plans: list[Plan]) -> None:
+    assert choose(plans[1], WORK, ONE).where == "trainer"
+
+
+def test_many_experts_are_streamed_on_all_nodes_where_the_network_is_quick(plans: list[Plan]) -> None:
+    many = replace(plans[1], experts=plans[1].experts * 16)
+    cluster = Machines(nodes=4, cpus=8, gpus=0, memory=640 * GB)
+    quick, slow = (
+        replace(many, config=many.config.model_copy(update={"cluster": _at(many, network)}))
+        for network in (100.0, 0.01)
+    )
+    assert choose(quick, WORK, cluster).where == "nodes" and choose(slow, WORK, cluster).where == "trainer"
+
+
+def _at(plan: Plan, network: float):
+    rates = plan.config.cluster.rates.model_copy(update={"network_gbs": network})
+    return plan.config.cluster.model_copy(update={"rates": rates})
+
+
+def test_a_number_of_shards_is_taken_at_its_word(make_merge: Callable[..., Path]) -> None:
+    config = make_merge()
+    for given, where, shards in ((0, "trainer", 1), (1, "node", 1), (3, "node", 3)):
+        chosen = choose(plan_of(config, f"cluster.shards={given}"), WORK, ONE)
+        assert (chosen.where, chosen.shards) == (where, shards)
+    assert choose(plan_of(config, "cluster.shards=3"), WORK, replace(ONE, nodes=2)).where == "nodes"
+
+
+def test_rates_are_the_users(make_merge: Callable[..., Path]) -> None:
+    config = make_merge()
+    slow, quick = (
+        predict(plan_of(config, *(f"cluster.rates.{name}={rate}" for name in RATES)), WORK, ONE, "node").step
+        for rate in (1e-3, 2e-3)
+    )
+    for part in ("compute", "stream", "exchange", "total"):
+        assert getattr(slow, part) == pytest.approx(2 * getattr(quick, part))
+
+
+RATES = ("compute_tflops", "stream_gbs", "exchange_gbs")
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(plans: list[Plan]) -> None:
+    huge = larger(plans[0], 1_000_000)
+    cluster = Machines(nodes=1, cpus=2, gpus=1, memory=1 * GB, gpu_memory=1 * GB)
+    told = "\n".join(shortages(huge, predict(huge, WORK, cluster, "trainer"), cluster))
+    assert "the trainer wants" in told and "`gradients: stream`" in told and "at the disk's speed" in told
+    assert shortages(plans[0], predict(plans[0], WORK, ONE, "trainer"), ONE) == []
+
+
+def test_a_trainer_that_no_node_holds_is_refused_before_any_actor_starts(plans: list[Plan]) -> None:
+    huge = larger(plans[0], 1_000_000)
+    with pytest.raises(ClusterError, match=r"the merged weights and their gradient take .* GB"):
+        arrange([Node(2, 0, 24 * GB)], huge, WORK)
+    assert arrange([Node(2, 0, 24 * GB)], plans[0], WORK).within_trainer
+
+
+def test_a_cluster_is_its_smallest_node_as_often_as_there_are_nodes(plans: list[Plan]) -> None:
+    nodes = [Node(8, 1, 10 * GB), Node(4, 0, 5 * GB), Node(0, 0, 1 * GB)]
+    assert machines(nodes, plans[0].config) == Machines(2, 4, 1, 5 * GB)

@@ -1,0 +1,24 @@
+"""Law 1 at a small size: what trainer and shard hold must not know K, and must not grow from one change to the next."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_memory_does_not_know_k_and_has_not_grown(tmp_path: Path) -> None:
+    result = tmp_path / "memory_guard.json"
+    guard = [sys.executable, str(BENCHMARKS / "memory_guard.py"), "--workdir", str(tmp_path), "--json", str(result)]
+    subprocess.run(guard, check=True, capture_output=True)
+    report = json.loads(result.read_text())
+    assert len(report["targets"]) == 3
+    assert all(target["met"] for target in report["targets"]), report["targets"]
+    compare = [sys.executable, str(BENCHMARKS / "compare.py"), str(result)]
+    compared = subprocess.run(
+        [*compare, str(BENCHMARKS / "baselines" / "memory_guard.json")], check=False, capture_output=True, text=True
+    )
+    assert compared.returncode == 0, compared.stdout + compared.stderr
