@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow check clean
+.PHONY: install demo test test-slow bench check clean
 
 install: $(STAMP)
 
@@ -22,6 +22,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Half an hour on two cores; times want a quiet machine. See benchmarks/README.md.
+bench: install
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/trainer_memory.py
+	$(BIN)/python benchmarks/traffic.py
+	$(BIN)/python benchmarks/scaling.py check
 
 check: install
 	$(BIN)/ruff format --check .

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("small_ray")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_merge(tmp_path_factory.mktemp("merge"), sharded=True, parameters={"budget": 1.5})
+    options = {"parameters": {"budget": 1.5}, "cluster": {"shards": 1}}
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), sharded=True, **options)
 
 
 @pytest.fixture(scope="module")

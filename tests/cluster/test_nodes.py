@@ -18,7 +18,6 @@ from cluster.session import ENVIRONMENT, nodes
 @pytest.mark.timeout(600)
 def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2, sharded=True, parameters={"budget": 1.5})
-    plan = plan_of(config)
     for count in (1, 3):
         options = {"num_cpus": 2, "object_store_memory": 80 << 20}
         cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
@@ -29,7 +28,7 @@ def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
             environment = {"env_vars": ENVIRONMENT}
             ray.init(address=cluster.address, log_to_driver=False, logging_level="error", runtime_env=environment)
             assert len(nodes()) == count
-            run_merge(plan, tmp_path / f"on-{count}")
+            run_merge(plan_of(config, f"cluster.shards={count}"), tmp_path / f"on-{count}")
         finally:
             ray.shutdown()
             cluster.shutdown()
