@@ -45,7 +45,7 @@ def arrange(nodes: Sequence[Node], plan: Plan, work: Work) -> Placement:
     """
     there = machines(nodes, plan.config)
     way = choose(plan, work, there)
-    largest = max((node.memory for node in nodes), default=0.0)
+    largest = max((node.memory for node in nodes if node.cpus > 0), default=0.0)
     if not there.gpus and 0 < largest < way.memory.model:
         raise ClusterError(
             f"the merged weights and their gradient take {way.memory.model / GB:.1f} GB",
@@ -79,10 +79,11 @@ def place(nodes: Sequence[Node], config: Config, where: Where | None = None, sha
     at_once = max(1, min(slots, len(config.models)))
     wanted = config.cluster.shards
     count = shards or max(1, len(useful) if wanted == "auto" else wanted)
+    hosts = 1 if where == "node" else max(1, len(useful))
     return Placement(
         trainer=_bundle(_share(half, 1), trainer),
         experts=(_bundle(_share(half, -(-at_once // max(1, len(useful)))), expert),) * at_once,
-        shards=(_bundle(_share(half, -(-count // max(1, len(useful)))), 0),) * count,
+        shards=(_bundle(_share(half, -(-count // hosts)), 0),) * count,
         within_trainer=wanted == 0 or where == "trainer",
         together=where == "node",
     )

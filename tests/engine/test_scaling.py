@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import plan_of
 
-from cluster.placement import Node, arrange, machines
+from cluster.placement import Node, arrange, machines, place
 from engine.errors import ClusterError
 from engine.plan import Plan
 from engine.scaling import GB, Machines, Work, choose, predict, shortages
@@ -119,6 +119,13 @@ def test_a_trainer_that_no_node_holds_is_refused_before_any_actor_starts(plans: 
     with pytest.raises(ClusterError, match=r"the merged weights and their gradient take .* GB"):
         arrange([Node(2, 0, 24 * GB)], huge, WORK)
     assert arrange([Node(2, 0, 24 * GB)], plans[0], WORK).within_trainer
+
+
+def test_shards_on_one_node_share_half_of_it(make_merge: Callable[..., Path]) -> None:
+    plan = plan_of(make_merge())
+    placement = place([Node(8, 0), Node(8, 0)], plan.config, "node", 6)
+    assert placement.together and len(placement.shards) == 6
+    assert sum(bundle["CPU"] for bundle in placement.shards) <= 4
 
 
 def test_a_cluster_is_its_smallest_node_as_often_as_there_are_nodes(plans: list[Plan]) -> None:
