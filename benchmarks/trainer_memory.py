@@ -64,9 +64,9 @@ def idle_worker() -> int:
 def in_memory(config: Path, steps: int, teachers: str, gives_back: bool = True) -> dict[str, Any]:
     script = Path(__file__).with_name("in_memory.py")
     command = [sys.executable, str(script), str(config), "--steps", str(steps), "--teachers", teachers]
-    # Its memory is measured with the allocator's settings that the actors have, so that both sides give back what they
-    # free; its time without them, as they make large temporaries slow and it has many.
-    environment = {**merges.ENVIRONMENT, **(session.ENVIRONMENT if gives_back else {})}
+    # Its memory is measured with an allocator that gives back all that is freed, without which K = 32 does not fit
+    # 24 GiB; its time with the usual one, since that makes its many temporaries slow.
+    environment = {**merges.ENVIRONMENT, **({"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if gives_back else {})}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise click.ClickException(f"{' '.join(command)} ended with {done.returncode}")
@@ -74,7 +74,9 @@ def in_memory(config: Path, steps: int, teachers: str, gives_back: bool = True) 
     return figures
 
 
-def measure(report: Report, made: Models, k: int, ways: list[str], window: int, steps: int, tokens: int) -> None:
+def measure(
+    report: Report, path: Path, made: Models, k: int, ways: list[str], window: int, steps: int, tokens: int
+) -> None:
     """All ways at one K, one after the other."""
     fastest: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
@@ -92,6 +94,7 @@ def measure(report: Report, made: Models, k: int, ways: list[str], window: int, 
                 fastest[way] = min(figures["step_seconds"])
                 report.memory[name(way, "process", k)] = figures["peak_anonymous_bytes"]
             console.print(f"K={k} {way}: {time.monotonic() - began:.0f} s")
+            report.save(path)
     for way in MERGES.keys() & fastest.keys():
         if "in-memory" in fastest:
             report.time_ratios[f"fastest step, {way} / in-memory, K={k}"] = fastest[way] / fastest["in-memory"]
@@ -136,7 +139,7 @@ def add_targets(report: Report, counts: list[int], idle: int) -> None:
     help="A way to leave out; may be given several times.",
 )
 @click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples of an optimiser step.")
-@click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Optimiser steps at least.")
+@click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="Optimiser steps at least.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a sample.")
 @click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
 def main(
@@ -160,8 +163,7 @@ def main(
     report.memory["idle worker"] = idle = idle_worker()
     path = path or made.workdir / "results" / "trainer_memory.json"
     for k in counts:
-        measure(report, made, k, ways, window, steps, tokens)
-        report.save(path)
+        measure(report, path, made, k, ways, window, steps, tokens)
     keys = [(way, role) for way in ways for role in (ROLES if way in MERGES else ("process",))]
     rows = {f"{way}: {role}": [report.memory.get(name(way, role, k)) for k in counts] for way, role in keys}
     cells = {row: [in_mb(peak) for peak in peaks] for row, peaks in rows.items() if any(peaks)}
