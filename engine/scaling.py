@@ -33,8 +33,8 @@ CALL_SECONDS = 7.5e-6
 START_SECONDS = 6.0
 # FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
 # a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach.
-CPU_FLOPS, GPU_FLOPS = 30e9, 200e12
-STREAM, EXCHANGE, NETWORK, DISK = 8 * GB, 2 * GB, 1.2 * GB, 1.2 * GB
+CPU_FLOPS, GPU_FLOPS = 84e9, 200e12
+STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
 
 @dataclass(frozen=True)
