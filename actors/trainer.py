@@ -9,22 +9,24 @@ from functools import cached_property
 from typing import Any
 
 from actors.process import Process, Report
+from engine.calibration import passes
 from engine.codec import Packed, unpack_all
 from engine.coefficients import Coefficients
 from engine.expert import Target
 from engine.plan import Plan
-from engine.shards import Gradients, Shards
+from engine.shards import Shards
 from engine.student import Losses, Student
 from engine.training import Learner, Stage
 
 
 @dataclass(frozen=True)
 class WindowSample:
-    """One sample of a window: which expert's, which of its samples, and a reference to its target."""
+    """One sample of a window: which expert's, which of its samples, a reference to its target, its tokens at most."""
 
     expert: int
     index: int
     target: Any
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Trainer:
         self._merged: Coefficients | None = None
 
     def step(self, stage: Stage, state: dict[str, Any] | None, number: int, window: Sequence[WindowSample]) -> Step:
-        """Step `number` of a stage from one window: merged tensors come in as the first sample runs forward, and their
-        gradient leaves as the last one (or, with `gradients: stream`, every one) runs backward.
+        """Step `number` of a stage from one window: merged tensors come in as its first pass runs forward, and their
+        gradient leaves as its last one (or, with `gradients: stream`, every one) runs backward.
         """
         started = time.monotonic()
         learner = Learner(self._plan.config.parameters, stage)
@@ -60,10 +62,13 @@ class Trainer:
         if stale is None or not stale.same_as(coefficients):
             self._student.expect(self._shards.merge(coefficients, self._student))
         leaving = self._shards.gradients(stage.layout)
-        losses = []
-        for sample in window:
-            final = sample is window[-1] or self._plan.config.gradients == "stream"
-            losses.append(self._accumulate(sample, 1 / len(window), leaving if final else None))
+        losses: dict[int, Losses] = {}
+        config = self._plan.config
+        together = passes([sample.tokens for sample in window], config.batch_tokens)
+        for places in together:
+            final = places is together[-1] or config.gradients == "stream"
+            targets = [self._weighted(window[place], 1 / len(window)) for place in places]
+            losses |= zip(places, self._student.accumulate(targets, leaving if final else None), strict=True)
         self._merged = coefficients
         metrics = learner.step(leaving.collect())
         seconds = time.monotonic() - started
@@ -80,7 +85,7 @@ class Trainer:
                 "learning_rate": metrics.learning_rate,
                 "seconds": seconds,
             }
-            for sample, loss in zip(window, losses, strict=True)
+            for sample, loss in ((sample, losses[place]) for place, sample in enumerate(window))
         ]
         return Step(rows, learner.state())
 
@@ -93,8 +98,8 @@ class Trainer:
         # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
         return Student(self._plan, self._process.device)
 
-    def _accumulate(self, sample: WindowSample, share: float, leaving: Gradients | None) -> Losses:
+    def _weighted(self, sample: WindowSample, share: float) -> tuple[Target, float]:
+        """The sample's target, and what its losses count: βₖ times its share of the window."""
         # Copies: what arrives lies wherever its buffer begins, and a matrix product's last bit depends on that.
         arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(sample.target)).items()}
-        target = Target.from_tensors(arrived)
-        return self._student.accumulate(target, self._plan.experts[sample.expert].loss_weight, share, leaving)
+        return Target.from_tensors(arrived), self._plan.experts[sample.expert].loss_weight * share

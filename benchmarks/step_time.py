@@ -63,7 +63,7 @@ class Bench:
         chosen = [mine[i] for i in range(len(samples[0])) for mine in samples][:window]
         expert = Expert(self.plan, 0)
         targets = {s: expert.target(s, scratch / f"{s.expert}-{s.index}")[1] for s in sorted(chosen, key=_by_expert)}
-        self.window = [WindowSample(s.expert, s.index, targets[s]) for s in chosen]
+        self.window = [WindowSample(s.expert, s.index, targets[s], s.tokens) for s in chosen]
         self.trainer = Trainer(self.plan, LocalShards(self.plan, usable_cpus(), overlap=False), lambda target: target)
         self.stage, self.state = first_stage(self.plan), None
         self.coefficients = Learner(self.plan.config.parameters, self.stage).coefficients

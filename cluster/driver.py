@@ -132,7 +132,7 @@ class Merge:
         self.progress.phase(f"stage {stage.number}", len(steps), state.steps)
         reference = ray.put(stage)
         for number in range(state.steps, len(steps)):
-            window = [WindowSample(k, index, targets[k, index]) for k, index in steps[number]]
+            window = [WindowSample(k, i, targets[k, i], self.samples[k][i].tokens) for k, i in steps[number]]
             asked = trainer.step.remote(reference, state.learner, number, window)
             step = answer(asked, self.progress.say, "taking a step")
             state = StageState(number + 1, step.state)

@@ -37,6 +37,11 @@ class Sample:
     cut: int = 0
     generate: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sample, or as many as it may have when the expert has written its response."""
+        return len(self.input_ids) + self.generate
+
 
 def read_records(plan: Plan) -> list[list[tuple[str, Record]]]:
     """For each expert its calibration records, each with its place, at most `samples_per_model` of them.
@@ -110,6 +115,22 @@ def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:
 def windows(order: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
     """The order cut into windows of `size` samples, one optimiser step each; the last holds what is left."""
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def passes(tokens: Sequence[int], limit: int) -> list[list[int]]:
+    """Which samples of a window go through the model together, by their places in it; `tokens` are theirs.
+
+    As many as have, filled up to the longest of them, no more tokens than `limit`, or than the window's longest sample
+    where that has more. The longest come first, so that little is filled up.
+    """
+    limit = max(limit, *tokens)
+    together: list[list[int]] = []
+    for place in sorted(range(len(tokens)), key=lambda place: -tokens[place]):
+        if together and tokens[together[-1][0]] * (len(together[-1]) + 1) <= limit:
+            together[-1].append(place)
+        else:
+            together.append([place])
+    return together
 
 
 def needs_tokenizer(records: Sequence[Sequence[tuple[str, Record]]]) -> bool:

@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -37,8 +39,19 @@ class Checkpoint:
         return tensor
 
 
+# What kernels take: float32, or the bits of bfloat16.
+Operand = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+
+
 class TaskVector(Protocol):
     """τ of one tensor of one expert, flattened, in blocks."""
+
+    @property
+    def minus_base(self) -> bool:
+        """Whether `operand` gives θₖ, from which θ₀ is yet to be subtracted; else τ itself."""
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        """Elements `start` to `stop`: the file's own memory if kernels take it, else written to `room_N`, float32."""
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         """Write τ[start:stop] in float32 to `out_N`; `base_N` holds the base's elements there, in float32."""
@@ -80,8 +93,16 @@ class AdapterExpert:
 
 
 class _Difference:
+    minus_base = True
+
     def __init__(self, expert_N: Tensor) -> None:
         self._expert_N = expert_N
+        self._operand_N = as_operand(expert_N) if expert_N.dtype in (torch.float32, torch.bfloat16) else None
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        if self._operand_N is not None:
+            return self._operand_N[start:stop]
+        return as_operand(room_N.copy_(self._expert_N[start:stop]))
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         expert_N = self._expert_N[start:stop]
@@ -92,8 +113,14 @@ class _Difference:
 
 
 class _Product:
+    minus_base = False
+
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        self.block(start, stop, room_N, room_N)
+        return as_operand(room_N)
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         columns = self._right.shape[1]
@@ -103,6 +130,11 @@ class _Product:
         else:
             rows = self._left[first:last] @ self._right
             out_N.copy_(rows.reshape(-1)[start - first * columns : stop - first * columns])
+
+
+def as_operand(tensor_N: Tensor) -> Operand:
+    """The memory of a float32 or bfloat16 tensor on the CPU, as kernels take it."""
+    return (tensor_N.view(torch.uint16) if tensor_N.dtype == torch.bfloat16 else tensor_N).numpy()
 
 
 def open_base(plan: Plan) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 It holds one model and one gradient, whatever the number of experts: the coefficients are the trainer's affair, the task
 vectors the shards'. It computes with what has arrived and lets go of what is final, so that both can travel meanwhile.
-Letters in tensor names: B batch (1), T tokens, P some of the tokens, H hidden features, V vocabulary.
+Letters in tensor names: B samples of a pass, T tokens, P some of the tokens, H hidden features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from engine.alignment import hidden_loss, logit_loss
@@ -92,34 +93,43 @@ class Student:
         """Compute with each merged tensor no sooner than it is there."""
         self._arriving = dict(arriving)
 
-    def accumulate(self, target: Target, loss_weight: float, share: float, leaving: Gradients | None = None) -> Losses:
-        """Add `share` times the gradient of βₖ · (L_logit + λ_hid · L_hid) of one sample to the merged tensors'.
+    def accumulate(self, samples: Sequence[tuple[Target, float]], leaving: Gradients | None = None) -> list[Losses]:
+        """Add the gradient of Σ weight · (L_logit + λ_hid · L_hid) over (target, weight) to the merged tensors'.
 
-        With `leaving`, the sums leave as they become final, and are none afterwards.
+        One forward and one backward pass for all samples: weights are read, and their gradient written, once. With
+        `leaving`, the sums leave as they become final, and are none afterwards.
 
         Raises:
-            RunError: the loss is not finite.
+            RunError: a loss is not finite.
         """
-        weight = self.plan.config.parameters.hidden_weight
         self._await(self._outside_blocks)
-        output = self._decode(target)
+        output = self._decode([target for target, _ in samples])
         if self._arriving:
             # A model that uses a block's weights without calling the block: what it computed with is not known.
             self._await(list(self._arriving))
-            output = self._decode(target)
+            output = self._decode([target for target, _ in samples])
         last_BTH = output.last_hidden_state
-        kl, slope_BTH = self._logit_loss(last_BTH, target, loss_weight * share)
-        hidden = hidden_loss(
-            {index: output.hidden_states[index][0] for index in target.hidden_TH},
-            {index: tensor.to(self.device) for index, tensor in target.hidden_TH.items()},
-        )
-        if not (kl + hidden).isfinite():
-            raise RunError(
-                "the loss of the merged model is not finite", do="lower `learning_rate` or the weights, or use float32"
+        slope_BTH = torch.zeros_like(last_BTH)
+        roots, losses = [(last_BTH, slope_BTH)], []
+        for row, (target, weight) in enumerate(samples):
+            own = row, slice(len(target.input_ids_T))
+            kl = self._logit_loss(last_BTH[own], target, weight, slope_BTH[own])
+            hidden = hidden_loss(
+                {index: output.hidden_states[index][own] for index in target.hidden_TH},
+                {index: tensor.to(self.device) for index, tensor in target.hidden_TH.items()},
             )
-        slopes = [(last_BTH, slope_BTH), (hidden, torch.full_like(hidden, loss_weight * share * weight))]
-        roots = [(root, slope) for root, slope in slopes if root.requires_grad]
-        # From here on: the parts of a head's gradient that `_logit_loss` left on it were not final.
+            if not (kl + hidden).isfinite():
+                raise RunError(
+                    "the loss of the merged model is not finite",
+                    do="lower `learning_rate` or the weights, or use float32",
+                )
+            roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
+            losses.append(Losses(kl.item(), hidden.item()))
+        self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
+        return losses
+
+    def _backward(self, roots: Sequence[tuple[Tensor, Tensor]], leaving: Gradients | None) -> None:
+        # Not before: the parts of a head's gradient that `_logit_loss` left on it were not final.
         self._leaving = leaving
         torch.autograd.backward([root for root, _ in roots], [slope for _, slope in roots])
         if leaving is not None:
@@ -127,33 +137,35 @@ class Student:
                 if parameter.grad is not None:
                     self._leave(name)
         self._leaving = None
-        return Losses(kl.item(), hidden.item())
 
-    def _decode(self, target: Target) -> Any:
-        """Hidden states of all layers; no logits."""
-        ids_BT = target.input_ids_T.to(self.device)[None]
-        options = {"attention_mask": torch.ones_like(ids_BT), "output_hidden_states": True, "use_cache": False}
-        return self.model.base_model(input_ids=ids_BT, **options)
+    def _decode(self, targets: Sequence[Target]) -> Any:
+        """Hidden states of all layers; no logits. Shorter samples are filled up behind, where no token looks."""
+        ids_BT = pad_sequence([target.input_ids_T for target in targets], batch_first=True)
+        mask_BT = pad_sequence([torch.ones_like(target.input_ids_T) for target in targets], batch_first=True)
+        return self.model.base_model(
+            input_ids=ids_BT.to(self.device),
+            attention_mask=mask_BT.to(self.device),
+            output_hidden_states=True,
+            use_cache=False,
+        )
 
-    def _logit_loss(self, last_BTH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:
-        """L_logit, and `scale` times its gradient by the last hidden state; some tokens at a time.
-
-        The gradient of a head that is merged is left on it.
+    def _logit_loss(self, last_TH: Tensor, target: Target, scale: float, slope_TH: Tensor) -> Tensor:
+        """L_logit of a sample; `scale` times its gradient by the last hidden state goes to `slope_TH`. Some tokens at a
+        time; the gradient of a head that is merged is left on it.
         """
-        temperature, tokens = self.plan.config.parameters.temperature, last_BTH.shape[1]
+        temperature, tokens = self.plan.config.parameters.temperature, last_TH.shape[0]
         rows = max(1, LOGIT_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
         kl = torch.zeros((), device=self.device)
-        slope_BTH = torch.empty_like(last_BTH)
         for start in range(0, tokens, rows):
             some = slice(start, min(start + rows, tokens))
-            hidden_BPH = last_BTH[:, some].detach().requires_grad_()
-            logits_PV = rebuild_logits(self.model, hidden_BPH)[0]
+            hidden_PH = last_TH[some].detach().requires_grad_()
+            logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some), temperature)
             kl += loss / tokens
             torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
-            assert hidden_BPH.grad is not None
-            slope_BTH[:, some] = hidden_BPH.grad
-        return kl, slope_BTH
+            assert hidden_PH.grad is not None
+            slope_TH[some] = hidden_PH.grad
+        return kl
 
     @torch.no_grad()
     def _expert_logits(self, target: Target, some: slice) -> Tensor:

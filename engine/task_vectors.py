@@ -22,9 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.checkpoint import Checkpoint, Expert, TaskVector, open_base, open_expert
+from engine.checkpoint import Checkpoint, Expert, Operand, TaskVector, as_operand, open_base, open_expert
 from engine.coefficients import TensorCoefficients
 from engine.errors import CheckpointError
+from engine.kernels import add_differences
+from engine.kernels import inner_products as add_inner_products
 from engine.plan import Plan
 from engine.sizes import BLOCK, GROUP, PIECE
 
@@ -157,15 +159,17 @@ def merge_piece(
 ) -> None:
     """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`."""
     groups, base_N = _groups(task_vectors), base.reshape(-1)
-    values_mG = [torch.from_numpy(np.ascontiguousarray(wanted.values[group].T)) for group in groups]
+    values_mG = [np.ascontiguousarray(_filled(wanted.values[group]).T) for group in groups]
     for start, stop in blocks(base.shape, piece.start, piece.stop):
-        base_B, sum_B, tau_GB = _scratch(base_N[start:stop])
+        room = _room(stop - start)
+        base_B, sum_B = room.float32(base_N[start:stop]), room.other_B
         # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
         sum_B.copy_(base_B)
+        subtracted, sums = as_operand(base_B), as_operand(sum_B)
         for group, values in zip(groups, values_mG, strict=True):
-            _differences(task_vectors, group, start, stop, base_B, tau_GB)
+            operands = room.operands(task_vectors, group, start, stop, subtracted)
             for chunk, first, last in _chunks_within(wanted.edges, start, stop):
-                sum_B[first:last].addmv_(tau_GB[: len(group), first:last].t(), values[chunk])
+                add_differences(sums, *operands, values[chunk], first, last)
         out_N[start - piece.start : stop - piece.start].copy_(sum_B)
 
 
@@ -176,19 +180,24 @@ def inner_products(
     task_vectors: Sequence[TaskVector | None],
     edges: tuple[int, ...],
 ) -> Array:
-    """⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m]: products in float32, sums of blocks in float64.
+    """⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m]: products in float32, sums of spans and blocks in float64.
 
     τ is formed before the product: the difference of ⟨G, θₖ⟩ and ⟨G, θ₀⟩ would cancel.
     """
     groups, base_N = _groups(task_vectors), base.reshape(-1)
-    products_Km = np.zeros((len(task_vectors), len(edges) - 1))
+    sums_mG = [np.zeros((len(edges) - 1, GROUP)) for _ in groups]
     for start, stop in blocks(base.shape, piece.start, piece.stop):
-        base_B, slope_B, tau_GB = _scratch(base_N[start:stop])
+        room = _room(stop - start)
+        base_B, slope_B = room.float32(base_N[start:stop]), room.other_B
         slope_B.copy_(gradient_N[start - piece.start : stop - piece.start])
-        for group in groups:
-            _differences(task_vectors, group, start, stop, base_B, tau_GB)
+        subtracted, slope = as_operand(base_B), as_operand(slope_B)
+        for group, sums in zip(groups, sums_mG, strict=True):
+            operands = room.operands(task_vectors, group, start, stop, subtracted)
             for chunk, first, last in _chunks_within(edges, start, stop):
-                products_Km[group, chunk] += torch.mv(tau_GB[: len(group), first:last], slope_B[first:last]).numpy()
+                add_inner_products(sums[chunk], slope, *operands, first, last)
+    products_Km = np.zeros((len(task_vectors), len(edges) - 1))
+    for group, sums in zip(groups, sums_mG, strict=True):
+        products_Km[group] = sums.T[: len(group)]
     return products_Km
 
 
@@ -197,12 +206,13 @@ def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> 
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
     for start, stop in blocks(base.shape):
-        base_B, magnitude_B, tau_GB = _scratch(base_N[start:stop])
-        base_sum += _sum(torch.abs(base_B, out=magnitude_B))
+        room = _room(stop - start)
+        base_B = room.float32(base_N[start:stop])
+        base_sum += _sum(torch.abs(base_B, out=room.other_B))
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
-                task_vector.block(start, stop, base_B, tau_GB[0])
-                sums[k] += _sum(tau_GB[0].abs_())
+                task_vector.block(start, stop, base_B, room.other_B)
+                sums[k] += _sum(room.other_B.abs_())
     count = max(1, base.numel())
     return base_sum / count, sums / count
 
@@ -214,19 +224,22 @@ def _sum(block_B: Tensor) -> float:
 
 
 def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:
-    """The experts that change the tensor, a few at a time, in their order."""
-    there = [k for k, task_vector in enumerate(task_vectors) if task_vector is not None]
-    return [there[first : first + GROUP] for first in range(0, len(there), GROUP)]
+    """The experts that change the tensor, a few at a time, in their order; those of a group are stored alike."""
+    groups: list[list[int]] = []
+    for k, task_vector in enumerate(task_vectors):
+        if task_vector is None:
+            continue
+        last = task_vectors[groups[-1][0]] if groups and len(groups[-1]) < GROUP else None
+        if last is not None and last.minus_base == task_vector.minus_base:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
 
 
-def _differences(
-    task_vectors: Sequence[TaskVector | None], group: Sequence[int], start: int, stop: int, base_B: Tensor, tau: Tensor
-) -> None:
-    """Write the group's τ[start:stop] to the rows of `tau` [G, B]."""
-    for row, k in enumerate(group):
-        task_vector = task_vectors[k]
-        assert task_vector is not None
-        task_vector.block(start, stop, base_B, tau[row])
+def _filled(values_Gm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """With zeros in place of the experts that a group lacks."""
+    return np.concatenate([values_Gm, np.zeros((GROUP - len(values_Gm), values_Gm.shape[1]), np.float32)])
 
 
 def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -237,12 +250,35 @@ def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tu
         chunk += 1
 
 
-def _scratch(base_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """This block of the base in float32, and this thread's room for another block and for the differences [G, B]."""
-    if not hasattr(_local, "room"):
-        _local.room = torch.empty(BLOCK), torch.empty(BLOCK), torch.empty(GROUP * BLOCK)
-    count = base_B.numel()
-    base_room, other, differences = _local.room
-    if base_B.dtype != torch.float32:
-        base_B = base_room[:count].copy_(base_B)
-    return base_B, other[:count], differences[: GROUP * count].view(GROUP, count)
+@dataclass(frozen=True)
+class _Room:
+    """Memory for one block, in float32: of the base, another one, zeros, and one for each expert of a group."""
+
+    base_B: Tensor
+    other_B: Tensor
+    zero_B: Tensor
+    expert_GB: tuple[Tensor, ...]
+
+    def float32(self, base_B: Tensor) -> Tensor:
+        """A block of the base, converted where it has to be."""
+        return base_B if base_B.dtype == torch.float32 else self.base_B.copy_(base_B)
+
+    def operands(
+        self, task_vectors: Sequence[TaskVector | None], group: Sequence[int], start: int, stop: int, base_B: Operand
+    ) -> list[Operand]:
+        """What a kernel subtracts, and what it subtracts it from, four times; a group that lacks some repeats one."""
+        members = [task_vector for k in group if (task_vector := task_vectors[k]) is not None]
+        found = [one.operand(start, stop, room) for one, room in zip(members, self.expert_GB, strict=False)]
+        subtracted = base_B if members[0].minus_base else as_operand(self.zero_B)
+        return [subtracted, *found, *[found[-1]] * (GROUP - len(found))]
+
+
+def _room(count: int) -> _Room:
+    """This thread's room for a block of `count` elements."""
+    if not hasattr(_local, "memory"):
+        _local.memory = torch.zeros(3 + GROUP, BLOCK)
+    if not hasattr(_local, "room") or _local.room.base_B.numel() != count:
+        base_B, other_B, zero_B, *expert_GB = _local.memory[:, :count]
+        _local.room = _Room(base_B, other_B, zero_B, tuple(expert_GB))
+    room: _Room = _local.room
+    return room

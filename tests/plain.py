@@ -66,7 +66,7 @@ class Plain:
         order = training_order([len(mine) for mine in self.samples], parameters.epochs)
         state = None
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
-            samples = [WindowSample(k, i, self.targets[k, i]) for k, i in window]
+            samples = [WindowSample(k, i, self.targets[k, i], self.samples[k][i].tokens) for k, i in window]
             step = self.trainer.step(stage, state, number, samples)
             state, self.rows = step.state, [*self.rows, *step.rows]
         learner = Learner(parameters, stage)

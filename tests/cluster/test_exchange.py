@@ -403,17 +403,21 @@ def test_what_a_step_moves_does_not_depend_on_experts_shards_or_buckets(
     assert moved == {(190 * 4, 190 * 4)}
 
 
-@pytest.mark.parametrize("gradients", ["accumulate", "stream"])
+@pytest.mark.parametrize(
+    ("gradients", "batch_tokens", "out"), [("accumulate", 1, 1), ("stream", 1, 3), ("stream", 20, 2), ("stream", 30, 1)]
+)
 def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
-    monkeypatch: pytest.MonkeyPatch, line: Line, tmp_path: Path, gradients: str
+    monkeypatch: pytest.MonkeyPatch, line: Line, tmp_path: Path, gradients: str, batch_tokens: int, out: int
 ) -> None:
-    plan = plan_of(tiny.make_merge(tmp_path / "merge", samples=(2, 1)), f"gradients={gradients}")
-    targets = Plain(plan, tmp_path).targets
+    settings = f"gradients={gradients}", f"batch_tokens={batch_tokens}"
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", samples=(2, 1)), *settings)
+    plain = Plain(plan, tmp_path)
+    assert [[sample.tokens for sample in mine] for mine in plain.samples] == [[9, 10], [9]]
     confine(monkeypatch, 5_000, shards=2, piece=300)
     remote = RemoteShards(plan, plain_shards(line, plan, 2))
     trainer = Trainer(plan, remote, lambda target: target)
-    window = [WindowSample(k, i, target) for (k, i), target in targets.items()]
-    out, size = len(window) if gradients == "stream" else 1, plan.merged_bytes
+    window = [WindowSample(k, i, target, plain.samples[k][i].tokens) for (k, i), target in plain.targets.items()]
+    size = plan.merged_bytes
     first = trainer.step(first_stage(plan), None, 0, window)
     assert remote.traffic() == {"bytes_to_shards": out * size, "bytes_from_shards": size}
     # Asked again, as after a death of someone else: what is merged already does not come a second time.

@@ -15,7 +15,7 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
+from engine.calibration import Sample, needs_tokenizer, passes, read_records, tokenize, training_order, windows
 from engine.errors import CalibrationError
 from engine.model import load_tokenizer
 from engine.plan import Plan
@@ -412,3 +412,22 @@ def test_any_json_is_records_or_a_calibration_error(
     plan, path = random_file
     write(path, records)
     assert records_or_told(plan, tokenizer, path)
+
+
+@given(tokens=st.lists(st.integers(1, 50), min_size=1, max_size=12), limit=st.integers(1, 300))
+def test_passes_hold_every_sample_once_and_no_more_tokens_than_the_limit(tokens: list[int], limit: int) -> None:
+    found = passes(tokens, limit)
+    assert sorted(place for together in found for place in together) == list(range(len(tokens)))
+    longest = [max(tokens[place] for place in together) for together in found]
+    assert all(most * len(together) <= max(limit, *tokens) for most, together in zip(longest, found, strict=True))
+    # None that would still have fit into the one before it.
+    for before, (most, together) in zip(found, list(zip(longest, found, strict=True))[1:], strict=False):
+        assert max(tokens[place] for place in before) * (len(before) + 1) > max(limit, *tokens)
+        assert most == tokens[together[0]]
+
+
+def test_passes_keep_the_order_of_equals_and_put_long_samples_first() -> None:
+    assert passes([5, 5, 5, 5, 5], 10) == [[0, 1], [2, 3], [4]]
+    assert passes([3, 9, 3, 8], 18) == [[1, 3], [0, 2]]
+    assert passes([100, 20, 20, 20], 1) == [[0], [1, 2, 3]], "as many tokens as the longest sample has in any case"
+    assert passes([7], 256) == [[0]]

@@ -58,7 +58,7 @@ def constant(plan: Plan, weight: float) -> Coefficients:
 
 def loss_at(plan, student: Student, target: Target, coefficients: Coefficients) -> float:
     student.expect(LocalShards(plan, 1, overlap=False).merge(coefficients, student))
-    losses = student.accumulate(target, 1.0, 1.0)
+    (losses,) = student.accumulate([(target, 1.0)])
     standing(student)
     return losses.kl + 0.7 * losses.hidden
 
@@ -67,7 +67,7 @@ def gradient(plan, student: Student, target: Target, coefficients: Coefficients)
     shards = LocalShards(plan, 1, overlap=False)
     student.expect(shards.merge(coefficients, student))
     leaving = shards.gradients(coefficients.layout)
-    student.accumulate(target, 1.0, 1.0, leaving)
+    student.accumulate([(target, 1.0)], leaving)
     return leaving.collect()
 
 
@@ -135,17 +135,61 @@ def test_gradients_of_a_window_add_up(setup) -> None:
     _, plan, targets, coefficients = setup
     student = filled(plan, coefficients)
     leaving = LocalShards(plan, 1, overlap=False).gradients(coefficients.layout)
-    student.accumulate(targets[0, 0], 2.0, 0.5)
-    student.accumulate(targets[1, 0], 2.0, 0.5, leaving)
+    student.accumulate([(targets[0, 0], 1.0)])
+    student.accumulate([(targets[1, 0], 1.0)], leaving)
     apart = sum(gradient(plan, student, targets[at], coefficients) for at in ((0, 0), (1, 0)))
     np.testing.assert_allclose(leaving.collect(), apart, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+def test_samples_of_any_lengths_in_one_pass_are_as_good_as_each_alone(
+    tmp_path: Path, family: str, exclude: list[str] | None
+) -> None:
+    options = {} if exclude is None else {"exclude": exclude}
+    config = tiny.make_merge(tmp_path / "merge", family, experts=2, samples=(3, 1), **options)
+    # Longer than the window of those families that have one, and much longer than the others.
+    tiny.write_calibration(config.parent / "expert1.jsonl", 1, seed=5, length=40)
+    plan = plan_of(config)
+    student, targets = filled(plan), targets_of(plan, tmp_path)
+    samples = [(target, 0.1 + 0.2 * number) for number, target in enumerate(targets.values())]
+    assert {len(target.input_ids_T) for target, _ in samples} == {9, 10, 11, 40}
+    alone = [student.accumulate([sample]) for sample in samples]
+    apart = standing(student)
+    together = student.accumulate(samples)
+    for (wanted,), found in zip(alone, together, strict=True):
+        assert (found.kl, found.hidden) == pytest.approx((wanted.kl, wanted.hidden), rel=1e-4)
+    for name, gradient in standing(student).items():
+        scale = apart[name].abs().max().item()
+        torch.testing.assert_close(gradient, apart[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_what_a_short_sample_is_filled_up_with_does_not_count(setup) -> None:
+    _, plan, targets, coefficients = setup
+    student, samples = filled(plan, coefficients), [(targets[0, 2], 0.3), (targets[0, 0], 0.7)]
+    lengths = [len(target.input_ids_T) for target, _ in samples]
+    wanted, slopes = student.accumulate(samples), standing(student)
+    passes = []
+
+    def fill_otherwise(_: object, __: object, inputs: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
+        mask_BT = inputs.get("attention_mask")
+        if not isinstance(mask_BT, Tensor):
+            return (), inputs  # the head alone
+        assert mask_BT.sum(1).tolist() == lengths
+        passes.append(mask_BT.shape)
+        return (), inputs | {"input_ids": inputs["input_ids"].masked_fill(mask_BT == 0, 7)}
+
+    student.model.base_model.register_forward_pre_hook(fill_otherwise, with_kwargs=True)
+    assert student.accumulate(samples) == wanted
+    assert_same_bits(standing(student), slopes)
+    assert passes == [(2, max(lengths))]
 
 
 def test_a_perfect_match_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=1, exclude=["never"])
     plan = plan_of(config)
     student = filled(plan, constant(plan, 1.0))
-    losses = student.accumulate(targets_of(plan, tmp_path)[0, 0], 1.0, 1.0)
+    (losses,) = student.accumulate([(targets_of(plan, tmp_path)[0, 0], 1.0)])
     assert losses.kl == pytest.approx(0, abs=1e-6)
     assert losses.hidden == pytest.approx(0, abs=1e-8)
     assert max(gradient.abs().max() for gradient in standing(student).values()) < 1e-5
@@ -154,7 +198,7 @@ def test_a_perfect_match_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
 def test_what_is_never_merged_is_never_copied_and_has_no_gradient(setup) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
-    student.accumulate(targets[0, 0], 1.0, 1.0)
+    student.accumulate([(targets[0, 0], 1.0)])
     with_gradient = {name for name, p in student.model.named_parameters() if p.grad is not None}
     assert with_gradient == set(plan.merged)
 
@@ -164,7 +208,7 @@ def test_a_loss_that_is_not_finite_is_an_error(setup) -> None:
     student = filled(plan)
     spoil(student)
     with pytest.raises(RunError, match="not finite"):
-        student.accumulate(targets[0, 0], 1.0, 1.0)
+        student.accumulate([(targets[0, 0], 1.0)])
 
 
 def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +293,13 @@ def test_weights_that_come_late_and_in_any_order_give_the_same_bits(
     coefficients = constant(plan, 0.3)
     student, late = filled(plan, coefficients), Late(plan, coefficients)
     assert len(late.content) > 2 * len(plan.merged)
-    wanted = student.accumulate(targets[0, 1], 1.5, 0.5)
+    wanted = student.accumulate([(targets[0, 1], 0.75)])
     slopes = standing(student)
     pause = threading.Event()
     calls = []
     blocks_of(student.model)[2].register_forward_hook(lambda *_: calls.append(None))
     student.expect(late.come(student, ORDERS[order](list(late.content)), lambda _: pause.wait(1e-3)))
-    assert student.accumulate(targets[0, 1], 1.5, 0.5) == wanted
+    assert student.accumulate([(targets[0, 1], 0.75)]) == wanted
     assert_same_bits(standing(student), slopes)
     assert len(calls) == 1, "what has been waited for need not be computed again"
 
@@ -263,7 +307,7 @@ def test_weights_that_come_late_and_in_any_order_give_the_same_bits(
 def test_blocks_compute_while_the_weights_of_later_ones_are_on_their_way(setup) -> None:
     _, plan, targets, coefficients = setup
     student, late = filled(plan, coefficients), Late(plan, coefficients)
-    wanted = student.accumulate(targets[0, 0], 1.0, 1.0)
+    wanted = student.accumulate([(targets[0, 0], 1.0)])
     slopes = standing(student)
     done = [threading.Event() for _ in range(3)]
     for event, block in zip(done, blocks_of(student.model), strict=True):
@@ -275,7 +319,7 @@ def test_blocks_compute_while_the_weights_of_later_ones_are_on_their_way(setup) 
         assert number == 0 or done[number - 1].wait(LONG)
 
     student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
-    assert student.accumulate(targets[0, 0], 1.0, 1.0) == wanted
+    assert student.accumulate([(targets[0, 0], 1.0)]) == wanted
     assert_same_bits(standing(student), slopes)
 
 
@@ -291,7 +335,7 @@ def test_an_arrival_that_fails_fails_the_computation(setup, name: str) -> None:
 
     student.expect(late.come(student, list(late.content), before))
     with pytest.raises(ConnectionError, match=f"lost {name}"):
-        student.accumulate(targets[0, 0], 1.0, 1.0)
+        student.accumulate([(targets[0, 0], 1.0)])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -301,7 +345,7 @@ def test_blocks_that_are_never_called_are_waited_for_all_the_same(
     """Some models use a block's weights without calling the block."""
     config, plan, targets, coefficients = setup
     student = filled(plan, coefficients)
-    wanted = student.accumulate(targets[0, 0], 1.0, 1.0)
+    wanted = student.accumulate([(targets[0, 0], 1.0)])
     slopes = standing(student)
     never: list[torch.nn.Module] = []
 
@@ -320,7 +364,7 @@ def test_blocks_that_are_never_called_are_waited_for_all_the_same(
         assert piece.name.startswith("model.layers.0.") or end.wait(LONG)
 
     student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
-    assert student.accumulate(targets[0, 0], 1.0, 1.0) == wanted
+    assert student.accumulate([(targets[0, 0], 1.0)]) == wanted
     assert_same_bits(standing(student), slopes)
 
 
@@ -358,13 +402,13 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
     embedding = [name for name in plan.merged if "embed_tokens" in name or "lm_head" in name]
     assert len(embedding) == (0 if exclude is None else 1 if tied else 2)
 
-    whole = [student.accumulate(targets[at], 1.5, 0.5) for at in ((0, 0), (1, 1))]
+    whole = [student.accumulate([(targets[at], 0.75)]) for at in ((0, 0), (1, 1))]
     slopes = standing(student)
     leaving = Recorder(student)
     # The sum over the window leaves with the last sample.
     parts = [
-        student.accumulate(targets[0, 0], 1.5, 0.5),
-        student.accumulate(targets[1, 1], 1.5, 0.5, leaving),
+        student.accumulate([(targets[0, 0], 0.75)]),
+        student.accumulate([(targets[1, 1], 0.75)], leaving),
     ]
     assert parts == whole
     assert sorted(leaving.order) == sorted(plan.merged), "each leaves once"
@@ -376,7 +420,7 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
     # With every sample, as `gradients: stream` wants it: the parts add up to the same.
     total: dict[str, Tensor] = {}
     for at in ((0, 0), (1, 1)):
-        student.accumulate(targets[at], 1.5, 0.5, again := Recorder(student))
+        student.accumulate([(targets[at], 0.75)], again := Recorder(student))
         assert sorted(again.order) == sorted(plan.merged)
         total = {name: total.get(name, 0) + tensor for name, tensor in again.taken.items()}
     for name, slope in slopes.items():
@@ -386,8 +430,8 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
 def test_gradients_stay_when_nobody_takes_them(setup) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
-    student.accumulate(targets[0, 0], 1.0, 1.0, leaving := Recorder(student))
-    student.accumulate(targets[0, 0], 1.0, 1.0)
+    student.accumulate([(targets[0, 0], 1.0)], leaving := Recorder(student))
+    student.accumulate([(targets[0, 0], 1.0)])
     assert_same_bits(standing(student), leaving.taken)
     assert len(leaving.order) == len(plan.merged)
 
@@ -430,7 +474,7 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
     tokens = len(target.input_ids_T)
     assert tokens == 10 and (target.logits_TV is None) == (exclude is None)
-    wanted, slopes = student.accumulate(target, 1.5, 0.5), standing(student)
+    (wanted,), slopes = student.accumulate([(target, 0.75)]), standing(student)
 
     taken: list[tuple[int, ...]] = []
 
@@ -442,7 +486,7 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     monkeypatch.setattr(engine.student, "logit_loss", recorded)
     # A byte less than another row would need; one row even where there is room for none.
     monkeypatch.setattr(engine.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
-    found, left = student.accumulate(target, 1.5, 0.5), standing(student)
+    (found,), left = student.accumulate([(target, 0.75)]), standing(student)
     full, rest = divmod(tokens, rows)
     assert taken == [(rows, tiny.VOCAB)] * full + [(rest, tiny.VOCAB)] * bool(rest)
     assert found.hidden == wanted.hidden
@@ -460,7 +504,7 @@ def test_the_logits_of_all_tokens_never_stand_at_once(setup, monkeypatch: pytest
     for nbytes in (engine.student.LOGIT_BYTES, 2 * 4 * tiny.VOCAB):
         monkeypatch.setattr(engine.student, "LOGIT_BYTES", nbytes)
         with Shapes() as shapes:
-            student.accumulate(target, 1.0, 1.0)
+            student.accumulate([(target, 1.0)])
         seen.append(shapes.seen)
     assert [most_rows(shapes) for shapes in seen] == [tokens, 2]
 
@@ -487,10 +531,10 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, excl
                 calls[which] += 1
 
             block.self_attn.register_forward_hook(count)
-        losses = student.accumulate(target, 1.5, 0.5)
+        (losses,) = student.accumulate([(target, 0.75)])
         slopes = standing(student)
         forwards = calls[plan.config.gradient_checkpointing]
-        hidden = student._decode(target).hidden_states
+        hidden = student._decode([target]).hidden_states
         found.append((losses, slopes, [*hidden], forwards))
     (losses, slopes, hidden, forwards), again = found
     assert again[0] == losses and losses.hidden > 0 and losses.kl > 0

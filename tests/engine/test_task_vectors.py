@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint import AdapterExpert, Checkpoint, Expert, FullExpert, TaskVector
+from engine.checkpoint import AdapterExpert, Checkpoint, Expert, FullExpert, Operand, TaskVector, as_operand
 from engine.coefficients import TensorCoefficients, chunk_edges
 from engine.errors import CheckpointError
 from engine.headers import read_file_header
@@ -231,8 +231,13 @@ def test_a_small_task_vector_is_not_lost_beside_a_large_base() -> None:
 class FullVector:
     """The task vector of a full expert that lies in memory."""
 
+    minus_base = True
+
     def __init__(self, expert_N: Tensor) -> None:
         self.expert_N = expert_N
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        return as_operand(room_N.copy_(self.expert_N[start:stop]))
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         out_N.copy_(self.expert_N[start:stop] - base_N)

@@ -1,0 +1,96 @@
+"""The compiled sums against float64, for every way in which operands are stored."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from engine.checkpoint import as_operand
+from engine.kernels import SPAN, add_differences, inner_products
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def noise(count: int, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(count: int, dtypes: tuple[torch.dtype, ...]) -> list[Tensor]:
+    return [noise(count, seed).to(dtype) for seed, dtype in enumerate(dtypes, 1)]
+
+
+def exact(tensors: list[Tensor], base: Tensor) -> npt.NDArray[np.float64]:
+    return torch.stack([tensor.double() - base.double() for tensor in tensors]).numpy()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, (torch.bfloat16,) * 4, DTYPES * 2])
+@pytest.mark.parametrize("count", [1, 7, 64, SPAN - 1, SPAN, SPAN + 1, 3 * SPAN + 5])
+def test_products_are_the_dense_ones(count: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    base, slope, experts = noise(count, 10), noise(count, 11), stored(count, dtypes)
+    sums = np.full(4, 0.5)
+    inner_products(sums, slope.numpy(), base.numpy(), *map(as_operand, experts), 0, count)
+    wanted = 0.5 + exact(experts, base) @ slope.double().numpy()
+    np.testing.assert_allclose(sums, wanted, rtol=0, atol=2e-6 * np.sqrt(count))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, (torch.bfloat16,) * 4, DTYPES * 2])
+@pytest.mark.parametrize("count", [1, 7, 64, 1001])
+def test_sums_are_the_dense_ones(count: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    base, start, experts = noise(count, 10), noise(count, 11), stored(count, dtypes)
+    alpha, found = np.array([0.3, 0.1, 0.7, 0.0], np.float32), start.clone()
+    add_differences(found.numpy(), base.numpy(), *map(as_operand, experts), alpha, 0, count)
+    wanted = start.double().numpy() + alpha.astype(np.float64) @ exact(experts, base)
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 3), (3, 40), (40, 100)])
+def test_nothing_outside_the_range_counts(first: int, last: int) -> None:
+    base, slope, experts = noise(100, 10), noise(100, 11), stored(100, (torch.float32,) * 4)
+    outside = np.ones(100, bool)
+    outside[first:last] = False
+    for tensor in (base, slope, *experts):
+        tensor[torch.from_numpy(outside)] = torch.nan
+    operands = [base.numpy(), *map(as_operand, experts)]
+    sums = np.zeros(4)
+    inner_products(sums, slope.numpy(), *operands, first, last)
+    differences = exact(experts, base)[:, first:last]
+    np.testing.assert_allclose(sums, differences @ slope.double().numpy()[first:last], rtol=0, atol=1e-5)
+    found = np.full(100, 2, np.float32)
+    add_differences(found, *operands, np.ones(4, np.float32), first, last)
+    assert (found[outside] == 2).all()
+    np.testing.assert_allclose(found[first:last], 2 + differences.sum(axis=0), rtol=0, atol=1e-5)
+
+
+def test_every_bfloat16_number_is_the_float32_that_torch_says() -> None:
+    numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    numbers = numbers[numbers.isfinite()]
+    zeros, found = np.zeros(len(numbers), np.float32), np.zeros(len(numbers), np.float32)
+    one = np.array([1, 0, 0, 0], np.float32)
+    add_differences(found, zeros, *[as_operand(numbers)] * 4, one, 0, len(numbers))
+    np.testing.assert_array_equal(found, numbers.float().numpy())
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_four_are_added_in_their_order(order: tuple[int, ...]) -> None:
+    """1 + 2⁻²⁴ is lost in float32, 2 · 2⁻²⁴ is not: the order of three terms shows in the sum."""
+    small, terms = 2.0**-24, np.array([1.0, 2.0**-24, 2.0**-24], np.float32)[list(order)]
+    operands = [np.full(40, term, np.float32) for term in (*terms, 0)]
+    found = np.zeros(40, np.float32)
+    add_differences(found, np.zeros(40, np.float32), *operands, np.ones(4, np.float32), 0, 40)
+    wanted = np.float32(0)
+    for term in terms:
+        wanted += term
+    assert wanted in (1, 1 + 2 * small)
+    assert (found == wanted).all()
+
+
+def test_a_small_difference_is_not_lost_beside_a_large_base() -> None:
+    base = np.full(1000, 1024, np.float32)
+    expert, sums = base + np.float32(2**-13), np.zeros(4)
+    inner_products(sums, np.ones(1000, np.float32), base, *[expert] * 4, 0, 1000)
+    assert (sums == 1000 * 2.0**-13).all()
