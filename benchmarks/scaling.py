@@ -1,6 +1,6 @@
 """The scaling model (docs/scaling.md) against measured runs, and what it says of models that no machine here holds.
 
-`check` takes three merges to find the machine's rates (computing, streaming, moving), then predicts other merges, over
+`check` takes four merges to find the machine's rates (computing, memory, streaming, moving), then predicts others, over
 K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes of a step, and
 the least seconds of a step, each beside the prediction. `paper` writes the headers of a 7B and of a 70B Llama (sparse
 files, which take no room) and has `cli.py plan` speak of them.
@@ -41,19 +41,23 @@ class Run:
     tokens: int = 64
     shards: int = 0
     gradients: str = "accumulate"
+    batch_tokens: int = 256
 
     @property
     def name(self) -> str:
-        return f"{self.size}, K={self.k}, {self.tokens} tokens, shards={self.shards}, {self.gradients}"
+        batch = f"{self.tokens} tokens, {self.batch_tokens} a pass"
+        return f"{self.size}, K={self.k}, {batch}, shards={self.shards}, {self.gradients}"
 
 
 FEW, MANY, SHARDED = Run("standard", 2), Run("standard", 32), Run("standard", 2, shards=1)
+ALONE = Run("standard", 2, batch_tokens=1)
 CHECKED = (
     Run("standard", 8),
     Run("standard", 16),
     Run("standard", 4, tokens=128),
     Run("standard", 8, shards=1),
     Run("standard", 16, shards=2),
+    Run("standard", 4, tokens=16),
     Run("standard", 4, shards=1, gradients="stream"),
     Run("small", 64),
 )
@@ -92,17 +96,28 @@ class Bench:
         return predict(plan, work, self.machines, where)
 
     def rates(self) -> dict[str, float]:
-        """What makes the model agree with three runs: two that differ in K alone, one that moves bytes."""
-        tries = [[self.measure(run).step for run in (FEW, MANY, SHARDED)] for _ in range(2)]
-        few, many, sharded = (min(pair) for pair in zip(*tries, strict=True))
-        console.print("steps of the three runs, two tries:", tries)
-        # With rates of one unit the model's parts are amounts of work.
-        unit = {"compute_tflops": 1e-12, "stream_gbs": 1 / GB, "exchange_gbs": 1 / GB}
-        little, much = (self.predict(run, unit).step for run in (FEW, MANY))
-        stream = (much.stream - little.stream) / (many - few)
-        compute = little.compute / (few - little.stream / stream)
-        exchange = self.predict(SHARDED, unit).step.exchange / (sharded - few)
-        return {"compute_tflops": compute / 1e12, "stream_gbs": stream / GB, "exchange_gbs": exchange / GB}
+        """What makes the model agree with four runs, each of which differs from the first in one thing."""
+        tries = [[self.measure(run).step for run in (FEW, MANY, SHARDED, ALONE)] for _ in range(2)]
+        few, many, sharded, alone = (min(pair) for pair in zip(*tries, strict=True))
+        console.print("steps of the four runs, two tries:", tries)
+
+        # A rate of one unit, and all others without end: what is left of a step is that part's amount of work.
+        def amount(run: Run, rate: str, one: float) -> float:
+            endless = dict.fromkeys(("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs"), 1e30)
+            return self.predict(run, endless | {rate: one}).step.total
+
+        streamed = [amount(run, "stream_gbs", 1 / GB) for run in (FEW, MANY)]
+        passed = [amount(run, "memory_gbs", 1 / GB) for run in (FEW, ALONE)]
+        stream = (streamed[1] - streamed[0]) / (many - few)
+        memory = (passed[1] - passed[0]) / (alone - few)
+        exchange = amount(SHARDED, "exchange_gbs", 1 / GB) / (sharded - few)
+        compute = amount(FEW, "compute_tflops", 1e-12) / (few - streamed[0] / stream - passed[0] / memory)
+        return {
+            "compute_tflops": compute / 1e12,
+            "memory_gbs": memory / GB,
+            "stream_gbs": stream / GB,
+            "exchange_gbs": exchange / GB,
+        }
 
     def _config(self, run: Run, folder: Path) -> Path:
         made = Models(self.workdir, run.size)
@@ -110,7 +125,8 @@ class Bench:
         return made.write_merge(folder / "merge.yaml", run.k, samples, run.tokens, {"gradient_accumulation": WINDOW})
 
     def _settings(self, run: Run) -> list[str]:
-        return [f"cluster.shards={run.shards}", f"gradients={run.gradients}"]
+        given = {"cluster.shards": run.shards, "gradients": run.gradients, "batch_tokens": run.batch_tokens}
+        return [f"{key}={value}" for key, value in given.items()]
 
 
 @click.group(help=__doc__)
@@ -126,7 +142,7 @@ def check(workdir: Path, path: Path | None) -> None:
     bench = Bench(workdir)
     path = path or workdir / "results" / "scaling.json"
     rates = bench.rates()
-    console.print("rates from three runs:", {name: round(value, 4) for name, value in rates.items()})
+    console.print("rates from four runs:", {name: round(value, 4) for name, value in rates.items()})
     report = Report({"window": WINDOW, "steps": STEPS, "rates": rates})
     rows = {}
     for run in CHECKED:

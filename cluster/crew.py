@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Crew:
         run = uuid.uuid4().hex
         self._shard_names = [f"shard-{index}-{run}" for index in range(len(placement.shards))]
         await_nodes([placement.trainer, *placement.experts[:1], *placement.shards[:1]], self._wait, say)
+        self.trainer_beside = placement.beside
         self._trainer_bundle, self._shard_bundles = placement.trainer, placement.shards
         if placement.together and not placement.within_trainer:
             self._trainer_bundle = home_of(placement.trainer)
@@ -65,6 +66,19 @@ class Crew:
             _kill(shards)
 
     @contextmanager
+    def experts(self, wanted: int) -> Iterator[list[Any]]:
+        """Actors for so many experts, while the context lasts: as many as fit at a time."""
+        bundles = self._placement.experts[:wanted]
+        if not bundles:
+            yield []
+            return
+        with reserved(bundles, self._wait, self._say) as group:
+            actors = [self._spawn(Expert, group, i, bundle, _with_index(i)) for i, bundle in enumerate(bundles)]
+            yield actors
+            # What a method returned belongs to the driver: it outlives the actor.
+            _kill(actors)
+
+    @contextmanager
     def trainer(self) -> Iterator[Any]:
         """The trainer, while the context lasts; the shards must be there."""
         bundle = self._trainer_bundle
@@ -76,34 +90,29 @@ class Crew:
             _kill([trainer])
 
     def targets(
-        self, wanted: Mapping[int, Sequence[tuple[Sample, Path]]], done: Callable[[int], None]
+        self, experts: Sequence[Any], wanted: Sequence[Sequence[tuple[Sample, Path]]], done: Callable[[int], None]
     ) -> tuple[dict[tuple[int, int], Any], list[Report]]:
-        """References to the targets of the wanted samples by (expert, index), and what the experts said of themselves.
+        """References to the targets of the wanted samples by (expert, index), and what the actors said of themselves.
 
-        An actor a bundle; one that is done with an expert takes the next, without a new process. `done` is told the
-        bytes of each target as it is there.
+        One that is done with an expert takes the next, without a new process. `done` is told the bytes of each target
+        as it is there.
         """
         references: dict[tuple[int, int], Any] = {}
-        bundles = self._placement.experts[: len(wanted)]
-        with reserved(bundles, self._wait, self._say) as group:
-            actors = [self._spawn(Expert, group, i, bundle, _with_index(i)) for i, bundle in enumerate(bundles)]
-            waiting, free = deque(wanted.values()), deque(actors)
-            pending: dict[Any, Any] = {}
-            while waiting or pending:
-                while waiting and free:
-                    actor = free.popleft()
-                    for sample, path in waiting.popleft():
-                        size, target = actor.target.options(num_returns=2).remote(sample, path)
-                        references[sample.expert, sample.index] = target
-                        pending[size] = actor
-                size, nbytes = first_answer(list(pending), self._say, "computing targets")
-                actor = pending.pop(size)
-                done(nbytes)
-                if actor not in pending.values():
-                    free.append(actor)
-            reports = [answer(actor.report.remote(), self._say, "computing targets") for actor in actors]
-            # What a method returned belongs to the driver: it outlives the actor.
-            _kill(actors)
+        waiting, free = deque(wanted), deque(experts)
+        pending: dict[Any, Any] = {}
+        while waiting or pending:
+            while waiting and free:
+                actor = free.popleft()
+                for sample, path in waiting.popleft():
+                    size, target = actor.target.options(num_returns=2).remote(sample, path)
+                    references[sample.expert, sample.index] = target
+                    pending[size] = actor
+            size, nbytes = first_answer(list(pending), self._say, "computing targets")
+            actor = pending.pop(size)
+            done(nbytes)
+            if actor not in pending.values():
+                free.append(actor)
+        reports = [answer(actor.report.remote(), self._say, "computing targets") for actor in experts]
         return references, reports
 
     def _spawn(

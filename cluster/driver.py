@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from actors.process import Process, Report
 from actors.trainer import WindowSample
 from cluster.crew import Crew, stored_target
 from cluster.placement import arrange
-from cluster.progress import Progress
+from cluster.progress import Progress, step_note
 from cluster.session import answer, connect, nodes
 from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
 from engine.checkpoint import open_base
@@ -72,17 +73,21 @@ class Merge:
     def run(self, plan_identity: str) -> None:
         """The whole algorithm."""
         self._say_cuts()
-        with self.crew.shards() as shards:
-            magnitudes = self._inspect(shards)
-            targets = self._targets()
-            with self.crew.trainer() as trainer:
-                stages = [self._learn(trainer, first_stage(self.plan), targets)]
-                importance = None
-                if self.plan.config.stages == 2:
-                    options = self.plan.config.parameters
-                    layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
-                    stages.append(self._learn(trainer, second_stage(self.plan, layout, stages[0]), targets))
-                self._report(trainer)
+        stored, wanted = self._stored_and_wanted()
+        with self.crew.shards() as shards, ExitStack() as learning:
+            trainer = learning.enter_context(self.crew.trainer()) if self.crew.trainer_beside else None
+            with self.crew.experts(len(wanted)) as experts:
+                magnitudes = self._inspect(shards)
+                targets = self._targets(experts, stored, wanted)
+            trainer = trainer or learning.enter_context(self.crew.trainer())
+            stages = [self._learn(trainer, first_stage(self.plan), targets)]
+            importance = None
+            if self.plan.config.stages == 2:
+                options = self.plan.config.parameters
+                layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
+                stages.append(self._learn(trainer, second_stage(self.plan, layout, stages[0]), targets))
+            self._report(trainer)
+            learning.close()
             folder = self._write(shards, stages[-1])
             digests = self._digests(shards)
             for shard in shards:
@@ -100,13 +105,18 @@ class Merge:
             found |= part
         return np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
 
-    def _targets(self) -> Targets:
-        """References to every sample's target; each is computed once in the life of a run."""
+    def _stored_and_wanted(self) -> tuple[dict[Sample, Path], list[list[tuple[Sample, Path]]]]:
+        """Targets that an earlier start of this run left, and those still to compute, of each expert that has any."""
         paths = {sample: self.folder.target(sample) for mine in self.samples for sample in mine}
-        stored = [sample for sample, path in paths.items() if path.exists()]
-        self.progress.phase("targets", len(paths), len(stored))
+        stored = {sample: path for sample, path in paths.items() if path.exists()}
+        missing = [[(s, paths[s]) for s in mine if s not in stored] for mine in self.samples]
+        return stored, [mine for mine in missing if mine]
+
+    def _targets(self, experts: Sequence[Any], stored: Mapping[Sample, Path], wanted: Sequence[Any]) -> Targets:
+        """References to every sample's target; each is computed once in the life of a run."""
+        self.progress.phase("targets", sum(map(len, self.samples)), len(stored))
         self.forwards_before = count = len(stored)
-        self.target_bytes = sum(paths[sample].stat().st_size for sample in stored)
+        self.target_bytes = sum(path.stat().st_size for path in stored.values())
 
         def done(nbytes: int) -> None:
             nonlocal count
@@ -114,14 +124,9 @@ class Merge:
             self.target_bytes += nbytes
             self.progress.advance(count)
 
-        references = {(sample.expert, sample.index): stored_target(paths[sample]) for sample in stored}
-        missing = [[(s, paths[s]) for s in mine if s not in stored] for mine in self.samples]
-        wanted = {expert: mine for expert, mine in enumerate(missing) if mine}
-        if wanted:
-            computed, reports = self.crew.targets(wanted, done)
-            references |= computed
-            self.reports += reports
-        return references
+        computed, reports = self.crew.targets(experts, wanted, done)
+        self.reports += reports
+        return computed | {(sample.expert, sample.index): stored_target(path) for sample, path in stored.items()}
 
     def _learn(self, trainer: Any, stage: Stage, targets: Targets) -> Coefficients:
         """One stage: an optimiser step a window, its state kept after each."""
@@ -137,7 +142,7 @@ class Merge:
             step = answer(asked, self.progress.say, "taking a step")
             state = StageState(number + 1, step.state)
             self.folder.save_stage(stage.number, state, step.rows)
-            self.progress.advance(number + 1, _summary(step.rows))
+            self.progress.advance(number + 1, step_note(step.rows))
         learner = Learner(parameters, stage)
         assert state.learner is not None
         learner.restore(state.learner)
@@ -192,8 +197,3 @@ class Merge:
     def _say_cuts(self) -> None:
         for s in (s for mine in self.samples for s in mine if s.cut):
             self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
-
-
-def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
-    kl, hidden = (sum(row[key] for row in rows) / len(rows) for key in ("kl", "hidden"))
-    return f"kl {kl:.4f}  hidden {hidden:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"

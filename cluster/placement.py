@@ -27,7 +27,7 @@ class Placement:
     """One bundle for the trainer, one for each expert that runs at the same time, one for each shard.
 
     With `within_trainer` the trainer asks task vectors of its own, and the shards only read and write files; with
-    `together` the shards are on the trainer's node.
+    `together` the shards are on the trainer's node; with `beside` the trainer may start while experts are at work.
     """
 
     trainer: Bundle
@@ -35,6 +35,7 @@ class Placement:
     shards: tuple[Bundle, ...]
     within_trainer: bool = False
     together: bool = False
+    beside: bool = False
 
 
 def arrange(nodes: Sequence[Node], plan: Plan, work: Work) -> Placement:
@@ -67,12 +68,13 @@ def machines(nodes: Sequence[Node], config: Config) -> Machines:
 def place(nodes: Sequence[Node], config: Config, where: Where | None = None, shards: int | None = None) -> Placement:
     """As many experts at a time as there are GPUs for (without GPUs: one a node, as each uses all of its cores).
 
-    Experts are done before the trainer starts, so they share GPUs. CPU figures only say where actors may be: halves of
-    a node's at most, so that trainer, expert and shards fit even a node of one CPU.
+    Experts are done before the trainer starts, so they share GPUs; without any all start at once, as a process takes
+    seconds to start. CPU figures only say where actors may be: thirds of a node's at most, so that trainer, expert and
+    shards fit even a node of one CPU.
     """
     gpus = sum(node.gpus for node in nodes)
     useful = [node for node in nodes if node.cpus > 0]
-    half = max((node.cpus for node in useful), default=1.0) / 2
+    third = max((node.cpus for node in useful), default=1.0) / 3
     expert = _gpus(config.cluster.expert.num_gpus, gpus)
     trainer = _gpus(config.cluster.trainer.num_gpus, gpus)
     slots = sum(int(node.gpus // expert) for node in nodes) if expert else len(useful)
@@ -81,17 +83,18 @@ def place(nodes: Sequence[Node], config: Config, where: Where | None = None, sha
     count = shards or max(1, len(useful) if wanted == "auto" else wanted)
     hosts = 1 if where == "node" else max(1, len(useful))
     return Placement(
-        trainer=_bundle(_share(half, 1), trainer),
-        experts=(_bundle(_share(half, -(-at_once // max(1, len(useful)))), expert),) * at_once,
-        shards=(_bundle(_share(half, -(-count // hosts)), 0),) * count,
+        trainer=_bundle(_share(third, 1), trainer),
+        experts=(_bundle(_share(third, -(-at_once // max(1, len(useful)))), expert),) * at_once,
+        shards=(_bundle(_share(third, -(-count // hosts)), 0),) * count,
         within_trainer=wanted == 0 or where == "trainer",
         together=where == "node",
+        beside=not (expert or trainer),
     )
 
 
-def _share(half: float, actors: int) -> float:
-    """What each of so many actors of a node asks of its half: a CPU at most, in whole hundredths, rounded down."""
-    return max(0.01, int(100 * min(1.0, half / actors)) / 100)
+def _share(third: float, actors: int) -> float:
+    """What each of so many actors of a node asks of its third: a CPU at most, in whole hundredths, rounded down."""
+    return max(0.01, int(100 * min(1.0, third / actors)) / 100)
 
 
 def fits(nodes: Sequence[Node], bundles: Sequence[Bundle]) -> bool:

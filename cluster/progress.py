@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -58,3 +60,9 @@ class Progress:
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:6.1f} s"
+
+
+def step_note(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What an optimiser step saw, from its rows of merge/metrics.parquet."""
+    kl, hidden = (sum(row[key] for row in rows) / len(rows) for key in ("kl", "hidden"))
+    return f"kl {kl:.4f}  hidden {hidden:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"

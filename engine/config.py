@@ -111,6 +111,8 @@ class Rates(_Section):
     """
 
     compute_tflops: Annotated[Float, Field(gt=0)] | None = None
+    # What the device that computes reads and writes of its own memory.
+    memory_gbs: Annotated[Float, Field(gt=0)] | None = None
     # Bytes of checkpoints that one core streams through.
     stream_gbs: Annotated[Float, Field(gt=0)] | None = None
     # Between processes of a node, and between nodes.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.calibration import passes, training_order, windows
 from engine.config import Config
 from engine.headers import BYTES, FLOATS, ModelHeader
 from engine.lora import AdapterHeader
@@ -28,12 +29,13 @@ TRAINER_BYTES, SHARD_BYTES = 330 * MB, 265 * MB
 # Copies of the logits that stand at one time: the model's, both logarithms, what becomes the gradient.
 LOGIT_COPIES = 4
 # The interpreter's part of one block of one expert; its lock lets one thread at a time have it.
-CALL_SECONDS = 7.5e-6
+CALL_SECONDS = 1.2e-6
 # A process until it answers (imports), on a machine whose cores it has.
 START_SECONDS = 6.0
 # FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
 # a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach.
 CPU_FLOPS, GPU_FLOPS = 84e9, 200e12
+CPU_MEMORY, GPU_MEMORY = 12.5 * GB, 2000 * GB
 STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
 
@@ -57,19 +59,33 @@ class Machines:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to learn from: mean tokens of a sample, samples in all, optimiser steps of a stage."""
+    """What there is to learn from: mean tokens of a sample, samples in all, optimiser steps of a stage; passes through
+    the model of a step, on average, and the most tokens that one of them has, filled up.
+    """
 
     tokens: float
     samples: int
     steps: int
+    passes: float
+    pass_tokens: int
 
     @classmethod
     def of(cls, config: Config, tokens: Sequence[Sequence[int]]) -> Work:
         """From the tokens of each expert's samples."""
         counts = [count for mine in tokens for count in mine]
-        order = max(len(mine) for mine in tokens) * len(tokens) * config.parameters.epochs
-        steps = math.ceil(order / config.parameters.gradient_accumulation)
-        return cls(sum(counts) / len(counts), len(counts), steps)
+        order = training_order([len(mine) for mine in tokens], epochs=1)
+        window = config.parameters.gradient_accumulation
+        together = [
+            [max(some[place] for place in places) * len(places) for places in passes(some, config.batch_tokens)]
+            for some in ([tokens[k][i] for k, i in part] for part in windows(order, window))
+        ]
+        return cls(
+            tokens=sum(counts) / len(counts),
+            samples=len(counts),
+            steps=math.ceil(len(order) * config.parameters.epochs / window),
+            passes=sum(map(len, together)) / len(together),
+            pass_tokens=max(max(step) for step in together),
+        )
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ def predict(plan: Plan, work: Work, machines: Machines, where: Where) -> Predict
     """Memory, traffic and time with the task vectors at `where`."""
     shards = _shards(plan, machines, where)
     step = _step(plan, work, machines, where, shards)
-    gradients = _window(plan) + 1 if plan.config.gradients == "stream" else 2
+    gradients = 1 + (work.passes if plan.config.gradients == "stream" else 1)
     return Prediction(
         where,
         shards,
@@ -173,9 +189,9 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
     weights = elements * item - mapped
     bucket = bucket_bytes(shards, item)
     gradient = min(plan.merged_bytes, WINDOW_BYTES) if plan.config.gradients == "stream" else plan.merged_bytes
-    activations = work.tokens * _activations(plan) * (4 if item == 4 else 2)
+    activations = work.pass_tokens * _activations(plan) * (4 if item == 4 else 2)
     logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
-    scratch = 4 * BLOCK * (2 + GROUP) * machines.cpus
+    scratch = 4 * BLOCK * (3 + GROUP) * machines.cpus
     return Memory(
         model=weights + gradient,
         trainer=TRAINER_BYTES + weights + gradient + activations + logits + (scratch if where == "trainer" else bucket),
@@ -190,29 +206,30 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
 
 
 def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Step:
-    rates, window = plan.config.cluster.rates, _window(plan)
-    flops = rates.compute_tflops * 1e12 if rates.compute_tflops else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
-    forward, backward = _flops(plan, work.tokens)
-    sample = (forward + backward) / flops
-    passes = (window if plan.config.gradients == "stream" else 1) + 1
+    rates, samples = plan.config.cluster.rates, _window(plan)
+    flops, (forward, backward) = _flop_rate(plan, machines), _flops(plan, work.tokens)
+    # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others.
+    weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
+    memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
+    compute = samples * (forward + backward) / flops + work.passes * (2 * weights + 4 * plan.merged_bytes) / memory
+    streams = 1 + (work.passes if plan.config.gradients == "stream" else 1)
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
     # A node's cores stream side by side, as far as their interpreters let them; nodes side by side in any case.
     rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
     if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
         rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
-    stream = passes * _streamed(plan) / rate
+    stream = streams * _streamed(plan) / rate
     link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
-    exchange = 0 if where == "trainer" else passes * plan.merged_bytes / (link * GB)
-    compute = window * sample
-    # Streams and transfers work side by side. On a GPU's trainer they also overlap the forward pass of the first sample
-    # and the backward pass of the last (or each); on a CPU's trainer they want the cores that it computes with.
+    exchange = 0 if where == "trainer" else streams * plan.merged_bytes / (link * GB)
+    # Streams and transfers work side by side. On a GPU's trainer they also overlap the forward pass that comes first
+    # and the backward pass that comes last (or each); on a CPU's trainer they want the cores that it computes with.
     if not machines.gpus:
         total = compute + stream + exchange
     else:
-        each = max(stream, exchange) / passes
-        hidden = min(each, forward / flops) + (passes - 1) * min(each, backward / flops)
-        total = compute + passes * each - hidden
+        each, share = max(stream, exchange) / streams, samples / work.passes / flops
+        hidden = min(each, share * forward) + (streams - 1) * min(each, share * backward)
+        total = compute + streams * each - hidden
     return Step(compute, stream, exchange, total)
 
 
@@ -220,13 +237,19 @@ def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
     """A whole run: start, one reading of everything, targets, the stages, and the output."""
     rates = plan.config.cluster.rates
     disk = (rates.disk_gbs or DISK / GB) * GB
-    flops = rates.compute_tflops * 1e12 if rates.compute_tflops else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
     slots = max(1, min(len(plan.experts), machines.gpus * machines.nodes or machines.nodes))
     whole = sum(tensor.nbytes for tensor in plan.base_header.tensors.values())
     reading = _read_bytes(plan) / (disk * machines.nodes)
-    targets = (len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / flops) / slots
+    targets = (
+        len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
+    ) / slots
     stages = plan.config.stages * work.steps * step.total
     return 4 * START_SECONDS + reading + targets + stages + whole / disk
+
+
+def _flop_rate(plan: Plan, machines: Machines) -> float:
+    given = plan.config.cluster.rates.compute_tflops
+    return given * 1e12 if given else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
 
 
 def _flops(plan: Plan, tokens: float) -> tuple[float, float]:

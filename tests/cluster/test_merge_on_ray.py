@@ -108,8 +108,9 @@ def test_task_vectors_within_the_trainer_give_the_same_bits_and_move_nothing(
     assert [actor["role"] for actor in figures["actors"]][-2:] == ["trainer", "shard 0"], "one that writes the files"
 
 
-def test_a_streamed_gradient_moves_once_a_sample(config: Path, merged: Path, tmp_path: Path) -> None:
+def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_path: Path) -> None:
     options = ["gradients=stream", "gradient_checkpointing=true", "merge_method=expert_merging", "cluster.shards=3"]
+    options.append("batch_tokens=1")  # a pass a sample
     other = run_merge(plan_of(config, *options), tmp_path / "merged")
     figures = json.loads((other / "merge" / "memory.json").read_text())
     rows = pyarrow.parquet.read_table(other / "merge" / "metrics.parquet").to_pylist()

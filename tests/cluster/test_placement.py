@@ -25,8 +25,10 @@ def total(bundles: Sequence[Bundle], kind: str) -> float:
 
 
 def fits(placement: Placement, node: Node) -> bool:
-    """Shards last the whole merge; beside them there are first the experts, then the trainer."""
+    """Shards last the whole merge; beside them there are first the experts, then the trainer, or both at once."""
     phases = [(*placement.shards, *placement.experts), (*placement.shards, placement.trainer)]
+    if placement.beside:
+        phases = [(*placement.shards, *placement.experts, placement.trainer)]
     return all(total(phase, "CPU") <= node.cpus and total(phase, "GPU") <= node.gpus for phase in phases)
 
 
@@ -102,6 +104,13 @@ def test_gpus_given_by_the_config_are_asked_for(expert: float, trainer: float, a
     assert placement.trainer.get("GPU", 0) == trainer
 
 
+def test_all_start_at_once_where_nobody_waits_for_a_gpu() -> None:
+    assert place([Node(8, 0)], config()).beside
+    assert not place([Node(8, 1)], config()).beside
+    for kind in ("expert", "trainer"):
+        assert not place([Node(8, 1)], config(**{kind: {"num_gpus": 0}})).beside, "the other one takes a GPU"
+
+
 def test_gpus_that_no_node_has_are_asked_for_all_the_same() -> None:
     """So that the wait says what is missing, and a cluster that grows can serve."""
     placement = place([Node(8, 0)], config(expert={"num_gpus": 1}, trainer={"num_gpus": 4}))
@@ -127,7 +136,7 @@ def test_an_even_cluster_is_never_asked_for_more_than_it_has(nodes: list[Node], 
     assert fits(placement, Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)))
     largest = max(node.cpus for node in nodes)
     everyone = (placement.trainer, *placement.experts, *placement.shards)
-    assert all(0 < bundle["CPU"] <= largest / 2 for bundle in everyone)
+    assert all(0 < bundle["CPU"] <= largest / 3 for bundle in everyone)
 
 
 def test_the_placement_does_not_depend_on_the_order_of_the_nodes() -> None:

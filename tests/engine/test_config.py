@@ -189,7 +189,8 @@ def test_a_rate_is_a_positive_number_and_the_others_stay_unknown(
 
 
 def test_the_rates_are_these() -> None:
-    assert list(Rates.model_fields) == ["compute_tflops", "stream_gbs", "exchange_gbs", "network_gbs", "disk_gbs"]
+    wanted = ["compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs", "network_gbs", "disk_gbs"]
+    assert list(Rates.model_fields) == wanted
 
 
 @pytest.mark.parametrize(

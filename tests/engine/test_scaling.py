@@ -14,7 +14,7 @@ from engine.errors import ClusterError
 from engine.plan import Plan
 from engine.scaling import GB, Machines, Work, choose, predict, shortages
 
-WORK = Work(tokens=64, samples=16, steps=2)
+WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 ONE = Machines(nodes=1, cpus=2, gpus=0, memory=24 * GB)
 
 
@@ -50,12 +50,11 @@ def test_only_streaming_and_the_page_cache_know_k(plans: list[Plan], where) -> N
     assert two.step.compute == four.step.compute
 
 
-def test_a_streamed_gradient_moves_once_a_sample_and_is_not_held(make_merge: Callable[..., Path]) -> None:
+def test_a_streamed_gradient_moves_once_a_pass_and_is_not_held(make_merge: Callable[..., Path]) -> None:
     config = make_merge()
     kept, streamed = (larger(plan_of(config, f"gradients={how}"), 10_000) for how in ("accumulate", "stream"))
     one, other = (predict(plan, WORK, ONE, "node") for plan in (kept, streamed))
-    window = kept.config.parameters.gradient_accumulation
-    assert other.moved == one.moved / 2 * (window + 1)
+    assert other.moved == one.moved / 2 * (WORK.passes + 1)
     assert other.memory.trainer < one.memory.trainer
 
 
@@ -103,7 +102,25 @@ def test_rates_are_the_users(make_merge: Callable[..., Path]) -> None:
         assert getattr(slow, part) == pytest.approx(2 * getattr(quick, part))
 
 
-RATES = ("compute_tflops", "stream_gbs", "exchange_gbs")
+RATES = ("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs")
+
+
+def test_work_is_counted_as_the_trainer_goes_through_it(make_merge: Callable[..., Path]) -> None:
+    config = plan_of(
+        make_merge(), "batch_tokens=100", "parameters.gradient_accumulation=4", "parameters.epochs=3"
+    ).config
+    # Windows of one epoch: 50 30 40 30 and 30 30; passes 50+40, 30+30 and 30+30.
+    assert Work.of(config, [[50, 40, 30], [30]]) == Work(tokens=37.5, samples=4, steps=5, passes=1.5, pass_tokens=100)
+
+
+def test_samples_that_share_a_pass_share_its_cost_and_not_their_activations(plans: list[Plan]) -> None:
+    apart, together = (
+        predict(plans[0], replace(WORK, passes=passes, pass_tokens=tokens), ONE, "trainer")
+        for passes, tokens in ((8, 64), (2, 256))
+    )
+    assert together.step.compute < apart.step.compute
+    assert together.memory.trainer > apart.memory.trainer
+    assert together.memory.shard == apart.memory.shard
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(plans: list[Plan]) -> None:
@@ -121,11 +138,11 @@ def test_a_trainer_that_no_node_holds_is_refused_before_any_actor_starts(plans: 
     assert arrange([Node(2, 0, 24 * GB)], plans[0], WORK).within_trainer
 
 
-def test_shards_on_one_node_share_half_of_it(make_merge: Callable[..., Path]) -> None:
+def test_shards_on_one_node_share_a_third_of_it(make_merge: Callable[..., Path]) -> None:
     plan = plan_of(make_merge())
     placement = place([Node(8, 0), Node(8, 0)], plan.config, "node", 6)
     assert placement.together and len(placement.shards) == 6
-    assert sum(bundle["CPU"] for bundle in placement.shards) <= 4
+    assert sum(bundle["CPU"] for bundle in placement.shards) <= 8 / 3
 
 
 def test_a_cluster_is_its_smallest_node_as_often_as_there_are_nodes(plans: list[Plan]) -> None:
