@@ -1,8 +1,9 @@
 """The time of an optimiser step beside what it cannot do without, and beside the in-memory way.
 
 All in one process tree, side by side, round after round; what is told are medians of each round's ratios:
-- `plain`: forward and backward of the same window's samples through the same model, with the same losses by autograd
-  over all tokens at once, and no merging of any kind;
+- `plain`: forward and backward of the same window's samples, one after the other, through the same model, with the same
+  losses by autograd over all tokens at once, and no merging of any kind; `plain, shared`: the same with the samples in
+  as many passes as a step takes (`batch_tokens`), so that what sharing gives and what merging costs are told apart;
 - `read`: one streaming read of one expert's merged bytes, block by block through the memory map into a block that stays
   in the cache, by as many threads as the engine has (and, beside it, by read() of the file);
 - the in-memory way (in_memory.py) in a process of its own, at the same K and over the same samples.
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from actors.expert import Expert
 from actors.process import usable_cpus
 from actors.trainer import Trainer, WindowSample
 from engine.alignment import hidden_loss
-from engine.calibration import read_records, tokenize
+from engine.calibration import passes, read_records, tokenize
 from engine.checkpoint import FullExpert, open_expert
 from engine.codec import unpack_all
 from engine.config_file import load_config
@@ -83,20 +85,24 @@ class Bench:
             leaving.send(name, lambda gradient=gradient: gradient, gradient.nbytes)
         leaving.collect()
 
-    def plain(self) -> None:
-        """Forward and backward as anyone would write them."""
+    def plain(self, limit: int) -> None:
+        """Forward and backward as anyone would write them, over samples of one length, `limit` tokens a pass."""
         student = self.trainer._student
-        for sample in self.window:
-            target = ExpertTarget.from_tensors(unpack_all(sample.target))
-            output = student.model(input_ids=target.input_ids_T[None], output_hidden_states=True, use_cache=False)
-            logits = target.logits_TV
-            if logits is None:
-                with torch.no_grad():
-                    logits = student.model.get_output_embeddings()(target.last_hidden_TH)
-            ours, theirs = (functional.log_softmax(z.float(), -1) for z in (output.logits[0], logits))
-            kl = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-            hidden = hidden_loss({i: output.hidden_states[i][0] for i in target.hidden_TH}, target.hidden_TH)
-            ((kl + hidden) / len(self.window)).backward()
+        for places in passes([sample.tokens for sample in self.window], limit):
+            packed = [unpack_all(self.window[place].target) for place in places]
+            targets = [ExpertTarget.from_tensors(tensors) for tensors in packed]
+            ids_BT = torch.stack([target.input_ids_T for target in targets])
+            output = student.model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
+            loss = torch.zeros(())
+            for row, target in enumerate(targets):
+                logits_TV = target.logits_TV
+                if logits_TV is None:
+                    with torch.no_grad():
+                        logits_TV = student.model.get_output_embeddings()(target.last_hidden_TH)
+                ours, theirs = (functional.log_softmax(z.float(), -1) for z in (output.logits[row], logits_TV))
+                loss = loss + functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+                loss = loss + hidden_loss({i: output.hidden_states[i][row] for i in target.hidden_TH}, target.hidden_TH)
+            (loss / len(self.window)).backward()
         for parameter in student.model.parameters():
             parameter.grad = None
 
@@ -142,23 +148,28 @@ def _by_expert(sample: Any) -> int:
     return int(sample.expert)
 
 
-def beside_plain(report: Report, made: Models, counts: list[int], rounds: int, window: int, tokens: int) -> None:
+def beside_plain(
+    report: Report, made: Models, counts: list[int], rounds: int, window: int, tokens: int, overrides: Sequence[str]
+) -> None:
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         benches = {}
         for k in counts:
             config = _merge(made, Path(folder) / f"{k}.yaml", k, window, tokens)
-            benches[k] = Bench(config, window, Path(folder))
+            benches[k] = Bench(config, window, Path(folder), overrides)
             benches[k].step()
         low, high = counts[0], counts[-1]
         reader = Reader(benches[low].plan)
         reader.through_map()
         rows: dict[str, list[float]] = {}
         for _ in range(rounds):
-            plain = seconds(benches[low].plain)
+            limits = {"plain": 1, "plain, shared": benches[low].plan.config.batch_tokens}
+            plain = {name: seconds(partial(benches[low].plain, limit)) for name, limit in limits.items()}
             steps = {k: seconds(benches[k].step) for k in counts}
-            measured = {"plain s": plain}
+            measured = {f"{name} s": took for name, took in plain.items()}
             measured |= {f"step s, K={k}": step for k, step in steps.items()}
-            measured |= {f"step / plain, K={k}": step / plain for k, step in steps.items()}
+            measured |= {
+                f"step / {name}, K={k}": step / took for name, took in plain.items() for k, step in steps.items()
+            }
             if low != high:
                 # The streams' part of a step by itself as well: a step's other part is long, and its noise larger.
                 least = {k: min(seconds(benches[k].streams) for _ in range(3)) for k in (low, high)}
@@ -188,11 +199,13 @@ def beside_plain(report: Report, made: Models, counts: list[int], rounds: int, w
             )
 
 
-def beside_memory(report: Report, made: Models, k: int, limit: float, window: int, tokens: int, steps: int) -> None:
+def beside_memory(
+    report: Report, made: Models, k: int, limit: float, window: int, tokens: int, steps: int, overrides: Sequence[str]
+) -> None:
     """A step of the in-memory way, its first one not counted, against the medians of ours at the same K."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         config = _merge(made, Path(folder) / "merge.yaml", k, window * (steps + 1), tokens)
-        bench = Bench(config, window, Path(folder))
+        bench = Bench(config, window, Path(folder), overrides)
         bench.step()
         ours = [seconds(bench.step) for _ in range(steps)]
         theirs = in_memory(config, steps + 1, "resident", gives_back=False)["step_seconds"][1:]
@@ -203,11 +216,11 @@ def beside_memory(report: Report, made: Models, k: int, limit: float, window: in
     report.targets.append(Target(f"step / in-memory step, K={k}", ratio, limit))
 
 
-def whole_run(report: Report, made: Models, window: int, tokens: int, samples: int) -> None:
+def whole_run(report: Report, made: Models, window: int, tokens: int, samples: int, overrides: Sequence[str]) -> None:
     """Expert Merging++ by the command line, against the in-memory way twice, each from start to end."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         config = made.write_merge(Path(folder) / "merge.yaml", 8, samples, tokens, {"gradient_accumulation": window})
-        settings = ["merge_method=expert_merging_pp", "cluster.shards=0"]
+        settings = ["merge_method=expert_merging_pp", "cluster.shards=0", *overrides]
         merged: list[merges.Merged] = []
         ours = seconds(lambda: merged.append(merges.run(config, Path(folder) / "out", settings)))
         figures: list[dict[str, Any]] = []
@@ -241,6 +254,7 @@ def _merge(made: Models, path: Path, k: int, samples: int, tokens: int) -> Path:
 @click.option(
     "--samples", default=10, show_default=True, type=click.IntRange(1), help="Of an expert, in the whole run."
 )
+@click.option("--set", "overrides", multiple=True, help="A key of our merges' config, as of `cli.py merge`.")
 @click.option("--without-memory", is_flag=True, help="Leave the in-memory way out.")
 @click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
 def main(
@@ -253,24 +267,26 @@ def main(
     window: int,
     tokens: int,
     samples: int,
+    overrides: tuple[str, ...],
     without_memory: bool,
     path: Path | None,
 ) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     made = Models(workdir.absolute(), size, dtype, own_heads)
     counts = sorted(set(experts))
-    report = Report(made.describe() | {"experts": counts, "rounds": rounds, "window": window, "tokens": tokens})
+    settings = {"experts": counts, "rounds": rounds, "window": window, "tokens": tokens, "set": list(overrides)}
+    report = Report(made.describe() | settings)
     console.print(report.settings)
     path = path or made.workdir / "results" / "step_time.json"
-    beside_plain(report, made, counts, rounds, window, tokens)
+    beside_plain(report, made, counts, rounds, window, tokens, overrides)
     report.save(path)
     if not without_memory:
         for k, limit in ((8, MEMORY_K8), (32, MEMORY_K32)):
             if k in counts:
-                beside_memory(report, made, k, limit, window, tokens, 3)
+                beside_memory(report, made, k, limit, window, tokens, 3, overrides)
                 report.save(path)
         if 8 in counts:
-            whole_run(report, made, window, tokens, samples)
+            whole_run(report, made, window, tokens, samples, overrides)
     report.finish(path)
 
 

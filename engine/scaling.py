@@ -244,7 +244,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
         len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
     ) / slots
     stages = plan.config.stages * work.steps * step.total
-    return 4 * START_SECONDS + reading + targets + stages + whole / disk
+    return 3 * START_SECONDS + reading + targets + stages + whole / disk
 
 
 def _flop_rate(plan: Plan, machines: Machines) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# Elements of a block at most, and experts whose differences stand side by side to be multiplied in one operation. The
-# least time by measurement: smaller blocks cost more calls, larger ones leave the cache.
+# Elements of a block at most, and experts that a kernel goes through side by side. The least time by measurement:
+# smaller blocks cost more calls, larger ones leave the cache.
 BLOCK = 1 << 18
 GROUP = 4
 # Elements of a piece at most: what one thread does at a time, and the least that travels.

@@ -7,6 +7,7 @@ stage. It takes an hour on two cores; nobody has to run it. It is the algorithm 
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,13 @@ from merged_models import MergedModels
 from scoring import score
 from skills import SKILLS
 
+from actors.expert import Expert
+from actors.trainer import Trainer, WindowSample
 from engine.calibration import read_records, tokenize, training_order, windows
 from engine.config_file import load_config
-from engine.expert import FrozenExpert
 from engine.importance import stage_2_layout
 from engine.plan import make_plan
-from engine.student import Student
+from engine.task_vectors import open_task_vectors
 from engine.training import Learner, first_stage, second_stage
 
 CONFIG = Path(__file__).resolve().parent / "merge.yaml"
@@ -39,13 +41,12 @@ def main(base_settings: list[str]) -> None:
     plan = make_plan(load_config(CONFIG), CONFIG.parent)
     models = MergedModels(plan)
     samples = tokenize(read_records(plan), models.tokenizer, plan)
-    targets = {}
-    for k in range(len(plan.experts)):
-        expert = FrozenExpert(plan, k, torch.device("cpu"))
-        targets |= {(k, sample.index): expert.target(sample) for sample in samples[k]}
-    inspected = models.streams.inspect(plan.merged)
+    targets, expert = {}, Expert(plan, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        for sample in (sample for mine in samples for sample in mine):
+            targets[sample.expert, sample.index] = expert.target(sample, Path(folder) / "target")[1]
+    inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
     magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
-    student = Student(plan, torch.device("cpu"))
 
     def show(what: str, coefficients) -> None:
         scores = {skill: score(models.set(coefficients), models.tokenizer, skill, "validation") for skill in SKILLS}
@@ -60,16 +61,18 @@ def main(base_settings: list[str]) -> None:
         )
 
     def learn(plan, stage):
-        parameters = plan.config.parameters
-        student.plan = plan
-        learner = Learner(parameters, stage)
+        parameters, state = plan.config.parameters, None
+        trainer = Trainer(plan, models.shards, lambda target: target)
         order = training_order([len(mine) for mine in samples], parameters.epochs)
-        for window in windows(order, parameters.gradient_accumulation):
-            models.shards.merge(learner.coefficients, student.put)
-            losses = [student.accumulate(targets[at], 1.0, 1 / len(window)) for at in window]
-            learner.step(models.shards.gradients(stage.layout, student.take))
-        kl, hidden = (sum(getattr(x, part) for x in losses) / len(losses) for part in ("kl", "hidden"))
+        for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
+            step = trainer.step(
+                stage, state, number, [WindowSample(k, i, targets[k, i], samples[k][i].tokens) for k, i in window]
+            )
+            state = step.state
+        kl, hidden = (sum(row[part] for row in step.rows) / len(step.rows) for part in ("kl", "hidden"))
         print(f"    last window: kl {kl:.3f} hidden {hidden:.2f}")
+        learner = Learner(parameters, stage)
+        learner.restore(state)
         return learner.coefficients
 
     if not base_settings:

@@ -7,30 +7,42 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.checkpoint import open_base, open_expert
+from engine.checkpoint import open_base
 from engine.coefficients import Coefficients
 from engine.plan import Plan
-from engine.task_vectors import LocalShards, TaskVectors
+from engine.shards import LocalShards
+from engine.task_vectors import Piece
 from engine.training import first_stage
 
 
 class MergedModels:
-    def __init__(self, plan: Plan) -> None:
-        self.plan, base = plan, open_base(plan)
-        experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
-        self.streams = TaskVectors(base, experts, getattr(torch, plan.dtype), torch.get_num_threads())
-        self.shards = LocalShards(self.streams)
-        self.model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=getattr(torch, plan.dtype)).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(base.folder)
-        self._parameters = dict(self.model.named_parameters())
+    """It is where merged pieces go, too: `engine.shards.Model`."""
 
-    @torch.no_grad()
+    def __init__(self, plan: Plan) -> None:
+        self.plan, folder = plan, open_base(plan).folder
+        self.shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, plan.dtype)).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in plan.merged:
+            # What transformers loaded may be the file's own memory.
+            parameter = self.model.get_parameter(name)
+            parameter.data = parameter.data.clone()
+
     def set(self, coefficients: Coefficients):
         """The model, merged by these coefficients."""
-        self.shards.merge(coefficients, lambda name, tensor: self._parameters[name].copy_(tensor))
+        for arriving in self.shards.merge(coefficients, self).values():
+            for arrival in arriving:
+                arrival.result()
         return self.model
+
+    def room(self, piece: Piece) -> Tensor:
+        return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
+
+    def put(self, piece: Piece, merged_N: Tensor) -> None:
+        """It was written to the model's own memory."""
 
     def constant(self, weights: list[float]) -> Coefficients:
         """The same coefficient for every tensor of an expert."""
