@@ -2,8 +2,8 @@
 
 `check` takes four merges to find the machine's rates (computing, memory, streaming, moving), then predicts others, over
 K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes of a step, and
-the least seconds of a step, each beside the prediction. `paper` writes the headers of a 7B and of a 70B Llama (sparse
-files, which take no room) and has `cli.py plan` speak of them.
+the least seconds of a step, each beside the prediction; the seconds at the machine's pace in the first run. `paper`
+writes the headers of a 7B and of a 70B Llama (sparse files, which take no room) and has `cli.py plan` speak of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -41,7 +41,7 @@ class Run:
     tokens: int = 64
     shards: int = 0
     gradients: str = "accumulate"
-    batch_tokens: int = 256
+    batch_tokens: int = 192
 
     @property
     def name(self) -> str:
@@ -74,6 +74,16 @@ class Measured:
 class Bench:
     def __init__(self, workdir: Path) -> None:
         self.workdir, self.machines = workdir, Machines.here()
+        self.pace = 0.0
+
+    def at_one_pace(self, run: Run) -> Measured:
+        """A run beside one of FEW, with its step as it would be at the pace that the machine had at the first of those:
+        a shared machine's pace differs by a quarter from one minute to the next, and all predictions with it.
+        """
+        beside, seen = self.measure(FEW).step, self.measure(run)
+        self.pace = self.pace or beside
+        console.print(f"{run.name}: {seen.step:.3f} s, beside it {FEW.name}: {beside:.3f} s")
+        return replace(seen, step=seen.step * self.pace / beside)
 
     def measure(self, run: Run) -> Measured:
         with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
@@ -97,21 +107,23 @@ class Bench:
 
     def rates(self) -> dict[str, float]:
         """What makes the model agree with four runs, each of which differs from the first in one thing."""
-        tries = [[self.measure(run).step for run in (FEW, MANY, SHARDED, ALONE)] for _ in range(2)]
-        few, many, sharded, alone = (min(pair) for pair in zip(*tries, strict=True))
-        console.print("steps of the four runs, two tries:", tries)
+        runs = (MANY, SHARDED, ALONE)
+        endless = dict.fromkeys(("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs"), 1e30)
+        taken = dict(zip(runs, (self.at_one_pace(run).step for run in runs), strict=True)) | {FEW: self.pace}
+        # Without what no rate is behind.
+        taken = {run: step - self.predict(run, endless).step.total for run, step in taken.items()}
 
         # A rate of one unit, and all others without end: what is left of a step is that part's amount of work.
         def amount(run: Run, rate: str, one: float) -> float:
-            endless = dict.fromkeys(("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs"), 1e30)
             return self.predict(run, endless | {rate: one}).step.total
 
-        streamed = [amount(run, "stream_gbs", 1 / GB) for run in (FEW, MANY)]
-        passed = [amount(run, "memory_gbs", 1 / GB) for run in (FEW, ALONE)]
-        stream = (streamed[1] - streamed[0]) / (many - few)
-        memory = (passed[1] - passed[0]) / (alone - few)
-        exchange = amount(SHARDED, "exchange_gbs", 1 / GB) / (sharded - few)
-        compute = amount(FEW, "compute_tflops", 1e-12) / (few - streamed[0] / stream - passed[0] / memory)
+        streamed = {run: amount(run, "stream_gbs", 1 / GB) for run in (FEW, MANY)}
+        passed = {run: amount(run, "memory_gbs", 1 / GB) for run in (FEW, ALONE)}
+        stream = (streamed[MANY] - streamed[FEW]) / (taken[MANY] - taken[FEW])
+        memory = (passed[ALONE] - passed[FEW]) / (taken[ALONE] - taken[FEW])
+        exchange = amount(SHARDED, "exchange_gbs", 1 / GB) / (taken[SHARDED] - taken[FEW])
+        rest = taken[FEW] - streamed[FEW] / stream - passed[FEW] / memory
+        compute = amount(FEW, "compute_tflops", 1e-12) / rest
         return {
             "compute_tflops": compute / 1e12,
             "memory_gbs": memory / GB,
@@ -146,7 +158,7 @@ def check(workdir: Path, path: Path | None) -> None:
     report = Report({"window": WINDOW, "steps": STEPS, "rates": rates})
     rows = {}
     for run in CHECKED:
-        said, seen = bench.predict(run, rates), bench.measure(run)
+        said, seen = bench.predict(run, rates), bench.at_one_pace(run)
         pairs = {
             "step": (said.step.total, seen.step),
             "trainer": (said.memory.trainer, seen.trainer),

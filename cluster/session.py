@@ -22,10 +22,11 @@ from cluster.placement import Bundle, Node, fits, shortage
 from engine.errors import ClusterError, MergeError, RunError
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
-# glibc would keep large buffers that were freed for itself, and a trainer would seem to grow. Those below 32 MiB it may
-# keep, 128 MiB at most: memory that is asked for anew at every operation costs a step a quarter of its time, measured.
+# glibc would keep large buffers that were freed for itself, and a trainer would seem to grow. Those below 4 MiB it may
+# keep, 128 MiB at most: memory that is asked for anew at every operation costs a step a part of its time (a seventh at
+# 2 MiB, nothing to be seen at 4, measured).
 ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -147,7 +147,7 @@ class Config(_Section):
     out_dtype: Dtype | None = None
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # Not in `cluster`: these may change the last bits of a result, so they count among what decides it.
-    batch_tokens: Annotated[Int, Field(ge=1)] = 256
+    batch_tokens: Annotated[Int, Field(ge=1)] = 192
     gradients: Literal["accumulate", "stream"] = "accumulate"
     gradient_checkpointing: bool = False
     cluster: Cluster = Cluster()

@@ -24,12 +24,14 @@ from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, buc
 Where = Literal["trainer", "node", "nodes"]
 
 MB, GB = 1e6, 1e9
-# Anonymous memory of processes before they have anything of a model (imports of torch, transformers and Ray).
-TRAINER_BYTES, SHARD_BYTES = 330 * MB, 265 * MB
+# Anonymous memory of processes before they have anything of a model (torch, transformers, Ray, compiled kernels).
+TRAINER_BYTES, SHARD_BYTES = 360 * MB, 300 * MB
 # Copies of the logits that stand at one time: the model's, both logarithms, what becomes the gradient.
 LOGIT_COPIES = 4
 # The interpreter's part of one block of one expert; its lock lets one thread at a time have it.
 CALL_SECONDS = 1.2e-6
+# Its part of opening a tensor of an expert, of a layer forward and backward, and of an optimiser step.
+OPEN_SECONDS, LAYER_SECONDS, STEP_SECONDS = 18e-6, 2e-3, 0.03
 # A process until it answers (imports), on a machine whose cores it has.
 START_SECONDS = 6.0
 # FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
@@ -211,7 +213,8 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int)
     # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others.
     weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
     memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
-    compute = samples * (forward + backward) / flops + work.passes * (2 * weights + 4 * plan.merged_bytes) / memory
+    a_pass = (2 * weights + 4 * plan.merged_bytes) / memory + LAYER_SECONDS * (plan.base_header.num_layers or 0)
+    compute = samples * (forward + backward) / flops + work.passes * a_pass + STEP_SECONDS
     streams = 1 + (work.passes if plan.config.gradients == "stream" else 1)
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
@@ -219,7 +222,8 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int)
     rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
     if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
         rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
-    stream = streams * _streamed(plan) / rate
+    opened = len(plan.experts) * len(plan.merged) / (processes * nodes)
+    stream = streams * (_streamed(plan) / rate + opened * OPEN_SECONDS)
     link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
     exchange = 0 if where == "trainer" else streams * plan.merged_bytes / (link * GB)
     # Streams and transfers work side by side. On a GPU's trainer they also overlap the forward pass that comes first

@@ -42,11 +42,13 @@ def larger(plan: Plan, factor: int) -> Plan:
 @pytest.mark.parametrize("where", ["trainer", "node", "nodes"])
 def test_only_streaming_and_the_page_cache_know_k(plans: list[Plan], where) -> None:
     cluster = Machines(nodes=4, cpus=8, gpus=1, memory=64 * GB, gpu_memory=80 * GB)
+    # So large that opening a file's tensors is nothing beside reading them.
+    plans = [larger(plan, 1_000_000) for plan in plans]
     two, four = (predict(plan, WORK, cluster, where) for plan in plans)
     assert two.memory == replace(four.memory, page_cache=two.memory.page_cache)
     assert two.moved == four.moved == (0 if where == "trainer" else 2 * plans[0].merged_bytes)
     assert four.memory.page_cache == pytest.approx(two.memory.page_cache * 5 / 3)
-    assert four.step.stream == pytest.approx(two.step.stream * 6 / 4)
+    assert four.step.stream == pytest.approx(two.step.stream * 6 / 4, rel=1e-3)
     assert two.step.compute == four.step.compute
 
 
@@ -70,7 +72,7 @@ def test_one_small_node_streams_within_the_trainer(plans: list[Plan]) -> None:
 
 
 def test_many_experts_are_streamed_on_all_nodes_where_the_network_is_quick(plans: list[Plan]) -> None:
-    many = replace(plans[1], experts=plans[1].experts * 16)
+    many = larger(replace(plans[1], experts=plans[1].experts * 16), 10_000)
     cluster = Machines(nodes=4, cpus=8, gpus=0, memory=640 * GB)
     quick, slow = (
         replace(many, config=many.config.model_copy(update={"cluster": _at(many, network)}))
@@ -96,7 +98,7 @@ def test_rates_are_the_users(make_merge: Callable[..., Path]) -> None:
     config = make_merge()
     slow, quick = (
         predict(plan_of(config, *(f"cluster.rates.{name}={rate}" for name in RATES)), WORK, ONE, "node").step
-        for rate in (1e-3, 2e-3)
+        for rate in (1e-9, 2e-9)  # so slow that nothing else counts
     )
     for part in ("compute", "stream", "exchange", "total"):
         assert getattr(slow, part) == pytest.approx(2 * getattr(quick, part))
