@@ -35,9 +35,10 @@ OPEN_SECONDS, LAYER_SECONDS, STEP_SECONDS = 18e-6, 2e-3, 0.03
 # A process until it answers (imports), on a machine whose cores it has.
 START_SECONDS = 6.0
 # FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
-# a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach.
-CPU_FLOPS, GPU_FLOPS = 84e9, 200e12
-CPU_MEMORY, GPU_MEMORY = 12.5 * GB, 2000 * GB
+# a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach. Streaming is that of a core
+# of a full node, whose cores share its memory; two cores alone reach 11.8 GB/s each.
+CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
+CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
 STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
 
@@ -210,11 +211,14 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
 def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Step:
     rates, samples = plan.config.cluster.rates, _window(plan)
     flops, (forward, backward) = _flop_rate(plan, machines), _flops(plan, work.tokens)
-    # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others.
+    # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others
+    # where it stays.
     weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
     memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
-    a_pass = (2 * weights + 4 * plan.merged_bytes) / memory + LAYER_SECONDS * (plan.base_header.num_layers or 0)
-    compute = samples * (forward + backward) / flops + work.passes * a_pass + STEP_SECONDS
+    added = 0 if plan.config.gradients == "stream" else work.passes - 1
+    moved = work.passes * (2 * weights + plan.merged_bytes) + added * 3 * plan.merged_bytes
+    called = STEP_SECONDS + work.passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
+    compute = samples * (forward + backward) / flops + moved / memory + called
     streams = 1 + (work.passes if plan.config.gradients == "stream" else 1)
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
