@@ -18,9 +18,13 @@ from typing import Any
 import click
 import pyarrow.parquet
 
+from engine.config import Config
+
 ROOT = Path(__file__).resolve().parent.parent
 # A merge of ours on its own Ray, whatever cluster the shell knows; and models are folders, so no hub is asked.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
+# Tokens that samples share a pass with, where a merge is not told otherwise.
+BATCH_TOKENS: int = Config.model_fields["batch_tokens"].default
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Run:
     tokens: int = 64
     shards: int = 0
     gradients: str = "accumulate"
-    batch_tokens: int = 192
+    batch_tokens: int = merges.BATCH_TOKENS
 
     @property
     def name(self) -> str:

@@ -32,12 +32,10 @@ from report import Report, Target, console, in_mb, print_table
 
 import cli
 from engine.calibration import passes
-from engine.config import Config
 
 INTERVAL_SECONDS = 0.02
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TOKEN_ID_BYTES = 8
-BATCH_TOKENS = Config.model_fields["batch_tokens"].default
 
 
 class StorePeak:
@@ -108,7 +106,7 @@ def measure(
     report.other[f"{what}: bytes that passed through the object store"] = store.through
     report.other[f"{what}: longest time between two looks at the store, s"] = store.longest_gap
     streams = "gradients=stream" in settings
-    limit = len(passes([tokens] * round(merged.window), BATCH_TOKENS)) + 1 if streams else 2
+    limit = len(passes([tokens] * round(merged.window), merges.BATCH_TOKENS)) + 1 if streams else 2
     moved = Target(f"{what}: moved a step / M", (out + into) / size, limit)
     report.targets.append(moved)
     token = told["bytes_targets"] / (k * samples * tokens)

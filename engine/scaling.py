@@ -129,12 +129,11 @@ def predict(plan: Plan, work: Work, machines: Machines, where: Where) -> Predict
     """Memory, traffic and time with the task vectors at `where`."""
     shards = _shards(plan, machines, where)
     step = _step(plan, work, machines, where, shards)
-    gradients = 1 + (work.passes if plan.config.gradients == "stream" else 1)
     return Prediction(
         where,
         shards,
         _memory(plan, work, machines, where, shards),
-        0 if where == "trainer" else gradients * plan.merged_bytes,
+        0 if where == "trainer" else _streams(plan, work) * plan.merged_bytes,
         step,
         _run(plan, work, machines, step),
     )
@@ -219,7 +218,7 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int)
     moved = work.passes * (2 * weights + plan.merged_bytes) + added * 3 * plan.merged_bytes
     called = STEP_SECONDS + work.passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
     compute = samples * (forward + backward) / flops + moved / memory + called
-    streams = 1 + (work.passes if plan.config.gradients == "stream" else 1)
+    streams = _streams(plan, work)
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
     # A node's cores stream side by side, as far as their interpreters let them; nodes side by side in any case.
@@ -319,6 +318,11 @@ def _interpreter_rate(plan: Plan) -> float:
 
 def _item(plan: Plan) -> int:
     return BYTES[SAFETENSORS[plan.dtype]]
+
+
+def _streams(plan: Plan, work: Work) -> float:
+    """How often a step goes through the experts: once to merge, and once for each gradient that leaves."""
+    return 1 + (work.passes if plan.config.gradients == "stream" else 1)
 
 
 def _window(plan: Plan) -> int:
