@@ -76,14 +76,25 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
     def run() -> None:
         from engine.calibration import about_tokens, read_records
         from engine.scaling import GB, Machines
-        from engine.summary import print_plan
+        from engine.summary import print_plan, print_weight_space_plan
 
         made = _plan(config, overrides)
+        if not made.config.learned:
+            print_weight_space_plan(made)
+            return
         given = {name: value for name, value in machines.items() if value is not None}
         given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
         print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given))
 
     _guarded(run, debug)
+
+
+@main.command()
+def methods() -> None:
+    """List the methods that `merge_method` may name, with their options and defaults."""
+    from engine.methods.catalog import print_methods
+
+    print_methods()
 
 
 def _plan(path: Path | None, overrides: tuple[str, ...]) -> Plan:

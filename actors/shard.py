@@ -6,17 +6,22 @@ It has no state but open files: every call carries what it needs, so a shard tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
-from torch import Tensor
+import numpy as np
 
 from actors.process import Process, Report, usable_cpus
 from engine.codec import Packed, pack_all, unpack_all
 from engine.coefficients import Array, TensorCoefficients
+from engine.methods.selection import Counts, Threshold
+from engine.methods.sparse import counts
 from engine.plan import Plan
-from engine.task_vectors import Inspection, Piece, TaskVectors, open_task_vectors
+from engine.streaming import Job, copy_of, stream
+from engine.task_vectors import Inspection, Piece, TaskVectors, open_task_vectors, pieces
+from engine.weight_space import WeightSpace
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
 
@@ -51,21 +56,43 @@ class Shard:
 
     def write(self, folder: Path, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""
+        streams = self._task_vectors
 
-        def parts(entry: OutputTensor) -> Iterable[Tensor]:
-            dtype = torch_dtype(entry.dtype)
-            if entry.name in coefficients:
-                return self._task_vectors.stream(entry.name, coefficients[entry.name], dtype)
-            base = self._task_vectors.base.read(entry.name)
-            return [base if dtype is None else base.to(dtype)]
+        def job(entry: OutputTensor) -> Job:
+            base = streams.base.read(entry.name)
+            dtype = torch_dtype(entry.dtype) or base.dtype
+            if entry.name not in coefficients:
+                return Job(entry.name, entry.shape, dtype, lambda: copy_of(base))
+            wanted = coefficients[entry.name]
+            return Job(entry.name, entry.shape, dtype, lambda: lambda piece, out_N: streams.merge(piece, wanted, out_N))
 
-        write_file(folder, file, parts)
+        self._write(folder, file, [job(entry) for entry in file.tensors])
+
+    def combine(
+        self, folder: Path, file: OutputFile, thresholds: Sequence[Threshold] | None = None, only: int | None = None
+    ) -> None:
+        """Write one file of a merge that learns nothing; `only`: of the model of this one expert."""
+        jobs = [self._recipe.job(entry, torch_dtype(entry.dtype), thresholds, only) for entry in file.tensors]
+        self._write(folder, file, jobs)
+
+    def count(self, names: Sequence[str], high: Counts | None) -> Counts:
+        """How many elements of each expert's task vector have each half of bits, over some tensors; see `select`."""
+        found = (counts(self._recipe.tensor(name), high) for name in names)
+        return sum(found, start=np.zeros((), dtype=np.int64))
 
     def report(self) -> Report:
         """Memory."""
         return self._process.report()
 
+    def _write(self, folder: Path, file: OutputFile, jobs: Sequence[Job]) -> None:
+        parts = stream(jobs, self._task_vectors.pool, self._task_vectors.threads)
+        write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
+
     @cached_property
     def _task_vectors(self) -> TaskVectors:
         # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
         return open_task_vectors(self._plan, usable_cpus())
+
+    @cached_property
+    def _recipe(self) -> WeightSpace:
+        return WeightSpace(self._plan, self._task_vectors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +11,12 @@ import numpy as np
 import ray
 import torch
 
-from actors.process import Process, Report
 from actors.trainer import WindowSample
+from cluster.combine import Combine
 from cluster.crew import Crew, stored_target
-from cluster.placement import arrange
+from cluster.placement import arrange, place_shards
 from cluster.progress import Progress, step_note
+from cluster.run import Run
 from cluster.session import answer, connect, nodes
 from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
 from engine.checkpoint import open_base
@@ -24,19 +24,19 @@ from engine.coefficients import Array, Coefficients
 from engine.importance import stage_2_layout
 from engine.model import build_skeleton, load_tokenizer
 from engine.plan import Plan
-from engine.record import input_files, write_record
+from engine.record import write_record
 from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
 from engine.scaling import Work
 from engine.task_vectors import Inspection
 from engine.training import Learner, Stage, first_stage, second_stage
-from engine.writer import output_files, write_companions, write_json
+from engine.writer import OutputFile
 
 Targets = Mapping[tuple[int, int], Any]
 
 
 def merge(plan: Plan, out: Path, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
     """Merge by the plan into the folder `out`; False where that very merge is there already. Raises MergeError."""
-    samples = prepare(plan)
+    samples = prepare(plan) if plan.config.learned else []
     plan_identity = identity(plan)
     if check_output(out, plan_identity, fresh):
         if RunFolder(out).folder.exists():  # a driver that died after its last act but one
@@ -44,7 +44,13 @@ def merge(plan: Plan, out: Path, address: str | None = None, fresh: bool = False
                 run.discard()
         return False
     with open_run(out, plan_identity, fresh) as run, connect(address, debug), Progress() as progress:
-        Merge(plan, samples, run, progress).run(plan_identity)
+        if plan.config.unused:
+            progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
+        if plan.config.learned:
+            Merge(plan, samples, run, progress).run(plan_identity)
+        else:
+            crew = Crew(plan, run.keep_plan(plan), place_shards(nodes(), plan.config), progress.say)
+            Combine(plan, run, crew, progress).run(plan_identity)
     return True
 
 
@@ -60,15 +66,15 @@ def prepare(plan: Plan) -> list[list[Sample]]:
     return tokenize(records, load_tokenizer(folder) if needs_tokenizer(records) else None, plan)
 
 
-class Merge:
-    """One merge on a connected cluster."""
+class Merge(Run):
+    """One merge by a method that learns coefficients."""
 
     def __init__(self, plan: Plan, samples: Sequence[Sequence[Sample]], run: RunFolder, progress: Progress) -> None:
-        self.plan, self.samples, self.folder, self.progress = plan, samples, run, progress
-        self.process = Process("driver")
-        self.reports: list[Report] = []
         work = Work.of(plan.config, [[len(sample.input_ids) for sample in mine] for mine in samples])
-        self.crew = Crew(plan, run.keep_plan(plan), arrange(nodes(), plan, work), progress.say)
+        super().__init__(
+            plan, run, Crew(plan, run.keep_plan(plan), arrange(nodes(), plan, work), progress.say), progress
+        )
+        self.samples = samples
 
     def run(self, plan_identity: str) -> None:
         """The whole algorithm."""
@@ -86,22 +92,33 @@ class Merge:
                 options = self.plan.config.parameters
                 layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
                 stages.append(self._learn(trainer, second_stage(self.plan, layout, stages[0]), targets))
-            self._report(trainer)
+            self.report(trainer)
             learning.close()
             folder = self._write(shards, stages[-1])
-            digests = self._digests(shards)
+            digests = self.digests(shards)
             for shard in shards:
-                self._report(shard)
+                self.report(shard)
         write_record(folder, self.plan, plan_identity, digests, stages, importance, self.folder.metrics())
-        write_json(folder / "merge" / "memory.json", self._memory())
+        self.write_memory(folder, forwards=self.forwards_before, target_bytes=self.target_bytes)
         self.folder.finish()
+
+    def _write(self, shards: Sequence[Any], coefficients: Coefficients) -> Path:
+        """The output by the shards, tensor by tensor, in a folder that is not the output yet."""
+        folder = self.folder.start_output()
+
+        def ask(shard: Any, file: OutputFile) -> Any:
+            wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}
+            return shard.write.remote(folder, file, wanted)
+
+        self.write_files(shards, folder, ask)
+        return folder
 
     def _inspect(self, shards: Sequence[Any]) -> Array:
         """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite."""
         names = list(self.plan.base_header.tensors)
         asked = [shard.inspect.remote(names[index :: len(shards)]) for index, shard in enumerate(shards)]
         found: dict[str, Inspection] = {}
-        for part in self._answers("reading every weight once", asked):
+        for part in self.answers("reading every weight once", asked):
             found |= part
         return np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
 
@@ -147,52 +164,6 @@ class Merge:
         assert state.learner is not None
         learner.restore(state.learner)
         return learner.coefficients
-
-    def _write(self, shards: Sequence[Any], coefficients: Coefficients) -> Path:
-        """The output's files by the shards, tensor by tensor, in a folder that is not the output yet."""
-        folder = self.folder.start_output()
-        files = output_files(self.plan)
-        asked = []
-        for number, file in enumerate(files):
-            wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}
-            asked.append(shards[number % len(shards)].write.remote(folder, file, wanted))
-        self._answers("writing", asked)
-        write_companions(folder, self.plan, open_base(self.plan).folder, files)
-        return folder
-
-    def _digests(self, shards: Sequence[Any]) -> dict[Path, str]:
-        """SHA-256 of the inputs' weight and calibration files."""
-        files = sorted({file for mine in input_files(self.plan).values() for file in mine})
-        asked = [shard.digests.remote(files[index :: len(shards)]) for index, shard in enumerate(shards)]
-        return {file: digest for part in self._answers("hashing the inputs", asked) for file, digest in part.items()}
-
-    def _answers(self, phase: str, asked: Sequence[Any]) -> list[Any]:
-        """The values of references that make a phase, in their order."""
-        self.progress.phase(phase, len(asked))
-        answers = []
-        for reference in asked:
-            answers.append(answer(reference, self.progress.say, phase))
-            self.progress.advance(len(answers))
-        return answers
-
-    def _report(self, actor: Any) -> None:
-        self.reports.append(answer(actor.report.remote(), self.progress.say, "asking for memory figures"))
-
-    def _memory(self) -> dict[str, Any]:
-        """merge/memory.json: memory by actor, and what was moved and computed."""
-        reports = [self.process.report(), *self.reports]
-        counts = sum((Counter(report.counts) for report in reports), Counter())
-        return {
-            "actors": [
-                {"role": report.role, "pid": report.pid, "peak_anonymous_bytes": report.peak_anonymous_bytes}
-                for report in reports
-            ],
-            "bytes_trainer_to_shards": counts["bytes_to_shards"],
-            "bytes_shards_to_trainer": counts["bytes_from_shards"],
-            "bytes_merged": self.plan.merged_bytes,
-            "bytes_targets": self.target_bytes,
-            "expert_forwards": counts["forwards"] + self.forwards_before,
-        }
 
     def _say_cuts(self) -> None:
         for s in (s for mine in self.samples for s in mine if s.cut):

@@ -92,6 +92,16 @@ def place(nodes: Sequence[Node], config: Config, where: Where | None = None, sha
     )
 
 
+def place_shards(nodes: Sequence[Node], config: Config) -> Placement:
+    """Shards alone, for a merge that learns nothing: one a node, which uses all its cores, or as many as asked for."""
+    useful = [node for node in nodes if node.cpus > 0]
+    wanted = config.cluster.shards
+    count = wanted if isinstance(wanted, int) and wanted else max(1, len(useful))
+    cpus = max((node.cpus for node in useful), default=1.0)
+    bundle = _bundle(_share(cpus, -(-count // max(1, len(useful)))), 0)
+    return Placement(trainer={}, experts=(), shards=(bundle,) * count)
+
+
 def _share(third: float, actors: int) -> float:
     """What each of so many actors of a node asks of its third: a CPU at most, in whole hundredths, rounded down."""
     return max(0.01, int(100 * min(1.0, third / actors)) / 100)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.headers import ModelHeader, TensorHeader, find_model
 from engine.lora import WEIGHTS, AdapterHeader, LoraPair
+from engine.matching import NO_EXCEPTIONS, Match
 from engine.plan import ExpertPlan, ModelPlan, Plan
 
 
@@ -63,16 +64,32 @@ class Expert(Protocol):
     def task_vector(self, name: str) -> TaskVector | None:
         """τ of the tensor `name`; None where it is known to be zero."""
 
+    def stored(self, name: str) -> Tensor | None:
+        """The tensor as its file has it, flattened; None where it has none of its own."""
+
 
 class FullExpert:
-    """An expert that is a full checkpoint: τ = θₖ − θ₀."""
+    """An expert that is a full checkpoint: τ = θₖ − θ₀, of the tensors that `match` says are the base's."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, base: Checkpoint | None = None, match: Match = NO_EXCEPTIONS) -> None:
+        self.checkpoint, self.base, self.match = checkpoint, base, match
 
-    def task_vector(self, name: str) -> TaskVector:
-        """τ of the tensor `name`, read from both files as it is asked for."""
-        return _Difference(self.checkpoint.read(name).reshape(-1))
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`, read from both files as it is asked for; None where it has no such tensor."""
+        expert_N = self.stored(name)
+        if expert_N is None:
+            return None
+        numel = len(expert_N) if self.base is None else self.base.tensors[name].numel
+        if len(expert_N) < numel:
+            assert self.base is not None
+            return _Padded(expert_N, self.base.read(name).reshape(-1))
+        return _Difference(expert_N[:numel])
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        if name in self.match.absent:
+            return None
+        return self.checkpoint.read(self.match.renamed.get(name, name)).reshape(-1)
 
 
 class AdapterExpert:
@@ -90,6 +107,10 @@ class AdapterExpert:
         a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
         left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
         return _Product(left.mul_(pair.scaling), right)
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        return None
 
 
 class _Difference:
@@ -110,6 +131,61 @@ class _Difference:
             torch.sub(expert_N, base_N, out=out_N)
         else:
             out_N.copy_(expert_N).sub_(base_N)
+
+
+class _Padded:
+    """A tensor that ends before the base's does, which stands for the rest."""
+
+    minus_base = True
+
+    def __init__(self, expert_N: Tensor, base_N: Tensor) -> None:
+        self._expert_N, self._base_N = expert_N, base_N
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        own = min(max(len(self._expert_N) - start, 0), stop - start)
+        room_N[:own].copy_(self._expert_N[start : start + own])
+        room_N[own:].copy_(self._base_N[start + own : stop])
+        return as_operand(room_N)
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        self.operand(start, stop, out_N)
+        out_N.sub_(base_N)
+
+
+class _Sum:
+    """A checkpoint's τ and that of an adapter on top of it."""
+
+    minus_base = True
+
+    def __init__(self, checkpoint: TaskVector, adapter: TaskVector) -> None:
+        self._checkpoint, self._adapter = checkpoint, adapter
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        own = torch.empty_like(room_N)
+        found = torch.from_numpy(self._checkpoint.operand(start, stop, own))
+        own.copy_(found.view(torch.bfloat16) if found.dtype == torch.uint16 else found)
+        self._adapter.block(start, stop, own, room_N)
+        return as_operand(room_N.add_(own))
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        self.operand(start, stop, out_N)
+        out_N.sub_(base_N)
+
+
+class CheckpointWithAdapter:
+    """An expert that is a full checkpoint and an adapter of it: τ = θₖ + ΔW − θ₀."""
+
+    def __init__(self, checkpoint: FullExpert, adapter: AdapterExpert) -> None:
+        self._checkpoint, self._adapter = checkpoint, adapter
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where neither changes it."""
+        first, second = self._checkpoint.task_vector(name), self._adapter.task_vector(name)
+        return _Sum(first, second) if first is not None and second is not None else first or second
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        return self._checkpoint.stored(name)
 
 
 class _Product:
@@ -142,15 +218,25 @@ def open_base(plan: Plan) -> Checkpoint:
     return Checkpoint(_folder(plan.base), plan.base_header.tensors)
 
 
-def open_expert(expert: ExpertPlan) -> Expert:
-    """An expert's weights."""
+def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> Expert:
+    """An expert's weights, against those of the base where they may be of another size."""
     if isinstance(expert.header, AdapterHeader):
-        return AdapterExpert(Checkpoint(_folder(expert), expert.header.tensors), expert.header.pairs)
-    return FullExpert(Checkpoint(_folder(expert), expert.header.tensors))
+        return _open_adapter(expert, expert.header)
+    full = FullExpert(Checkpoint(_folder(expert), expert.header.tensors), base, expert.match)
+    if expert.adapter is None:
+        return full
+    assert isinstance(expert.adapter.header, AdapterHeader)
+    return CheckpointWithAdapter(full, _open_adapter(expert.adapter, expert.adapter.header))
+
+
+def _open_adapter(model: ModelPlan, header: AdapterHeader) -> AdapterExpert:
+    return AdapterExpert(Checkpoint(_folder(model), header.tensors), header.pairs)
 
 
 def weight_files(model: ModelPlan) -> list[Path]:
     """The files that hold the model's weights."""
+    if isinstance(model, ExpertPlan) and model.adapter is not None:
+        return [*weight_files(ModelPlan(model.model, model.header)), *weight_files(model.adapter)]
     if isinstance(model.header, ModelHeader):
         return [_folder(model) / file for file in sorted({tensor.file for tensor in model.header.tensors.values()})]
     return [_folder(model) / WEIGHTS]

@@ -1,7 +1,8 @@
 """The config of a merge as typed, frozen data: its keys, their types, bounds and defaults; a superset of mergekit's.
 
 Knows nothing of YAML, files, checkpoints, torch or Ray; `engine.config_file` reads one and words its faults. Defaults
-are those of the method's page (Expert Merging, arXiv 2509.25712).
+are those of the method's page (Expert Merging, arXiv 2509.25712). Options of the methods that learn nothing are
+settings (`engine.methods.spec`), kept in `Config.recipe`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ UNIONS: dict[int | str, str] = {
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": "auto, or a number of at least 0",
     "shards": "auto, or a whole number of at least 0",
+    "max_shard_size": "a number of bytes, or a text such as 5GB",
 }
+# Fields that no YAML has: `engine.config_file` fills them in.
+INTERNAL = ("recipe", "unused")
 
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
@@ -33,6 +37,13 @@ def _pattern(value: str) -> str:
     except re.error as error:
         raise ValueError(f"not a regular expression: {error}") from error
     return value
+
+
+def _bytes(value: Any) -> Any:
+    """5GB as in transformers: powers of 1000."""
+    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
+        return int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
+    return _not_bool(value)
 
 
 Int = Annotated[int, BeforeValidator(_not_bool)]
@@ -79,6 +90,7 @@ class Parameters(_Section):
     kappa: Annotated[Float, Field(ge=0)] = 1.0
     fixed: Literal["prior", "stage1"] = "prior"
     start: Literal["prior", "stage1"] = "prior"
+    granularity: Literal["layer", "task"] = "layer"
 
 
 class Expert(_Section):
@@ -134,10 +146,46 @@ class Cluster(_Section):
     wait: Annotated[Float, Field(ge=0)] = 600
 
 
+class ListedBase(_Section):
+    """The base as one of `models`: its place among them and its settings."""
+
+    place: int
+    settings: dict[str, Any]
+
+
+class Recipe(_Section):
+    """What a method that learns nothing is told: settings by precedence, the models' first, then the slice's, the
+    top's.
+
+    `models` in the order of `Config.models`; `base`: None where it is not listed among them; `baseless`: there is none,
+    and the first model only lends its files and shapes; `layers`: of a whole-model slice, to be checked against the
+    model.
+    """
+
+    models: tuple[dict[str, Any], ...]
+    top: dict[str, Any] = {}
+    slice: dict[str, Any] = {}
+    base: ListedBase | None = None
+    baseless: bool = False
+    layers: int | None = None
+
+
+# Defaults of adamerging that are others than those of `Parameters`: its paper's prior, and no pull back to it.
+ADAMERGING = {"weight": 0.3, "regularization": 0.0}
+
+
+def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
+    """A config's keys with the defaults that this method alone has."""
+    given = raw.get("parameters") or {}
+    if merge_method != "adamerging" or not isinstance(given, dict):
+        return raw
+    return raw | {"parameters": ADAMERGING | given}
+
+
 class Config(_Section):
     """A whole merge, as the user wrote it, with every default filled in."""
 
-    merge_method: Literal["expert_merging", "expert_merging_pp"]
+    merge_method: Annotated[str, Field(min_length=1)]
     base_model: Annotated[str, Field(min_length=1)]
     models: Annotated[tuple[Expert, ...], Field(min_length=1)]
     parameters: Parameters = Parameters()
@@ -145,6 +193,12 @@ class Config(_Section):
     calibration: Calibration = Calibration()
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
+    # Bytes of an output file at most, or one tensor.
+    max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
+    # Whose tokenizer the output has; None: the base's, unchecked.
+    tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
+    # What stands for a tensor that an expert lacks; only of methods that learn nothing.
+    on_missing: Literal["error", "base"] = "error"
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # Not in `cluster`: these may change the last bits of a result, so they count among what decides it.
     batch_tokens: Annotated[Int, Field(ge=1)] = 192
@@ -153,6 +207,9 @@ class Config(_Section):
     cluster: Cluster = Cluster()
     # What a merge wrote of itself beside its config (versions, hashes); ignored, so that merge/config.yaml runs again.
     record: dict[str, Any] | None = None
+    # See INTERNAL: the settings of a method that learns nothing, and the keys that are not the method's.
+    recipe: Recipe | None = None
+    unused: tuple[str, ...] = ()
 
     def weight(self, expert: Expert) -> float:
         """The prior ᾱₖ: the expert's own weight, else the top level's."""
@@ -169,6 +226,11 @@ class Config(_Section):
         return expert.parameters.samples_per_model or self.parameters.samples_per_model
 
     @property
+    def learned(self) -> bool:
+        """Whether coefficients are learned."""
+        return self.recipe is None
+
+    @property
     def stages(self) -> int:
-        """1 for Expert Merging, 2 for Expert Merging++."""
+        """2 for Expert Merging++, 1 for the others that learn."""
         return 2 if self.merge_method == "expert_merging_pp" else 1

@@ -16,8 +16,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from engine.config import UNIONS, Config, Expert
+from engine.config import INTERNAL, UNIONS, Config, Expert, Recipe, with_defaults
 from engine.errors import ConfigError
+from engine.mergekit_yaml import drop_others_options, method_of, read_recipe
 
 Location = tuple[int | str, ...]
 
@@ -72,6 +73,19 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         line = _line(node, location)
         return f"{path}:{line}" if line else str(path)
 
+    for key in INTERNAL:
+        if key in raw:
+            raise ConfigError(f"unknown key {key!r}", where((key,)))
+    recipe: Recipe | None = None
+    unused: tuple[str, ...] = ()
+    method = method_of(raw, where)
+    if method is not None:
+        raw = raw | {"merge_method": method.name}
+        if method.learned:
+            raw, unused = drop_others_options(raw, method)
+            raw = with_defaults(raw, method.name)
+        else:
+            raw, recipe, unused = read_recipe(raw, method, where)
     try:
         config = Config.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -82,6 +96,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         told = [str(_explain(found[at], at, where)) for at in deepest]
         more = [f"({len(told) - 5} more)"] if len(told) > 5 else []
         raise ConfigError("\n".join(told[:5] + more)) from None
+    config = config.model_copy(update={"recipe": recipe, "unused": unused})
     _check(config, where)
     return config.model_copy(
         update={"models": tuple(expert for expert in config.models if not _is_base(config, expert))}
@@ -103,6 +118,8 @@ def _check(config: Config, where: Any) -> None:
                 do="give one of them another `name`; names label the outputs",
             )
         names.add(expert.name)
+        if not config.learned:
+            continue
         weight = config.weight(expert)
         if not 0 < weight < 1:
             raise ConfigError(
@@ -175,7 +192,7 @@ def _known_keys(location: Location) -> list[str]:
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             section = next(_sections(section.model_fields[part].annotation), section)
-    return list(section.model_fields)
+    return [name for name in section.model_fields if name not in INTERNAL]
 
 
 def _location(fault: Any) -> Location:
@@ -186,6 +203,8 @@ def _location(fault: Any) -> Location:
 
 def _is_base(config: Config, expert: Expert) -> bool:
     """Whether the entry is the base, which mergekit's users list among the models."""
+    if config.recipe is not None and config.recipe.baseless:
+        return False
     return expert.model == config.base_model and not expert.calibration
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from engine.config import Config, Expert
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
-from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_model_header
+from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_json, read_model_header
 from engine.lora import AdapterHeader, is_adapter, read_adapter_header
+from engine.matching import NO_EXCEPTIONS, Match, match
+from engine.methods.registry import NATIVE, check_inputs
 
 SAFETENSORS = {name: code for code, name in FLOATS.items()}
 
@@ -39,10 +41,15 @@ class ExpertPlan(ModelPlan):
     loss_weight: float
     calibration: tuple[Path, ...]
     samples: int
+    match: Match = NO_EXCEPTIONS
+    # An adapter of this expert (mergekit's model+lora), where it is not one of the base.
+    adapter: ModelPlan | None = None
 
     @property
     def kind(self) -> str:
         """What its task vector is made of."""
+        if self.adapter is not None:
+            return "checkpoint and adapter"
         return "adapter" if isinstance(self.header, AdapterHeader) else "checkpoint"
 
 
@@ -56,6 +63,8 @@ class Plan:
     merged: tuple[str, ...]
     dtype: str
     hidden_layers: tuple[int, ...]
+    # Whose tokenizer the output has, as any node can find it; None: the base's.
+    tokenizer: str | None = None
 
     @property
     def base_header(self) -> ModelHeader:
@@ -72,6 +81,19 @@ class Plan:
     def numels(self) -> dict[str, int]:
         """Elements nₗ of each merged tensor."""
         return {name: self.base_header.tensors[name].numel for name in self.merged}
+
+    @cached_property
+    def depths(self) -> dict[str, float]:
+        """Where each tensor's layer stands, from 0 to 1 for gradients over layers; 0 for tensors of no layer."""
+        places = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in self.base_header.tensors}
+        counts: dict[str, int] = {}
+        for place in places.values():
+            if place:
+                counts[place[1]] = max(counts.get(place[1], 0), int(place[2]) + 1)
+        return {
+            name: 0.0 if not place else int(place[2]) / (count - 1) if (count := counts[place[1]]) > 1 else 1.0
+            for name, place in places.items()
+        }
 
     @property
     def merged_bytes(self) -> int:
@@ -98,7 +120,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     if is_adapter(base_folder):
         raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")
     base = read_model_header(base_folder)
-    experts = tuple(_plan_expert(config, expert, base, config_folder) for expert in config.models)
+    experts = tuple(_plan_expert(config, expert, base, base_folder, config_folder) for expert in config.models)
+    _check_recipe(config, base, experts)
     merged = tuple(
         name
         for name, tensor in base.tensors.items()
@@ -112,7 +135,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         experts=experts,
         merged=merged,
         dtype=config.dtype or _main_dtype(base),
-        hidden_layers=_hidden_layers(config, base),
+        hidden_layers=_hidden_layers(config, base) if config.learned else (),
+        tokenizer=_tokenizer(config, base, experts, config_folder),
     )
 
 
@@ -133,24 +157,96 @@ def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
     return [tuple(name for name in plan.merged if owner[name] == index) for index in range(count)]
 
 
-def _plan_expert(config: Config, expert: Expert, base: ModelHeader, config_folder: Path) -> ExpertPlan:
-    calibration = tuple(_calibration_file(expert.name, path, config_folder) for path in expert.calibration)
-    folder = find_model(expert.model, config_folder)
+def _plan_expert(
+    config: Config, expert: Expert, base: ModelHeader, base_folder: Path, config_folder: Path
+) -> ExpertPlan:
+    wanted = expert.calibration if config.learned else ()
+    calibration = tuple(_calibration_file(expert.name, path, config_folder) for path in wanted)
+    model, adapter_name = _model_and_adapter(expert.model, config_folder)
+    folder = find_model(model, config_folder)
+    if adapter_name and folder == base_folder:
+        model, adapter_name = adapter_name, None
+        folder = find_model(model, config_folder)
+        if not is_adapter(folder):
+            raise CheckpointError("what follows the + is no adapter", str(folder))
     header: ModelHeader | AdapterHeader
+    found, adapter = NO_EXCEPTIONS, None
     if is_adapter(folder):
+        if config.recipe is not None and config.recipe.baseless:
+            raise CheckpointError("an adapter needs a base", str(folder), do="give `base_model`")
         header = read_adapter_header(folder, base)
     else:
         header = read_model_header(folder)
-        _check_same_tensors(expert.name, header, base)
+        found = match(expert.name, header, base, config)
+    if adapter_name:
+        if config.learned:
+            raise ConfigError(
+                "an adapter of another model than the base is not supported here",
+                expert.model,
+                do="merge the two first",
+            )
+        where = find_model(adapter_name, config_folder)
+        adapter = ModelPlan(_portable(adapter_name, where, config_folder), read_adapter_header(where, base))
     return ExpertPlan(
-        model=_portable(expert.model, folder, config_folder),
+        model=_portable(model, folder, config_folder),
         header=header,
         name=expert.name,
         weight=config.weight(expert),
         loss_weight=config.loss_weight(expert),
         calibration=calibration,
         samples=config.samples_per_model(expert),
+        match=found,
+        adapter=adapter,
     )
+
+
+def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None]:
+    """The two parts of mergekit's model+lora, unless the + belongs to a folder's name."""
+    if "+" not in model or os.path.isdir(locate(model, config_folder, CheckpointError)):  # noqa: PTH112
+        return model, None
+    first, _, second = model.partition("+")
+    return first, second
+
+
+def _tokenizer(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan], config_folder: Path) -> str | None:
+    source = config.tokenizer_source
+    if source in (None, "base", config.base_model):
+        return None
+    assert source is not None
+    given = {model.model: expert.model for model, expert in zip(config.models, experts, strict=True)}
+    given |= {expert.name: expert.model for expert in experts}
+    model = given.get(source, source)
+    folder = find_model(model, config_folder)
+    size = ModelHeader(folder, read_json(folder / "config.json"), {}).vocab_size
+    if size != base.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer's model has {size} tokens",
+            str(folder),
+            f"the base's {base.vocab_size}: its rows are the output's",
+        )
+    return _portable(model, folder, config_folder)
+
+
+def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
+    """What the settings of a method that learns nothing ask of the models."""
+    recipe = config.recipe
+    if recipe is None:
+        if config.on_missing != "error":
+            raise ConfigError(
+                f"`on_missing: {config.on_missing}` is of methods that learn nothing", config.merge_method
+            )
+        return
+    if recipe.layers is not None and recipe.layers != base.num_layers:
+        raise ConfigError(
+            f"layer-stacking slices are not supported: this has {recipe.layers} layers, the model {base.num_layers}",
+            "slices",
+            f"layer_range: [0, {base.num_layers}]",
+        )
+    names = [expert.name for expert in experts]
+    check_inputs(config.merge_method, names, not recipe.baseless)
+    unfit = [name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..", "merge")]
+    if unfit and NATIVE.get(config.merge_method) and NATIVE[config.merge_method].outputs == "experts":
+        raise ConfigError(f"the expert's name {unfit[0]!r} cannot be a folder's", "models", do="give it another `name`")
 
 
 def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:
@@ -162,31 +258,6 @@ def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:
     except InputError as error:
         where = str(error)
     raise CalibrationError(f"expert {expert!r} has no such calibration file", where)
-
-
-def _check_same_tensors(name: str, expert: ModelHeader, base: ModelHeader) -> None:
-    """An expert is the base fine-tuned: same architecture, same vocabulary, same tensors."""
-    where = f"expert {name!r} ({expert.folder})"
-    if expert.architecture != base.architecture:
-        raise CheckpointError(f"its architecture is {expert.architecture}", where, f"the base's: {base.architecture}")
-    if expert.vocab_size != base.vocab_size:
-        raise CheckpointError(
-            f"its vocabulary has {expert.vocab_size} tokens",
-            where,
-            f"the base's {base.vocab_size}: task vectors need one",
-        )
-    lacking = [tensor for tensor in base.tensors if tensor not in expert.tensors]
-    added = [tensor for tensor in expert.tensors if tensor not in base.tensors]
-    if lacking or added:
-        parts = [f"lacks {len(lacking)} of the base's tensors (first: {lacking[0]!r})"] if lacking else []
-        parts += [f"has {len(added)} that the base does not have (first: {added[0]!r})"] if added else []
-        raise CheckpointError(f"it {' and '.join(parts)}", where, f"the base's {len(base.tensors)} tensors")
-    for tensor in base.tensors.values():
-        other = expert.tensors[tensor.name]
-        if other.shape != tensor.shape:
-            raise CheckpointError(f"{tensor.name!r} has shape {other.shape}", where, f"the base's {tensor.shape}")
-        if (other.dtype in FLOATS) != (tensor.dtype in FLOATS):
-            raise CheckpointError(f"{tensor.name!r} is {other.dtype}", where, f"a float, as the base's {tensor.dtype}")
 
 
 def _hidden_layers(config: Config, base: ModelHeader) -> tuple[int, ...]:

@@ -16,6 +16,8 @@ import yaml
 from engine.checkpoint import weight_files
 from engine.coefficients import Array, Coefficients, write_coefficients
 from engine.importance import write_importance
+from engine.mergekit_yaml import as_yaml
+from engine.methods.spec import Method
 from engine.plan import Plan
 
 PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
@@ -42,12 +44,18 @@ def versions() -> dict[str, str]:
 
 def resolved_config(plan: Plan) -> dict[str, Any]:
     """The config with every default filled in and every path absolute; it runs from anywhere."""
-    config = plan.config.model_dump(mode="json", exclude={"record"}, exclude_none=True)
-    config["base_model"] = plan.base.model
-    for entry, expert in zip(config["models"], plan.experts, strict=True):
-        entry["model"] = expert.model
-        entry["calibration"] = [str(path) for path in expert.calibration]
-    return config
+    paths = {"base_model": plan.base.model, "models": []}
+    experts = [
+        expert_of.model_copy(
+            update={
+                "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
+                "calibration": tuple(str(path) for path in expert.calibration),
+            }
+        )
+        for expert_of, expert in zip(plan.config.models, plan.experts, strict=True)
+    ]
+    tokenizer = {"tokenizer_source": plan.tokenizer} if plan.tokenizer else {}
+    return as_yaml(plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer))
 
 
 def input_files(plan: Plan) -> dict[str, list[Path]]:
@@ -79,6 +87,15 @@ def write_record(
     write_card(folder / "README.md", plan, stages[-1])
 
 
+def write_weight_space_record(
+    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[Path, str]
+) -> None:
+    """The model card and merge/config.yaml of a merge that learned nothing."""
+    inputs = {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
+    write_config(folder / "merge" / "config.yaml", plan, identity, inputs)
+    write_weight_space_card(folder / "README.md", plan, method)
+
+
 def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
     """merge/config.yaml: the resolved config, with versions and `inputs`: model → file → SHA-256."""
     record = {"identity": identity, "versions": versions(), "inputs": inputs}
@@ -91,9 +108,39 @@ def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows), schema=METRICS), path)
 
 
+def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
+    """README.md of a merge that learned nothing: what was merged, how, and the config to do it again."""
+    front = {
+        "base_model": list(dict.fromkeys([plan.base.model, *(expert.model for expert in plan.experts)])),
+        "library_name": "transformers",
+        "tags": ["merge", method.name],
+    }
+    config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
+    what = "One model an expert, each in a folder of its name" if method.outputs == "experts" else "One model"
+    path.write_text(
+        f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# A merge of {len(plan.experts)} models by {method.name}
+
+{what}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all others are
+those of `{plan.base.model}`.
+
+```yaml
+{config}```
+
+`merge/` holds the same config with the hashes of the inputs, and the memory of every process. Made with {made_with}.
+""",
+        encoding="utf-8",
+    )
+
+
 def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     """README.md: what was merged, how, and how to load it."""
-    method = "Expert Merging++" if plan.config.stages == 2 else "Expert Merging"
+    method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
+        plan.config.merge_method, "Expert Merging"
+    )
     front = {
         "base_model": [plan.base.model, *(expert.model for expert in plan.experts)],
         "library_name": "transformers",

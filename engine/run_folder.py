@@ -43,7 +43,7 @@ def identity(plan: Plan) -> str:
     """
     files = [file for model in (plan.base, *plan.experts) for file in weight_files(model)]
     facts = {
-        "config": plan.config.model_dump(exclude={"cluster", "record"}, mode="json"),
+        "config": plan.config.model_dump(exclude={"cluster", "record", "unused"}, mode="json"),
         "weights": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "calibration": [
             hashlib.sha256(path.read_bytes()).hexdigest() for expert in plan.experts for path in expert.calibration

@@ -8,6 +8,9 @@ BLOCK = 1 << 18
 GROUP = 4
 # Elements of a piece at most: what one thread does at a time, and the least that travels.
 PIECE = 1 << 22
+# Elements that a weight-space method has of all experts at a time, and of one at least: 4 MiB, what a core's cache
+# holds.
+ROOM, SMALLEST_BLOCK = 1 << 20, 1 << 12
 # Bytes under way between a trainer and its shards, but never less than IN_FLIGHT pieces a shard: one that a shard works
 # on and one that is on its way.
 WINDOW_BYTES = 128 << 20

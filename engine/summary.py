@@ -42,8 +42,32 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) 
         console.print(f"does not fit: {line}")
 
 
-def _facts(plan: Plan, work: Work) -> rich.table.Table:
-    header, parameters = plan.base_header, plan.config.parameters
+def print_weight_space_plan(plan: Plan) -> None:
+    """Print base, experts, tensors and bytes of a merge that learns nothing."""
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    facts = _tensors(plan)
+    headers = [model.header for model in (plan.base, *plan.experts)]
+    read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())
+    facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, once to three times by method")
+    if plan.config.unused:
+        facts.add_row("not used", ", ".join(plan.config.unused))
+    console.print(facts)
+    experts = rich.table.Table(box=rich.box.SIMPLE)
+    for column in ("expert", "given as", "parameters", "from"):
+        experts.add_column(column, overflow="fold")
+    assert plan.config.recipe is not None
+    for expert, settings in zip(plan.experts, plan.config.recipe.models, strict=True):
+        told = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
+        experts.add_row(expert.name, expert.kind, told or "the top level's", expert.model)
+    console.print(experts)
+    for expert in plan.experts:
+        for what, names in (("the base stands for", expert.match.absent), ("not used:", expert.match.ignored)):
+            if names:
+                console.print(f"{expert.name}: {what} {', '.join(sorted(names))}", markup=False)
+
+
+def _tensors(plan: Plan) -> rich.table.Table:
+    header = plan.base_header
     elements = sum(tensor.numel for tensor in header.tensors.values())
     facts = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
     facts.add_column()
@@ -53,6 +77,11 @@ def _facts(plan: Plan, work: Work) -> rich.table.Table:
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the others stay the base's")
     facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
     facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")
+    return facts
+
+
+def _facts(plan: Plan, work: Work) -> rich.table.Table:
+    parameters, facts = plan.config.parameters, _tensors(plan)
     facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
     facts.add_row("expert forwards", f"{work.samples}, once for all stages")
     facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")

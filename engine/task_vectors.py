@@ -88,11 +88,11 @@ class TaskVectors:
 
     def merge(self, piece: Piece, wanted: TensorCoefficients, out_N: Tensor) -> None:
         """Write the merged tensor's elements of the piece to `out_N` [piece.numel], rounded once to its dtype."""
-        merge_piece(piece, self.base.read(piece.name), self._task_vectors(piece.name), wanted, out_N)
+        merge_piece(piece, self.base.read(piece.name), self.of(piece.name), wanted, out_N)
 
     def gradients(self, piece: Piece, gradient_N: Tensor, edges: tuple[int, ...]) -> Array:
         """What the piece adds to ∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩ [K, m], from its elements of G, `gradient_N`."""
-        return inner_products(piece, gradient_N, self.base.read(piece.name), self._task_vectors(piece.name), edges)
+        return inner_products(piece, gradient_N, self.base.read(piece.name), self.of(piece.name), edges)
 
     def merge_all(
         self, wanted: Mapping[Piece, TensorCoefficients], dtype: torch.dtype | None = None
@@ -116,13 +116,6 @@ class TaskVectors:
 
         return dict(zip(weight_gradients, self.pool.map(one, weight_gradients), strict=True))
 
-    def stream(self, name: str, wanted: TensorCoefficients, dtype: torch.dtype | None) -> Iterator[Tensor]:
-        """A whole merged tensor, a few pieces after the other, so that no tensor's size counts."""
-        todo = list(pieces(name, self.base.tensors[name].shape))
-        for first in range(0, len(todo), self.threads):
-            some = todo[first : first + self.threads]
-            yield from self.merge_all(dict.fromkeys(some, wanted), dtype).values()
-
     def inspect(self, names: Iterable[str]) -> dict[str, Inspection]:
         """Read the given tensors of base and experts once.
 
@@ -136,7 +129,7 @@ class TaskVectors:
         base = self.base.read(name)
         if not base.is_floating_point():
             return Inspection(np.zeros(len(self.experts)))
-        base_magnitude, magnitudes = mean_magnitudes(base, self._task_vectors(name))
+        base_magnitude, magnitudes = mean_magnitudes(base, self.of(name))
         owners = ["the base", *(f"expert {model!r}" for model, _ in self.experts)]
         for owner, magnitude in zip(owners, [base_magnitude, *magnitudes], strict=True):
             # A sum of absolute values is finite only if all of them are, so the check costs no reading of its own.
@@ -144,28 +137,38 @@ class TaskVectors:
                 raise CheckpointError(f"the tensor {name!r} has a weight that is NaN or infinite", owner)
         return Inspection(magnitudes)
 
-    def _task_vectors(self, name: str) -> list[TaskVector | None]:
+    def of(self, name: str) -> list[TaskVector | None]:
+        """τₖ of a tensor, of each expert; None where it is the base's."""
         return [expert.task_vector(name) for _, expert in self.experts]
 
 
 def open_task_vectors(plan: Plan, threads: int) -> TaskVectors:
     """The plan's models as streams, found by its words on whatever node this is."""
-    experts = [(expert.name, open_expert(expert)) for expert in plan.experts]
-    return TaskVectors(open_base(plan), experts, getattr(torch, plan.dtype), threads)
+    base = open_base(plan)
+    experts = [(expert.name, open_expert(expert, base)) for expert in plan.experts]
+    return TaskVectors(base, experts, getattr(torch, plan.dtype), threads)
 
 
 def merge_piece(
-    piece: Piece, base: Tensor, task_vectors: Sequence[TaskVector | None], wanted: TensorCoefficients, out_N: Tensor
+    piece: Piece,
+    base: Tensor,
+    task_vectors: Sequence[TaskVector | None],
+    wanted: TensorCoefficients,
+    out_N: Tensor,
+    own: float | None = None,
 ) -> None:
-    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`."""
+    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`.
+
+    With `own` the sum is own · θ₀ + Σₖ αₖ · θₖ instead, of what is given whole; of what is given as τₖ it is αₖ · τₖ.
+    """
     groups, base_N = _groups(task_vectors), base.reshape(-1)
     values_mG = [np.ascontiguousarray(_filled(wanted.values[group]).T) for group in groups]
     for start, stop in blocks(base.shape, piece.start, piece.stop):
         room = _room(stop - start)
         base_B, sum_B = room.float32(base_N[start:stop]), room.other_B
         # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
-        sum_B.copy_(base_B)
-        subtracted, sums = as_operand(base_B), as_operand(sum_B)
+        torch.mul(base_B, 1.0 if own is None else own, out=sum_B)
+        subtracted, sums = as_operand(base_B if own is None else room.zero_B), as_operand(sum_B)
         for group, values in zip(groups, values_mG, strict=True):
             operands = room.operands(task_vectors, group, start, stop, subtracted)
             for chunk, first, last in _chunks_within(wanted.edges, start, stop):

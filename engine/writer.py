@@ -19,11 +19,12 @@ from torch import Tensor
 from engine.headers import BYTES, FLOATS
 from engine.plan import Plan
 
-FILE_BYTES = 5_000_000_000
 # What a model folder holds beside weights and config.json, as transformers' tokenizers and processors name it.
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
 COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-    "chat_template*", "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*",
 )  # fmt: skip
 
 
@@ -45,8 +46,9 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
 
 
-def output_files(plan: Plan, limit: int = FILE_BYTES) -> list[OutputFile]:
-    """The tensors of the base in its order, in files of at most `limit` bytes (or one tensor)."""
+def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
+    """The base's tensors in their order, in files of at most `limit` (else `max_shard_size`) bytes, or one tensor."""
+    limit = limit or plan.config.max_shard_size
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
     for tensor in plan.base_header.tensors.values():
@@ -88,8 +90,12 @@ def write_file(folder: Path, file: OutputFile, parts: Callable[[OutputTensor], I
         os.fsync(out.fileno())
 
 
-def write_companions(folder: Path, plan: Plan, base_folder: Path, files: list[OutputFile]) -> None:
-    """config.json with the output's dtype, the index where there are several files, and the base's other files."""
+def write_companions(
+    folder: Path, plan: Plan, base_folder: Path, files: list[OutputFile], tokenizer_folder: Path | None = None
+) -> None:
+    """config.json with the output's dtype, the index where there are several files, and the base's other files; those
+    of a tokenizer are of `tokenizer_folder` where it is given.
+    """
     config = dict(plan.base_header.config)
     chosen = plan.config.out_dtype or plan.config.dtype
     if chosen:
@@ -102,8 +108,8 @@ def write_companions(folder: Path, plan: Plan, base_folder: Path, files: list[Ou
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    for pattern in COMPANIONS:
-        for path in sorted(base_folder.glob(pattern)):
+    for patterns, source in ((COMPANIONS, base_folder), (TOKENIZER, tokenizer_folder or base_folder)):
+        for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
             if path.is_file() and path.suffix not in (".safetensors", ".bin"):
                 shutil.copyfile(path, folder / path.name)
 

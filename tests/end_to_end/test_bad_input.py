@@ -107,8 +107,8 @@ PLANNED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "not UTF-8": (lambda f: (f / "merge.yaml").write_bytes(b"\xff"), ["merge.yaml", "UTF-8"]),
     "empty config": (lambda f: (f / "merge.yaml").write_text(""), ["merge.yaml", "not a mapping"]),
     "other method": (
-        lambda f: edit_yaml(f, lambda c: c.update(merge_method="passthrough")),
-        ["merge.yaml:1: merge_method is 'passthrough'"],
+        lambda f: edit_yaml(f, lambda c: c.update(merge_method="tie")),
+        ["merge.yaml:1: there is no method 'tie'", "did you mean 'ties'?"],
     ),
     "prior of 1": (
         lambda f: edit_yaml(f, lambda c: c["models"][1]["parameters"].update(weight=1.0)),

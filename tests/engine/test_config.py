@@ -13,7 +13,7 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config import Config, Rates
+from engine.config import INTERNAL, Config, Rates
 from engine.config_file import load_config, parse_config
 from engine.errors import ConfigError
 from engine.record import resolved_config
@@ -76,6 +76,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
         "kappa": 1.0,
         "fixed": "prior",
         "start": "prior",
+        "granularity": "layer",
     }
     assert " ".join(config.exclude) == ".*vision.* .*visual.* .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*"
     assert (config.calibration.max_length, config.calibration.shuffle) == (2048, False)
@@ -219,7 +220,6 @@ def test_a_config_is_frozen(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("merge_method: ties  # here\nbase_model: b\n" + MODELS, "merge_method"),
         ("merge_method: expert_merging\nbase_model: 3  # here\n" + MODELS, "base_model"),
         ("merge_method: expert_merging\nbase_model: ''  # here\n" + MODELS, "base_model"),
         (HEAD + "models: math  # here\n", "models"),
@@ -569,7 +569,7 @@ def test_a_resolved_config_runs_from_anywhere_and_resolves_to_itself(
 
 
 KEYS = [
-    *Config.model_fields,
+    *(key for key in Config.model_fields if key not in INTERNAL),
     "model",
     "name",
     "weight",

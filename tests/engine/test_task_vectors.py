@@ -471,32 +471,6 @@ def test_the_bits_depend_neither_on_threads_nor_on_what_else_is_asked_for(
             np.testing.assert_array_equal(magnitudes[name], alone.inspect([name])[name].magnitudes)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
-@pytest.mark.usefixtures("small_blocks")
-def test_a_tensor_as_a_stream_is_its_pieces_a_few_at_a_time(
-    house: House, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | None, threads: int
-) -> None:
-    streams = house.task_vectors(threads, torch.float16)
-    asked: list[int] = []
-    merge_all = streams.merge_all
-
-    def counted(wanted: dict[Piece, TensorCoefficients], dtype: torch.dtype | None = None) -> dict[Piece, Tensor]:
-        asked.append(len(wanted))
-        return merge_all(wanted, dtype)
-
-    monkeypatch.setattr(streams, "merge_all", counted)
-    for name, shape in SHAPES.items():
-        asked.clear()
-        wanted, parts = coefficients(name, 3), []
-        for number, part in enumerate(streams.stream(name, wanted, dtype)):
-            assert sum(asked) <= number + threads, "no more is computed than is asked for"
-            parts.append(part)
-        assert len(parts) == len(list(pieces(name, shape)))
-        whole = merged(house.base.read(name), house.vectors(name), wanted, dtype or torch.float16)
-        assert torch.equal(torch.cat(parts), whole.reshape(-1))
-
-
 @pytest.mark.usefixtures("small_blocks")
 def test_reading_changes_neither_the_files_nor_what_is_mapped(house: House) -> None:
     checkpoints = [house.base, *(expert.checkpoint for _, expert in house.experts)]  # type: ignore[attr-defined]

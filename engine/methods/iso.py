@@ -1,0 +1,40 @@
+"""Iso-C: the sum of the task vectors with all its singular values made equal.
+
+Source: Marczak et al., No Task Left Behind: Isotropic Model Merging, arXiv 2502.04959 (Iso-C).
+Formula: U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ); θ = θ₀ + λ·σ̄·U·Vᵀ. Tensors that are no matrices (biases, norms, embeddings
+and heads): θ₀ + (λ/K)·Σₖ τₖ.
+Options: `lambda` (1.0).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.methods.spec import LAMBDA, Method
+
+if TYPE_CHECKING:
+    from engine.methods.tensor import Fill, MergeTensor
+
+METHOD = Method(
+    "iso",
+    "the sum of task vectors with equal singular values (Iso-C)",
+    "Marczak et al., No Task Left Behind, arXiv 2502.04959",
+    "θ = θ₀ + λ·σ̄·U·Vᵀ, U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ)",
+    (LAMBDA,),
+    whole=True,
+)
+
+
+def prepare(tensor: MergeTensor) -> Fill:
+    """How the tensor's pieces are computed: one singular value decomposition, of the sum."""
+    import torch
+
+    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+
+    if not is_matrix(tensor):
+        return mean_of_task_vectors(tensor)
+    total = torch.zeros(tensor.shape)
+    for tau in changed(tensor):
+        total += tau
+    u, s, vt = torch.linalg.svd(total, full_matrices=False)
+    return add_to_base(tensor, (u * s.mean()) @ vt)

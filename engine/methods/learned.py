@@ -1,0 +1,76 @@
+"""The methods that learn coefficients, as a user sees them; what they do is the driver's and the trainer's.
+
+Options and defaults are those of `engine.config.Parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from engine.config import ADAMERGING, ModelParameters, Parameters
+from engine.methods.spec import Method, Option
+
+ABOUT = {
+    "weight": "ᾱₖ, the prior: where learning starts, and what it is pulled back to",
+    "loss_weight": "βₖ, what the expert's losses count",
+    "samples_per_model": "calibration samples of an expert",
+    "hidden_layers": "S, the hidden states that are compared: middle, all, or indices",
+    "hidden_weight": "λ_hid, what the hidden loss counts",
+    "temperature": "T of the logit loss",
+    "regularization": "γ, the pull back to the prior",
+    "learning_rate": "of AdamW on a, α = σ(a)",
+    "weight_decay": "of AdamW",
+    "max_grad_norm": "the gradient's norm is clipped to it",
+    "gradient_accumulation": "samples of an optimiser step",
+    "epochs": "how often the samples are gone through",
+    "budget": "B, coefficients of an expert as a multiple of the merged tensors",
+    "kappa": "κ: 0 spreads chunks evenly, above 1 sharpens the importance",
+    "fixed": "what a tensor without chunks keeps: prior or stage1",
+    "start": "where stage 2 starts: prior or stage1",
+    "granularity": "one coefficient an expert and tensor (layer), or one an expert (task)",
+}
+SECOND_STAGE = ("budget", "kappa", "fixed", "start")
+ALIGNMENT = ("hidden_layers", "hidden_weight", "temperature")
+
+
+def _options(without: tuple[str, ...], defaults: Mapping[str, float] = MappingProxyType({})) -> tuple[Option, ...]:
+    return tuple(
+        Option(
+            name,
+            defaults.get(name, field.default),
+            ABOUT[name],
+            "expert" if name in ModelParameters.model_fields else "merge",
+            kind=type(field.default),
+        )
+        for name, field in Parameters.model_fields.items()
+        if name not in without
+    )
+
+
+METHODS = (
+    Method(
+        "expert_merging",
+        "coefficients learned on unlabelled samples, one an expert and tensor",
+        "Zhang et al., Expert Merging, arXiv 2509.25712",
+        "θ = θ₀ + Σₖ αₖ·τₖ, α = argmin L_logit + λ_hid·L_hid + γ·R",
+        _options(("granularity", *SECOND_STAGE)),
+        learned=True,
+    ),
+    Method(
+        "expert_merging_pp",
+        "the same, and then several coefficients for important tensors",
+        "Zhang et al., Expert Merging, arXiv 2509.25712 (Expert Merging++)",
+        "θ = θ₀ + Σₖ Σₛ αₖ,ₛ·τₖ,ₛ",
+        _options(("granularity",)),
+        learned=True,
+    ),
+    Method(
+        "adamerging",
+        "coefficients that minimise the entropy of the merged model's predictions",
+        "Yang et al., AdaMerging, arXiv 2310.02575",
+        "θ = θ₀ + Σₖ αₖ·τₖ, α = argmin mean over tokens of H(softmax(z))",
+        _options((*ALIGNMENT, *SECOND_STAGE), ADAMERGING),
+        learned=True,
+    ),
+)

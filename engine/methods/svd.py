@@ -1,0 +1,89 @@
+"""Task singular vectors: the leading singular vectors of every task vector, made orthogonal to each other's (TSV-M).
+
+Source: Gargiulo et al., Task Singular Vectors, arXiv 2412.00081 (TSV-Merge).
+Formula: of each τₖ = Uₖ·Σₖ·Vₖᵀ the leading r = ⌊rank·min(m, n)⌋ parts; U = [U₁ … U_K], V = [V₁ … V_K] and their nearest
+orthogonal matrices U⊥ = P·Qᵀ with P·D·Qᵀ = U, V⊥ likewise; θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ. Tensors that are no
+matrices: θ₀ + (λ/K)·Σₖ τₖ.
+Options: `rank` (0, which means 1/K: as many parts in all as a matrix has), `lambda` (1.0).
+
+`svd_intermediate` stops half-way: one model an expert, θ₀ + λ·(the leading r parts of τₖ); tensors that are no matrices
+are the expert's, θ₀ + λ·τₖ.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.methods.spec import LAMBDA, Method, Option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.methods.tensor import Fill, MergeTensor
+
+RANK = Option("rank", 0.0, "r as a part of min(m, n); 0: 1/K", low=0, high=1)
+SOURCE = "Gargiulo et al., Task Singular Vectors, arXiv 2412.00081"
+
+METHOD = Method(
+    "svd",
+    "the leading singular vectors of every task vector, made orthogonal (TSV-M)",
+    SOURCE,
+    "θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ, of the leading parts of τₖ = Uₖ·Σₖ·Vₖᵀ",
+    (RANK, LAMBDA),
+    whole=True,
+)
+INTERMEDIATE = Method(
+    "svd_intermediate",
+    "each expert with its task vector cut to its leading singular values: one model an expert",
+    SOURCE,
+    "θ⁽ᵏ⁾ = θ₀ + λ·Uₖ,ᵣ·Σₖ,ᵣ·Vₖ,ᵣᵀ",
+    (RANK, LAMBDA),
+    outputs="experts",
+    whole=True,
+)
+
+
+def prepare(tensor: MergeTensor) -> Fill:
+    """How the tensor's pieces are computed: K singular value decompositions, and two of what is left of them."""
+    import torch
+
+    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+
+    if not is_matrix(tensor):
+        return mean_of_task_vectors(tensor)
+    parts = [_leading(tensor, tau, len(tensor.task_vectors)) for tau in changed(tensor)]
+    if not parts:
+        return mean_of_task_vectors(tensor)
+    left, values, right = (torch.cat(some) for some in zip(*((u.T, s, vt) for u, s, vt in parts), strict=True))
+    return add_to_base(tensor, (_orthogonal(left.T) * values) @ _orthogonal(right))
+
+
+def prepare_intermediate(tensor: MergeTensor) -> Fill:
+    """How the tensor's pieces are computed, of a merge that has one expert: its own output."""
+    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+
+    assert len(tensor.task_vectors) == 1
+    if not is_matrix(tensor):
+        return mean_of_task_vectors(tensor)
+    for tau in changed(tensor):
+        u, s, vt = _leading(tensor, tau, tensor.experts_in_all)
+        return add_to_base(tensor, (u * s) @ vt)
+    return mean_of_task_vectors(tensor)
+
+
+def _leading(tensor: MergeTensor, tau: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, r], Σ [r], Vᵀ [r, n] of the leading parts."""
+    import torch
+
+    u, s, vt = torch.linalg.svd(tau, full_matrices=False)
+    rank = max(1, int(len(s) * (float(tensor.values["rank"]) or 1 / experts)))
+    return u[:, :rank], s[:rank], vt[:rank]
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """P·Qᵀ of P·D·Qᵀ = matrix: the nearest with orthogonal columns or rows."""
+    import torch
+
+    p, _, qt = torch.linalg.svd(matrix, full_matrices=False)
+    nearest: Tensor = p @ qt
+    return nearest

@@ -1,0 +1,28 @@
+"""Weight average: the plain mean of the experts.
+
+Source: Wortsman et al., Model soups, arXiv 2203.05482 (the uniform soup).
+Formula: θ = (1/K)·Σₖ θₖ. The base takes no part. No options.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.methods.spec import Method
+
+if TYPE_CHECKING:
+    from engine.methods.tensor import Fill, MergeTensor
+
+METHOD = Method(
+    "weight_average",
+    "the plain mean of the experts",
+    "Wortsman et al., Model soups, arXiv 2203.05482",
+    "θ = (1/K)·Σₖ θₖ",
+    base="optional",
+)
+
+
+def prepare(tensor: MergeTensor) -> Fill:
+    """How the tensor's pieces are computed: one pass over every expert."""
+    experts = len(tensor.task_vectors)
+    return tensor.sum_of_models(0.0, [1 / experts] * experts)

@@ -1,0 +1,100 @@
+"""WUDI: the task vector that disturbs every expert least in the subspace of that expert's own, by gradient descent.
+
+Source: Cheng et al., Whoever Started the Interference Should End It, arXiv 2503.08099 (wudi); Wei et al., Unifying
+Multimodal LLM Capabilities and Modalities via Model Merging, arXiv 2505.19892 (wudi2).
+Formula: τ = argmin Σₖ ‖(τ − Tₖ)·Rₖᵀ‖²_F / ‖τₖ‖²_F, from Σₖ τₖ by `steps` steps of Adam; θ = θ₀ + λ·τ.
+wudi: Tₖ = Rₖ = τₖ. wudi2: with the leading r = ⌊min(m, n)/K⌋ parts, Rₖ = Σₖ,ᵣ·Vₖ,ᵣᵀ of τₖ, and Tₖ = τ̄ + the leading
+parts of τₖ − τ̄, τ̄ = (1/K)·Σₖ τₖ (of the published code for fully fine-tuned experts); for adapters it takes `center`
+false, `start: mean`, `optimizer: sgd` and a learning rate of 1e-4. Tensors that are no matrices: θ₀ + (λ/K)·Σₖ τₖ.
+Options: `steps` (300), `learning_rate` (1e-5), `lambda` (1.0); of wudi2 `center` (true), `start` (sum), `optimizer`
+(adam).
+
+The loss is quadratic in τ: its gradient is 2·(τ·A − B) with A = Σₖ RₖᵀRₖ/‖τₖ‖² and B = Σₖ Tₖ·RₖᵀRₖ/‖τₖ‖², so that what
+stands in memory, and what a step costs, does not grow with the number of experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.methods.spec import LAMBDA, Method, Option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.methods.tensor import Fill, MergeTensor
+
+STEPS = Option("steps", 300, "steps of gradient descent a tensor", kind=int, low=0)
+LEARNING_RATE = Option("learning_rate", 1e-5, "of the optimiser", low=0)
+CENTER = Option("center", True, "cut τₖ − τ̄ to its leading parts, not τₖ", kind=bool)
+START = Option(
+    "start", "sum", "where τ begins: the sum of the task vectors, or their mean", kind=str, choices=("sum", "mean")
+)
+OPTIMIZER = Option("optimizer", "adam", "adam, or sgd with a momentum of 0.9", kind=str, choices=("adam", "sgd"))
+
+METHOD = Method(
+    "wudi",
+    "the task vector that disturbs every expert's own least",
+    "Cheng et al., Whoever Started the Interference Should End It, arXiv 2503.08099",
+    "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − τₖ)·τₖᵀ‖²_F / ‖τₖ‖²_F",
+    (STEPS, LEARNING_RATE, LAMBDA),
+    whole=True,
+)
+SECOND = Method(
+    "wudi2",
+    "wudi against the leading parts of the task vectors (WUDI v2)",
+    "Wei et al., Unifying Multimodal LLM Capabilities and Modalities via Model Merging, arXiv 2505.19892",
+    "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − Tₖ)·Rₖᵀ‖²_F / ‖τₖ‖²_F, Rₖ = Σₖ,ᵣ·Vₖ,ᵣᵀ",
+    (STEPS, LEARNING_RATE, LAMBDA, CENTER, START, OPTIMIZER),
+    whole=True,
+)
+
+
+def prepare(tensor: MergeTensor) -> Fill:
+    """How the tensor's pieces are computed, of wudi and of wudi2."""
+    import torch
+
+    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+
+    if not is_matrix(tensor):
+        return mean_of_task_vectors(tensor)
+    rows, columns = tensor.shape
+    experts = len(tensor.task_vectors)
+    total = torch.zeros(rows, columns)
+    for tau in changed(tensor):
+        total += tau
+    mean = total / experts
+    second = "start" in tensor.values
+    rank = max(1, min(rows, columns) // experts)
+    a, b = torch.zeros(columns, columns), torch.zeros(rows, columns)
+    for tau in changed(tensor):
+        norm = tau.square().sum()
+        target = tau
+        if second:
+            _, s, vt = torch.linalg.svd(tau, full_matrices=False)
+            gram = (vt[:rank].T * s[:rank].square()) @ vt[:rank] / norm
+            center = mean if tensor.values["center"] else torch.zeros(())
+            u, s, vt = torch.linalg.svd(tau - center, full_matrices=False)
+            target = (u[:, :rank] * s[:rank]) @ vt[:rank] + center
+        else:
+            gram = tau.T @ tau / norm
+        a += gram
+        b.addmm_(target, gram)
+    return add_to_base(tensor, _descend(tensor, mean if tensor.values.get("start") == "mean" else total, a, b))
+
+
+def _descend(tensor: MergeTensor, start: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """τ [m, n] after the steps, from the gradient 2·(τ·A − B)."""
+    import torch
+
+    tau = torch.nn.Parameter(start.clone())
+    learning_rate = float(tensor.values["learning_rate"])
+    optimizer: torch.optim.Optimizer
+    if tensor.values.get("optimizer") == "sgd":
+        optimizer = torch.optim.SGD([tau], lr=learning_rate, momentum=0.9)
+    else:
+        optimizer = torch.optim.Adam([tau], lr=learning_rate)
+    for _ in range(int(tensor.values["steps"])):
+        tau.grad = (tau.detach() @ a).sub_(b).mul_(2)
+        optimizer.step()
+    return tau.detach()

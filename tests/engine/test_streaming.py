@@ -1,0 +1,94 @@
+"""Tensors of a file as one stream: in order, bounded ahead, whatever the number of threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import cut_small
+from torch import Tensor
+
+from engine.errors import ConfigError, RunError
+from engine.streaming import Fill, Job, copy_of, stream
+from engine.task_vectors import Piece, pieces
+
+SHAPES = {"a": (7, 5), "scalar": (), "b": (300,), "none": (0, 4), "c": (11, 13)}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_small(monkeypatch, 16, 32)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(3) as threads:
+        yield threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.usefixtures("small_blocks")
+def test_the_stream_is_every_piece_of_every_tensor_in_order(
+    pool: ThreadPoolExecutor, threads: int, dtype: torch.dtype
+) -> None:
+    tensors = {name: torch.randn(shape).mul(9).to(dtype) for name, shape in SHAPES.items()}
+    jobs = [Job(name, tuple(t.shape), dtype, lambda t=t: copy_of(t)) for name, t in tensors.items()]
+    parts = stream(jobs, pool, threads)
+    for name, tensor in tensors.items():
+        mine = [next(parts) for _ in pieces(name, tensor.shape)]
+        assert len(mine) > 1 or tensor.numel() < 36
+        assert torch.equal(torch.cat([*mine, torch.empty(0, dtype=dtype)]), tensor.reshape(-1))
+    assert next(parts, None) is None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("small_blocks")
+def test_no_more_is_computed_than_a_few_pieces_ahead(pool: ThreadPoolExecutor, threads: int) -> None:
+    lock, filled, prepared = threading.Lock(), 0, 0
+
+    def fill(piece: Piece, out_N: Tensor) -> None:
+        nonlocal filled
+        with lock:
+            filled += 1
+        out_N.fill_(1)
+
+    def prepare() -> Fill:
+        nonlocal prepared
+        with lock:
+            prepared += 1
+        return fill
+
+    jobs = [Job(f"t{i}", (8, 48), torch.float32, prepare) for i in range(20)]
+    each = len(list(pieces("t0", (8, 48))))
+    for taken, _ in enumerate(stream(jobs, pool, threads), start=1):
+        with lock:
+            assert filled <= taken + threads + 1
+            assert prepared <= filled / each + threads + 3
+    assert (filled, prepared) == (20 * each, 20)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_an_error_that_names_the_tensor(pool: ThreadPoolExecutor, value: float) -> None:
+    tensor = torch.ones(50)
+    tensor[49] = value
+    with pytest.raises(RunError, match="late: the merged tensor has a weight that is NaN or infinite"):
+        list(stream([Job("late", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2))
+
+
+def test_large_weights_are_finite_though_their_sum_is_not(pool: ThreadPoolExecutor) -> None:
+    tensor = torch.full((50,), 3e38)
+    assert torch.equal(next(stream([Job("t", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2)), tensor)
+    with pytest.raises(RunError, match="in float16"):
+        list(stream([Job("t", (50,), torch.float16, lambda: copy_of(tensor))], pool, 2))
+
+
+def test_what_a_preparation_raises_comes_out(pool: ThreadPoolExecutor) -> None:
+    def prepare() -> Fill:
+        raise ConfigError("no", "here")
+
+    with pytest.raises(ConfigError, match="here: no"):
+        list(stream([Job("t", (5,), torch.float32, prepare)], pool, 2))
