@@ -80,6 +80,7 @@ class Trainer:
                 "sample": sample.index,
                 "kl": loss.kl,
                 "hidden": loss.hidden,
+                "entropy": loss.entropy,
                 "regularization": metrics.regularization,
                 "grad_norm": metrics.grad_norm,
                 "learning_rate": metrics.learning_rate,

@@ -20,7 +20,9 @@ from cluster.run import Run
 from cluster.session import answer, connect, nodes
 from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
 from engine.checkpoint import open_base
+from engine.codec import Packed, pack_all
 from engine.coefficients import Array, Coefficients
+from engine.expert import Target
 from engine.importance import stage_2_layout
 from engine.model import build_skeleton, load_tokenizer
 from engine.plan import Plan
@@ -64,6 +66,10 @@ def prepare(plan: Plan) -> list[list[Sample]]:
     folder = open_base(plan).folder
     build_skeleton(folder, plan.base_header.tensors, getattr(torch, plan.dtype))
     return tokenize(records, load_tokenizer(folder) if needs_tokenizer(records) else None, plan)
+
+
+def _unlabelled(sample: Sample) -> dict[str, Packed]:
+    return pack_all(Target.unlabelled(torch.tensor(sample.input_ids)).tensors())
 
 
 class Merge(Run):
@@ -124,6 +130,8 @@ class Merge(Run):
 
     def _stored_and_wanted(self) -> tuple[dict[Sample, Path], list[list[tuple[Sample, Path]]]]:
         """Targets that an earlier start of this run left, and those still to compute, of each expert that has any."""
+        if not self.plan.config.labelled:
+            return {}, []
         paths = {sample: self.folder.target(sample) for mine in self.samples for sample in mine}
         stored = {sample: path for sample, path in paths.items() if path.exists()}
         missing = [[(s, paths[s]) for s in mine if s not in stored] for mine in self.samples]
@@ -131,6 +139,10 @@ class Merge(Run):
 
     def _targets(self, experts: Sequence[Any], stored: Mapping[Sample, Path], wanted: Sequence[Any]) -> Targets:
         """References to every sample's target; each is computed once in the life of a run."""
+        self.forwards_before = self.target_bytes = 0
+        if not self.plan.config.labelled:
+            samples = [sample for mine in self.samples for sample in mine]
+            return {(sample.expert, sample.index): ray.put(_unlabelled(sample)) for sample in samples}
         self.progress.phase("targets", sum(map(len, self.samples)), len(stored))
         self.forwards_before = count = len(stored)
         self.target_bytes = sum(path.stat().st_size for path in stored.values())

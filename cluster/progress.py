@@ -64,5 +64,8 @@ class Progress:
 
 def step_note(rows: Sequence[Mapping[str, Any]]) -> str:
     """What an optimiser step saw, from its rows of merge/metrics.parquet."""
+    if rows[0].get("entropy") is not None:
+        entropy = sum(row["entropy"] for row in rows) / len(rows)
+        return f"entropy {entropy:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"
     kl, hidden = (sum(row[key] for row in rows) / len(rows) for key in ("kl", "hidden"))
     return f"kl {kl:.4f}  hidden {hidden:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"

@@ -1,7 +1,7 @@
-"""The losses that pull a merged model towards its experts. Pure functions of tensors; float32 throughout.
+"""The losses that coefficients are learned by. Pure functions of tensors; float32 throughout.
 
 Letters in tensor names: T tokens, H hidden features, V vocabulary. A sample has no padding, so every token counts.
-Source: Expert Merging, arXiv 2509.25712.
+Sources: Expert Merging, arXiv 2509.25712; of the entropy AdaMerging, arXiv 2310.02575.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tup
     kl = torch.dot(probability.reshape(-1), gap.reshape(-1))
     gradient = student.exp_().sub_(probability).mul_(temperature)
     return temperature**2 * kl, gradient
+
+
+def entropy_loss(student_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ over tokens of H(softmax(z)) = −Σᵢ pᵢ·ln pᵢ, a float32 scalar, and its gradient by z [T, V].
+
+    Divided by the number of tokens it is AdaMerging's objective, for which no expert is asked. The gradient is
+    ∂H/∂zᵢ = −pᵢ·(ln pᵢ + H) in float32. The operand is not kept or changed; nothing is recorded for autograd.
+    """
+    p_TV = functional.softmax(student_TV.detach().float(), dim=-1)
+    # −p·ln p, and 0 where p is.
+    parts_TV = torch.special.entr(p_TV)
+    entropy_T = parts_TV.sum(dim=-1)
+    gradient = parts_TV.sub_(p_TV.mul_(entropy_T[:, None]))
+    return entropy_T.sum(), gradient
 
 
 def regularization(alpha: Array, prior: Array) -> float:

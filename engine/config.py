@@ -231,6 +231,11 @@ class Config(_Section):
         return self.recipe is None
 
     @property
+    def labelled(self) -> bool:
+        """Whether experts say what is learned: their targets. Else the merged model's own predictions do."""
+        return self.merge_method != "adamerging"
+
+    @property
     def stages(self) -> int:
         """2 for Expert Merging++, 1 for the others that learn."""
         return 2 if self.merge_method == "expert_merging_pp" else 1

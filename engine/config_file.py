@@ -134,6 +134,13 @@ def _check(config: Config, where: Any) -> None:
                 "`calibration: FILE` with 5–10 unlabelled records of its domain (.json, .jsonl or .parquet)",
             )
 
+    if not config.labelled and config.calibration.generate_responses:
+        raise ConfigError(
+            "no expert answers for adamerging",
+            where(("calibration", "generate_responses")),
+            "calibration without generate_responses",
+        )
+
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Apply one `key.sub=value`; a number between dots is an index into a list."""

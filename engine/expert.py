@@ -27,13 +27,23 @@ class Target:
     """What an expert says to one sample, in the run's dtype: hₖ,ₗ(x) for ℓ ∈ S, and zₖ(x) or what gives it.
 
     `input_ids_T` int64 are the tokens, any response that the expert wrote included. Either `logits_TV` is there, or
-    `last_hidden_TH`, from which the base's output head makes the same logits.
+    `last_hidden_TH`, from which the base's output head makes the same logits; or neither, where no expert was asked.
     """
 
     input_ids_T: Tensor
     hidden_TH: dict[int, Tensor] = field(default_factory=dict)
     last_hidden_TH: Tensor | None = None
     logits_TV: Tensor | None = None
+
+    @classmethod
+    def unlabelled(cls, input_ids_T: Tensor) -> Target:
+        """The tokens of a sample alone, for a method that asks no expert."""
+        return cls(input_ids_T)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an expert said something to the sample."""
+        return self.last_hidden_TH is not None or self.logits_TV is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, as it travels and is stored."""

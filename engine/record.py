@@ -29,6 +29,7 @@ METRICS = pa.schema(
         ("sample", pa.int32()),
         ("kl", pa.float64()),
         ("hidden", pa.float64()),
+        ("entropy", pa.float64()),
         ("regularization", pa.float64()),
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
@@ -153,7 +154,14 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     ]
     options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
-    total = int(np.sum(learned.layout.learned_columns))
+    tied = plan.config.merge_method == "adamerging" and plan.config.parameters.granularity == "task"
+    total = 1 if tied else int(np.sum(learned.layout.learned_columns))
+    aim = (
+        "the merged model's hidden states and logits match the expert's\n"
+        "([Expert Merging](https://arxiv.org/abs/2509.25712))"
+        if plan.config.labelled
+        else "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
+    )
     path.write_text(
         f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
@@ -161,8 +169,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
 # A merge of {len(plan.experts)} experts by {method}
 
 {len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
-learned on unlabelled samples, so that the merged model's hidden states and logits match the expert's
-([Expert Merging](https://arxiv.org/abs/2509.25712)). {len(plan.merged)} tensors are merged; all others are the base's.
+learned on unlabelled samples, so that {aim}. {len(plan.merged)} tensors are merged; all others are the base's.
 
 | expert | given as | prior | mean learned coefficient | range |
 |---|---|---|---|---|

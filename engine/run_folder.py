@@ -181,7 +181,7 @@ def open_run(out: Path, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
         run.targets.mkdir(exist_ok=True)
         yield run
     finally:
-        if made and run.targets.exists() and not any(run.targets.iterdir()):
+        if made and run.targets.exists() and not any(run.targets.iterdir()) and not any(run.folder.glob("stage-*.pt")):
             # Nothing was computed, so there is nothing to go on from: leave nothing behind.
             run.discard()
         lock.release()

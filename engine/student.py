@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from engine.alignment import hidden_loss, logit_loss
+from engine.alignment import entropy_loss, hidden_loss, logit_loss
 from engine.checkpoint import open_base
 from engine.codec import to_cpu
 from engine.errors import RunError
@@ -32,10 +32,14 @@ from engine.task_vectors import Piece
 
 @dataclass(frozen=True)
 class Losses:
-    """The two alignment losses of one sample, before their weights."""
+    """The losses of one sample, before their weights: the two of the alignment with its expert, or the mean entropy.
+
+    `entropy` is None where there is an expert to align with; where there is none, the other two are 0.
+    """
 
     kl: float
     hidden: float
+    entropy: float | None = None
 
 
 class Student:
@@ -96,6 +100,8 @@ class Student:
     def accumulate(self, samples: Sequence[tuple[Target, float]], leaving: Gradients | None = None) -> list[Losses]:
         """Add the gradient of Σ weight · (L_logit + λ_hid · L_hid) over (target, weight) to the merged tensors'.
 
+        A target without labels counts weight · mean over tokens of H(softmax(z)) instead: AdaMerging, arXiv 2310.02575.
+
         One forward and one backward pass for all samples: weights are read, and their gradient written, once. With
         `leaving`, the sums leave as they become final, and are none afterwards.
 
@@ -113,18 +119,19 @@ class Student:
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
             own = row, slice(len(target.input_ids_T))
-            kl = self._logit_loss(last_BTH[own], target, weight, slope_BTH[own])
+            loss = self._logit_loss(last_BTH[own], target, weight, slope_BTH[own])
             hidden = hidden_loss(
                 {index: output.hidden_states[index][own] for index in target.hidden_TH},
                 {index: tensor.to(self.device) for index, tensor in target.hidden_TH.items()},
             )
-            if not (kl + hidden).isfinite():
+            if not (loss + hidden).isfinite():
                 raise RunError(
                     "the loss of the merged model is not finite",
                     do="lower `learning_rate` or the weights, or use float32",
                 )
             roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
-            losses.append(Losses(kl.item(), hidden.item()))
+            kl, entropy = (loss.item(), None) if target.labelled else (0.0, loss.item())
+            losses.append(Losses(kl, hidden.item(), entropy))
         self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
         return losses
 
@@ -150,22 +157,27 @@ class Student:
         )
 
     def _logit_loss(self, last_TH: Tensor, target: Target, scale: float, slope_TH: Tensor) -> Tensor:
-        """L_logit of a sample; `scale` times its gradient by the last hidden state goes to `slope_TH`. Some tokens at a
-        time; the gradient of a head that is merged is left on it.
+        """L_logit of a sample, or its mean entropy where no expert said anything to it.
+
+        `scale` times its gradient by the last hidden state goes to `slope_TH`. Some tokens at a time; the gradient of a
+        head that is merged is left on it.
         """
         temperature, tokens = self.plan.config.parameters.temperature, last_TH.shape[0]
         rows = max(1, LOGIT_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        kl = torch.zeros((), device=self.device)
+        mean = torch.zeros((), device=self.device)
         for start in range(0, tokens, rows):
             some = slice(start, min(start + rows, tokens))
             hidden_PH = last_TH[some].detach().requires_grad_()
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
-            loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some), temperature)
-            kl += loss / tokens
+            if target.labelled:
+                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some), temperature)
+            else:
+                loss, slope_PV = entropy_loss(logits_PV)
+            mean += loss / tokens
             torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
             assert hidden_PH.grad is not None
             slope_TH[some] = hidden_PH.grad
-        return kl
+        return mean
 
     @torch.no_grad()
     def _expert_logits(self, target: Target, some: slice) -> Tensor:

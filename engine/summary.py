@@ -82,7 +82,8 @@ def _tensors(plan: Plan) -> rich.table.Table:
 
 def _facts(plan: Plan, work: Work) -> rich.table.Table:
     parameters, facts = plan.config.parameters, _tensors(plan)
-    facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
+    if plan.config.labelled:
+        facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
     facts.add_row("expert forwards", f"{work.samples}, once for all stages")
     facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")
     if plan.config.stages == 2:

@@ -1,6 +1,7 @@
 """Learning the coefficients: one optimiser step from one window's gradient. Knows no model and no cluster.
 
-Source: Expert Merging, arXiv 2509.25712; the optimiser and its defaults are those of its published command line.
+Source: Expert Merging, arXiv 2509.25712; the optimiser and its defaults are those of its published command line. Tied
+coefficients are AdaMerging's task-wise ones, arXiv 2310.02575.
 Letters in array names: K experts, C learned coefficients of one expert.
 """
 
@@ -27,21 +28,30 @@ PERIOD, GROWTH, FLOOR = 50, 2, 0.1
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage learns: `prior` ᾱₖ [K]; `start` and `fixed` [K, layout.width], for learned and fixed columns."""
+    """What a stage learns: `prior` ᾱₖ [K]; `start` and `fixed` [K, layout.width], for learned and fixed columns.
+
+    `tied`: one coefficient an expert in all its learned columns, which start alike; so C is 1.
+    """
 
     number: int
     layout: Layout
     prior: Array
     start: Array
     fixed: Array
+    tied: bool = False
 
 
 def first_stage(plan: Plan) -> Stage:
-    """Expert Merging: one coefficient per (expert, merged tensor), from the prior."""
+    """One coefficient per (expert, merged tensor), from the prior: Expert Merging, and AdaMerging layer by layer.
+
+    AdaMerging task by task: one per expert.
+    """
     layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
     weights = [expert.weight for expert in plan.experts]
     prior = Coefficients.constant(layout, weights).values
-    return Stage(1, layout, np.array(weights), prior, prior)
+    config = plan.config
+    tied = config.merge_method == "adamerging" and config.parameters.granularity == "task"
+    return Stage(1, layout, np.array(weights), prior, prior, tied)
 
 
 def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
@@ -67,9 +77,12 @@ class Learner:
     def __init__(self, parameters: Parameters, stage: Stage) -> None:
         self._parameters, self._stage = parameters, stage
         self._learned = stage.layout.learned_columns
+        start = stage.start[:, self._learned]
+        if stage.tied:
+            start = start[:, :1]
         # The prior takes the same way through the sigmoid as α, so that both are equal to the last bit at the start.
-        self._prior = sigmoid(logit(np.repeat(stage.prior[:, None], int(self._learned.sum()), axis=1)))
-        self._a = torch.nn.Parameter(torch.from_numpy(logit(stage.start[:, self._learned])))
+        self._prior = sigmoid(logit(np.repeat(stage.prior[:, None], start.shape[1], axis=1)))
+        self._a = torch.nn.Parameter(torch.from_numpy(logit(start)))
         self._optimizer = torch.optim.AdamW(
             [self._a], lr=parameters.learning_rate, betas=(0.9, 0.999), weight_decay=parameters.weight_decay
         )
@@ -79,7 +92,7 @@ class Learner:
 
     @property
     def coefficients(self) -> Coefficients:
-        """The table as it stands."""
+        """The table as it stands, [K, layout.width] also where coefficients are tied."""
         values = self._stage.fixed.copy()
         values[:, self._learned] = self._alpha()
         return Coefficients(self._stage.layout, values)
@@ -87,11 +100,15 @@ class Learner:
     def step(self, gradient: Array) -> StepMetrics:
         """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
 
-        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped.
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped. Of a tied coefficient, ∂L/∂α is
+        the sum over its columns.
         """
         parameters, alpha = self._parameters, self._alpha()
+        slope = gradient[:, self._learned]
+        if self._stage.tied:
+            slope = slope.sum(axis=1, keepdims=True)
         pull = parameters.regularization * regularization_gradient(alpha, self._prior)
-        self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (gradient[:, self._learned] + pull))
+        self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (slope + pull))
         norm = torch.nn.utils.clip_grad_norm_([self._a], parameters.max_grad_norm).item()
         learning_rate = float(self._schedule.get_last_lr()[0])
         metrics = StepMetrics(regularization(alpha, self._prior), norm, learning_rate)

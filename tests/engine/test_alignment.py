@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from engine.alignment import hidden_loss, logit_loss, regularization, regularization_gradient
+from engine.alignment import entropy_loss, hidden_loss, logit_loss, regularization, regularization_gradient
 
 Array = npt.NDArray[np.float64]
 
@@ -29,6 +29,12 @@ def closed_kl(student_TV: Array, expert_TV: Array, temperature: float) -> float:
     p = np.exp(expert_TV / temperature) / np.exp(expert_TV / temperature).sum(axis=1, keepdims=True)
     q = np.exp(student_TV / temperature) / np.exp(student_TV / temperature).sum(axis=1, keepdims=True)
     return float(temperature**2 * (p * np.log(p / q)).sum(axis=1).mean())
+
+
+def closed_entropy(z_TV: Array) -> float:
+    """−Σ over tokens of Σ p · ln p."""
+    p = np.exp(z_TV) / np.exp(z_TV).sum(axis=1, keepdims=True)
+    return float(-(p * np.log(p)).sum())
 
 
 def closed_hidden(student: dict[int, Array], expert: dict[int, Array]) -> float:
@@ -162,6 +168,82 @@ def test_the_logit_loss_has_the_gradient_of_finite_differences(temperature: floa
     np.testing.assert_allclose(slope.numpy() / 3, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_the_entropy_is_the_closed_form_summed_over_tokens() -> None:
+    logits = random(5, 7)
+    found, slope = entropy_loss(logits)
+    assert found.shape == () and found.dtype == torch.float32
+    assert slope.shape == (5, 7) and slope.dtype == torch.float32
+    assert found.item() == pytest.approx(closed_entropy(logits.double().numpy()), 1e-6)
+
+
+def test_the_entropy_by_hand() -> None:
+    even, sure = torch.zeros(3, 8), torch.tensor([[200.0, 0.0, 0.0]])
+    found, slope = entropy_loss(even)
+    assert found.item() == pytest.approx(3 * np.log(8), 1e-6)
+    torch.testing.assert_close(slope, torch.zeros(3, 8), rtol=0, atol=1e-6)
+    found, slope = entropy_loss(sure)
+    assert found.item() == 0 and not slope.any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 12), st.floats(0.1, 30), st.booleans())
+def test_the_entropy_and_its_gradient_are_those_of_torch_s_distribution(
+    seed: int, tokens: int, words: int, scale: float, far: bool
+) -> None:
+    logits = random(tokens, words, seed=seed, scale=scale) + (50 if far else 0)
+
+    def torch_s(z: Tensor) -> Tensor:
+        return torch.distributions.Categorical(logits=z.double()).entropy().sum()
+
+    found, slope = entropy_loss(logits)
+    # A probability is as exact as the logits' last bits let it be.
+    size = 1 + float(logits.abs().max())
+    assert found.item() == pytest.approx(torch_s(logits).item(), rel=1e-5, abs=1e-6 * tokens * size)
+    torch.testing.assert_close(slope, gradient(torch_s, logits), rtol=1e-4, atol=2e-6 * size)
+
+
+def test_the_entropy_has_the_gradient_of_finite_differences() -> None:
+    logits = random(3, 5)
+    wanted = differences(closed_entropy, logits.double().numpy())
+    np.testing.assert_allclose(entropy_loss(logits)[1].numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_entropy_changes_no_operand_and_records_nothing(dtype: torch.dtype) -> None:
+    logits = random(5, 7).to(dtype).requires_grad_()
+    before = logits.detach().clone()
+    found, slope = entropy_loss(logits)
+    assert not found.requires_grad and not slope.requires_grad
+    slope.zero_()
+    assert torch.equal(logits.detach(), before) and logits.grad is None
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+def test_the_entropy_of_some_tokens_at_a_time_sums_up_to_the_whole(tokens: int, at_a_time: int, seed: int) -> None:
+    logits = random(tokens, 9, seed=seed)
+    whole, slope = entropy_loss(logits)
+    parts = [entropy_loss(logits[start : start + at_a_time]) for start in range(0, tokens, at_a_time)]
+    torch.testing.assert_close(torch.stack([part for part, _ in parts]).sum(), whole)
+    torch.testing.assert_close(torch.cat([part for _, part in parts]), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_a_logit_that_rules_a_word_out_has_no_part_in_the_entropy() -> None:
+    logits = random(2, 6)
+    wanted, slopes = entropy_loss(logits)
+    ruled_out = torch.cat([logits, torch.full((2, 1), -torch.inf)], dim=1)
+    found, slope = entropy_loss(ruled_out)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(slope, torch.cat([slopes, torch.zeros(2, 1)], dim=1))
+
+
+def test_the_entropy_of_what_is_not_finite_is_not_finite() -> None:
+    for spoilt in (torch.nan, torch.inf):
+        logits = random(2, 6)
+        logits[1, 3] = spoilt
+        assert not entropy_loss(logits)[0].isfinite()
+
+
 def test_the_hidden_loss_is_the_closed_form_over_the_expert_s_layers() -> None:
     student = {i: random(4, 6, seed=i) for i in range(5)}
     expert = {3: random(4, 6, seed=13), 0: random(4, 6, seed=10)}
@@ -197,6 +279,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     student, expert = random(5, 64, seed=1).to(dtype), random(5, 64, seed=2).to(dtype)
     for found, wanted in [
         *zip(logit_loss(student, expert, 2.0), logit_loss(student.float(), expert.float(), 2.0), strict=True),
+        *zip(entropy_loss(student), entropy_loss(student.float()), strict=True),
         (hidden_loss({0: student}, {0: expert}), hidden_loss({0: student.float()}, {0: expert.float()})),
     ]:
         assert found.dtype == torch.float32

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from plain import Plain
 from reference import Reference
 from reference import pieces as reference_pieces
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.student
-from engine.alignment import logit_loss
+from engine.alignment import entropy_loss, logit_loss
 from engine.codec import unpack_all
 from engine.coefficients import Coefficients, Layout
 from engine.errors import RunError
@@ -30,7 +32,7 @@ from engine.expert import Target
 from engine.model import blocks_of
 from engine.plan import Plan, in_order_of_use
 from engine.shards import LocalShards
-from engine.student import Student
+from engine.student import Losses, Student
 from engine.task_vectors import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +51,10 @@ def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
     layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     values = np.random.default_rng(0).uniform(0.1, 0.6, (2, layout.width))
     return config, plan, targets_of(plan, folder), Coefficients(layout, values)
+
+
+def unlabelled(target: Target) -> Target:
+    return Target.unlabelled(target.input_ids_T)
 
 
 def constant(plan: Plan, weight: float) -> Coefficients:
@@ -116,6 +122,30 @@ def test_coefficient_gradients_equal_autograd_through_the_composed_weights(setup
         np.testing.assert_allclose(got[:, column], expected, rtol=1e-3, atol=1e-5 * np.abs(got).max(), err_msg=name)
 
 
+def test_of_tokens_alone_the_entropy_has_the_gradient_of_autograd_through_the_composed_weights(setup) -> None:
+    """The temperature of the plan, 1.5, is none of the entropy's."""
+    config, plan, targets, coefficients = setup
+    target = unlabelled(targets[1, 2])
+    student, reference = Student(plan, CPU), Reference(config)
+    got = gradient(plan, student, target, coefficients)
+    columns = coefficients.layout.columns
+    alpha = {
+        n: torch.tensor(coefficients.values[:, c], dtype=torch.float32).requires_grad_() for n, c in columns.items()
+    }
+    output = functional_call(reference.model, reference.compose(alpha), (target.input_ids_T[None],))
+    entropy = torch.distributions.Categorical(logits=output.logits[0]).entropy().mean()
+    entropy.backward()
+    for name, column in columns.items():
+        expected = alpha[name].grad.numpy()
+        np.testing.assert_allclose(got[:, column], expected, rtol=1e-3, atol=1e-5 * np.abs(got).max(), err_msg=name)
+
+    (losses,) = student.accumulate([(target, 0.3)])
+    assert losses == Losses(0.0, 0.0, losses.entropy)
+    assert losses.entropy == pytest.approx(entropy.item(), rel=1e-5)
+    (aligned,) = student.accumulate([(targets[1, 2], 0.3)])
+    assert aligned.kl > 0 and aligned.hidden > 0 and aligned.entropy is None
+
+
 def test_coefficient_gradients_equal_finite_differences(setup) -> None:
     _, plan, targets, coefficients = setup
     student, target = Student(plan, CPU), targets[0, 1]
@@ -143,8 +173,9 @@ def test_gradients_of_a_window_add_up(setup) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
 def test_samples_of_any_lengths_in_one_pass_are_as_good_as_each_alone(
-    tmp_path: Path, family: str, exclude: list[str] | None
+    tmp_path: Path, family: str, exclude: list[str] | None, labelled: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
     config = tiny.make_merge(tmp_path / "merge", family, experts=2, samples=(3, 1), **options)
@@ -152,13 +183,16 @@ def test_samples_of_any_lengths_in_one_pass_are_as_good_as_each_alone(
     tiny.write_calibration(config.parent / "expert1.jsonl", 1, seed=5, length=40)
     plan = plan_of(config)
     student, targets = filled(plan), targets_of(plan, tmp_path)
-    samples = [(target, 0.1 + 0.2 * number) for number, target in enumerate(targets.values())]
+    said = [target if labelled else unlabelled(target) for target in targets.values()]
+    samples = [(target, 0.1 + 0.2 * number) for number, target in enumerate(said)]
     assert {len(target.input_ids_T) for target, _ in samples} == {9, 10, 11, 40}
     alone = [student.accumulate([sample]) for sample in samples]
     apart = standing(student)
     together = student.accumulate(samples)
     for (wanted,), found in zip(alone, together, strict=True):
         assert (found.kl, found.hidden) == pytest.approx((wanted.kl, wanted.hidden), rel=1e-4)
+        assert (found.entropy or 0) == pytest.approx(wanted.entropy or 0, rel=1e-4)
+        assert (found.entropy is None) == labelled
     for name, gradient in standing(student).items():
         scale = apart[name].abs().max().item()
         torch.testing.assert_close(gradient, apart[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
@@ -203,12 +237,13 @@ def test_what_is_never_merged_is_never_copied_and_has_no_gradient(setup) -> None
     assert with_gradient == set(plan.merged)
 
 
-def test_a_loss_that_is_not_finite_is_an_error(setup) -> None:
+@pytest.mark.parametrize("say", [lambda target: target, unlabelled], ids=["labelled", "unlabelled"])
+def test_a_loss_that_is_not_finite_is_an_error(setup, say: Callable[[Target], Target]) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
     spoil(student)
     with pytest.raises(RunError, match="not finite"):
-        student.accumulate([(targets[0, 0], 1.0)])
+        student.accumulate([(say(targets[0, 0]), 1.0)])
 
 
 def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,8 +498,9 @@ def most_rows(seen: set[tuple[int, ...]]) -> int:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
 def test_logits_in_pieces_give_the_same_losses_and_gradients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, labelled: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
     config = tiny.make_merge(
@@ -474,16 +510,17 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
     tokens = len(target.input_ids_T)
     assert tokens == 10 and (target.logits_TV is None) == (exclude is None)
+    target = target if labelled else unlabelled(target)
     (wanted,), slopes = student.accumulate([(target, 0.75)]), standing(student)
 
     taken: list[tuple[int, ...]] = []
 
-    def recorded(student_PV: Tensor, expert_PV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        assert student_PV.shape == expert_PV.shape
+    def recorded(student_PV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        assert not labelled or student_PV.shape == others[0].shape
         taken.append(tuple(student_PV.shape))
-        return logit_loss(student_PV, expert_PV, temperature)
+        return (logit_loss if labelled else entropy_loss)(student_PV, *others)
 
-    monkeypatch.setattr(engine.student, "logit_loss", recorded)
+    monkeypatch.setattr(engine.student, "logit_loss" if labelled else "entropy_loss", recorded)
     # A byte less than another row would need; one row even where there is room for none.
     monkeypatch.setattr(engine.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
     (found,), left = student.accumulate([(target, 0.75)]), standing(student)
@@ -491,13 +528,17 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     assert taken == [(rows, tiny.VOCAB)] * full + [(rest, tiny.VOCAB)] * bool(rest)
     assert found.hidden == wanted.hidden
     assert found.kl == pytest.approx(wanted.kl, rel=1e-5)
+    assert (found.entropy or 0) == pytest.approx(wanted.entropy or 0, rel=1e-5)
     for name, slope in slopes.items():
         torch.testing.assert_close(left[name], slope, rtol=1e-4, atol=1e-6 * slope.abs().max().item(), msg=name)
 
 
-def test_the_logits_of_all_tokens_never_stand_at_once(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("say", [lambda target: target, unlabelled], ids=["labelled", "unlabelled"])
+def test_the_logits_of_all_tokens_never_stand_at_once(
+    setup, monkeypatch: pytest.MonkeyPatch, say: Callable[[Target], Target]
+) -> None:
     _, plan, targets, _ = setup
-    student, target = filled(plan), targets[0, 2]
+    student, target = filled(plan), say(targets[0, 2])
     tokens = len(target.input_ids_T)
     assert target.logits_TV is None and tokens < tiny.COMMON["hidden_size"]
     seen = []

@@ -25,12 +25,12 @@ WEIGHTS = (0.2, 0.45)
 CUT = Layout.make(NUMELS, {"a": 2, "b": 0, "c": 3})
 
 
-def plan(weights: tuple[float, ...] = WEIGHTS, **parameters: Any) -> Any:
+def plan(weights: tuple[float, ...] = WEIGHTS, merge_method: str = "expert_merging", **parameters: Any) -> Any:
     return SimpleNamespace(
         numels=NUMELS,
         merged=tuple(NUMELS),
         experts=tuple(SimpleNamespace(weight=weight) for weight in weights),
-        config=SimpleNamespace(parameters=Parameters(**parameters)),
+        config=SimpleNamespace(merge_method=merge_method, parameters=Parameters(**parameters)),
     )
 
 
@@ -39,6 +39,12 @@ def partly_fixed() -> Stage:
     generator = np.random.default_rng(1)
     start, fixed = generator.uniform(0.1, 0.9, (2, CUT.width)), generator.uniform(0.1, 0.9, (2, CUT.width))
     return Stage(2, CUT, np.array(WEIGHTS), start, fixed)
+
+
+def tied() -> Stage:
+    """One coefficient an expert, with a tensor that keeps another."""
+    start, fixed = np.repeat([[0.3], [0.6]], CUT.width, axis=1), np.full((2, CUT.width), 0.7)
+    return Stage(1, CUT, np.array(WEIGHTS), start, fixed, tied=True)
 
 
 def gradients(steps: int, width: int, seed: int = 0) -> list[Array]:
@@ -50,8 +56,9 @@ def plain_loop(
 ) -> tuple[list[torch.Tensor], list[StepMetrics]]:
     """What the method's page says, written with nothing but torch."""
     learned = torch.from_numpy(stage.layout.learned_columns)
-    prior = torch.from_numpy(np.array(stage.prior))[:, None].expand(-1, int(learned.sum()))
-    a = torch.nn.Parameter(torch.logit(torch.from_numpy(stage.start)[:, learned]))
+    width = 1 if stage.tied else int(learned.sum())
+    prior = torch.from_numpy(np.array(stage.prior))[:, None].expand(-1, width)
+    a = torch.nn.Parameter(torch.logit(torch.from_numpy(stage.start)[:, learned][:, :width]))
     optimizer = torch.optim.AdamW(
         [a], lr=parameters.learning_rate, betas=(0.9, 0.999), weight_decay=parameters.weight_decay
     )
@@ -64,14 +71,14 @@ def plain_loop(
         alpha = torch.sigmoid(a)
         # A start at the prior differs from it by a rounding here, and |·| has no slope there.
         away = (alpha - prior) * ((alpha - prior).abs() > 1e-12)
-        pull = away.abs().sum() / learned.sum()
+        pull = away.abs().sum() / width
         loss = (alpha * torch.from_numpy(slope)[:, learned]).sum() + parameters.regularization * pull
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([a], parameters.max_grad_norm)
         metrics.append(StepMetrics(pull.item(), norm.item(), schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()
-        alphas.append(torch.sigmoid(a.detach()))
+        alphas.append(torch.sigmoid(a.detach()).expand(-1, int(learned.sum())))
     return alphas, metrics
 
 
@@ -92,7 +99,11 @@ def closed_rate(step: int, rate: float) -> float:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("stage", [first_stage(plan()), partly_fixed()], ids=["first", "partly-fixed"])
+@pytest.mark.parametrize(
+    "stage",
+    [first_stage(plan()), partly_fixed(), first_stage(plan(merge_method="adamerging", granularity="task")), tied()],
+    ids=["first", "partly-fixed", "first-tied", "tied-partly-fixed"],
+)
 def test_steps_are_those_of_a_plain_torch_loop(stage: Stage, options: dict[str, float]) -> None:
     parameters = Parameters(**options)  # type: ignore[arg-type]
     slopes = gradients(60, stage.layout.width)
@@ -135,9 +146,10 @@ def test_the_learning_rate_follows_its_closed_form_through_two_restarts() -> Non
     assert [step for step, rate in enumerate(rates) if rate == pytest.approx(0.3, rel=1e-12)] == [0, 50, 150]
 
 
+@pytest.mark.parametrize("stage", [partly_fixed(), tied()], ids=["each-column", "tied"])
 @pytest.mark.parametrize("stop", [1, 7, 49, 50, 51])
-def test_a_restored_learner_goes_on_bit_for_bit(stop: int) -> None:
-    stage, slopes = partly_fixed(), gradients(60, CUT.width)
+def test_a_restored_learner_goes_on_bit_for_bit(stop: int, stage: Stage) -> None:
+    slopes = gradients(60, CUT.width)
     whole, first = Learner(Parameters(), stage), Learner(Parameters(), stage)
     for slope in slopes[:stop]:
         whole.step(slope)
@@ -184,6 +196,38 @@ def test_fixed_columns_never_move_and_their_gradients_count_for_nothing() -> Non
     assert (learner.coefficients.values[:, ~fixed] != stage.start[:, ~fixed]).all()
 
 
+def test_tied_columns_move_together_by_the_sum_of_their_gradients() -> None:
+    parameters = Parameters(max_grad_norm=1e9, regularization=0.5)
+    stage, learned = tied(), CUT.learned_columns
+    learner = Learner(parameters, stage)
+    assert learner.state()["a"].shape == (2, 1)
+    start = learner.coefficients
+    assert start.values.shape == (2, CUT.width)
+    np.testing.assert_allclose(start.values[:, learned], stage.start[:, learned], rtol=1e-14)
+    np.testing.assert_array_equal(start.values[:, ~learned], stage.fixed[:, ~learned])
+    (slope,) = gradients(1, CUT.width)
+    metrics = learner.step(slope)
+    alpha, prior = np.array([0.3, 0.6]), np.array(WEIGHTS)
+    wanted = alpha * (1 - alpha) * (slope[:, learned].sum(axis=1) + 0.5 * np.sign(alpha - prior))
+    assert metrics.grad_norm == pytest.approx(np.linalg.norm(wanted))
+    assert metrics.regularization == pytest.approx(np.abs(alpha - prior).sum()), "C is 1"
+    moved = learner.coefficients.values[:, learned]
+    assert (moved == moved[:, :1]).all() and (np.sign(moved[:, 0] - alpha) == -np.sign(wanted)).all()
+    np.testing.assert_array_equal(learner.coefficients.values[:, ~learned], stage.fixed[:, ~learned])
+
+
+def test_tied_columns_do_not_see_how_a_gradient_is_spread_over_them() -> None:
+    stage, learned = tied(), CUT.learned_columns
+    gathered, spread = Learner(Parameters(), stage), Learner(Parameters(), stage)
+    first = np.flatnonzero(learned)[0]
+    for slope in gradients(5, CUT.width):
+        sums = np.zeros_like(slope)
+        sums[:, first] = slope[:, learned].sum(axis=1)
+        gathered.step(sums)
+        spread.step(slope)
+        np.testing.assert_allclose(gathered.coefficients.values, spread.coefficients.values, rtol=1e-12)
+
+
 def test_the_stage_itself_is_not_written_to() -> None:
     stage = partly_fixed()
     start, fixed = stage.start.copy(), stage.fixed.copy()
@@ -204,10 +248,11 @@ def test_the_stage_itself_is_not_written_to() -> None:
 def test_the_regularisation_does_not_pull_at_the_prior(weights: tuple[float, ...], chunks: tuple[int, ...]) -> None:
     layout = Layout.make(NUMELS, dict(zip(NUMELS, chunks, strict=True)))
     prior = Coefficients.constant(layout, list(weights)).values
-    stage = Stage(2, layout, np.array(weights), prior, prior)
-    metrics = Learner(Parameters(regularization=1e6), stage).step(np.zeros((len(weights), layout.width)))
-    assert metrics.regularization == 0
-    assert metrics.grad_norm == 0
+    for tied in (False, True):
+        stage = Stage(2, layout, np.array(weights), prior, prior, tied)
+        metrics = Learner(Parameters(regularization=1e6), stage).step(np.zeros((len(weights), layout.width)))
+        assert metrics.regularization == 0
+        assert metrics.grad_norm == 0
 
 
 def test_the_regularisation_pulls_back_to_the_prior() -> None:
@@ -239,6 +284,15 @@ def test_the_first_stage_has_one_coefficient_a_tensor_at_the_prior() -> None:
     assert stage.layout == Layout.make(NUMELS, {"a": 1, "b": 1, "c": 1})
     np.testing.assert_array_equal(stage.prior, WEIGHTS)
     np.testing.assert_array_equal(stage.start, [[0.2] * 3, [0.45] * 3])
+
+
+@pytest.mark.parametrize("merge_method", ["expert_merging", "expert_merging_pp", "adamerging"])
+@pytest.mark.parametrize("granularity", ["layer", "task"])
+def test_coefficients_are_tied_only_by_adamerging_task_by_task(merge_method: str, granularity: str) -> None:
+    found = first_stage(plan(merge_method=merge_method, granularity=granularity))
+    assert found.tied == (merge_method == "adamerging" and granularity == "task")
+    assert found.layout == first_stage(plan()).layout
+    np.testing.assert_array_equal(found.start, [[0.2] * 3, [0.45] * 3])
 
 
 @pytest.mark.parametrize("start", ["prior", "stage1"])

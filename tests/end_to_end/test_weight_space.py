@@ -1,0 +1,97 @@
+"""Merges that learn nothing, through the real command line: the same config by another method, and mergekit's YAML."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
+    llama_merge: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    done = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "not used by ties: " in done.stdout and "hidden_layers" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    base = weights(llama_merge.parent / "base")
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in weights(out).items())
+    record = yaml.safe_load((out / "merge" / "config.yaml").read_text())
+    assert record["merge_method"] == "ties" and record["parameters"]["density"] == 0.4
+    hashed = [file for files in record["record"]["inputs"].values() for file in files]
+    assert hashed and not any(file.endswith(".jsonl") for file in hashed)
+    memory = json.loads((out / "merge" / "memory.json").read_text())
+    assert {actor["role"] for actor in memory["actors"]} == {"driver", "shard 0"}
+    assert {"starting", "writing", "hashing the inputs"} <= memory["seconds"].keys()
+    assert "ties" in (out / "README.md").read_text()
+
+    again = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
+    assert again.returncode == 0 and "this very merge already" in again.stdout
+
+    # The record runs from anywhere; three shards and small files change no number.
+    spread = tmp_path / "spread"
+    options = ("--set", "cluster.shards=3", "--set", "max_shard_size=20KB")
+    done = cli("merge", out / "merge" / "config.yaml", *options, "--out", spread)
+    assert done.returncode == 0, done.stderr
+    assert len(list(spread.glob("*.safetensors"))) > 2 and not (tmp_path / "spread.run").exists()
+    found, first = weights(spread), weights(out)
+    assert found.keys() == first.keys()
+    assert all(torch.equal(found[name], first[name]) for name in first)
+
+
+def test_one_model_an_expert(llama_merge: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = cli("merge", llama_merge, "--set", "merge_method=svd_intermediate", "--out", out)
+    assert done.returncode == 0, done.stderr
+    names = [entry["model"] for entry in yaml.safe_load(llama_merge.read_text())["models"]]
+    for name in names:
+        AutoModelForCausalLM.from_pretrained(out / name)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*names, "merge", "README.md"])
+
+
+def test_thresholds_over_the_whole_model_do_not_depend_on_the_shards(llama_merge: Path, tmp_path: Path) -> None:
+    options = ("merge_method=ties", "parameters.density=0.3", "parameters.trim=model", "parameters.divide_by=count")
+    found = []
+    for shards in (1, 2):
+        out = tmp_path / str(shards)
+        wanted = [part for option in (*options, f"cluster.shards={shards}") for part in ("--set", option)]
+        done = cli("merge", llama_merge, *wanted, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "counting by size" in done.stdout
+        found.append(weights(out))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_methods_are_listed() -> None:
+    done = cli("methods")
+    assert done.returncode == 0, done.stderr
+    for name in ("expert_merging_pp", "adamerging", "dare_linear, dare_ta", "wudi2", "svd_intermediate", "slerp"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("method", ["linear", "wudi"])
+def test_a_plan_of_a_merge_that_learns_nothing(llama_merge: Path, method: str) -> None:
+    done = cli("plan", llama_merge, "--set", f"merge_method={method}")
+    assert done.returncode == 0, done.stderr
+    assert method in done.stdout and "not used" in done.stdout
