@@ -1,0 +1,168 @@
+"""What mergekit's forms of a YAML mean in ours, and what is refused, with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import Config
+from engine.config_file import load_config, parse_config
+from engine.errors import ConfigError
+from engine.mergekit_yaml import as_yaml
+from engine.methods.spec import DENSITY, Option
+
+HEAD = {"merge_method": "ties", "base_model": "b"}
+MODELS: list[dict[str, Any]] = [{"model": "x", "parameters": {"weight": 0.3}}, {"model": "y"}]
+
+
+def parse(**keys: Any) -> Config:
+    return parse_config(HEAD | {"models": MODELS} | keys, Path("merge.yaml"))
+
+
+def fault(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "merge.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    return str(caught.value)
+
+
+def test_a_base_among_the_models_is_no_expert_but_has_settings() -> None:
+    models = [{"model": "x"}, {"model": "b", "parameters": {"weight": 0.5}}, {"model": "y"}]
+    config = parse(merge_method="linear", models=models)
+    assert [model.model for model in config.models] == ["x", "y"]
+    assert config.recipe is not None and config.recipe.base is not None
+    assert (config.recipe.base.place, config.recipe.base.settings) == (1, {"weight": 0.5})
+
+
+def test_without_a_base_the_first_model_lends_its_files() -> None:
+    raw = {"merge_method": "linear", "models": [{"model": "x"}, {"model": "y"}]}
+    config = parse_config(raw, Path("merge.yaml"))
+    assert config.recipe is not None and config.recipe.baseless
+    assert config.base_model == "x" and len(config.models) == 2
+
+
+def test_a_whole_slice_is_its_models() -> None:
+    source = {"layer_range": [0, 4], "parameters": {"weight": 1}}
+    slices = [{"sources": [{"model": "x", **source}, {"model": "y", **source}], "parameters": {"density": 0.5}}]
+    raw = HEAD | {"slices": slices, "parameters": {"lambda": 2}}
+    config = parse_config(raw, Path("merge.yaml"))
+    assert config.recipe is not None
+    assert (config.recipe.layers, config.recipe.slice, config.recipe.top) == (4, {"density": 0.5}, {"lambda": 2})
+    assert config.recipe.models == ({"weight": 1}, {"weight": 1})
+
+
+@pytest.mark.parametrize("method", ["dare_ta", "dare_linear"])
+def test_an_alias_is_the_method(method: str) -> None:
+    assert parse(merge_method=method).merge_method == "dare_linear"
+
+
+def test_learning_options_of_the_same_config_are_kept_out_and_told() -> None:
+    models = [{"model": "x", "calibration": "x.jsonl", "parameters": {"loss_weight": 2}}, {"model": "y"}]
+    config = parse(models=models, parameters={"budget": 1, "density": 0.5}, batch_tokens=7)
+    assert set(config.unused) == {"budget", "loss_weight", "batch_tokens"}
+    learned = {"merge_method": "expert_merging", "base_model": "b", "models": [{"model": "x", "calibration": "x"}]}
+    other = parse_config(learned | {"parameters": {"density": 0.5, "epochs": 2}}, Path("merge.yaml"))
+    assert other.unused == ("density",) and other.parameters.epochs == 2 and other.learned
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("parameters: {densty: 0.5}", ["merge.yaml:3: ties has no option 'densty'", "did you mean 'density'?"]),
+        ("parameters: {density: 1.5}", ["merge.yaml:3: parameters.density: 1.5 is not within 0 and 1"]),
+        ("parameters: {density: [0.5, high]}", ["'high' is no float"]),
+        ("parameters: {density: [0.5, {value: 1}]}", ["a list has values or {filter, value}, not both"]),
+        ("parameters: {density: []}", ["a list has at least one value"]),
+        ("parameters: {density: {filter: mlp}}", ["a mapping has `value`"]),
+        ("parameters: {normalize: 3}", ["parameters.normalize: 3 is no bool"]),
+        ("parameters: {trim: all}", ["'all' is none of tensor, model"]),
+        ("parameters: {weight: true}", ["True is no float"]),
+        ("tokenizer_source: union", ["merge.yaml:3: a union of vocabularies is not supported"]),
+        ("recipe: {}", ["merge.yaml:3: unknown key 'recipe'"]),
+        ("slices: []", ["both `models` and `slices` are given"]),
+        ("on_missing: zero", ["merge.yaml:3: on_missing is 'zero'"]),
+    ],
+)
+def test_a_fault_is_told_with_its_place(tmp_path: Path, text: str, told: list[str]) -> None:
+    message = fault(tmp_path, f"merge_method: ties\nbase_model: b\n{text}\nmodels: [{{model: x}}]\n")
+    assert all(part in message for part in told), message
+
+
+def test_a_fault_of_one_model_is_told_at_that_model(tmp_path: Path) -> None:
+    text = "merge_method: ties\nbase_model: b\nmodels:\n- model: x\n- model: y\n  parameters: {density: -1}\n"
+    assert fault(tmp_path, text).startswith(f"{tmp_path / 'merge.yaml'}:6: models.1.parameters.density: -1")
+
+
+@pytest.mark.parametrize(
+    ("setting", "tensor", "depth", "value"),
+    [
+        (0.5, "any", 0.7, 0.5),
+        ("1e-1", "any", 0, 0.1),
+        ([0, 1], "any", 0.25, 0.25),
+        ([0, 1, 0], "any", 0.75, 0.5),
+        ([0.3], "any", 1.0, 0.3),
+        ({"filter": "mlp", "value": 0.5}, "layers.0.mlp.up", 0, 0.5),
+        ({"filter": "mlp", "value": 0.5}, "layers.0.attn.q", 0, 1.0),
+        ([{"filter": "mlp", "value": [0, 1]}, {"value": 0.2}], "layers.0.mlp.up", 0.5, 0.5),
+        ([{"filter": "mlp", "value": [0, 1]}, {"value": 0.2}], "layers.0.attn.q", 0.5, 0.2),
+        ([{"filter": "*", "value": 0.9}, {"value": 0.2}], "layers.0.attn.q", 0.5, 0.9),
+    ],
+)
+def test_settings(setting: Any, tensor: str, depth: float, value: float) -> None:
+    DENSITY.check(setting)
+    assert DENSITY.resolve([None, {"density": setting}], tensor, depth) == pytest.approx(value)
+
+
+def test_the_first_scope_that_says_a_value_counts() -> None:
+    scopes = [{"density": {"filter": "mlp", "value": 0.1}}, {"density": 0.2}, {"density": 0.3}]
+    assert DENSITY.resolve(scopes, "mlp", 0) == 0.1
+    assert DENSITY.resolve(scopes, "attn", 0) == 0.2
+    assert DENSITY.resolve([], "attn", 0) == 1.0
+
+
+def test_gradients_of_words_are_steps() -> None:
+    option = Option("mode", "a", "", kind=str)
+    assert [option.resolve([{"mode": ["a", "b", "c"]}], "t", depth) for depth in (0, 0.49, 0.5, 0.99, 1)] == list(
+        "aabbc"
+    )
+
+
+scalars = st.floats(0, 1) | st.integers(0, 1)
+gradients = st.lists(scalars, min_size=1, max_size=4)
+settings = (
+    scalars
+    | gradients
+    | st.lists(
+        st.fixed_dictionaries(
+            {"value": scalars | gradients}, optional={"filter": st.sampled_from(["mlp", "*", "q_proj"])}
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+parameters = st.fixed_dictionaries({}, optional={"density": settings, "weight": settings})
+
+
+@given(st.lists(parameters, min_size=1, max_size=3), parameters, parameters, st.integers(-1, 3), st.booleans())
+def test_a_recipe_written_as_yaml_is_the_same_recipe(
+    models: list[dict[str, Any]], top: dict[str, Any], sliced: dict[str, Any], base: int, slices: bool
+) -> None:
+    listed: list[dict[str, Any]] = [{"model": f"/m/{i}", "parameters": mine} for i, mine in enumerate(models)]
+    if 0 <= base <= len(listed):
+        listed.insert(base, {"model": "/m/b", "parameters": {"weight": 0.5}})
+    raw: dict[str, Any] = {"merge_method": "ties", "base_model": "/m/b", "parameters": top}
+    if slices:
+        raw["slices"] = [{"sources": [one | {"layer_range": [0, 2]} for one in listed], "parameters": sliced}]
+    else:
+        raw["models"] = listed
+    config = parse_config(raw, Path("merge.yaml"))
+    text = yaml.safe_dump(as_yaml(config), sort_keys=False)
+    again = parse_config(yaml.safe_load(text), Path("again.yaml"))
+    ours, theirs = (one.model_dump(exclude={"recipe": {"layers"}}) for one in (config, again))
+    assert ours == theirs
