@@ -25,6 +25,11 @@ from engine.weight_space import WeightSpace
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
 
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 class Shard:
     """Task vectors of the tensors that it is asked for, on the CPU."""
 
@@ -38,11 +43,7 @@ class Shard:
 
     def digests(self, files: Sequence[Path]) -> dict[Path, str]:
         """SHA-256 of files, as `sha256sum` prints it."""
-        found = {}
-        for file in files:
-            with open(file, "rb") as opened:
-                found[file] = hashlib.file_digest(opened, "sha256").hexdigest()
-        return found
+        return dict(zip(files, self._task_vectors.pool.map(_digest, files), strict=True))
 
     def merge(self, pieces: Sequence[Piece], coefficients: Mapping[str, TensorCoefficients]) -> dict[Piece, Packed]:
         """Merged pieces in the run's dtype."""

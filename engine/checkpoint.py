@@ -20,6 +20,7 @@ from engine.headers import ModelHeader, TensorHeader, find_model
 from engine.lora import WEIGHTS, AdapterHeader, LoraPair
 from engine.matching import NO_EXCEPTIONS, Match
 from engine.plan import ExpertPlan, ModelPlan, Plan
+from engine.vocabulary import rows_in
 
 
 class Checkpoint:
@@ -38,6 +39,27 @@ class Checkpoint:
                 self._files[file] = safe_open(self.folder / file, framework="pt", device="cpu")
             tensor: Tensor = self._files[file].get_tensor(name)
         return tensor
+
+
+class BaseWithRows(Checkpoint):
+    """The base with the tokens of another model: rows that it lacks are that model's, rows beyond them are cut."""
+
+    def __init__(self, base: Checkpoint, donor: Checkpoint, donor_header: ModelHeader) -> None:
+        super().__init__(base.folder, base.tensors)
+        self._donor, self._donor_header = donor, donor_header
+        self._filled: dict[str, Tensor] = {}
+        self._filling = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint`; a tensor that is filled up is a copy of its own, made once."""
+        tensor, shape = super().read(name), self.tensors[name].shape
+        if tensor.shape == shape:
+            return tensor
+        with self._filling:
+            if name not in self._filled:
+                more = self._donor.read(rows_in(self._donor_header, name))[len(tensor) :].to(tensor.dtype)
+                self._filled[name] = torch.cat([tensor, more])[: shape[0]]
+            return self._filled[name]
 
 
 # What kernels take: float32, or the bits of bfloat16.
@@ -215,7 +237,11 @@ def as_operand(tensor_N: Tensor) -> Operand:
 
 def open_base(plan: Plan) -> Checkpoint:
     """The base's weights, found by the plan's words on whatever node this is."""
-    return Checkpoint(_folder(plan.base), plan.base_header.tensors)
+    base = Checkpoint(_folder(plan.base), plan.base_header.tensors)
+    if plan.rows is None:
+        return base
+    assert isinstance(plan.rows.header, ModelHeader)
+    return BaseWithRows(base, Checkpoint(_folder(plan.rows), plan.rows.header.tensors), plan.rows.header)
 
 
 def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> Expert:

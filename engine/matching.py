@@ -10,15 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from engine.config import Config
 from engine.errors import CheckpointError
 from engine.headers import FLOATS, ModelHeader
+from engine.vocabulary import EMBEDDINGS, HEADS, check_tokens, has_tokens_for_rows
 
 # Saved by older versions of transformers, and computed anew by every model.
 BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|\.masked_bias|\.attn\.bias|position_ids)$")
-HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
-EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Match:
 NO_EXCEPTIONS = Match()
 
 
-def match(name: str, expert: ModelHeader, base: ModelHeader, config: Config) -> Match:
-    """How the tensors of the expert called `name` meet the base's.
+def match(name: str, expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path) -> Match:
+    """How the tensors of the expert called `name` meet the base's; `tokenizer` is the folder of the output's.
 
     Raises:
         CheckpointError: another architecture, vocabulary, set of tensors, shape or kind of number, with what would
@@ -45,7 +45,7 @@ def match(name: str, expert: ModelHeader, base: ModelHeader, config: Config) -> 
     where = f"expert {name!r} ({expert.folder})"
     if expert.architecture != base.architecture:
         raise CheckpointError(f"its architecture is {expert.architecture}", where, f"the base's: {base.architecture}")
-    _check_vocabulary(expert, base, config, where)
+    _check_vocabulary(expert, base, config, tokenizer, where)
     found = _names(expert, base, config, where)
     for tensor in base.tensors.values():
         if tensor.name in found.absent:
@@ -59,13 +59,7 @@ def match(name: str, expert: ModelHeader, base: ModelHeader, config: Config) -> 
     return found
 
 
-def has_tokens_for_rows(base: ModelHeader, tensor: str) -> bool:
-    """Whether each row of a tensor belongs to a token: the embedding, and the head."""
-    shape = base.tensors[tensor].shape
-    return bool(shape) and (shape[0] == base.vocab_size or bool(EMBEDDINGS.match(tensor) or HEADS.match(tensor)))
-
-
-def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, where: str) -> None:
+def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path, where: str) -> None:
     if expert.vocab_size == base.vocab_size and not config.tokenizer_source:
         return
     if expert.vocab_size != base.vocab_size and (config.learned or not config.tokenizer_source):
@@ -73,32 +67,11 @@ def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, wh
             f"its vocabulary has {expert.vocab_size} tokens",
             where,
             f"the base's {base.vocab_size}: task vectors need one",
-            "`tokenizer_source: base` keeps the base's tokens, and leaves out those that only the expert has"
+            "`tokenizer_source: base` (or a model) says whose tokens the output has, and leaves out the others"
             if not config.learned
             else "a method that learns nothing can cut them, with `tokenizer_source: base`",
         )
-    ours, theirs = (_tokens(model) for model in (base, expert))
-    if ours is None or theirs is None:
-        if expert.vocab_size == base.vocab_size:
-            return
-        raise CheckpointError("there is no tokenizer.json to tell which of its tokens are the base's", where)
-    moved = next((token for token, place in theirs.items() if ours.get(token, place) != place), None)
-    if moved is not None:
-        raise CheckpointError(
-            f"its token {moved!r} has the number {theirs[moved]}",
-            where,
-            f"the base's {ours[moved]}: a vocabulary in another order is not supported",
-        )
-
-
-def _tokens(model: ModelHeader) -> dict[str, int] | None:
-    file = model.folder / "tokenizer.json"
-    if not file.is_file():
-        return None
-    from tokenizers import Tokenizer
-
-    tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-    return tokens
+    check_tokens(expert, base, tokenizer, where)
 
 
 def _names(expert: ModelHeader, base: ModelHeader, config: Config, where: str) -> Match:

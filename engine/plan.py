@@ -16,10 +16,11 @@ from pathlib import Path
 
 from engine.config import Config, Expert
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
-from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_json, read_model_header
+from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_model_header
 from engine.lora import AdapterHeader, is_adapter, read_adapter_header
 from engine.matching import NO_EXCEPTIONS, Match, match
 from engine.methods.registry import NATIVE, check_inputs
+from engine.vocabulary import with_rows_of
 
 SAFETENSORS = {name: code for code, name in FLOATS.items()}
 
@@ -65,6 +66,8 @@ class Plan:
     hidden_layers: tuple[int, ...]
     # Whose tokenizer the output has, as any node can find it; None: the base's.
     tokenizer: str | None = None
+    # Whose rows embedding and head have beyond the base's own (or: how many of the base's are left).
+    rows: ModelPlan | None = None
 
     @property
     def base_header(self) -> ModelHeader:
@@ -120,7 +123,13 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     if is_adapter(base_folder):
         raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")
     base = read_model_header(base_folder)
-    experts = tuple(_plan_expert(config, expert, base, base_folder, config_folder) for expert in config.models)
+    tokenizer, rows = _tokenizer(config, config_folder), None
+    if tokenizer is not None and not config.learned and not is_adapter(tokenizer[1]):
+        donor = read_model_header(tokenizer[1])
+        rows = ModelPlan(tokenizer[0], donor) if donor.vocab_size != base.vocab_size else None
+        base = with_rows_of(base, donor, tokenizer[1])
+    tokens = tokenizer[1] if tokenizer else base_folder
+    experts = tuple(_plan_expert(config, expert, base, tokens, config_folder) for expert in config.models)
     _check_recipe(config, base, experts)
     merged = tuple(
         name
@@ -136,7 +145,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         merged=merged,
         dtype=config.dtype or _main_dtype(base),
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
-        tokenizer=_tokenizer(config, base, experts, config_folder),
+        tokenizer=tokenizer[0] if tokenizer else None,
+        rows=rows,
     )
 
 
@@ -157,14 +167,12 @@ def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
     return [tuple(name for name in plan.merged if owner[name] == index) for index in range(count)]
 
 
-def _plan_expert(
-    config: Config, expert: Expert, base: ModelHeader, base_folder: Path, config_folder: Path
-) -> ExpertPlan:
+def _plan_expert(config: Config, expert: Expert, base: ModelHeader, tokenizer: Path, config_folder: Path) -> ExpertPlan:
     wanted = expert.calibration if config.learned else ()
     calibration = tuple(_calibration_file(expert.name, path, config_folder) for path in wanted)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
-    if adapter_name and folder == base_folder:
+    if adapter_name and folder == base.folder:
         model, adapter_name = adapter_name, None
         folder = find_model(model, config_folder)
         if not is_adapter(folder):
@@ -177,7 +185,7 @@ def _plan_expert(
         header = read_adapter_header(folder, base)
     else:
         header = read_model_header(folder)
-        found = match(expert.name, header, base, config)
+        found = match(expert.name, header, base, config, tokenizer)
     if adapter_name:
         if config.learned:
             raise ConfigError(
@@ -208,23 +216,15 @@ def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None
     return first, second
 
 
-def _tokenizer(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan], config_folder: Path) -> str | None:
+def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
+    """Whose tokenizer the output has, and its folder; None: the base's."""
     source = config.tokenizer_source
     if source in (None, "base", config.base_model):
         return None
-    assert source is not None
-    given = {model.model: expert.model for model, expert in zip(config.models, experts, strict=True)}
-    given |= {expert.name: expert.model for expert in experts}
-    model = given.get(source, source)
+    named = {model.name: model.model for model in config.models}
+    model = named.get(str(source), str(source))
     folder = find_model(model, config_folder)
-    size = ModelHeader(folder, read_json(folder / "config.json"), {}).vocab_size
-    if size != base.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer's model has {size} tokens",
-            str(folder),
-            f"the base's {base.vocab_size}: its rows are the output's",
-        )
-    return _portable(model, folder, config_folder)
+    return _portable(model, folder, config_folder), folder
 
 
 def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:

@@ -61,7 +61,7 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
 
 def input_files(plan: Plan) -> dict[str, list[Path]]:
     """Every file that a result depends on, by model: weights, and the samples of an expert."""
-    files = {plan.base.model: weight_files(plan.base)}
+    files = {model.model: weight_files(model) for model in (plan.base, plan.rows) if model is not None}
     return files | {expert.name: [*weight_files(expert), *expert.calibration] for expert in plan.experts}
 
 

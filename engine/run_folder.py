@@ -41,7 +41,11 @@ def identity(plan: Plan) -> str:
 
     Weight files count by name, size and time of change, calibration files by their bytes.
     """
-    files = [file for model in (plan.base, *plan.experts) for file in weight_files(model)]
+    files = [
+        file
+        for model in (plan.base, *plan.experts, *([plan.rows] if plan.rows else []))
+        for file in weight_files(model)
+    ]
     facts = {
         "config": plan.config.model_dump(exclude={"cluster", "record", "unused"}, mode="json"),
         "weights": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.matching import has_tokens_for_rows
 from engine.methods.registry import NATIVE, find_method, preparation
 from engine.methods.selection import Threshold
 from engine.methods.spec import Option, Settings, Value
@@ -18,6 +17,7 @@ from engine.methods.tensor import MergeTensor
 from engine.plan import Plan
 from engine.streaming import Fill, Job, copy_of
 from engine.task_vectors import TaskVectors
+from engine.vocabulary import has_tokens_for_rows
 from engine.writer import OutputTensor
 
 

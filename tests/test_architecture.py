@@ -18,7 +18,10 @@ HEAVY = {"torch", "transformers", "ray"}
 # These are read by `plan` and `--help`, which a person waits for.
 LIGHT = [
     f"engine.{name}"
-    for name in ("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration")
+    for name in (
+        *("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration"),
+        *("matching", "vocabulary", "mergekit_yaml", "methods.registry", "methods.catalog"),
+    )
 ] + ["cli"]
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}

@@ -132,7 +132,7 @@ def test_another_vocabulary_is_refused_with_both_sizes_and_cut_or_filled_when_as
         shared = torch.cat([own[name][:VOCABULARY], base[name][rows:]])
         torch.testing.assert_close(found[name], expected(house, name, (shared, other[name])))
     vocabulary(house / "expert0", tokens[:2][::-1] + tokens[2:rows])
-    with pytest.raises(CheckpointError, match="a vocabulary in another order"):
+    with pytest.raises(CheckpointError, match=r"its token 't.' has the number"):
         plan_of(arithmetic(house, **asked))
 
 
@@ -167,9 +167,28 @@ def test_the_tokenizer_may_be_one_of_the_models(house: Path) -> None:
     plan = plan_of(arithmetic(house, tokenizer_source="expert1"))
     assert plan.tokenizer == str(house / "expert1")
     assert plan_of(arithmetic(house, tokenizer_source="base")).tokenizer is None
-    edit(house / "expert1", {"vocab_size": VOCABULARY + 1})
-    with pytest.raises(CheckpointError, match=f"has {VOCABULARY + 1} tokens"):
-        plan_of(arithmetic(house, tokenizer_source="expert1"))
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY + 2, VOCABULARY - 3])
+def test_the_output_may_have_the_tokens_of_a_model(house: Path, rows: int) -> None:
+    tokens = [f"t{i}" for i in range(VOCABULARY + 2)]
+    own = {name: noise((rows, 7), seed) for seed, name in enumerate((EMBEDDING, HEAD))}
+    edit(house / "expert1", {"vocab_size": rows}, **own)
+    for model, count in (("base", VOCABULARY), ("expert0", VOCABULARY), ("expert1", rows)):
+        vocabulary(house / model, tokens[:count])
+    config = arithmetic(house, tokenizer_source="expert1")
+    plan, found = plan_of(config), ours(config)
+    assert plan.base_header.vocab_size == rows and plan.tokenizer == str(house / "expert1")
+    base, other = (load_file(house / name / "model.safetensors") for name in ("base", "expert0"))
+    for name in (EMBEDDING, HEAD):
+        shared = min(rows, VOCABULARY)
+        old, one, two = base[name][:shared], other[name][:shared], own[name][:shared]
+        torch.testing.assert_close(found[name][:shared], old + 0.5 * (one - old) + 0.25 * (two - old))
+        # No other model has these tokens, so nothing is between them and the one that has.
+        torch.testing.assert_close(found[name][shared:], own[name][shared:])
+    vocabulary(house / "base", [*tokens[: VOCABULARY - 5], "other", *tokens[VOCABULARY - 4 : VOCABULARY]])
+    with pytest.raises(CheckpointError, match=r"the base .*: its token 'other' has the number"):
+        plan_of(config)
 
 
 def test_without_mergekit_its_methods_say_what_to_install(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
