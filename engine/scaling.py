@@ -250,6 +250,8 @@ def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
     targets = (
         len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
     ) / slots
+    if not plan.config.labelled:
+        targets = 0.0
     stages = plan.config.stages * work.steps * step.total
     return 3 * START_SECONDS + reading + targets + stages + whole / disk
 

@@ -84,7 +84,7 @@ def _facts(plan: Plan, work: Work) -> rich.table.Table:
     parameters, facts = plan.config.parameters, _tensors(plan)
     if plan.config.labelled:
         facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
-    facts.add_row("expert forwards", f"{work.samples}, once for all stages")
+        facts.add_row("expert forwards", f"{work.samples}, once for all stages")
     facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")
     if plan.config.stages == 2:
         facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} an expert in stage 2")
