@@ -76,7 +76,8 @@ def _leading(tensor: MergeTensor, tau: Tensor, experts: int) -> tuple[Tensor, Te
     import torch
 
     u, s, vt = torch.linalg.svd(tau, full_matrices=False)
-    rank = max(1, int(len(s) * (float(tensor.values["rank"]) or 1 / experts)))
+    part = float(tensor.values["rank"])
+    rank = max(1, int(len(s) * part) if part else len(s) // experts)
     return u[:, :rank], s[:rank], vt[:rank]
 
 

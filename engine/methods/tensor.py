@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.checkpoint import TaskVector
 from engine.coefficients import TensorCoefficients
+from engine.errors import CheckpointError
 from engine.methods.kernels import absolute_sum, add, agree, finish
 from engine.methods.selection import Threshold
 from engine.methods.sparse import Sparse
@@ -116,11 +117,16 @@ class MergeTensor:
             yield start, stop, base_B, tau_KB.numpy()
 
     def task_vector(self, k: int) -> Tensor:
-        """τₖ whole, float32, in the tensor's shape: for methods of matrices."""
+        """τₖ whole, float32, in the tensor's shape: for methods of matrices.
+
+        Raises:
+            CheckpointError: it has an element that is not finite.
+        """
         out_N = torch.zeros(self.numel)
         task_vector = self.task_vectors[k]
         if task_vector is not None:
             task_vector.block(0, self.numel, self.base.reshape(-1).float(), out_N)
+        self._check_finite(k, out_N)
         return out_N.view(self.shape)
 
     def sum_of_task_vectors(self, factors: Sequence[float]) -> Fill:
@@ -139,7 +145,7 @@ class MergeTensor:
 
     def summed(self, sparse: Sparse, factors: Sequence[float]) -> Fill:
         """θ₀ + Σₖ factorₖ·cₖ·τ̂ₖ, with cₖ as `rescale` says."""
-        scaled = [np.float32(factor * c) for factor, c in zip(factors, self._rescale(sparse), strict=True)]
+        scaled = _float32(factor * c for factor, c in zip(factors, self._rescale(sparse), strict=True))
 
         def fill(piece: Piece, out_N: Tensor) -> None:
             for start, stop, base_B, tau_KB in self._sparse_blocks(piece, sparse):
@@ -153,12 +159,12 @@ class MergeTensor:
     def elected(self, sparse: Sparse) -> Fill:
         """θ₀ + λ·Σ_A wₖ·cₖ·τ̂ₖ / Σ_A wₖ, where A are the experts that agree with the elected sign, for each element."""
         weights = [float(weight) for weight in self.each_own("weight")]
-        factors = [np.float32(w * c) for w, c in zip(weights, self._rescale(sparse), strict=True)]
+        factors = _float32(w * c for w, c in zip(weights, self._rescale(sparse), strict=True))
         by_count = self.values.get("divide_by") == "count"
-        counted = [np.float32(1.0 if by_count else weight) for weight in weights]
+        counted = _float32(1.0 if by_count else weight for weight in weights)
         if not self.values["normalize"]:
             counted = [np.float32(0)] * len(weights)
-        factor = np.float32(self.values["lambda"])
+        (factor,) = _float32([float(self.values["lambda"])])
 
         def fill(piece: Piece, out_N: Tensor) -> None:
             for start, stop, base_B, tau_KB in self._sparse_blocks(piece, sparse):
@@ -176,8 +182,18 @@ class MergeTensor:
         state = sparse.state(piece)
         for start, stop, base_B, tau_KB in self.blocks(piece, range(len(self.task_vectors))):
             for k, tau_B in enumerate(tau_KB):
+                # Now, as what is trimmed, thinned or outvoted no longer shows in the result.
+                self._check_finite(k, torch.from_numpy(tau_B))
                 sparse.apply(k, start, tau_B, state)
             yield start, stop, base_B, tau_KB
+
+    def _check_finite(self, k: int, tau_N: Tensor) -> None:
+        # A sum is finite only if all are; where it overflows by itself, the elements decide.
+        if not tau_N.sum().isfinite() and not bool(tau_N.isfinite().all()):
+            raise CheckpointError(
+                f"the tensor {self.name!r} has a weight that is NaN or infinite",
+                f"expert {self.models[k]!r} or the base",
+            )
 
     def _rescale(self, sparse: Sparse) -> list[float]:
         """cₖ of each expert: 1, 1/density, or what keeps Σ |τₖ|, which takes a pass over all of them."""
@@ -201,10 +217,16 @@ class MergeTensor:
         total = np.zeros((2, len(experts)))
         for part in self.each(sums):
             total += part
-        return [before / after if min(before, after) >= LEAST_NORM else 1.0 for before, after in total.T]
+        return [before / after if min(before, after) >= LEAST_NORM else 1.0 for before, after in total.T.tolist()]
 
     def _coefficients(self, factors: Sequence[float]) -> TensorCoefficients:
-        return TensorCoefficients((0, self.numel), np.array(factors, dtype=np.float32)[:, None])
+        return TensorCoefficients((0, self.numel), np.array(_float32(factors), dtype=np.float32)[:, None])
+
+
+def _float32(factors: Iterable[float]) -> list[np.float32]:
+    """Rounded; one that is too large becomes infinite, and the result an error that names the tensor."""
+    with np.errstate(over="ignore"):
+        return [np.float32(factor) for factor in factors]
 
 
 def _hash(text: str) -> int:

@@ -52,7 +52,7 @@ def prepare(tensor: MergeTensor) -> Fill:
     sparse: Sparse
     if all(density >= 1 for density in densities):
         sparse = Dense()
-    elif tensor.thresholds is not None:
+    elif tensor.thresholds is not None and tensor.values["trim"] == "model":
         sparse = Trimmed.everywhere(tensor.thresholds)
     else:
         sparse = Trimmed.within(tensor, densities)

@@ -1,0 +1,231 @@
+"""Merges that learn nothing, without Ray: ours by shards as plain classes, mergekit's by its own run of the YAML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny
+import torch
+import yaml
+from conftest import plan_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from actors.shard import Shard
+from engine.checkpoint import open_base, open_expert
+from engine.methods.selection import Counts, Threshold, select
+from engine.methods.sparse import kept_of
+from engine.plan import Plan, slices
+from engine.weight_space import resolve
+from engine.writer import output_files
+
+Tensors = dict[str, Tensor]
+_numbers = count()
+
+
+def write_config(folder: Path, **keys: Any) -> Path:
+    """A YAML of its own in the folder, over models of that folder by their whole paths, which both libraries read."""
+
+    def located(entry: dict[str, Any]) -> dict[str, Any]:
+        return {**entry, "model": "+".join(str(folder / part) for part in entry["model"].split("+"))}
+
+    if "base_model" in keys:
+        keys["base_model"] = str(folder / keys["base_model"])
+    if "models" in keys:
+        keys["models"] = [located(entry) for entry in keys["models"]]
+    if "slices" in keys:
+        keys["slices"] = [{**one, "sources": [*map(located, one["sources"])]} for one in keys["slices"]]
+    path = folder / f"merge{next(_numbers)}.yaml"
+    path.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def entries(*parameters: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
+    """`models` of a YAML: expert0, expert1, … with these parameters."""
+    return [{"model": f"expert{k}", "parameters": dict(mine)} for k, mine in enumerate(parameters, first)]
+
+
+def ours(config: Path, shards: int = 1, only: int | None = None) -> Tensors:
+    """The tensors of our merge."""
+    plan = plan_of(config)
+    return read(combine(plan, config.with_suffix(f".ours{only}"), shards, only))
+
+
+def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) -> Path:
+    """Every file of the output, each by the next of so many shards."""
+    folder.mkdir()
+    workers = [Shard(plan, index) for index in range(shards)]
+    found = thresholds(plan, workers)
+    for index, file in enumerate(output_files(plan)):
+        workers[index % shards].combine(folder, file, found, only)
+    return folder
+
+
+def thresholds(plan: Plan, workers: Sequence[Shard]) -> list[Threshold] | None:
+    """As the driver does it: over the whole model, where `trim` says so."""
+    if not any(resolve(plan, name)[0].get("trim") == "model" for name in plan.merged):
+        return None
+    owned = slices(plan, len(workers))
+    total = sum(plan.numels.values())
+    kept = [
+        sum(float(resolve(plan, name)[1][k]["density"]) * plan.numels[name] for name in plan.merged) / total
+        for k in range(len(plan.experts))
+    ]
+
+    def counted(high: Counts | None) -> Counts:
+        return np.sum(
+            [worker.count(names, high) for worker, names in zip(workers, owned, strict=True) if names], axis=0
+        )
+
+    return select(counted, [kept_of(density, total) for density in kept])
+
+
+def mergekits(config: Path, **options: Any) -> Tensors:
+    """The tensors of mergekit's own run of the YAML, on the CPU."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    folder = config.with_suffix(".mergekit")
+    run_merge(
+        MergeConfiguration.model_validate(yaml.safe_load(config.read_text(encoding="utf-8"))),
+        str(folder),
+        MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False, device="cpu", **options),
+    )
+    return read(folder)
+
+
+def read(folder: Path) -> Tensors:
+    """All tensors of a folder's files."""
+    found: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def task_vectors(plan: Plan) -> dict[str, list[Tensor]]:
+    """τₖ of every tensor, dense, by plain subtraction of what the files hold, in float32."""
+    base = open_base(plan)
+    experts = [open_expert(expert, base) for expert in plan.experts]
+    found = {}
+    for name in plan.merged:
+        own = base.read(name).float()
+        stored = [expert.stored(name) for expert in experts]
+        found[name] = [torch.zeros_like(own) if one is None else one.float().view(own.shape) - own for one in stored]
+    return found
+
+
+def make_models(
+    folder: Path,
+    family: str = "llama",
+    experts: int = 3,
+    tied: bool = False,
+    sharded: bool = False,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 3,
+) -> Path:
+    """A base and experts expert0, expert1, … that differ from it in every tensor, head and embedding included."""
+    with _layers(layers):
+        base = tiny.make_model(family, tied)
+        with torch.no_grad():
+            for seed, parameter in enumerate(base.parameters()):
+                if parameter.dim() < 2:
+                    # Norms of ones and biases of zeros would hide what is added to them.
+                    parameter.add_(noise(parameter.shape, 1000 + seed, 0.1))
+        tiny.save(base, folder / "base", dtype, sharded)
+        for k in range(experts):
+            expert = tiny.make_expert(base, seed=k + 1)
+            with torch.no_grad():
+                for seed, module in enumerate((expert.get_input_embeddings(), expert.get_output_embeddings())):
+                    if seed == 0 or not tied:
+                        module.weight.add_(noise(module.weight.shape, 10 * k + seed, 0.05))
+            tiny.save(expert, folder / f"expert{k}", dtype, sharded)
+    return folder
+
+
+class _layers:
+    def __init__(self, count: int) -> None:
+        self._count, self._before = count, tiny.COMMON["num_hidden_layers"]
+
+    def __enter__(self) -> None:
+        tiny.COMMON["num_hidden_layers"] = self._count
+
+    def __exit__(self, *error: object) -> None:
+        tiny.COMMON["num_hidden_layers"] = self._before
+
+
+VOCABULARY = 19
+# Matrices high, wide and square; what is no matrix to the methods of singular values; what is a row a token.
+MATRICES = {"layers.0.high.weight": (17, 11), "layers.0.wide.weight": (9, 23), "layers.1.square.weight": (12, 12)}
+OTHERS = {
+    "embed_tokens.weight": (VOCABULARY, 7),
+    "lm_head.weight": (VOCABULARY, 7),
+    "layers.0.norm.weight": (13,),
+    "layers.1.conv.weight": (3, 4, 5),
+    "layers.1.row.weight": (1, 9),
+    "layers.1.scale": (),
+}
+SHAPES: dict[str, tuple[int, ...]] = MATRICES | OTHERS
+
+
+def write_checkpoint(folder: Path, tensors: Tensors) -> Path:
+    """A model folder of whatever tensors."""
+    folder.mkdir(parents=True)
+    config = {"architectures": ["Any"], "model_type": "any", "vocab_size": VOCABULARY}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_arrays(
+    folder: Path,
+    experts: int = 3,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    scale: float = 0.05,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+) -> tuple[Tensors, list[Tensors]]:
+    """A base and experts as checkpoints of `shapes`, and what was written; `dtypes` of the base and of each expert,
+    the last for all that follow.
+    """
+    kinds = [*dtypes, *[dtypes[-1]] * (experts + 1 - len(dtypes))]
+    base = {name: noise(shape, seed, 0.3) for seed, (name, shape) in enumerate(shapes.items())}
+    written = [{name: tensor.to(kinds[0]) for name, tensor in base.items()}]
+    for k in range(experts):
+        own = {
+            name: (tensor + _falling(noise(shapes[name], 100 * (k + 1) + seed, scale))).to(kinds[k + 1])
+            for seed, (name, tensor) in enumerate(base.items())
+        }
+        written.append(own)
+    for name, tensors in zip(("base", *(f"expert{k}" for k in range(experts))), written, strict=True):
+        write_checkpoint(folder / name, tensors)
+    return written[0], written[1:]
+
+
+def _falling(tensor: Tensor) -> Tensor:
+    """Matrices with columns that grow smaller: singular values well apart, so that what is cut between two of them is
+    well defined.
+    """
+    return tensor * 0.85 ** torch.arange(tensor.shape[1]) if tensor.dim() == 2 else tensor
+
+
+def noise(shape: Sequence[int], seed: int, scale: float = 1.0) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def worst(found: Tensors, expected: Tensors) -> float:
+    """The largest difference of any element; both have the same names, shapes and dtypes."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, name
+    return max(difference(found[name], tensor) for name, tensor in expected.items())
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of two tensors' elements."""
+    return (found.double() - expected.double()).abs().max().item()
