@@ -1,0 +1,349 @@
+"""Merges that learn nothing beside mergekit's: peak anonymous memory and time, by K and method, on the same files.
+
+Each merge is a `python cli.py merge` on a Ray of its own, or a `mergekit-yaml`, of one YAML; in a round the ways take
+turns on the same cores, with all inputs in the page cache, and the next round goes the other way about. A figure is the
+median of the rounds; a ratio is the median of each round's. Every method and K is measured with one shard on two cores;
+`--timed` is the K at which there are several rounds and also two shards, and one shard on one core. mergekit's ties
+takes minutes: it has one round each, and none on one core.
+
+The merge itself is told apart from what stands around it: ours (the seconds in merge/memory.json) from processes that
+start and from the inputs' SHA-256, mergekit's (its command's function, timed in its own process) from its imports.
+`whole` is the command. Ours forces its files to the disk, mergekit does not.
+
+Memory: the shard's own gauge, and RssAnon of mergekit's process and its children every 20 ms. At the largest K also
+mergekit told to write files of ours' size, and every process of ours together, Ray's included; and one shard on a model
+whose tensors are twice as large. The outputs of both are held against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import merges
+import models
+import yaml
+from models import SIZES, Models, Size
+from report import Report, Target, console, in_mb, print_table
+from safetensors import safe_open
+
+SHAPES = {
+    "large": Size(1024, 14, 2816, 16, 32000),
+    "large-wide": Size(2048, 4, 2816, 16, 32000),
+    "tiny": SIZES["tiny"],
+    "tiny-wide": Size(256, 2, 352, 4, 1024),
+}
+METHODS: dict[str, dict[str, float]] = {
+    "linear": {"weight": 1.0},
+    "task_arithmetic": {"weight": 0.3},
+    "ties": {"weight": 1.0, "density": 0.2},
+}
+SLOW = "ties"  # by mergekit
+# Several output files, so that two shards have something to do: in bytes ours, in float32 elements mergekit's.
+FILE_MB = {"large": 200, "tiny": 1}
+PEAK_PART, FLAT = 1 / 3, 1.05
+# Ours / mergekit's: with one shard, and with two on two cores, which is also asked of one core to two.
+LIMITS = {"linear": 1.0, "task_arithmetic": 1.0, "ties": 1 / 5}
+TWO_SHARDS = 1 / 1.6
+SAMPLE_SECONDS = 0.02
+DIFFERENT = 1e-6  # in a weight: more than rounding
+# `mergekit-yaml`, which also says how long it took without its imports.
+SAID = "seconds of the merge: "
+MERGEKIT = f"""
+import time
+from mergekit.scripts.run_yaml import main
+began = time.monotonic()
+main(standalone_mode=False)
+print("{SAID}", time.monotonic() - began)
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a merge is run: by how many shards (0: by mergekit), and on how many cores."""
+
+    shards: int
+    cores: int
+    small_files: bool = True
+
+    def command(self, config: Path, out: Path, file_mb: int) -> list[str]:
+        if self.shards:
+            settings = [f"cluster.shards={self.shards}", f"max_shard_size={file_mb}MB"]
+            return [sys.executable, str(merges.ROOT / "cli.py"), *merges.arguments(config, out, settings)]
+        # There is no tokenizer to copy, and a progress bar is nobody's business here.
+        given = [str(config), str(out), "--quiet", "--no-copy-tokenizer"]
+        limit = ["--out-shard-size", f"{file_mb * 10**6 // 4}"] if self.small_files else []
+        return [sys.executable, "-c", MERGEKIT, *given, *limit]
+
+
+ONE, TWO, ONE_CORE, THEIRS, THEIRS_ONE_CORE, THEIRS_FILES = (
+    "one shard", "two shards", "one shard, one core", "mergekit", "mergekit, one core", "mergekit, small files",
+)  # fmt: skip
+WAYS = {
+    ONE: Way(1, 2),
+    TWO: Way(2, 2),
+    ONE_CORE: Way(1, 1),
+    THEIRS: Way(0, 2, small_files=False),
+    THEIRS_ONE_CORE: Way(0, 1, small_files=False),
+    THEIRS_FILES: Way(0, 2),
+}
+# Of mergekit's ways the one that has the same cores.
+AGAINST = {ONE: THEIRS, TWO: THEIRS, ONE_CORE: THEIRS_ONE_CORE}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one merge: seconds of the merge itself, of hashing, of the whole command; the rest is what has to start."""
+
+    merge: float
+    hashing: float
+    whole: float
+    peak: int
+
+
+@dataclass(frozen=True)
+class Random(Models):
+    """Random models of this benchmark's own sizes, whose tensors all differ."""
+
+    own_heads: bool = True
+
+    @property
+    def shape(self) -> Size:
+        return SHAPES[self.size]
+
+    def config(self, path: Path, method: str, experts: int) -> Path:
+        """A YAML that both read; linear is of the experts alone, as mergekit would have it."""
+        entries = [{"model": str(self.expert(k)), "parameters": METHODS[method]} for k in range(experts)]
+        base = {} if method == "linear" else {"base_model": str(self.base())}
+        config = {"merge_method": method, **base, "models": entries, "dtype": self.dtype}
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        return path
+
+    def read(self, experts: int) -> None:
+        """Put all files into the page cache."""
+        room = memoryview(bytearray(1 << 23))
+        for folder in (self.base(), *(self.expert(k) for k in range(experts))):
+            with open(folder / "model.safetensors", "rb", buffering=0) as file:
+                while file.readinto(room):
+                    pass
+
+
+def anonymous(pid: int) -> int:
+    """Anonymous memory of a process and its children now, as engine/memory.py counts it; 0 for one that is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        listed = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children"))
+    except OSError:
+        return 0
+    own = next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), 0)
+    return own + sum(anonymous(int(child)) for child in listed.split())
+
+
+def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, int, str]:
+    """Seconds that a command took on so many cores, its peak memory with its children's if asked for, what it said."""
+    cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
+    peak, began = 0, time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            ["taskset", "-c", cpus, *command], env=merges.ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
+        )
+        while gauge and process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(SAMPLE_SECONDS)
+        code = process.wait()
+        seconds = time.monotonic() - began
+        said.seek(0)
+        text = said.read()
+    if code:
+        raise click.ClickException(f"{' '.join(command)} ended with {code}:\n{text}")
+    return seconds, peak, text
+
+
+def run(way: Way, config: Path, out: Path, file_mb: int) -> Figures:
+    whole, peak, text = execute(way.command(config, out, file_mb), way.cores, gauge=not way.shards)
+    os.sync()  # what one leaves to be written is not to be the next one's burden
+    if not way.shards:
+        merge = next(float(line.removeprefix(SAID)) for line in text.splitlines() if line.startswith(SAID))
+        return Figures(merge, 0.0, whole, peak)
+    told = json.loads((out / "merge" / "memory.json").read_text())
+    seconds = dict(told["seconds"])
+    hashing, _ = seconds.pop("hashing the inputs"), seconds.pop("starting")
+    peaks = [actor["peak_anonymous_bytes"] for actor in told["actors"] if actor["role"] == "shard 0"]
+    return Figures(sum(seconds.values()), hashing, whole, peaks[0])
+
+
+@contextmanager
+def temporary(made: Random, method: str, k: int) -> Iterator[tuple[Path, Path]]:
+    """A folder for outputs, and a config in it."""
+    with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
+        yield Path(folder), made.config(Path(folder) / "merge.yaml", method, k)
+
+
+def compare(report: Report, ours: Path, theirs: Path, name: str) -> None:
+    """How far two outputs are apart."""
+
+    def tensors(folder: Path) -> dict[str, Any]:
+        files = [safe_open(path, framework="pt") for path in folder.glob("*.safetensors")]
+        return {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    mine, others = tensors(ours), tensors(theirs)
+    if mine.keys() != others.keys():
+        raise click.ClickException(f"other tensors in {ours} than in {theirs}: {mine.keys() ^ others.keys()}")
+    apart = ((mine[n].get_tensor(n) - others[n].get_tensor(n)).abs() for n in mine)
+    most, count = zip(*((one.max().item(), (one > DIFFERENT).sum().item()) for one in apart), strict=True)
+    report.other |= {f"largest difference, {name}": max(most), f"elements that differ, {name}": float(sum(count))}
+
+
+def measure(
+    report: Report, made: Random, method: str, k: int, ways: Sequence[str], rounds: int
+) -> dict[str, list[Figures]]:
+    """The figures of each way, round by round."""
+    found: dict[str, list[Figures]] = {way: [] for way in ways}
+    for number in range(rounds):
+        with temporary(made, method, k) as (folder, config):
+            made.read(k)
+            for way in ways if number % 2 == 0 else ways[::-1]:
+                out = folder / way.replace(" ", "-")
+                found[way].append(figures := run(WAYS[way], config, out, FILE_MB[made.size]))
+                console.print(f"K={k} {method}, {way}: merge {figures.merge:.2f} s, whole {figures.whole:.2f} s")
+                if way not in (ONE, THEIRS):
+                    shutil.rmtree(out)
+            compare(report, *(folder / way.replace(" ", "-") for way in (ONE, THEIRS)), f"{method}, K={k}")
+    return found
+
+
+def ratio(found: Mapping[str, Sequence[Figures]], one: str, other: str, what: str) -> float:
+    """The median of the rounds' one / other."""
+    pairs = zip(found[one], found[other], strict=True)
+    return statistics.median(getattr(a, what) / getattr(b, what) for a, b in pairs)
+
+
+def add_times(report: Report, found: Mapping[str, Sequence[Figures]], method: str, k: int) -> None:
+    """Table, ratios and targets of one method and K."""
+    rows = {}
+    for way, rounds in found.items():
+        merge, hashing, whole = (
+            statistics.median(getattr(f, w) for f in rounds) for w in ("merge", "hashing", "whole")
+        )
+        starts = statistics.median(f.whole - f.merge - f.hashing for f in rounds)
+        report.other |= {f"{way}, {method}, K={k}, merge s": merge, f"{way}, {method}, K={k}, whole s": whole}
+        against, ratios = AGAINST.get(way), []
+        for what in ("merge", "whole") if against in found else ():
+            name = f"{way} / {against}, {method}, K={k}, {what}"
+            report.time_ratios[name] = value = ratio(found, way, str(against), what)
+            ratios.append(f"{1 / value:.2f}")
+            limit = min(TWO_SHARDS, LIMITS[method]) if way == TWO else LIMITS[method]
+            if way != ONE_CORE:
+                report.targets.append(Target(name, value, limit))
+        rows[way] = [*(f"{seconds:.2f}" for seconds in (merge, starts, hashing, whole)), *ratios]
+    for other in (ONE_CORE, ONE) if TWO in found else ():
+        for what in ("merge", "whole"):
+            name = f"{TWO} / {other}, {method}, K={k}, {what}"
+            report.time_ratios[name] = value = ratio(found, TWO, other, what)
+            if (other, what) == (ONE_CORE, "merge"):
+                report.targets.append(Target(name, value, TWO_SHARDS))
+    columns = ["merge", "starts", "hashing", "whole", "mergekit / it, merge", "mergekit / it, whole"]
+    print_table(f"seconds, {method}, K={k}, rounds: {len(next(iter(found.values())))}", columns, rows)
+
+
+def add_memory(report: Report, counts: Sequence[int]) -> None:
+    """Table and targets of the peaks that were measured."""
+    high = counts[-1]
+    ours, theirs = "{}: shard, K={}", "{}: mergekit, K={}"
+    rows = {}
+    for method in METHODS:
+        shard = [report.memory[ours.format(method, k)] for k in counts]
+        wide = report.memory[f"{method}: shard, larger tensors"]
+        beside = [report.other[theirs.format(method, k)] for k in counts]
+        rows[f"{method}: shard"] = [*map(in_mb, shard), in_mb(wide)]
+        rows[f"{method}: mergekit"] = [*map(in_mb, beside), "–"]
+        rows[f"{method}: mergekit / shard"] = [*(f"{b / a:.2f}" for a, b in zip(shard, beside, strict=True)), "–"]
+        report.targets += [
+            Target(f"{method}: shard, max / min over K", max(shard) / min(shard), FLAT),
+            Target(f"{method}: shard, larger tensors / as they are, K={counts[0]}", wide / shard[0], FLAT),
+            Target(f"{method}: shard / mergekit, K={high}", shard[-1] / beside[-1], PEAK_PART),
+        ]
+        if small := report.other.get(f"{method}: {THEIRS_FILES}, K={high}"):
+            report.other[f"{method}: shard / {THEIRS_FILES}, K={high}"] = shard[-1] / small
+    columns = [*(f"K={k}" for k in counts), f"K={counts[0]}, larger tensors"]
+    print_table("peak anonymous memory, MB", columns, rows)
+
+
+def measure_more_memory(report: Report, made: Random, wide: Random, low: int, high: int) -> None:
+    """What is no side of a round: the shard on larger tensors; mergekit with small files; all of our processes."""
+    file_mb = FILE_MB[made.size]
+    for method in METHODS:
+        with temporary(wide, method, low) as (folder, config):
+            report.memory[f"{method}: shard, larger tensors"] = run(WAYS[ONE], config, folder / "out", file_mb).peak
+        if method != SLOW:
+            with temporary(made, method, high) as (folder, config):
+                figures = run(WAYS[THEIRS_FILES], config, folder / "out", file_mb)
+                report.other[f"{method}: {THEIRS_FILES}, K={high}"] = figures.peak
+    with temporary(made, "linear", high) as (folder, config):
+        _, peak, _ = execute(WAYS[ONE].command(config, folder / "out", file_mb), WAYS[ONE].cores, gauge=True)
+        report.other[f"linear: all processes of ours, K={high}"] = peak
+
+
+@click.command(help=__doc__)
+@click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
+@click.option("--experts", "-k", multiple=True, default=[2, 4, 8], show_default=True, type=click.IntRange(1))
+@click.option("--timed", default=4, show_default=True, help="The K of all ways and several rounds.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--small", is_flag=True, help="A try of a few minutes: a tiny model, K=2, one round.")
+@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small: bool, path: Path | None) -> None:
+    counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
+    if len(os.sched_getaffinity(0)) < 2:
+        raise click.ClickException("this takes two cores")
+    size = "tiny" if small else "large"
+    made, wide = (Random(workdir.absolute(), name) for name in (size, f"{size}-wide"))
+    make(made, counts[-1])
+    make(wide, counts[0])
+    settings = {"experts": counts, "timed": timed, "rounds": rounds, "methods": METHODS, "file_mb": FILE_MB[size]}
+    sizes = {one.size: {"parameters": sum(one.elements().values()), "largest": max(one.elements().values())}
+             for one in (made, wide)}  # fmt: skip
+    report = Report(settings | {"sizes": sizes, "dtype": made.dtype})
+    console.print(report.settings)
+    path = path or workdir / "results" / "weight_space.json"
+    for method in METHODS:
+        for k in counts:
+            ways = [ONE, THEIRS] if k != timed else [way for way in WAYS if way != THEIRS_FILES]
+            if method == SLOW:
+                ways = [way for way in ways if way != THEIRS_ONE_CORE]
+            found = measure(report, made, method, k, ways, rounds if k == timed and method != SLOW else 1)
+            report.memory[f"{method}: shard, K={k}"] = max(figures.peak for figures in found[ONE])
+            report.other[f"{method}: mergekit, K={k}"] = max(figures.peak for figures in found[THEIRS])
+            add_times(report, found, method, k)
+            report.save(path)
+    measure_more_memory(report, made, wide, counts[0], counts[-1])
+    add_memory(report, counts)
+    shown = {what: value for what, value in report.other.items() if not what.endswith(" s")}  # those are in the tables
+    for what, value in {**report.time_ratios, **shown}.items():
+        console.print(f"{what}: {in_mb(value)} MB" if isinstance(value, int) else f"{what}: {value:.4g}")
+    report.finish(path)
+
+
+def make(made: Random, experts: int) -> None:
+    """The models, if there is room for them and for what is made of them."""
+    made.workdir.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(made.workdir).free
+    if free < (wanted := 4 * sum(made.elements().values()) * (experts + 4)):
+        raise click.ClickException(f"{made.workdir} has {free / 1e9:.1f} GB, and this takes {wanted / 1e9:.1f}")
+    for index in range(experts):
+        made.expert(index)
+
+
+if __name__ == "__main__":
+    main()
