@@ -29,6 +29,7 @@ bench: install
 	$(BIN)/python benchmarks/trainer_memory.py
 	$(BIN)/python benchmarks/traffic.py
 	$(BIN)/python benchmarks/scaling.py check
+	$(BIN)/python benchmarks/weight_space.py
 
 check: install
 	$(BIN)/ruff format --check .
