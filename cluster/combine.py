@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from cluster.run import Run
-from engine.methods.registry import find_method
-from engine.methods.selection import Counts, Threshold, select
-from engine.methods.sparse import kept_of
+from engine.methods.registry import get_method
+from engine.methods.selection import Counts, Threshold
 from engine.plan import slices
 from engine.record import write_weight_space_record
-from engine.weight_space import resolve
+from engine.weight_space import model_thresholds
 
 
 class Combine(Run):
@@ -22,8 +21,7 @@ class Combine(Run):
 
     def run(self, plan_identity: str) -> None:
         """The whole algorithm: thresholds over the whole model where the method asks for them, and then every file."""
-        method = find_method(self.plan.config.merge_method)
-        assert method is not None
+        method = get_method(self.plan.config.merge_method)
         with self.crew.shards() as shards:
             self.answers("starting", [shard.report.remote() for shard in shards])
             thresholds = self._thresholds(shards)
@@ -53,15 +51,7 @@ class Combine(Run):
 
     def _thresholds(self, shards: Sequence[Any]) -> list[Threshold] | None:
         """Of each expert's whole task vector, where `trim` says so: counted by the shards, each over its tensors."""
-        values = {name: resolve(self.plan, name) for name in self.plan.merged}
-        if not any(of_tensor.get("trim") == "model" for of_tensor, _, _ in values.values()):
-            return None
         owned = [names for names in slices(self.plan, len(shards)) if names]
-        totals = [
-            sum(float(own[k]["density"]) * self.plan.numels[name] for name, (_, own, _) in values.items())
-            / sum(self.plan.numels.values())
-            for k in range(len(self.plan.experts))
-        ]
 
         def count(high: Counts | None) -> Counts:
             asked = [shard.count.remote(names, high) for shard, names in zip(shards, owned, strict=False)]
@@ -69,4 +59,4 @@ class Combine(Run):
             total: Counts = np.stack(parts).sum(axis=0)
             return total
 
-        return select(count, [kept_of(density, sum(self.plan.numels.values())) for density in totals])
+        return model_thresholds(self.plan, count)

@@ -155,10 +155,21 @@ class _Difference:
             out_N.copy_(expert_N).sub_(base_N)
 
 
-class _Padded:
-    """A tensor that ends before the base's does, which stands for the rest."""
+class _FromOperand:
+    """A tensor that is put together in memory: θₖ first, and τ from it."""
 
     minus_base = True
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        raise NotImplementedError
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        self.operand(start, stop, out_N)
+        out_N.sub_(base_N)
+
+
+class _Padded(_FromOperand):
+    """A tensor that ends before the base's does, which stands for the rest."""
 
     def __init__(self, expert_N: Tensor, base_N: Tensor) -> None:
         self._expert_N, self._base_N = expert_N, base_N
@@ -169,15 +180,9 @@ class _Padded:
         room_N[own:].copy_(self._base_N[start + own : stop])
         return as_operand(room_N)
 
-    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
-        self.operand(start, stop, out_N)
-        out_N.sub_(base_N)
 
-
-class _Sum:
+class _Sum(_FromOperand):
     """A checkpoint's τ and that of an adapter on top of it."""
-
-    minus_base = True
 
     def __init__(self, checkpoint: TaskVector, adapter: TaskVector) -> None:
         self._checkpoint, self._adapter = checkpoint, adapter
@@ -188,10 +193,6 @@ class _Sum:
         own.copy_(found.view(torch.bfloat16) if found.dtype == torch.uint16 else found)
         self._adapter.block(start, stop, own, room_N)
         return as_operand(room_N.add_(own))
-
-    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
-        self.operand(start, stop, out_N)
-        out_N.sub_(base_N)
 
 
 class CheckpointWithAdapter:

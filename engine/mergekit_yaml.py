@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.config import Config, ListedBase, Recipe
 from engine.errors import ConfigError
-from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, known_options
+from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
 from engine.methods.spec import Method
 
 Location = tuple[int | str, ...]
@@ -111,8 +111,7 @@ def as_yaml(config: Config) -> dict[str, Any]:
     keys = config.model_dump(mode="json", exclude={"record", "recipe", "unused"}, exclude_none=True)
     recipe = config.recipe
     if recipe is None:
-        method = find_method(config.merge_method)
-        assert method is not None
+        method = get_method(config.merge_method)
         keys["parameters"] = {key: value for key, value in keys["parameters"].items() if key in method.by_name}
         return keys
     for key in (*LEARNING_KEYS, "parameters"):

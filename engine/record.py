@@ -79,8 +79,7 @@ def write_record(
     `digests` are the SHA-256 of the inputs' files; `importance_L` belongs to the layout of the last stage.
     """
     record = folder / "merge"
-    inputs = {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
-    write_config(record / "config.yaml", plan, identity, inputs)
+    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests))
     write_coefficients(record / "coefficients.parquet", stages, [expert.name for expert in plan.experts])
     if importance_L is not None:
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
@@ -92,9 +91,13 @@ def write_weight_space_record(
     folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[Path, str]
 ) -> None:
     """The model card and merge/config.yaml of a merge that learned nothing."""
-    inputs = {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
-    write_config(folder / "merge" / "config.yaml", plan, identity, inputs)
+    write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests))
     write_weight_space_card(folder / "README.md", plan, method)
+
+
+def _hashed(plan: Plan, digests: Mapping[Path, str]) -> dict[str, dict[str, str]]:
+    """model → file → SHA-256."""
+    return {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
 
 
 def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:

@@ -6,9 +6,11 @@ While the pieces of one tensor are computed and written, the next tensors are al
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from engine.errors import RunError
 from engine.task_vectors import Piece, pieces
 
+T = TypeVar("T")
 Fill = Callable[[Piece, Tensor], None]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +43,23 @@ def copy_of(tensor: Tensor) -> Fill:
     return fill
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    # A sum is finite only if all are; where it overflows by itself, the elements decide.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> Iterator[T]:
+    """What the calls return, in their order; `ahead` of them, and one, are with the pool at a time."""
+    pending: deque[Future[T]] = deque()
+    for call in calls:
+        pending.append(pool.submit(call))
+        while len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
 def stream(jobs: Sequence[Job], pool: Executor, threads: int) -> Iterator[Tensor]:
     """The pieces [N] of all jobs in their order, computed by the `threads` threads of `pool`.
 
@@ -50,24 +70,22 @@ def stream(jobs: Sequence[Job], pool: Executor, threads: int) -> Iterator[Tensor
     with ThreadPoolExecutor(threads, "prepare", initializer=torch.set_num_threads, initargs=(1,)) as conductors:
         prepared: deque[Future[Fill]] = deque()
         todo = iter(jobs)
-        pending: deque[Future[Tensor]] = deque()
-        for job in jobs:
-            while len(prepared) < threads + 1 and (ahead := next(todo, None)) is not None:
-                prepared.append(conductors.submit(ahead.prepare))
-            fill = prepared.popleft().result()
-            for piece in pieces(job.name, job.shape):
-                pending.append(pool.submit(_one, fill, piece, job.dtype))
-                while len(pending) > threads:
-                    yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+
+        def calls() -> Iterator[Callable[[], Tensor]]:
+            for job in jobs:
+                while len(prepared) < threads + 1 and (ahead := next(todo, None)) is not None:
+                    prepared.append(conductors.submit(ahead.prepare))
+                fill = prepared.popleft().result()
+                for piece in pieces(job.name, job.shape):
+                    yield partial(_one, fill, piece, job.dtype)
+
+        yield from in_order(calls(), pool, threads)
 
 
 def _one(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
     out_N = torch.empty(piece.numel, dtype=dtype)
     fill(piece, out_N)
-    # A sum is finite only if all are; where it overflows by itself, the elements decide.
-    if dtype in FLOATS and not out_N.sum(dtype=torch.float32).isfinite() and not out_N.isfinite().all():
+    if dtype in FLOATS and not all_finite(out_N):
         raise RunError(
             f"the merged tensor has a weight that is NaN or infinite in {str(dtype).removeprefix('torch.')}",
             piece.name,

@@ -5,13 +5,14 @@ Between a plan and the methods; knows which tensor is which, and no arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.methods.registry import NATIVE, find_method, preparation
-from engine.methods.selection import Threshold
+from engine.methods.registry import NATIVE, get_method, preparation
+from engine.methods.selection import Counts, Threshold, select
+from engine.methods.sparse import kept_of
 from engine.methods.spec import Option, Settings, Value
 from engine.methods.tensor import MergeTensor
 from engine.plan import Plan
@@ -93,6 +94,21 @@ class WeightSpace:
                 )
 
 
+def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> list[Threshold] | None:
+    """Of each expert's whole task vector, where `trim` asks for them; `count` as in `select`, over all tensors."""
+    if "trim" not in get_method(plan.config.merge_method).by_name:
+        return None
+    resolved = {name: resolve(plan, name) for name in plan.merged}
+    if all(values["trim"] != "model" for values, _, _ in resolved.values()):
+        return None
+    total = sum(plan.numels.values())
+    kept = [
+        sum(float(own[k]["density"]) * plan.numels[name] for name, (_, own, _) in resolved.items()) / total
+        for k in range(len(plan.experts))
+    ]
+    return select(count, [kept_of(density, total) for density in kept])
+
+
 def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, Value]], dict[str, Value] | None]:
     """The options' values for a tensor: one each, those of each expert, those of the base where it is a model.
 
@@ -101,8 +117,8 @@ def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, V
     Raises:
         ConfigError: an option that has no default has no value.
     """
-    recipe, method = plan.config.recipe, find_method(plan.config.merge_method)
-    assert recipe is not None and method is not None
+    recipe, method = plan.config.recipe, get_method(plan.config.merge_method)
+    assert recipe is not None
 
     def value(option: Option, *scopes: Settings) -> Value:
         found = option.resolve((*scopes, recipe.slice, recipe.top), tensor, plan.depths[tensor])

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from actors.shard import Shard
 from engine.checkpoint import open_base, open_expert
-from engine.methods.selection import Counts, Threshold, select
-from engine.methods.sparse import kept_of
+from engine.methods.selection import Counts, Threshold
 from engine.plan import Plan, slices
-from engine.weight_space import resolve
+from engine.weight_space import model_thresholds
 from engine.writer import output_files
 
 Tensors = dict[str, Tensor]
@@ -68,21 +67,14 @@ def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) 
 
 def thresholds(plan: Plan, workers: Sequence[Shard]) -> list[Threshold] | None:
     """As the driver does it: over the whole model, where `trim` says so."""
-    if not any(resolve(plan, name)[0].get("trim") == "model" for name in plan.merged):
-        return None
     owned = slices(plan, len(workers))
-    total = sum(plan.numels.values())
-    kept = [
-        sum(float(resolve(plan, name)[1][k]["density"]) * plan.numels[name] for name in plan.merged) / total
-        for k in range(len(plan.experts))
-    ]
 
     def counted(high: Counts | None) -> Counts:
         return np.sum(
             [worker.count(names, high) for worker, names in zip(workers, owned, strict=True) if names], axis=0
         )
 
-    return select(counted, [kept_of(density, total) for density in kept])
+    return model_thresholds(plan, counted)
 
 
 def mergekits(config: Path, **options: Any) -> Tensors:

@@ -19,7 +19,8 @@ from engine.methods.ties import DIVIDE_BY
 
 if TYPE_CHECKING:
     from engine.methods.sparse import Sparse
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 RESCALE_BY = Option(
     "rescale_by",

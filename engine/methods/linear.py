@@ -14,7 +14,8 @@ from engine.errors import ConfigError
 from engine.methods.spec import Method, Option, normalize
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 METHOD = Method(
     "linear",

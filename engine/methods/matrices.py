@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.task_vectors import Piece
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 
 def is_matrix(tensor: MergeTensor) -> bool:

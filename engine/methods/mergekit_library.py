@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
@@ -16,7 +17,8 @@ from engine.methods.spec import Method, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
     from engine.task_vectors import Piece
 
 INSTALL = 'pip install ".[mergekit]"'
@@ -44,6 +46,7 @@ BASE = "\0base"
 _generator = threading.Lock()
 
 
+@cache  # options make their checks once, and are asked for every tensor
 def method(name: str) -> Method | None:
     """The library's method of that name as one of ours; None where it has none."""
     from mergekit.merge_methods import registered_methods
@@ -51,14 +54,13 @@ def method(name: str) -> Method | None:
     for found in registered_methods():
         if found.spec.name == name:
             spec = found.spec
-            base = "required" if spec.contract.base.value == "required" else "optional"
             return Method(
                 name,
                 NAMES.get(name, spec.pretty_name or name),
                 spec.reference_url or "mergekit",
                 "see mergekit",
                 tuple(_option(parameter) for parameter in spec.parameters),
-                base="required" if base == "required" else "optional",
+                base="required" if spec.contract.base.value == "required" else "optional",
                 whole=True,
             )
     return None

@@ -25,7 +25,8 @@ from engine.methods import (
 from engine.methods.spec import Method, Option
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
     Prepare = Callable[[MergeTensor], Fill]
 
@@ -65,6 +66,13 @@ def find_method(name: str) -> Method | None:
     return found or (mergekit_library.method(name) if has_mergekit() else None)
 
 
+def get_method(name: str) -> Method:
+    """The method of a name that a config was read with."""
+    method = find_method(name)
+    assert method is not None, name
+    return method
+
+
 def known_options() -> dict[str, Option]:
     """Every option of every method of ours: a config may keep those of one method when it is run by another."""
     return {option.name: option for method in (*LEARNED.values(), *NATIVE.values()) for option in method.options}
@@ -83,8 +91,7 @@ def check_inputs(name: str, models: list[str], has_base: bool) -> None:
     Raises:
         ConfigError: it does not.
     """
-    method = find_method(name)
-    assert method is not None
+    method = get_method(name)
     if method.base == "required" and not has_base:
         raise ConfigError(f"{name} needs a base", "base_model", "the model that the experts were fine-tuned from")
     if name not in NATIVE:

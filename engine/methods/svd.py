@@ -19,7 +19,8 @@ from engine.methods.spec import LAMBDA, Method, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 RANK = Option("rank", 0.0, "r as a part of min(m, n); 0: 1/K", low=0, high=1)
 SOURCE = "Gargiulo et al., Task Singular Vectors, arXiv 2412.00081"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from engine.methods.spec import INT8_MASK, LAMBDA, WEIGHT, Method, normalize
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 # mergekit divides by no sum that is smaller.
 LEAST_SUM = 1e-8

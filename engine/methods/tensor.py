@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,9 +28,9 @@ from engine.methods.selection import Threshold
 from engine.methods.sparse import Sparse
 from engine.methods.spec import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
+from engine.streaming import Fill, all_finite, in_order
 from engine.task_vectors import Piece, merge_piece, pieces
 
-Fill = Callable[[Piece, Tensor], None]
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
@@ -85,13 +85,8 @@ class MergeTensor:
 
     def each(self, of: Callable[[Piece], T]) -> Iterator[T]:
         """A function of every piece, in their order; a bounded number at work at a time."""
-        pending: deque[Future[T]] = deque()
-        for piece in pieces(self.name, self.shape):
-            pending.append(self.pool.submit(of, piece))
-            if len(pending) > 2 * self.threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        todo = (partial(of, piece) for piece in pieces(self.name, self.shape))
+        return in_order(todo, self.pool, 2 * self.threads)
 
     def blocks(self, piece: Piece, experts: Sequence[int]) -> Iterator[tuple[int, int, Tensor, Array]]:
         """The blocks of a piece: first and last element, the base [B] and τ of the experts [K, B], in float32.
@@ -188,8 +183,7 @@ class MergeTensor:
             yield start, stop, base_B, tau_KB
 
     def _check_finite(self, k: int, tau_N: Tensor) -> None:
-        # A sum is finite only if all are; where it overflows by itself, the elements decide.
-        if not tau_N.sum().isfinite() and not bool(tau_N.isfinite().all()):
+        if not all_finite(tau_N):
             raise CheckpointError(
                 f"the tensor {self.name!r} has a weight that is NaN or infinite",
                 f"expert {self.models[k]!r} or the base",

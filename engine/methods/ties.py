@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from engine.methods.spec import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 TRIM = Option(
     "trim",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from engine.methods.spec import Method
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 METHOD = Method(
     "weight_average",

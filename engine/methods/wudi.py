@@ -22,7 +22,8 @@ from engine.methods.spec import LAMBDA, Method, Option
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.methods.tensor import Fill, MergeTensor
+    from engine.methods.tensor import MergeTensor
+    from engine.streaming import Fill
 
 STEPS = Option("steps", 300, "steps of gradient descent a tensor", kind=int, low=0)
 LEARNING_RATE = Option("learning_rate", 1e-5, "of the optimiser", low=0)
