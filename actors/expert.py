@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from actors.process import Process, Report
 from engine.calibration import Sample
-from engine.codec import Packed, pack_all
 from engine.expert import FrozenExpert, save_target
 from engine.plan import Plan
+from engine.storage import Folder
 
 
 class Expert:
@@ -19,13 +17,16 @@ class Expert:
         self._plan, self._forwards = plan, 0
         self._held: tuple[int, FrozenExpert] | None = None
 
-    def target(self, sample: Sample, path: Path) -> tuple[int, dict[str, Packed]]:
-        """The target of one sample and its bytes; also written to `path`, where it outlives process and node."""
+    def target(self, sample: Sample, folder: Folder, name: str) -> int:
+        """Write the target of one sample to `name` in the folder, where it outlives process and node.
+
+        Returns its bytes. A target that is there already is that of an earlier try of the same call.
+        """
+        if folder.exists(name):
+            return folder.size(name)
         target = self._expert(sample.expert).target(sample)
         self._forwards += 1
-        save_target(target, path)
-        packed = pack_all(target.tensors())
-        return sum(one.nbytes for one in packed.values()), packed
+        return save_target(target, folder, name)
 
     def report(self) -> Report:
         """Memory, and how often the expert ran forward."""

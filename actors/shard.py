@@ -6,12 +6,12 @@ It has no state but open files: every call carries what it needs, so a shard tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 
 from actors.process import Process, Report, usable_cpus
 from engine.codec import Packed, pack_all, unpack_all
@@ -19,14 +19,15 @@ from engine.coefficients import Array, TensorCoefficients
 from engine.methods.selection import Counts, Threshold
 from engine.methods.sparse import counts
 from engine.plan import Plan
+from engine.storage import Folder, fetch, is_uri
 from engine.streaming import Job, copy_of, stream
 from engine.task_vectors import Inspection, Piece, TaskVectors, open_task_vectors, pieces
 from engine.weight_space import WeightSpace
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
 
-def _digest(file: Path) -> str:
-    with open(file, "rb") as opened:
+def _digest(file: str) -> str:
+    with open(fetch(file) if is_uri(file) else file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
@@ -41,8 +42,8 @@ class Shard:
         """Read the tensors once: magnitudes of their task vectors; a weight that is not finite is an error."""
         return self._task_vectors.inspect(names)
 
-    def digests(self, files: Sequence[Path]) -> dict[Path, str]:
-        """SHA-256 of files, as `sha256sum` prints it."""
+    def digests(self, files: Sequence[str]) -> dict[str, str]:
+        """SHA-256 of files, by path or URI, as `sha256sum` prints it."""
         return dict(zip(files, self._task_vectors.pool.map(_digest, files), strict=True))
 
     def merge(self, pieces: Sequence[Piece], coefficients: Mapping[str, TensorCoefficients]) -> dict[Piece, Packed]:
@@ -55,11 +56,16 @@ class Shard:
         """What pieces of weight gradients add to their tensors' coefficient gradients, [K, m] each."""
         return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
 
-    def write(self, folder: Path, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
+    def target(self, folder: Folder, name: str) -> dict[str, Packed]:
+        """A target that an expert has stored; asked again, the same, wherever it is asked."""
+        # Its file holds its tensors as they travel. Read by what knows targets, it would bring all that runs a model.
+        return pack_all(safetensors.torch.load(folder.read(name)))
+
+    def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""
-        streams = self._task_vectors
 
         def job(entry: OutputTensor) -> Job:
+            streams = self._task_vectors
             base = streams.base.read(entry.name)
             dtype = torch_dtype(entry.dtype) or base.dtype
             if entry.name not in coefficients:
@@ -67,14 +73,13 @@ class Shard:
             wanted = coefficients[entry.name]
             return Job(entry.name, entry.shape, dtype, lambda: lambda piece, out_N: streams.merge(piece, wanted, out_N))
 
-        self._write(folder, file, [job(entry) for entry in file.tensors])
+        self._write(folder, file, job)
 
     def combine(
-        self, folder: Path, file: OutputFile, thresholds: Sequence[Threshold] | None = None, only: int | None = None
+        self, folder: Folder, file: OutputFile, thresholds: Sequence[Threshold] | None = None, only: int | None = None
     ) -> None:
         """Write one file of a merge that learns nothing; `only`: of the model of this one expert."""
-        jobs = [self._recipe.job(entry, torch_dtype(entry.dtype), thresholds, only) for entry in file.tensors]
-        self._write(folder, file, jobs)
+        self._write(folder, file, lambda entry: self._recipe.job(entry, torch_dtype(entry.dtype), thresholds, only))
 
     def count(self, names: Sequence[str], high: Counts | None) -> Counts:
         """How many elements of each expert's task vector have each half of bits, over some tensors; see `select`."""
@@ -85,8 +90,10 @@ class Shard:
         """Memory."""
         return self._process.report()
 
-    def _write(self, folder: Path, file: OutputFile, jobs: Sequence[Job]) -> None:
-        parts = stream(jobs, self._task_vectors.pool, self._task_vectors.threads)
+    def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], Job]) -> None:
+        if folder.exists(file.name):
+            return  # by an earlier try of the same call
+        parts = stream([job(entry) for entry in file.tensors], self._task_vectors.pool, self._task_vectors.threads)
         write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
 
     @cached_property

@@ -31,10 +31,13 @@ class WindowSample:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step leaves: its rows for merge/metrics.parquet, and the state from which to go on."""
+    """What one optimiser step leaves: its rows for merge/metrics.parquet, the state from which to go on, and the bytes
+    that moved so far, by direction.
+    """
 
     rows: list[dict[str, Any]]
     state: dict[str, Any]
+    traffic: dict[str, int]
 
 
 class Trainer:
@@ -88,7 +91,7 @@ class Trainer:
             }
             for sample, loss in ((sample, losses[place]) for place, sample in enumerate(window))
         ]
-        return Step(rows, learner.state())
+        return Step(rows, learner.state(), self._shards.traffic())
 
     def report(self) -> Report:
         """Memory, and the bytes that went to the shards and came from them."""

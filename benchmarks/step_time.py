@@ -34,6 +34,7 @@ from trainer_memory import in_memory
 
 from actors.expert import Expert
 from actors.process import usable_cpus
+from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.alignment import hidden_loss
 from engine.calibration import passes, read_records, tokenize
@@ -43,6 +44,7 @@ from engine.config_file import load_config
 from engine.expert import Target as ExpertTarget
 from engine.plan import Plan, make_plan
 from engine.shards import LocalShards
+from engine.storage import open_folder
 from engine.task_vectors import BLOCK
 from engine.training import Learner, first_stage
 
@@ -63,8 +65,10 @@ class Bench:
         self.plan: Plan = make_plan(load_config(config, overrides), config.parent)
         samples = tokenize(read_records(self.plan), None, self.plan)
         chosen = [mine[i] for i in range(len(samples[0])) for mine in samples][:window]
-        expert = Expert(self.plan, 0)
-        targets = {s: expert.target(s, scratch / f"{s.expert}-{s.index}")[1] for s in sorted(chosen, key=_by_expert)}
+        expert, shard, folder = Expert(self.plan, 0), Shard(self.plan, 0), open_folder(scratch)
+        for s in sorted(chosen, key=_by_expert):
+            expert.target(s, folder, f"{s.expert}-{s.index}")
+        targets = {s: shard.target(folder, f"{s.expert}-{s.index}") for s in chosen}
         self.window = [WindowSample(s.expert, s.index, targets[s], s.tokens) for s in chosen]
         self.trainer = Trainer(self.plan, LocalShards(self.plan, usable_cpus(), overlap=False), lambda target: target)
         self.stage, self.state = first_stage(self.plan), None

@@ -62,3 +62,7 @@ class ClusterError(MergeError):
 
 class RunError(MergeError):
     """The run failed (exit 4)."""
+
+
+class StorageError(RunError):
+    """A disk or an object storage refused; what was there before is as it was."""

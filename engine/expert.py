@@ -6,19 +6,26 @@ Letters in tensor names: B batch (1), T tokens, H hidden features, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig
 
 from engine.calibration import Sample
 from engine.checkpoint import Checkpoint, Expert, FullExpert, open_base, open_expert
+from engine.devices import device_map, device_of
 from engine.errors import CheckpointError
-from engine.model import build_skeleton, computes_alike, fill, head_names, load_model_config, rebuild_logits
+from engine.model import (
+    build_skeleton,
+    computes_alike,
+    fill,
+    head_names,
+    load_generation_config,
+    load_model_config,
+    rebuild_logits,
+)
 from engine.plan import Plan
+from engine.storage import Folder
 from engine.task_vectors import blocks
 
 
@@ -58,6 +65,25 @@ class Target:
         return cls(tensors["input_ids"], hidden, tensors.get("last_hidden"), tensors.get("logits"))
 
 
+def check_models(plan: Plan) -> None:
+    """Whether transformers takes the base and every expert that runs forward; reads no weight.
+
+    Raises:
+        CheckpointError: see `build_skeleton`.
+    """
+    base, dtype, code = open_base(plan).folder, getattr(torch, plan.dtype), plan.config.trust_remote_code
+    build_skeleton(base, plan.base_header.tensors, dtype, code)
+    load_generation_config(base)
+    own = load_model_config(base, code)
+    for expert in plan.experts if plan.config.labelled else ():
+        source = open_expert(expert)
+        if isinstance(source, FullExpert):
+            folder = source.checkpoint.folder
+            load_generation_config(folder)
+            if not computes_alike(own, load_model_config(folder, code)):
+                build_skeleton(folder, plan.base_header.tensors, dtype, code)
+
+
 class FrozenExpert:
     """Expert `index` of the plan with its weights on a device; its merged form is never made of any other model."""
 
@@ -68,16 +94,17 @@ class FrozenExpert:
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
-        self.model, partners = build_skeleton(folder, plan.base_header.tensors, self.dtype)
+        code = plan.config.trust_remote_code
+        self.model, partners = build_skeleton(folder, plan.base_header.tensors, self.dtype, code)
+        devices = device_map(self.model, self.dtype, device)
         tensors = {}
         for name, partner in partners.items():
-            weight = _weight(base, source, name)
+            device, weight = device_of(partner, devices), _weight(base, source, name)
             tensors[partner] = weight.to(device, self.dtype) if weight.is_floating_point() else weight.to(device)
-        fill(self.model, tensors, device)
-        if (folder / "generation_config.json").exists():
-            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+        fill(self.model, tensors, devices)
+        self.model.generation_config = load_generation_config(folder) or self.model.generation_config
         # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
-        alike = computes_alike(load_model_config(base.folder), load_model_config(folder))
+        alike = computes_alike(load_model_config(base.folder, code), load_model_config(folder, code))
         self._base_gives_logits = alike and self._head_is_the_base_s(base, partners)
 
     def _head_is_the_base_s(self, base: Checkpoint, partners: dict[str, str]) -> bool:
@@ -116,18 +143,17 @@ class FrozenExpert:
         )
 
 
-def save_target(target: Target, path: Path) -> None:
-    """Write a target to a file that appears whole or not at all."""
-    temporary = path.with_suffix(".part")
+def save_target(target: Target, folder: Folder, name: str) -> int:
+    """Write a target to a file that appears whole or not at all; returns its bytes."""
     # Copies: the last hidden state may also be one of S, and the format allows no two names for one memory.
-    safetensors.torch.save_file({name: tensor.clone() for name, tensor in target.tensors().items()}, temporary)
-    temporary.rename(path)
+    data = safetensors.torch.save({name: tensor.clone() for name, tensor in target.tensors().items()})
+    folder.write(name, data)
+    return len(data)
 
 
-def load_target(path: Path) -> Target:
+def load_target(folder: Folder, name: str) -> Target:
     """A target from its file."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return Target.from_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    return Target.from_tensors(safetensors.torch.load(folder.read(name)))
 
 
 def _weight(base: Checkpoint, source: Expert, name: str) -> Tensor:

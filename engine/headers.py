@@ -6,21 +6,33 @@ imports no torch, so that a plan is quick and costs no memory.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import CheckpointError, InputError
+from engine.storage import as_path, fetch, is_uri
+from engine.untrusted import JSON_BYTES, SHOWN, check_regular, open_regular, parse_json, read_text, shown
 
-BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+# Bytes of an element; types of less than one byte are no tensors of their own in torch.
+BYTES = {
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What a run reads of a hub repository: weights, tokenizer and configuration; never pickled weights or code.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+CONVERT = (
+    "load it with transformers and save it with `save_pretrained`, which writes safetensors; pickles may hold code"
+)
+# Characters of a tensor's name.
+NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,8 @@ class TensorHeader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file; types of one byte or less count as one byte an element."""
-        return self.numel * BYTES.get(self.dtype, 1)
+        """Bytes in the file."""
+        return self.numel * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -62,43 +74,49 @@ class ModelHeader:
         """What decides whether two models are of one kind."""
         architectures = self.config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else "?"
-        return f"{first} ({self.config.get('model_type', '?')})"
+        return f"{shown(str(first))} ({shown(str(self.config.get('model_type', '?')))})"
 
     @property
     def vocab_size(self) -> int | None:
         """Number of tokens, where the config says it."""
         size = self.text_config.get("vocab_size")
-        return size if isinstance(size, int) else None
+        return size if type(size) is int else None
 
     @property
     def num_layers(self) -> int | None:
         """Number of blocks L, by any of the names that transformers' configs use."""
         for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-            if isinstance(self.text_config.get(key), int):
-                return int(self.text_config[key])
+            if type(count := self.text_config.get(key)) is int:
+                return count
         return None
 
 
 def locate(path: str, folder: Path, kind: type[InputError] = InputError) -> Path:
-    """The absolute path that a user means, relative to `folder`; `~` is a home.
+    """The absolute path that a user means, relative to `folder`; `~` is a home, and `file://` goes before a path.
 
     Raises:
         InputError: no file can have that name; `kind` says which of them.
     """
+    if is_uri(path):
+        raise kind("an address in object storage cannot stand here", path, "a path")
     try:
-        return (folder / Path(path).expanduser()).resolve()
+        return (folder / as_path(path).expanduser()).resolve()
     except (RuntimeError, ValueError, OSError) as error:
         raise kind(f"not a path: {error}", repr(path)) from error
 
 
 def find_model(model: str, config_folder: Path) -> Path:
-    """The folder of a model: a path relative to the config's folder, or a hub id (`owner/name`, perhaps `@revision`).
+    """The folder of a model: a path relative to the config's folder, a URI (s3://, gs://, file://), or a hub id
+    (`owner/name`, perhaps `@revision`).
 
-    A hub id is fetched into huggingface_hub's cache; HF_HUB_OFFLINE=1 takes what the cache holds.
+    What a URI names is fetched into a cache on this machine. A hub id is fetched into huggingface_hub's;
+    HF_HUB_OFFLINE=1 takes what that holds.
 
     Raises:
-        CheckpointError: there is no such folder, or the hub does not give it.
+        CheckpointError: there is no such folder, or the storage or the hub does not give it.
     """
+    if is_uri(model):
+        return fetch(model, HUB_FILES, CheckpointError)
     path = locate(model, config_folder, CheckpointError)
     if os.path.isdir(path):  # noqa: PTH112 - false, not an error, for a name that no file can have
         return path
@@ -125,12 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, unreadable, or not a JSON object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"not valid JSON: {error}", str(path)) from error
+    data = parse_json(read_text(path, JSON_BYTES, CheckpointError), str(path), CheckpointError)
     if not isinstance(data, dict):
         raise CheckpointError("not a JSON object", str(path))
     return data
@@ -142,26 +155,70 @@ def read_model_header(folder: Path) -> ModelHeader:
     Raises:
         CheckpointError: naming the file or the tensor at fault.
     """
+    check_folder(folder)
     config = read_json(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        read_json(folder / "generation_config.json")
     if config.get("quantization_config"):
         raise CheckpointError(
             "a quantized checkpoint has no weights to take differences of",
             str(folder),
             do="give the model in float32, bfloat16 or float16",
         )
+    header = ModelHeader(folder, config, _read_tensors(folder))
+    blocks = header.num_layers
+    if blocks is not None and not 0 <= blocks <= len(header.tensors):
+        raise CheckpointError(
+            f"config.json says that there are {shown(str(blocks))} blocks",
+            str(folder),
+            f"no more than its {len(header.tensors)} tensors",
+        )
+    return header
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return ModelHeader(folder, config, _read_index(index))
+        return _read_index(index)
     single = folder / "model.safetensors"
     if single.exists():
-        return ModelHeader(folder, config, read_file_header(single))
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
+        return read_file_header(single)
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     raise CheckpointError(
         f"no safetensors weights here{f', only pickled ones ({pickled[0]})' if pickled else ''}",
         str(folder),
         "model.safetensors, or model.safetensors.index.json with the files that it names",
-        "save the model again with `save_pretrained`, which writes safetensors" if pickled else "",
+        CONVERT if pickled else "",
     )
+
+
+def check_folder(folder: Path) -> None:
+    """Look at the files of a model's folder that are read or copied, before anybody opens them.
+
+    Raises:
+        CheckpointError: one is no regular file, or a link out of the folder; a snapshot in the hub's cache may link to
+        the blobs of its repository.
+    """
+    try:
+        found = sorted(folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be read: {error.strerror}", str(folder)) from error
+    for path in found:
+        if any(fnmatchcase(path.name, pattern) for pattern in (*HUB_FILES, "LICENSE*")):
+            check_file(path, folder)
+
+
+def check_file(path: Path, folder: Path) -> None:
+    """See `check_folder`, of one file of it."""
+    inside = [Path(os.path.realpath(folder))]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    target = Path(os.path.realpath(path))
+    if not any(target.is_relative_to(one) for one in inside):
+        raise CheckpointError(
+            f"a link out of the model's folder, to {target}", str(path), do="put the file itself there"
+        )
+    check_regular(path, None, CheckpointError)
 
 
 def read_file_header(path: Path) -> dict[str, TensorHeader]:
@@ -172,17 +229,36 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
     """
     from safetensors import SafetensorError, safe_open
 
+    header = _header_text(path)
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {}
             for name in file.offset_keys():
                 part = file.get_slice(name)
                 tensors[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path.name)
-            return tensors
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"not a whole safetensors file: {error}", str(path), do="fetch or save it again"
+            f"not a whole safetensors file: {shown(str(error), 4 * SHOWN)}", str(path), do="fetch or save it again"
         ) from error
+    # The library takes the last of two tensors of one name.
+    parse_json(header, str(path), CheckpointError)
+    for tensor in tensors.values():
+        if len(tensor.name) > NAME:
+            raise CheckpointError(f"a tensor's name has {len(tensor.name):,} characters", str(path))
+        if tensor.dtype not in BYTES:
+            raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}", str(path), f"one of {', '.join(BYTES)}")
+    return tensors
+
+
+def _header_text(path: Path) -> str:
+    """The JSON at the beginning of a safetensors file."""
+    with open_regular(path, None, CheckpointError) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > JSON_BYTES:
+            raise CheckpointError(
+                f"not a whole safetensors file: a header of {length:,} bytes", str(path), f"at most {JSON_BYTES:,}"
+            )
+        return file.read(length).decode("utf-8", "replace")
 
 
 def _read_index(index: Path) -> dict[str, TensorHeader]:
@@ -194,10 +270,11 @@ def _read_index(index: Path) -> dict[str, TensorHeader]:
     for file in sorted(set(weight_map.values())):
         pure = PurePosixPath(file)
         if pure.is_absolute() or ".." in pure.parts or "\\" in file:
-            raise CheckpointError(f"the index names a file outside the model's folder: {file!r}", str(index))
+            raise CheckpointError(f"the index names a file outside the model's folder: {shown(repr(file))}", str(index))
         path = index.parent / pure
-        if not path.is_file():
-            raise CheckpointError(f"the index names a file that is not there: {file!r}", str(index))
+        if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
+            raise CheckpointError(f"the index names a file that is not there: {shown(repr(file))}", str(index))
+        check_file(path, index.parent)
         headers[file] = read_file_header(path)
     tensors: dict[str, TensorHeader] = {}
     for file, header in headers.items():
@@ -207,6 +284,7 @@ def _read_index(index: Path) -> dict[str, TensorHeader]:
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
-            f"the index says that {weight_map[absent[0]]!r} holds {absent[0]!r}, and it does not", str(index)
+            f"the index says that {shown(repr(weight_map[absent[0]]))} holds {shown(repr(absent[0]))}, and it does not",
+            str(index),
         )
     return tensors

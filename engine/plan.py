@@ -20,6 +20,8 @@ from engine.headers import BYTES, FLOATS, ModelHeader, find_model, locate, read_
 from engine.lora import AdapterHeader, is_adapter, read_adapter_header
 from engine.matching import NO_EXCEPTIONS, Match, match
 from engine.methods.registry import NATIVE, check_inputs
+from engine.storage import fetch, is_uri
+from engine.untrusted import in_time
 from engine.vocabulary import with_rows_of
 
 SAFETENSORS = {name: code for code, name in FLOATS.items()}
@@ -131,11 +133,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     tokens = tokenizer[1] if tokenizer else base_folder
     experts = tuple(_plan_expert(config, expert, base, tokens, config_folder) for expert in config.models)
     _check_recipe(config, base, experts)
-    merged = tuple(
-        name
-        for name, tensor in base.tensors.items()
-        if tensor.dtype in FLOATS and tensor.numel and not any(re.match(pattern, name) for pattern in config.exclude)
-    )
+    merged = _merged(config, base)
     if not merged:
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"its patterns: {', '.join(config.exclude)}")
     return Plan(
@@ -148,6 +146,19 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
     )
+
+
+def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
+    """The floats that `exclude` does not name."""
+    slow = ConfigError(
+        "its regular expressions take too long on the tensors' names", "exclude", do="write simpler ones"
+    )
+    with in_time(slow):
+        return tuple(
+            name
+            for name, tensor in base.tensors.items()
+            if tensor.dtype in FLOATS and tensor.numel and not any(re.match(one, name) for one in config.exclude)
+        )
 
 
 def in_order_of_use(names: Iterable[str]) -> list[str]:
@@ -210,6 +221,10 @@ def _plan_expert(config: Config, expert: Expert, base: ModelHeader, tokenizer: P
 
 def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None]:
     """The two parts of mergekit's model+lora, unless the + belongs to a folder's name."""
+    if is_uri(model):
+        # What follows a + is a part of the name, unless it is a URI too.
+        parts = re.split(r"\+(?=[a-z0-9]+://)", model, maxsplit=1)
+        return parts[0], parts[1] if len(parts) > 1 else None
     if "+" not in model or os.path.isdir(locate(model, config_folder, CheckpointError)):  # noqa: PTH112
         return model, None
     first, _, second = model.partition("+")
@@ -251,7 +266,7 @@ def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPla
 
 def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:
     try:
-        found = locate(path, config_folder)
+        found = fetch(path, ()) if is_uri(path) else locate(path, config_folder)
         if os.path.isfile(found):  # noqa: PTH113 - false, not an error, for a name that no file can have
             return found
         where = str(found)
@@ -288,7 +303,11 @@ def _main_dtype(base: ModelHeader) -> str:
 
 
 def _portable(model: str, folder: Path, config_folder: Path) -> str:
-    """How another node finds the same files: a path as it is, a hub id with the commit that names its cache folder."""
+    """How another node finds the same files: a path or a URI as it is, a hub id with the commit that names its cache
+    folder.
+    """
+    if is_uri(model):
+        return model
     if folder == locate(model, config_folder):
         return str(folder)
     return f"{model.partition('@')[0]}@{folder.name}"

@@ -15,10 +15,13 @@ import yaml
 
 from engine.checkpoint import weight_files
 from engine.coefficients import Array, Coefficients, write_coefficients
+from engine.config import Expert
 from engine.importance import write_importance
 from engine.mergekit_yaml import as_yaml
 from engine.methods.spec import Method
-from engine.plan import Plan
+from engine.objects import Address
+from engine.plan import ExpertPlan, ModelPlan, Plan
+from engine.storage import cache_folder, is_uri
 
 PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
 METRICS = pa.schema(
@@ -47,29 +50,48 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
     """The config with every default filled in and every path absolute; it runs from anywhere."""
     paths = {"base_model": plan.base.model, "models": []}
     experts = [
-        expert_of.model_copy(
+        given.model_copy(
             update={
                 "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
-                "calibration": tuple(str(path) for path in expert.calibration),
+                "calibration": _calibration(given, expert),
             }
         )
-        for expert_of, expert in zip(plan.config.models, plan.experts, strict=True)
+        for given, expert in zip(plan.config.models, plan.experts, strict=True)
     ]
     tokenizer = {"tokenizer_source": plan.tokenizer} if plan.tokenizer else {}
     return as_yaml(plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer))
 
 
-def input_files(plan: Plan) -> dict[str, list[Path]]:
-    """Every file that a result depends on, by model: weights, and the samples of an expert."""
-    files = {model.model: weight_files(model) for model in (plan.base, plan.rows) if model is not None}
-    return files | {expert.name: [*weight_files(expert), *expert.calibration] for expert in plan.experts}
+def input_files(plan: Plan) -> dict[str, list[str]]:
+    """Every file that a result depends on, by path or URI, of each model: weights, and the samples of an expert."""
+    files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
+    return files | {
+        expert.name: [*_weights(expert), *_calibration(given, expert)]
+        for given, expert in zip(plan.config.models, plan.experts, strict=True)
+    }
+
+
+def _calibration(given: Expert, expert: ExpertPlan) -> tuple[str, ...]:
+    """The files of an expert's samples, as another node finds them. A method that learns nothing reads none."""
+    pairs = zip(given.calibration, expert.calibration, strict=False)
+    return tuple(name if is_uri(name) else str(path) for name, path in pairs)
+
+
+def _weights(model: ModelPlan) -> list[str]:
+    if isinstance(model, ExpertPlan) and model.adapter is not None:
+        return [*_weights(ModelPlan(model.model, model.header)), *_weights(model.adapter)]
+    files = weight_files(model)
+    if not is_uri(model.model):
+        return [str(file) for file in files]
+    address = Address.of(model.model)
+    return [str(address / str(file.relative_to(cache_folder() / address.local))) for file in files]
 
 
 def write_record(
     folder: Path,
     plan: Plan,
     identity: str,
-    digests: Mapping[Path, str],
+    digests: Mapping[str, str],
     stages: Sequence[Coefficients],
     importance_L: Array | None,
     metrics: Sequence[Mapping[str, Any]],
@@ -88,16 +110,16 @@ def write_record(
 
 
 def write_weight_space_record(
-    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[Path, str]
+    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[str, str]
 ) -> None:
     """The model card and merge/config.yaml of a merge that learned nothing."""
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests))
     write_weight_space_card(folder / "README.md", plan, method)
 
 
-def _hashed(plan: Plan, digests: Mapping[Path, str]) -> dict[str, dict[str, str]]:
+def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """model → file → SHA-256."""
-    return {model: {str(file): digests[file] for file in files} for model, files in input_files(plan).items()}
+    return {model: {file: digests[file] for file in files} for model, files in input_files(plan).items()}
 
 
 def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:

@@ -24,7 +24,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) 
 
     `tokens` are those of each expert's samples, about.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     work = Work.of(plan.config, tokens)
     console.print(_facts(plan, work))
     console.print(_experts(plan, [len(mine) for mine in tokens]))
@@ -44,7 +44,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) 
 
 def print_weight_space_plan(plan: Plan) -> None:
     """Print base, experts, tensors and bytes of a merge that learns nothing."""
-    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     facts = _tensors(plan)
     headers = [model.header for model in (plan.base, *plan.experts)]
     read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())

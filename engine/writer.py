@@ -7,7 +7,6 @@ Ray; the driver decides which shard writes which file.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from engine.headers import BYTES, FLOATS
 from engine.plan import Plan
+from engine.storage import Folder
 
 # What a model folder holds beside weights and config.json, as transformers' tokenizers and processors name it.
 TOKENIZER = (
@@ -65,8 +65,9 @@ def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
     return [OutputFile(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
 
 
-def write_file(folder: Path, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> None:
+def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> None:
     """Write one safetensors file, asking for its tensors one after the other, each in parts; no two are held at once.
+    It is there whole or not at all.
 
     The library's own writer wants all of a file's tensors in memory. The format is a length, a JSON header, the bytes.
     """
@@ -77,7 +78,7 @@ def write_file(folder: Path, file: OutputFile, parts: Callable[[OutputTensor], I
         end += entry.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(folder / file.name, "wb") as out:
+    with folder.create(file.name) as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for entry in file.tensors:
             written = 0
@@ -86,8 +87,6 @@ def write_file(folder: Path, file: OutputFile, parts: Callable[[OutputTensor], I
                 if value.nbytes:
                     written += out.write(value.view(torch.uint8).numpy().data)
             assert written == entry.nbytes, entry.name
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def write_companions(
@@ -108,7 +107,8 @@ def write_companions(
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    for patterns, source in ((COMPANIONS, base_folder), (TOKENIZER, tokenizer_folder or base_folder)):
+    companions = (*COMPANIONS, "*.py") if plan.config.trust_remote_code else COMPANIONS
+    for patterns, source in ((companions, base_folder), (TOKENIZER, tokenizer_folder or base_folder)):
         for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
             if path.is_file() and path.suffix not in (".safetensors", ".bin"):
                 shutil.copyfile(path, folder / path.name)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from actors.expert import Expert
+from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration import read_records, tokenize, training_order, windows
 from engine.checkpoint import open_base
 from engine.coefficients import Coefficients
+from engine.disk import LocalFolder
 from engine.importance import stage_2_layout
 from engine.model import load_tokenizer
 from engine.plan import Plan
@@ -51,11 +53,12 @@ class Plain:
     def __init__(self, plan: Plan, scratch: Path) -> None:
         self.plan, streams = plan, task_vectors(plan)
         self.samples = tokenize(read_records(plan), load_tokenizer(open_base(plan).folder), plan)
-        self.targets = {}
+        self.targets, folder, shard = {}, LocalFolder(scratch), Shard(plan, 0)
         for k, mine in enumerate(self.samples):
             expert = Expert(plan, k)
             for sample in mine:
-                _, self.targets[k, sample.index] = expert.target(sample, scratch / f"{k}-{sample.index}.safetensors")
+                expert.target(sample, folder, f"{k}-{sample.index}")
+                self.targets[k, sample.index] = shard.target(folder, f"{k}-{sample.index}")
         inspected = streams.inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
         self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)

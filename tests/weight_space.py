@@ -18,6 +18,7 @@ from torch import Tensor
 
 from actors.shard import Shard
 from engine.checkpoint import open_base, open_expert
+from engine.disk import LocalFolder
 from engine.methods.selection import Counts, Threshold
 from engine.plan import Plan, slices
 from engine.weight_space import model_thresholds
@@ -61,7 +62,7 @@ def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) 
     workers = [Shard(plan, index) for index in range(shards)]
     found = thresholds(plan, workers)
     for index, file in enumerate(output_files(plan)):
-        workers[index % shards].combine(folder, file, found, only)
+        workers[index % shards].combine(LocalFolder(folder), file, found, only)
     return folder
 
 

@@ -17,11 +17,13 @@ from scoring import score
 from skills import SKILLS
 
 from actors.expert import Expert
+from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration import read_records, tokenize, training_order, windows
 from engine.config_file import load_config
 from engine.importance import stage_2_layout
 from engine.plan import make_plan
+from engine.storage import open_folder
 from engine.task_vectors import open_task_vectors
 from engine.training import Learner, first_stage, second_stage
 
@@ -41,10 +43,12 @@ def main(base_settings: list[str]) -> None:
     plan = make_plan(load_config(CONFIG), CONFIG.parent)
     models = MergedModels(plan)
     samples = tokenize(read_records(plan), models.tokenizer, plan)
-    targets, expert = {}, Expert(plan, 0)
+    targets, expert, shard = {}, Expert(plan, 0), Shard(plan, 0)
     with tempfile.TemporaryDirectory() as folder:
         for sample in (sample for mine in samples for sample in mine):
-            targets[sample.expert, sample.index] = expert.target(sample, Path(folder) / "target")[1]
+            key = sample.expert, sample.index
+            expert.target(sample, open_folder(folder), str(key))
+            targets[key] = shard.target(open_folder(folder), str(key))
     inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
     magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
 

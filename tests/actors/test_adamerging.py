@@ -19,6 +19,7 @@ from engine.calibration import read_records, tokenize
 from engine.checkpoint import open_base
 from engine.codec import pack_all, unpack_all
 from engine.coefficients import Coefficients
+from engine.disk import LocalFolder
 from engine.expert import Target, load_target, save_target
 from engine.model import load_tokenizer
 from engine.plan import Plan
@@ -182,10 +183,10 @@ def test_a_method_that_aligns_has_no_entropy_in_its_rows(tmp_path: Path) -> None
 def test_tokens_alone_travel_and_are_stored(tmp_path: Path) -> None:
     target = Target.unlabelled(torch.tensor([5, 3, 9]))
     assert target.tensors().keys() == {"input_ids"}
-    save_target(target, tmp_path / "target.safetensors")
+    save_target(target, LocalFolder(tmp_path), "target")
     for found in (
         Target.from_tensors(unpack_all(pack_all(target.tensors()))),
-        load_target(tmp_path / "target.safetensors"),
+        load_target(LocalFolder(tmp_path), "target"),
     ):
         assert torch.equal(found.input_ids_T, target.input_ids_T) and found.input_ids_T.dtype == torch.int64
         assert (found.hidden_TH, found.last_hidden_TH, found.logits_TV) == ({}, None, None)

@@ -13,6 +13,7 @@ from conftest import plan_of
 from transformers import AutoModelForCausalLM
 
 from engine.calibration import Sample
+from engine.disk import LocalFolder
 from engine.errors import CheckpointError
 from engine.expert import FrozenExpert, load_target, save_target
 from engine.headers import read_model_header
@@ -96,8 +97,9 @@ def test_an_expert_writes_its_own_response_greedily(tmp_path: Path) -> None:
 def test_a_target_survives_its_file(tmp_path: Path) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1, parameters={"hidden_layers": [0, 3]}))
     target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
-    save_target(target, tmp_path / "target.safetensors")
-    read = load_target(tmp_path / "target.safetensors")
+    folder = LocalFolder(tmp_path)
+    assert save_target(target, folder, "target") == folder.size("target")
+    read = load_target(folder, "target")
     assert read.tensors().keys() == target.tensors().keys()
     assert all(torch.equal(read.tensors()[name], tensor) for name, tensor in target.tensors().items())
 
@@ -118,11 +120,21 @@ def test_a_tied_config_beside_another_head_in_the_file_is_built_untied(tmp_path:
 
 def test_names_without_a_partner_are_named(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
-    names = list(read_model_header(folder).tensors)
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.extra\.weight' has no partner"):
-        build_skeleton(folder, [*names, "model.layers.0.extra.weight"], torch.float32)
+    tensors = read_model_header(folder).tensors
+    norm = tensors.pop("model.norm.weight")
     with pytest.raises(CheckpointError, match=r"fills the model's parameter 'model\.norm\.weight'"):
-        build_skeleton(folder, [name for name in names if name != "model.norm.weight"], torch.float32)
+        build_skeleton(folder, tensors, torch.float32)
+    more = {"model.norm.weight": norm, "model.layers.0.extra.weight": norm}
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.extra\.weight' has no partner"):
+        build_skeleton(folder, tensors | more, torch.float32)
+
+
+def test_a_shape_that_is_another_than_the_configs_is_told(tmp_path: Path) -> None:
+    folder = tiny.save(tiny.make_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"mlp.*has shape \(.*\n  expected: \(.*64.*\), as config\.json says"):
+        build_skeleton(folder, read_model_header(folder).tensors, torch.float32)
 
 
 def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
@@ -138,7 +150,7 @@ def test_an_unknown_architecture_says_so(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(CheckpointError, match="no_such_model"):
-        build_skeleton(folder, [], torch.float32)
+        build_skeleton(folder, {}, torch.float32)
 
 
 def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Path) -> None:

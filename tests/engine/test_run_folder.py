@@ -1,105 +1,167 @@
-"""The run's folder: who may write where, what a stop leaves, and an output that appears whole."""
+"""The run's folders, on a disk and in object storage: who may write where, what a stop leaves, what a finish makes."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import object_store
 import pytest
 import torch
 from conftest import plan_of
 
+import engine.lease
 from engine.calibration import Sample
-from engine.errors import OutputError
-from engine.run_folder import RunFolder, StageState, check_output, identity, load_plan, open_run
+from engine.disk import LocalFolder
+from engine.errors import OutputError, StorageError
+from engine.run_folder import RECORD, RunFolder, StageState, check_output, identity, load_plan, open_run
+from engine.storage import Folder, ObjectFolder, open_folder
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
+RECORD_OF_THIS = "record: {identity: this}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with object_store.serving() as url:
+        yield url
+
+
+@dataclass(frozen=True)
+class Place:
+    """An output, and the folder that it and its run's state are in."""
+
+    out: str
+    parent: Folder
+
+    @property
+    def on_disk(self) -> bool:
+        return isinstance(self.parent, LocalFolder)
+
+    @property
+    def output(self) -> Folder:
+        return open_folder(self.out)
+
+    def holds(self, *names: str) -> bool:
+        """Whether these files, and no others, are there of the output and its run; on a disk no folder either."""
+        folders = {path.name for path in self.parent.path.iterdir()} if isinstance(self.parent, LocalFolder) else set()
+        return self.parent.names() == set(names) and folders <= {name.partition("/")[0] for name in names}
+
+
+@pytest.fixture(params=["disk", "objects"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    if request.param == "disk":
+        return Place(str(parent / "merged"), LocalFolder(parent))
+    monkeypatch.setattr(engine.lease, "RENEWAL", 0.1)
+    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    store = object_store.new_store(request.getfixturevalue("server"), monkeypatch, tmp_path / "cache")
+    return Place(f"{store.root}/parent/merged", ObjectFolder(f"{store.root}/parent"))
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def objects(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
+    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    store = object_store.new_store(server, monkeypatch, tmp_path / "cache")
+    return Place(f"{store.root}/merged", ObjectFolder(store.root))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
     return tmp_path / "merged"
-
-
-def record(out: Path, content: bytes | str) -> None:
-    (out / "merge").mkdir(parents=True)
-    path = out / "merge" / "config.yaml"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def computed(run: RunFolder) -> None:
     """What a merge leaves once it has begun to compute."""
-    run.target(Sample(0, 0, (1, 2), "x.jsonl:1")).write_bytes(b"a target")
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    run.state.write(run.target(Sample(0, 0, (1, 2), "x.jsonl:1")), b"a target")
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_folder_that_is_not_there_or_empty_may_be_used(out: Path, fresh: bool) -> None:
-    assert not check_output(out, "this", fresh)
-    out.mkdir()
-    assert not check_output(out, "this", fresh)
+def test_a_folder_that_is_not_there_or_empty_may_be_used(place: Place, fresh: bool) -> None:
+    assert not check_output(place.out, "this", fresh)
+    if place.on_disk:
+        Path(place.out).mkdir()
+        assert not check_output(place.out, "this", fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("what", ["folder", "merge", "file"])
-def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(out: Path, what: str, fresh: bool) -> None:
-    if what == "file":
-        out.write_text("mine")
-    else:
-        (out / "merge").mkdir(parents=True)
-        (out / "merge" / "notes.txt" if what == "merge" else out / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("name", ["notes.txt", "merge/notes.txt"])
+def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(place: Place, name: str, fresh: bool) -> None:
+    place.output.write(name, b"mine")
     with pytest.raises(OutputError, match="in use: it holds something that is no merge") as caught:
-        check_output(out, "this", fresh)
-    assert caught.value.where == str(out) and caught.value.exit_code == 2
+        check_output(place.out, "this", fresh)
+    assert caught.value.where == place.out and caught.value.exit_code == 2
 
 
-def test_this_very_merge_is_done_unless_it_is_asked_for_anew(out: Path) -> None:
-    record(out, "record: {identity: this}")
-    assert check_output(out, "this", fresh=False)
-    assert not check_output(out, "this", fresh=True)
+def test_a_file_in_the_output_s_place_is_refused(disk: Path) -> None:
+    disk.write_text("mine")
+    with pytest.raises(OutputError, match="in use: it holds something that is no merge"):
+        check_output(str(disk), "this", fresh=True)
+
+
+def test_this_very_merge_is_done_unless_it_is_asked_for_anew(place: Place) -> None:
+    place.output.write(RECORD, RECORD_OF_THIS.encode())
+    assert check_output(place.out, "this", fresh=False)
+    assert not check_output(place.out, "this", fresh=True)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "record: {identity: other}",
-        "record: {}",
-        "record: text",
-        "record: [identity]",
-        "record:",
-        "merge_method: expert_merging",
-        "- a list",
-        "",
-        "not: [valid",
+        b"record: {identity: other}",
+        b"record: {}",
+        b"record: text",
+        b"record: [identity]",
+        b"record:",
+        b"merge_method: expert_merging",
+        b"- a list",
+        b"",
+        b"not: [valid",
         b"\xff\xfe",
     ],
 )
-def test_another_merge_is_refused_and_with_fresh_replaced(out: Path, content: bytes | str) -> None:
-    record(out, content)
+def test_another_merge_is_refused_and_with_fresh_replaced(disk: Path, content: bytes) -> None:
+    LocalFolder(disk).write(RECORD, content)
     with pytest.raises(OutputError, match="in use: it holds another merge") as caught:
-        check_output(out, "this", fresh=False)
+        check_output(str(disk), "this", fresh=False)
     assert "--fresh" in caught.value.do
-    assert not check_output(out, "this", fresh=True)
+    assert not check_output(str(disk), "this", fresh=True)
 
 
-def test_a_run_stands_beside_its_output(out: Path) -> None:
-    with open_run(out, "this", fresh=False) as run:
-        assert run.out == out
-        assert run.folder == out.with_name("merged.run") and run.folder.is_dir() and run.targets.is_dir()
-        assert not out.exists()
+def test_a_run_stands_beside_its_output(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.out == place.out and run.state.where == f"{place.out}.run"
+        assert place.holds("merged.run/identity", "merged.run/lock")
+        run.start_output()
+        assert run.weights.where == (f"{place.out}.run/output" if place.on_disk else place.out)
+        assert run.composed.is_dir()
+
+
+def test_options_of_an_address_stay_behind_it() -> None:
+    run = RunFolder("s3://bucket/a/merged?region=x")
+    assert run.state.where == "s3://bucket/a/merged.run?region=x"
+    assert run.weights.where == run.out == "s3://bucket/a/merged?region=x"
+
+
+@pytest.mark.parametrize("out", ["s3://bucket", "s3://bucket/", "gs://bucket?x=y"])
+def test_a_whole_bucket_is_no_output(out: str) -> None:
+    with pytest.raises(OutputError, match="whole bucket"):
+        check_output(out, "this", fresh=True)
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_that_computed_nothing_leaves_nothing_behind(out: Path, fails: bool) -> None:
+def test_a_run_that_computed_nothing_leaves_nothing_behind(place: Place, fails: bool, llama_merge: Path) -> None:
     def begin() -> None:
-        with open_run(out, "this", fresh=False):
+        with open_run(place.out, "this", fresh=False) as run:
+            run.keep_plan(plan_of(llama_merge))
+            run.keep("devices", np.ones(2))
             if fails:
                 raise KeyboardInterrupt
 
@@ -108,62 +170,86 @@ def test_a_run_that_computed_nothing_leaves_nothing_behind(out: Path, fails: boo
             begin()
     else:
         begin()
-    assert names(out.parent) == set()
+    assert place.holds()
 
 
-def test_a_run_that_computed_something_is_there_for_the_next_start(out: Path) -> None:
-    with open_run(out, "this", fresh=False) as run:
+def test_a_run_that_computed_something_is_there_for_the_next_start(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
+        assert not run.computed()
         computed(run)
+        assert run.computed()
         run.save_stage(1, StageState(1, {"a": torch.ones(2)}), ROWS)
-    with open_run(out, "this", fresh=False) as run:
-        assert run.target(Sample(0, 0, (), "")).read_bytes() == b"a target"
+        run.keep("magnitudes", np.eye(3, dtype=np.float32))
+    assert RunFolder(place.out).exists()
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == {run.target(Sample(0, 0, (), ""))} == {"targets/0-0.safetensors"}
+        assert run.state.read(run.target(Sample(0, 0, (), ""))) == b"a target"
         assert run.load_stage(1) is not None
         assert run.metrics() == ROWS
+        kept = run.kept("magnitudes")
+        assert kept is not None and kept.dtype == np.float32 and np.array_equal(kept, np.eye(3))
+        assert run.kept("others") is None
 
 
-def test_every_sample_has_a_target_file_of_its_own(out: Path) -> None:
-    run = RunFolder(out)
-    paths = {run.target(Sample(expert, index, (), "")) for expert in range(12) for index in range(12)}
-    assert len(paths) == 144
-    assert all(path.parent == run.targets for path in paths)
+def test_nothing_but_numbers_is_kept(disk: Path) -> None:
+    with open_run(str(disk), "this", fresh=False) as run:
+        with pytest.raises(ValueError, match="allow_pickle"):
+            run.keep("objects", np.array([object()]))
+        assert run.kept("objects") is None
 
 
-def test_the_plan_is_kept_in_the_run_s_folder(out: Path, llama_merge: Path) -> None:
+def test_every_sample_has_a_target_file_of_its_own(disk: Path) -> None:
+    run = RunFolder(str(disk))
+    names = {run.target(Sample(expert, index, (), "")) for expert in range(12) for index in range(12)}
+    assert len(names) == 144
+    assert all(name.startswith("targets/") for name in names)
+
+
+def test_the_plan_is_kept_in_the_run_s_state(place: Place, llama_merge: Path) -> None:
     plan = plan_of(llama_merge)
-    with open_run(out, "this", fresh=False) as run:
-        path = run.keep_plan(plan)
-        assert path.parent == run.folder
-        assert load_plan(path) == plan
-    assert names(out.parent) == set(), "a plan alone is nothing to go on from"
+    with open_run(place.out, "this", fresh=False) as run:
+        run.keep_plan(plan)
+        assert load_plan(run.state) == plan
 
 
-def test_the_state_of_another_merge_is_refused_and_kept(out: Path) -> None:
-    with open_run(out, "other", fresh=False) as run:
+def test_the_state_of_another_merge_is_refused_and_kept(place: Place) -> None:
+    with open_run(place.out, "other", fresh=False) as run:
         computed(run)
-    before = names(run.folder)
-    with pytest.raises(OutputError, match="state of another merge") as caught, open_run(out, "this", fresh=False):
+    before = run.state.names()
+    with pytest.raises(OutputError, match="state of another merge") as caught, open_run(place.out, "this", fresh=False):
         pass
-    assert "--fresh" in caught.value.do and str(run.folder) == caught.value.where
-    assert names(run.folder) == before
-    with open_run(out, "other", fresh=False) as again:
-        assert names(again.targets) == {"0-0.safetensors"}
+    assert "--fresh" in caught.value.do and run.state.where == caught.value.where
+    assert run.state.names() == before
+    with open_run(place.out, "other", fresh=False) as again:
+        assert again.stored_targets() == {"targets/0-0.safetensors"}
 
 
-def test_fresh_discards_what_an_earlier_start_left(out: Path) -> None:
-    with open_run(out, "other", fresh=False) as run:
+def test_fresh_discards_what_an_earlier_start_left(place: Place) -> None:
+    with open_run(place.out, "other", fresh=False) as run:
         computed(run)
         run.save_stage(1, StageState(1, {}), ROWS)
         run.start_output()
-    with open_run(out, "this", fresh=True) as run:
-        assert names(run.folder) - {"lock"} == {"identity", "targets"}
-        assert names(run.targets) == set()
-        assert run.load_stage(1) is None and run.metrics() == []
+        run.weights.write("model.safetensors", b"of the other")
+    with open_run(place.out, "this", fresh=True) as run:
+        assert run.state.names() == {"identity", "lock"} and place.output.names() == set()
+        assert run.load_stage(1) is None and run.metrics() == [] and run.written() == set()
         computed(run)
-    with open_run(out, "this", fresh=False) as run:
-        assert names(run.targets) == {"0-0.safetensors"}
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
-def try_to_open(out: Path, fresh: bool) -> None:
+def test_what_has_no_record_of_its_merge_does_not_count(place: Place) -> None:
+    """A process that was cut off may still write when its run is over."""
+    run = RunFolder(place.out)
+    computed(run)
+    run.weights.write("model.safetensors", b"of whatever")
+    if not place.on_disk:
+        run.weights.remove("")
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == set() and run.written() == set()
+
+
+def try_to_open(out: str, fresh: bool) -> None:
     with (
         pytest.raises(OutputError, match="another merge is writing to this folder"),
         open_run(out, "this", fresh=fresh),
@@ -172,15 +258,17 @@ def try_to_open(out: Path, fresh: bool) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_run_of_the_same_process_is_not_joined(out: Path, fresh: bool) -> None:
-    with open_run(out, "this", fresh=False) as run:
+def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine the first one may not be heard of for a while.
+    monkeypatch.setattr(engine.lease, "PATIENCE", 200)
+    with open_run(place.out, "this", fresh=False) as run:
         computed(run)
-        try_to_open(out, fresh)
+        try_to_open(place.out, fresh)
         thread_failed: list[BaseException] = []
 
         def in_a_thread() -> None:
             try:
-                try_to_open(out, fresh)
+                try_to_open(place.out, fresh)
             except BaseException as error:
                 thread_failed.append(error)
                 raise
@@ -189,48 +277,95 @@ def test_a_run_of_the_same_process_is_not_joined(out: Path, fresh: bool) -> None
         thread.start()
         thread.join()
         assert not thread_failed
-        assert names(run.targets) == {"0-0.safetensors"}
+        assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_run_of_another_process_is_not_joined_until_it_ends(out: Path, fresh: bool) -> None:
-    folder = RunFolder(out).folder
-    folder.mkdir()
-    (folder / "identity").write_text("this")
-    script = "import sys, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print('held', flush=True)\n    input()"
-    command = [sys.executable, "-c", script, str(folder / "lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        try_to_open(out, fresh)
-        assert (folder / "identity").read_text() == "this"
+# Without what a run's folder imports, which takes seconds.
+HOLD = """
+import sys
+import engine.lease, engine.storage
+engine.lease.RENEWAL, engine.lease.SETTLING = 0.1, 0
+state = engine.storage.open_folder(sys.argv[1])
+with state.locked():
+    state.write("identity", b"this")
+    state.write("targets/0-0.safetensors", b"a target")
+    print("held", flush=True)
+    input()
+"""
+
+
+def hold(place: Place) -> subprocess.Popen[str]:
+    """Another process that holds the run."""
+    command = [sys.executable, "-c", HOLD, RunFolder(place.out).state.where]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    return other
+
+
+def test_a_run_of_another_process_is_not_joined_until_it_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.lease, "PATIENCE", 200)
+    with hold(place) as other:
+        for fresh in (False, True):
+            try_to_open(place.out, fresh)
         other.communicate("\n")
-    with open_run(out, "this", fresh=fresh) as run:
-        assert run.targets.is_dir()
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
-def test_the_lock_of_a_killed_process_does_not_hold(out: Path) -> None:
-    folder = RunFolder(out).folder
-    folder.mkdir()
-    script = "import sys, time, filelock\nfilelock.FileLock(sys.argv[1]).acquire()\nprint(flush=True)\ntime.sleep(60)"
-    command = [sys.executable, "-c", script, str(folder / "lock")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "\n"
+def test_the_run_of_a_killed_process_is_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.lease, "PATIENCE", 3)
+    with hold(place) as other:
         other.kill()
-    with open_run(out, "this", fresh=False) as run:
-        assert (run.folder / "identity").read_text() == "this"
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == {"targets/0-0.safetensors"}
+        run.save_stage(1, StageState(1, {}), ROWS)
+
+
+def test_one_that_was_taken_over_writes_no_more(objects: Place) -> None:
+    run = RunFolder(objects.out)
+
+    def go_on() -> None:
+        with open_run(objects.out, "this", fresh=False) as run:
+            computed(run)
+            run.state.write("lock", b"another's")
+            for act in (run.start_output, run.finish, run.discard):
+                with pytest.raises(StorageError, match="another run has taken over"):
+                    act()
+            run.save_stage(1, StageState(1, {}), ROWS)
+
+    with pytest.raises(StorageError, match="another run has taken over") as caught:
+        go_on()
+    assert caught.value.exit_code == 4
+    assert run.load_stage(1) is None and run.metrics() == []
+    assert run.state.read("lock") == b"another's" and run.stored_targets() == {"targets/0-0.safetensors"}
 
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(OutputError, match="the output folder cannot be made"),
-        open_run(tmp_path / "file" / "merged", "this", fresh=False),
+        open_run(str(tmp_path / "file" / "merged"), "this", fresh=False),
     ):
         pass
 
 
-def test_a_stage_s_state_comes_back_and_the_last_one_counts(out: Path) -> None:
-    with open_run(out, "this", fresh=False) as run:
+def test_a_storage_that_refuses_is_an_output_error(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    store = object_store.new_store(server, monkeypatch, tmp_path)
+    with store.fault("refuse-all"), pytest.raises(OutputError, match="ACCESS_DENIED"):
+        check_output(f"{store.root}/merged", "this", fresh=False)
+    assert not check_output("s3://no-such-bucket/merged", "this", fresh=False)
+    with (
+        pytest.raises(OutputError, match="NO_SUCH_BUCKET"),
+        open_run("s3://no-such-bucket/merged", "this", fresh=False),
+    ):
+        pass
+
+
+def test_a_stage_s_state_comes_back_and_the_last_one_counts(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
         assert run.load_stage(1) is None
         for steps in (1, 2, 3):
             learner = {"a": torch.full((2, 3), float(steps), dtype=torch.float64), "optimizer": {"step": steps}}
@@ -242,26 +377,24 @@ def test_a_stage_s_state_comes_back_and_the_last_one_counts(out: Path) -> None:
         assert torch.equal(found.learner["a"], torch.full((2, 3), 3.0, dtype=torch.float64))
         second = run.load_stage(2)
         assert second is not None and second.steps == 1
-        assert not list(run.folder.glob("*.part"))
 
 
-def test_a_state_that_was_half_written_does_not_count(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(data: Any, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError("the disk is full")
+def test_a_state_that_was_half_written_does_not_count(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    with open_run(out, "this", fresh=False) as run:
+    with open_run(str(disk), "this", fresh=False) as run:
         run.save_stage(1, StageState(1, {"a": torch.ones(1)}), ROWS)
         with monkeypatch.context() as patched:
-            patched.setattr(torch, "save", half)
-            with pytest.raises(OSError, match="disk is full"):
+            patched.setattr("os.fsync", full)
+            with pytest.raises(StorageError, match="No space left"):
                 run.save_stage(1, StageState(2, {"a": torch.zeros(1)}), ROWS)
         found = run.load_stage(1)
         assert found is not None and found.steps == 1
 
 
-def test_metrics_come_in_the_order_of_stages_and_steps_and_a_repeated_step_counts_once(out: Path) -> None:
-    with open_run(out, "this", fresh=False) as run:
+def test_metrics_come_in_the_order_of_stages_and_steps_and_a_repeated_step_counts_once(disk: Path) -> None:
+    with open_run(str(disk), "this", fresh=False) as run:
         for stage in (2, 1):
             for steps in (*range(12, 0, -1), 5):
                 rows = [{"stage": stage, "step": steps - 1, "sample": sample} for sample in range(2)]
@@ -273,47 +406,159 @@ def test_metrics_come_in_the_order_of_stages_and_steps_and_a_repeated_step_count
     assert found == wanted
 
 
-def test_the_output_grows_in_an_empty_folder(out: Path) -> None:
-    with open_run(out, "this", fresh=False) as run:
-        (run.start_output() / "half.safetensors").write_text("of an earlier start")
-        folder = run.start_output()
-        assert names(folder) == {"merge"} and names(folder / "merge") == set()
-        assert not out.exists()
+def test_the_output_keeps_whole_weight_files_of_this_run_and_nothing_else(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
+        run.start_output()
+        run.weights.write("model-00001-of-00002.safetensors", b"whole")
+        run.weights.child("math").write("model.safetensors", b"whole")
+        (run.composed / "config.json").write_text("{}")
+        (run.composed / "merge" / "half.parquet").write_text("half")
+        if place.on_disk:
+            (run.composed / f".{'0' * 32}.part").write_text("of a writer that died")
+    with open_run(place.out, "this", fresh=False) as run:
+        run.start_output()
+        assert run.written() == {"model-00001-of-00002.safetensors", "math/model.safetensors"}
+        assert run.weights.names() == run.written()
+        assert not [path for path in run.composed.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+        assert place.output.names() == (set() if place.on_disk else run.written())
+    assert not check_output(place.out, "this", fresh=False)
+    assert not check_output(place.out, "this", fresh=True)
 
 
-def finish(out: Path, content: str) -> RunFolder:
-    with open_run(out, "this", fresh=False) as run:
+def finish(place: Place, content: bytes, **files: str) -> None:
+    with open_run(place.out, "this", fresh=True) as run:
         computed(run)
-        (run.start_output() / "model.safetensors").write_text(content)
+        run.start_output()
+        run.weights.write("model.safetensors", content)
+        (run.composed / "config.json").write_text("{}")
+        (run.composed / "tokenizer.json").write_text("{}")
+        (run.composed / RECORD).write_text(RECORD_OF_THIS)
+        for name, text in files.items():
+            (run.composed / name).write_text(text)
         run.finish()
-    return run
+    assert not run.composed.exists() and not run.exists()
 
 
-@pytest.mark.parametrize("before", ["nothing", "an empty folder"])
-def test_a_finished_run_leaves_its_output_and_no_more(out: Path, before: str) -> None:
-    if before != "nothing":
-        out.mkdir()
-    finish(out, "new")
-    assert names(out.parent) == {"merged"}
-    assert names(out) == {"merge", "model.safetensors"}
+OUTPUT = ("merged/config.json", "merged/merge/config.yaml", "merged/model.safetensors", "merged/tokenizer.json")
 
 
-def test_a_finished_run_replaces_an_earlier_merge_whole(out: Path) -> None:
-    finish(out, "old")
-    (out / "left-over.json").write_text("of the old one")
-    finish(out, "new")
-    assert names(out.parent) == {"merged"}
-    assert names(out) == {"merge", "model.safetensors"}
-    assert (out / "model.safetensors").read_text() == "new"
+def test_a_finished_run_leaves_its_output_and_no_more(place: Place) -> None:
+    if place.on_disk:
+        Path(place.out).mkdir()
+    finish(place, b"new")
+    assert place.holds(*OUTPUT)
+    assert check_output(place.out, "this", fresh=False)
 
 
-def test_the_earlier_merge_stays_until_the_new_one_is_whole(out: Path) -> None:
-    finish(out, "old")
-    with open_run(out, "this", fresh=False) as run:
+def test_what_writers_that_died_left_is_no_part_of_the_output(disk: Path) -> None:
+    place = Place(str(disk), LocalFolder(disk.parent))
+    finish(place, b"new", **{f".{'0' * 32}.part": "of a shard that was killed"})
+    assert {path.name for path in disk.iterdir()} == {"config.json", "merge", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_finished_run_replaces_an_earlier_merge_whole(place: Place) -> None:
+    finish(place, b"old")
+    place.output.write("model-00007-of-00007.safetensors", b"of the old one")
+    finish(place, b"new")
+    assert place.holds(*OUTPUT)
+    assert place.output.read("model.safetensors") == b"new"
+
+
+def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_whole(disk: Path) -> None:
+    place = Place(str(disk), LocalFolder(disk.parent))
+    finish(place, b"old")
+    with open_run(place.out, "this", fresh=False) as run:
         computed(run)
-        (run.start_output() / "model.safetensors").write_text("new")
-        assert (out / "model.safetensors").read_text() == "old"
-    assert (out / "model.safetensors").read_text() == "old"
+        run.start_output()
+        run.weights.write("model.safetensors", b"new")
+        assert place.output.read("model.safetensors") == b"old"
+    assert place.output.read("model.safetensors") == b"old"
+
+
+@pytest.fixture
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is written and removed of an output in object storage, in its order."""
+    found: list[tuple[str, str]] = []
+    for act in ("write", "remove"):
+        inner = getattr(ObjectFolder, act)
+
+        def watched(
+            self: ObjectFolder, name: str, *rest: Any, act: str = act, inner: Callable[..., Any] = inner
+        ) -> None:
+            if self.where.endswith("/merged"):
+                found.append((act, name))
+            inner(self, name, *rest)
+
+        monkeypatch.setattr(ObjectFolder, act, watched)
+    return found
+
+
+def test_in_object_storage_the_marks_of_an_earlier_merge_go_first_and_the_new_ones_come_last(
+    objects: Place, acts: list[tuple[str, str]]
+) -> None:
+    finish(objects, b"old", **{"README.md": "a card"})
+    written = [name for act, name in acts if act == "write"]
+    assert written[0] == "model.safetensors" and set(written[1:-2]) == {"README.md", "tokenizer.json"}
+    assert written[-2:] == ["config.json", RECORD]
+    acts.clear()
+    with open_run(objects.out, "other", fresh=True) as run:
+        computed(run)
+        assert acts == [], "while it learns, the earlier merge is as it was"
+        run.start_output()
+    assert acts[:2] == [("remove", RECORD), ("remove", "config.json")]
+    assert objects.output.names() == set()
+
+
+@pytest.mark.parametrize("name", [RECORD, "config.json", ""])
+def test_a_stop_while_an_earlier_merge_is_removed_is_gone_on_from(
+    objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    finish(objects, b"old")
+    remove = ObjectFolder.remove
+
+    def stop(self: ObjectFolder, what: str) -> None:
+        if what == name and self.where == objects.out:
+            raise KeyboardInterrupt
+        remove(self, what)
+
+    def begin() -> None:
+        with open_run(objects.out, "other", fresh=True) as run:
+            computed(run)
+            run.start_output()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectFolder, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    assert not check_output(objects.out, "other", fresh=True)
+    with open_run(objects.out, "other", fresh=False) as run:
+        assert run.stored_targets() and run.written() == set()
+        run.start_output()
+        assert objects.output.names() == set()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", RECORD])
+def test_a_stop_while_the_output_is_finished_is_gone_on_from(
+    objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write = ObjectFolder.write
+
+    def stop(self: ObjectFolder, what: str, data: bytes) -> None:
+        if what == name and self.where == objects.out:
+            raise KeyboardInterrupt
+        write(self, what, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ObjectFolder, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finish(objects, b"new")
+    assert not objects.output.exists(RECORD)
+    assert not check_output(objects.out, "this", fresh=False)
+    with open_run(objects.out, "this", fresh=False) as run:
+        run.start_output()
+        assert run.written() == {"model.safetensors"}
+    finish(objects, b"new")
+    assert objects.holds(*OUTPUT)
 
 
 def test_the_identity_is_that_of_what_decides_the_result(make_merge: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from engine.config_file import parse_config
+from engine.disk import LocalFolder
 from engine.headers import BYTES, FLOATS, ModelHeader, TensorHeader, read_model_header
 from engine.plan import ModelPlan, Plan
 from engine.writer import OutputFile, OutputTensor, output_files, torch_dtype, write_companions, write_file
@@ -100,7 +101,7 @@ def test_what_is_written_in_parts_is_read_back_bit_for_bit(
         flat = tensors[one.name][0].reshape(-1)
         return [flat[start : start + size] for start in range(0, len(flat), size)]
 
-    write_file(folder, file, parts)
+    write_file(LocalFolder(folder), file, parts)
     with safe_open(folder / file.name, framework="pt") as read:
         assert set(read.keys()) == set(tensors)
         assert read.metadata() == {"format": "pt"}
@@ -114,7 +115,7 @@ def test_what_is_written_in_parts_is_read_back_bit_for_bit(
 @pytest.mark.parametrize("length", range(1, 10))
 def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int) -> None:
     tensor = torch.arange(3.0)
-    write_file(tmp_path, OutputFile("x", (entry("n" * length, tensor, "F32"),)), lambda _: [tensor])
+    write_file(LocalFolder(tmp_path), OutputFile("x", (entry("n" * length, tensor, "F32"),)), lambda _: [tensor])
     content = (tmp_path / "x").read_bytes()
     header = int.from_bytes(content[:8], "little")
     assert header % 8 == 0
@@ -136,7 +137,8 @@ def test_tensors_are_asked_for_once_each_in_their_order_and_their_parts_one_by_o
             yield part
 
     names = ["b", "a", "c"]
-    write_file(tmp_path, OutputFile("x", tuple(OutputTensor(name, (2, 3), "F32", 24) for name in names)), parts)
+    file = OutputFile("x", tuple(OutputTensor(name, (2, 3), "F32", 24) for name in names))
+    write_file(LocalFolder(tmp_path), file, parts)
     assert asked == names
     with safe_open(tmp_path / "x", framework="pt") as read:
         for number, name in enumerate(names, start=1):
@@ -148,12 +150,13 @@ def test_tensors_are_asked_for_once_each_in_their_order_and_their_parts_one_by_o
 def test_parts_that_are_not_the_whole_tensor_are_refused(tmp_path: Path, rows: int) -> None:
     file = OutputFile("x", (entry("not-whole", torch.zeros(2, 3), "F32"),))
     with pytest.raises(AssertionError, match="not-whole"):
-        write_file(tmp_path, file, lambda _: [torch.zeros(rows, 3)])
+        write_file(LocalFolder(tmp_path), file, lambda _: [torch.zeros(rows, 3)])
+    assert list(tmp_path.iterdir()) == [], "and nothing of it is left"
 
 
 def test_a_view_is_written_in_its_own_order(tmp_path: Path) -> None:
     whole = torch.arange(24.0).reshape(4, 6)
-    write_file(tmp_path, OutputFile("x", (entry("view", whole[1:3].T, "F32"),)), lambda _: [whole[1:3].T])
+    write_file(LocalFolder(tmp_path), OutputFile("x", (entry("view", whole[1:3].T, "F32"),)), lambda _: [whole[1:3].T])
     with safe_open(tmp_path / "x", framework="pt") as read:
         assert torch.equal(read.get_tensor("view"), whole[1:3].T)
 
@@ -235,7 +238,7 @@ def test_a_folder_of_several_files_is_a_checkpoint_again(tmp_path: Path) -> None
     plan = plan_with({"model_type": "llama"})
     files = output_files(plan, 72)
     for file in files:
-        write_file(tmp_path, file, lambda one: [torch.ones(one.shape, dtype=TORCH[one.dtype])])
+        write_file(LocalFolder(tmp_path), file, lambda one: [torch.ones(one.shape, dtype=TORCH[one.dtype])])
     write_companions(tmp_path, plan, tmp_path, files)
     header = read_model_header(tmp_path)
     assert {name: (one.shape, one.dtype) for name, one in header.tensors.items()} == TENSORS
@@ -291,7 +294,7 @@ def test_a_real_base_is_written_whole(llama_merge: Path, tmp_path: Path) -> None
     with safe_open(base_folder / "model.safetensors", framework="pt") as base:
         reader: Callable[[str], Tensor] = base.get_tensor
         for file in files:
-            write_file(tmp_path, file, lambda one: [reader(one.name)])
+            write_file(LocalFolder(tmp_path), file, lambda one: [reader(one.name)])
         write_companions(tmp_path, plan, base_folder, files)
         written = read_model_header(tmp_path)
         assert list(written.tensors) == list(plan.base_header.tensors)

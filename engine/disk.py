@@ -1,0 +1,159 @@
+"""Folders on a disk: a file is there under its name whole, or not at all, whoever dies when.
+
+Knows no object storage.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import filelock
+
+from engine.errors import OutputError, StorageError
+
+LOCK = "lock"
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Tell what a disk refuses, by the file in question."""
+    try:
+        yield
+    except OSError as error:
+        what, do = f"the disk refuses: {error.strerror}", "put that right"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            do = "free some room"
+        if error.errno == errno.ENOSPC:
+            disk = next(folder for folder in path.parents if folder.exists())
+            what += f"; {shutil.disk_usage(disk).free:,} bytes are free"
+        raise StorageError(what, str(path), do=f"{do} and run the same command: it goes on from here") from error
+
+
+def in_use(where: str) -> OutputError:
+    """That a folder is locked."""
+    return OutputError("another merge is writing to this folder", where, do="wait for it, or give another --out")
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file that is being written, without a buffer: so closing it has nothing left to do, and no error of its own."""
+
+    file: Any
+    path: Path
+
+    def write(self, data: Any) -> int:
+        """Append all of a buffer of bytes, and say how many they are. Raises StorageError."""
+        left = whole = memoryview(data).cast("B")
+        with storing(self.path):
+            while left:
+                left = left[self.file.write(left) :]
+        return len(whole)
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on a disk; see `storage.Folder`. Each who writes a file has a temporary name of its own for it."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        """See `storage.Folder`."""
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        """See `storage.Folder`."""
+        return (self.path / name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        """See `storage.Folder`."""
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        """See `storage.Folder`."""
+        return (self.path / name).stat().st_size
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `storage.Folder`."""
+        with self.create(name) as out:
+            out.write(data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[RawFile]:
+        """See `storage.Folder`; the folders above it are made."""
+        path = self.path / name
+        temporary = path.with_name(f".{uuid4().hex}.part")
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - closed below
+        try:
+            with file:
+                yield RawFile(file, path)
+                with storing(path):
+                    os.fsync(file.fileno())
+            with storing(path):
+                temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # what came first is what is to be told
+                temporary.unlink()
+            raise
+
+    def names(self, under: str = "") -> set[str]:
+        """See `storage.Folder`."""
+        found = (path for path in (self.path / under).rglob("*") if path.is_file() and not is_temporary(path))
+        return {path.relative_to(self.path).as_posix() for path in found}
+
+    def remove(self, name: str) -> None:
+        """See `storage.Folder`."""
+        path = self.path / name
+        with storing(path):
+            if not name:
+                for one in path.iterdir() if path.is_dir() else ():
+                    if one.name != LOCK:
+                        self.remove(one.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def child(self, name: str) -> LocalFolder:
+        """See `storage.Folder`."""
+        return LocalFolder(self.path / name)
+
+    @contextmanager
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """See `storage.Folder`; the system gives the lock of a process that died to the next."""
+        lock = filelock.FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise in_use(self.where) from error
+        except OSError as error:
+            raise OutputError(f"the output folder cannot be made: {error.strerror}", self.where) from error
+        try:
+            sweep(self.path)
+            yield lambda: None
+        finally:
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
+                shutil.rmtree(self.path)
+            lock.release()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is what a LocalFolder writes to before a file is whole."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that died have left; one that is still at it fails at its end."""
+    for path in list(folder.rglob(".*.part")):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""What actors store: targets and output files, of which a call that is repeated makes none anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import plan_of
+
+import actors.shard
+from actors.expert import Expert
+from actors.shard import Shard
+from engine.calibration import Sample
+from engine.codec import unpack_all
+from engine.disk import LocalFolder
+from engine.expert import load_target
+from engine.writer import output_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SAMPLE, NAME = Sample(0, 0, (5, 9, 33, 12), "here"), "targets/0-0.safetensors"
+
+
+def test_a_target_is_stored_once_and_read_by_any_shard(llama_merge: Path, tmp_path: Path) -> None:
+    plan, folder = plan_of(llama_merge), LocalFolder(tmp_path)
+    expert = Expert(plan, 0)
+    nbytes = expert.target(SAMPLE, folder, NAME)
+    assert nbytes == folder.size(NAME)
+    before = (tmp_path / NAME).stat()
+    # One that is started again has loaded nothing, and loads nothing for what is there.
+    for again in (expert, Expert(plan, 1)):
+        assert again.target(SAMPLE, folder, NAME) == nbytes
+    assert (tmp_path / NAME).stat().st_ino == before.st_ino
+    assert [one.report().counts["forwards"] for one in (expert, again)] == [1, 0]
+    assert again._held is None
+
+    wanted = load_target(folder, NAME).tensors()
+    found = unpack_all(Shard(plan, 0).target(folder, NAME))
+    assert found.keys() == wanted.keys() and wanted["input_ids"].tolist() == list(SAMPLE.input_ids)
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in wanted.items()
+    )
+    with pytest.raises(FileNotFoundError):
+        Shard(plan, 0).target(folder, "targets/none")
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_an_output_file_is_written_once(
+    llama_merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learned: bool
+) -> None:
+    plan = plan_of(llama_merge, *([] if learned else ["merge_method=task_arithmetic"]))
+    folder = LocalFolder(tmp_path)
+    (file,) = output_files(plan)
+
+    def write(shard: Shard) -> None:
+        shard.write(folder, file, {}) if learned else shard.combine(folder, file)
+
+    write(Shard(plan, 0))
+    before = (tmp_path / file.name).stat()
+    monkeypatch.setattr(actors.shard, "open_task_vectors", None)
+    write(Shard(plan, 1))
+    assert (tmp_path / file.name).stat().st_ino == before.st_ino and folder.names() == {file.name}
