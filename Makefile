@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow bench check clean
+.PHONY: install demo test test-slow chaos bench check clean
 
 install: $(STAMP)
 
@@ -22,6 +22,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
+chaos: install
+	$(BIN)/python tests/chaos.py
 
 # Half an hour on two cores; times want a quiet machine. See benchmarks/README.md.
 bench: install

@@ -5,14 +5,16 @@ Imports neither torch nor Ray until a merge starts.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+from engine.storage import is_uri
 
 from engine.config_file import load_config
 from engine.errors import ConfigError, MergeError, RunError
@@ -36,7 +38,7 @@ def main() -> None:
 
 @main.command()
 @_config
-@click.option("--out", default="merged", show_default=True, type=click.Path(path_type=Path), help="The output folder.")
+@click.option("--out", default="merged", show_default=True, help="The output folder, or its s3:// or gs:// URI.")
 @_set
 @click.option(
     "--address", help="A running Ray cluster; without one (and without RAY_ADDRESS) Ray starts on this machine."
@@ -44,15 +46,17 @@ def main() -> None:
 @click.option("--fresh", is_flag=True, help="Discard the state of an earlier start, and replace an earlier merge.")
 @_debug
 def merge(
-    config: Path | None, out: Path, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
+    config: Path | None, out: str, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
 ) -> None:
     """Merge the experts of CONFIG (merge.yaml here if left out, else the bundled quickstart) into one model folder."""
 
     def run() -> None:
+        # From the first moment on: a stop leaves by our way out, whatever is going on.
+        signal.signal(signal.SIGTERM, _stop)
         plan = _plan(config, overrides)
         from cluster.driver import merge as merge_by
 
-        target = locate(str(out), Path.cwd())
+        target = out if is_uri(out) else str(locate(out, Path.cwd()))
         if merge_by(plan, target, address, fresh, debug):
             click.echo(f"merged {len(plan.experts)} experts into {target}")
         else:
@@ -119,6 +123,10 @@ def _default_config() -> Path:
             )
     click.echo(f"config: {QUICKSTART / 'merge.yaml'} (the bundled quickstart; there is no merge.yaml here)")
     return QUICKSTART / "merge.yaml"
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _guarded(run: Callable[[], None], debug: bool) -> None:

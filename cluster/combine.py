@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster.crew import Crew
+from cluster.placement import lay_out_shards
 from cluster.run import Run
+from cluster.session import await_layout, nodes
 from engine.methods.registry import get_method
 from engine.methods.selection import Counts, Threshold
 from engine.plan import slices
@@ -17,37 +19,34 @@ from engine.weight_space import model_thresholds
 
 
 class Combine(Run):
-    """One merge by a weight-space method."""
+    """One attempt at a merge by a weight-space method."""
 
     def run(self, plan_identity: str) -> None:
         """The whole algorithm: thresholds over the whole model where the method asks for them, and then every file."""
         method = get_method(self.plan.config.merge_method)
-        with self.crew.shards() as shards:
-            self.answers("starting", [shard.report.remote() for shard in shards])
-            thresholds = self._thresholds(shards)
-            folder = self.folder.start_output()
+        wait = self.plan.config.cluster.wait
+        layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
+        with Crew(self.plan, self.folder.state, layout, self.watch) as crew:
+            self.answers("starting", [shard.report.remote() for shard in crew.shards])
+            thresholds = self._thresholds(crew.shards)
+            self.folder.start_output()
             if method.outputs == "experts":
                 for k, expert in enumerate(self.plan.experts):
-                    self._write(shards, folder / expert.name, thresholds, k)
+                    self._write(crew.shards, thresholds, k, expert.name)
             else:
-                self._write(shards, folder, thresholds, None)
-            digests = self.digests(shards)
-            for shard in shards:
+                self._write(crew.shards, thresholds)
+            digests = self.digests(crew.shards)
+            for shard in crew.shards:
                 self.report(shard)
-        write_weight_space_record(folder, self.plan, method, plan_identity, digests)
-        self.write_memory(folder)
+        write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests)
+        self.write_memory()
         self.folder.finish()
 
     def _write(
-        self, shards: Sequence[Any], folder: Path, thresholds: Sequence[Threshold] | None, only: int | None
+        self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None = None, expert: str = ""
     ) -> None:
-        folder.mkdir(exist_ok=True)
-        self.write_files(
-            shards,
-            folder,
-            lambda shard, file: shard.combine.remote(folder, file, thresholds, only),
-            "writing" if only is None else f"writing {self.plan.experts[only].name}",
-        )
+        weights = self.folder.weights
+        self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, thresholds, only), expert)
 
     def _thresholds(self, shards: Sequence[Any]) -> list[Threshold] | None:
         """Of each expert's whole task vector, where `trim` says so: counted by the shards, each over its tensors."""

@@ -1,4 +1,4 @@
-"""What a person sees while a merge runs: a live display on a terminal, plain flushed lines elsewhere."""
+"""What is seen while a merge runs: a live display on a terminal, plain flushed lines elsewhere, and telemetry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import rich.console
 import rich.progress
 import rich.table
 
+from cluster.telemetry import Telemetry
+
 
 class Progress:
-    """Phases of known length, one at a time."""
+    """Phases of known length, by their names; one may begin while another is not done. `seconds` are those of phases
+    that are done.
+    """
 
-    def __init__(self, console: rich.console.Console | None = None) -> None:
+    def __init__(self, telemetry: Telemetry | None = None, console: rich.console.Console | None = None) -> None:
+        self._telemetry = telemetry
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
         self._live = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description}"),
@@ -26,8 +31,11 @@ class Progress:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task: rich.progress.TaskID | None = None
-        self._phase, self._total, self._began = "", 0, time.monotonic()
+        self._tasks: dict[str, rich.progress.TaskID] = {}
+        self._totals: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
 
     def __enter__(self) -> Progress:
         self._live.start()
@@ -45,18 +53,36 @@ class Progress:
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
         """Begin a phase of `total` parts, of which `done` were done before."""
-        self._phase, self._total = name, total
+        self._totals[name], self._since[name] = total, time.monotonic()
+        if self._telemetry:
+            self._telemetry.phase(name, total, done)
         if self._console.is_terminal:
-            self._task = self._live.add_task(name, total=total, completed=done, note="")
+            self._tasks[name] = self._live.add_task(name, total=total, completed=done, note="")
         else:
             self.say(f"[{self._seconds()}] {name}: {total}" + (f" ({done} done before)" if done else ""))
 
-    def advance(self, done: int, note: str = "") -> None:
+    def advance(self, name: str, done: int, note: str = "") -> None:
         """`done` parts of the phase are done."""
-        if self._task is not None:
-            self._live.update(self._task, completed=done, note=note)
+        if name in self._tasks:
+            self._live.update(self._tasks[name], completed=done, note=note)
         else:
-            self.say(f"[{self._seconds()}] {self._phase} {done}/{self._total}" + (f"  {note}" if note else ""))
+            self.say(f"[{self._seconds()}] {name} {done}/{self._totals[name]}" + (f"  {note}" if note else ""))
+        if self._telemetry:
+            self._telemetry.advance(name, done)
+        if done == self._totals[name]:
+            self.seconds[name] = time.monotonic() - self._since[name]
+            if self._telemetry:
+                self._telemetry.phase_seconds(name, self.seconds[name])
+
+    def step(self, name: str, done: int, rows: Sequence[Mapping[str, Any]], traffic: Mapping[str, int]) -> None:
+        """`done` optimiser steps of the phase are done, the last with these rows of merge/metrics.parquet; `traffic`
+        are the bytes that moved so far, by direction.
+        """
+        if self._telemetry:
+            for direction, nbytes in traffic.items():
+                self._telemetry.bytes(direction, nbytes)
+            self._telemetry.step(rows)
+        self.advance(name, done, step_note(rows))
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:6.1f} s"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.process import Process, Report
-from cluster.crew import Crew
 from cluster.progress import Progress
-from cluster.session import answer, first_answer
+from cluster.watch import Watch
 from engine.checkpoint import open_base
 from engine.headers import find_model
 from engine.plan import Plan
@@ -23,45 +22,48 @@ Task = TypeVar("Task")
 
 
 class Run:
-    """One merge on a connected cluster: its plan, its folder, its actors, and what they said of themselves."""
+    """One attempt at a merge on a connected cluster: its plan, its folder, and what its actors said of themselves."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, crew: Crew, progress: Progress) -> None:
-        self.plan, self.folder, self.crew, self.progress = plan, folder, crew, progress
+    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress) -> None:
+        self.plan, self.folder, self.progress = plan, folder, progress
+        self.watch = Watch(progress.say)
         self.process = Process("driver")
         self.reports: list[Report] = []
-        self.seconds: dict[str, float] = {}
 
-    def write_files(
-        self, shards: Sequence[Any], folder: Path, ask: Callable[[Any, OutputFile], Any], phase: str = "writing"
-    ) -> None:
-        """The output's files by the shards, each the next one when it is done, and what stands beside them."""
+    def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
+        """The output's weight files by the shards, each the next one when it is done, and what stands beside them; in
+        a folder of an expert's name where the method makes a model an expert. Files that are there are not made again.
+        """
         files = output_files(self.plan)
-        self._spread(phase, shards, files, ask)
+        under = [replace(file, name=f"{expert}/{file.name}") if expert else file for file in files]
+        there = self.folder.written()
+        missing = [file for file in under if file.name not in there]
+        self._spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, Path.cwd()) if self.plan.tokenizer else None
+        folder = self.folder.composed / expert
+        folder.mkdir(exist_ok=True)
         write_companions(folder, self.plan, open_base(self.plan).folder, files, tokenizer)
 
-    def digests(self, shards: Sequence[Any]) -> dict[Path, str]:
-        """SHA-256 of the inputs' weight and calibration files."""
+    def digests(self, shards: Sequence[Any]) -> dict[str, str]:
+        """SHA-256 of the inputs' weight and calibration files, by path or URI."""
         files = sorted({file for mine in input_files(self.plan).values() for file in mine})
         asked = [shard.digests.remote(files[index :: len(shards)]) for index, shard in enumerate(shards)]
         return {file: digest for part in self.answers("hashing the inputs", asked) for file, digest in part.items()}
 
     def answers(self, phase: str, asked: Sequence[Any]) -> list[Any]:
         """The values of references that make a phase, in their order."""
-        began = time.monotonic()
         self.progress.phase(phase, len(asked))
         answers = []
         for reference in asked:
-            answers.append(answer(reference, self.progress.say, phase))
-            self.progress.advance(len(answers))
-        self.seconds[phase] = time.monotonic() - began
+            answers.append(self.watch.answer(reference, phase))
+            self.progress.advance(phase, len(answers))
         return answers
 
     def report(self, actor: Any) -> None:
         """Keep what an actor says of its memory."""
-        self.reports.append(answer(actor.report.remote(), self.progress.say, "asking for memory figures"))
+        self.reports.append(self.watch.answer(actor.report.remote(), "asking for memory figures"))
 
-    def write_memory(self, folder: Path, **more: int) -> None:
+    def write_memory(self, **more: int) -> None:
         """merge/memory.json: memory by actor, what was moved and computed, and seconds by phase."""
         reports = [self.process.report(), *self.reports]
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
@@ -75,23 +77,26 @@ class Run:
             "bytes_merged": self.plan.merged_bytes,
             "bytes_targets": counts["target_bytes"],
             "expert_forwards": counts["forwards"],
-            "seconds": self.seconds,
+            "seconds": self.progress.seconds,
         }
-        write_json(folder / "merge" / "memory.json", memory)
+        write_json(self.folder.composed / "merge" / "memory.json", memory)
 
     def _spread(
-        self, phase: str, workers: Sequence[Any], tasks: Sequence[Task], ask: Callable[[Any, Task], Any]
+        self,
+        phase: str,
+        workers: Sequence[Any],
+        tasks: Sequence[Task],
+        ask: Callable[[Any, Task], Any],
+        done_before: int,
     ) -> None:
         """Ask the workers to do all tasks, each the next one when it is done with one."""
-        began = time.monotonic()
-        self.progress.phase(phase, len(tasks))
+        self.progress.phase(phase, len(tasks) + done_before, done_before)
         waiting, free = deque(tasks), deque(workers)
         busy: dict[Any, Any] = {}
         while waiting or busy:
             while waiting and free:
                 worker = free.popleft()
                 busy[ask(worker, waiting.popleft())] = worker
-            done, _ = first_answer(list(busy), self.progress.say, phase)
+            done, _ = self.watch.first(busy, phase)
             free.append(busy.pop(done))
-            self.progress.advance(len(tasks) - len(waiting) - len(busy))
-        self.seconds[phase] = time.monotonic() - began
+            self.progress.advance(phase, done_before + len(tasks) - len(waiting) - len(busy))

@@ -1,7 +1,4 @@
-"""A connection to Ray, resources reserved on it, and answers waited for with a word now and then.
-
-Turns Ray's failures into the project's errors. Knows no merging.
-"""
+"""A connection to Ray, the nodes that it has, and seats reserved on them. Knows no merging."""
 
 from __future__ import annotations
 
@@ -12,14 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from cluster.placement import Bundle, Node, fits, shortage
-from engine.errors import ClusterError, MergeError, RunError
+from cluster.placement import Node, Seat
+from cluster.watch import Lost
+from engine.errors import ClusterError
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
 # glibc would keep large buffers that were freed for itself, and a trainer would seem to grow. Those below 4 MiB it may
@@ -31,8 +28,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 SAY_EVERY = 5.0
-HEARTBEAT = 30.0
 KNOCK_SECONDS = 10.0
+
+Found = TypeVar("Found")
 
 
 @contextmanager
@@ -43,6 +41,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         ClusterError: there is no cluster at that address.
     """
     address = address or os.environ.get("RAY_ADDRESS")
+    on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any]
     if address:
         _knock(address)
@@ -64,7 +63,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine") from error
     # Ray's own handler, set a moment ago, would end the driver at once: a stop must leave by our way out.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, on_stop)
     try:
         yield
     finally:
@@ -83,106 +82,74 @@ def _knock(address: str | None) -> None:
             ) from error
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def nodes() -> list[Node]:
     """The nodes that are alive, with all that they have, in use or not."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [
         Node(
-            resources.get("CPU", 0.0),
-            resources.get("GPU", 0.0),
+            node["Resources"].get("CPU", 0.0),
+            node["Resources"].get("GPU", 0.0),
             # What Ray sets aside for its object store is page cache to us until it is used.
-            resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0),
+            node["Resources"].get("memory", 0.0) + node["Resources"].get("object_store_memory", 0.0),
+            node["NodeID"],
+            node["Labels"],
         )
-        for resources in alive
+        for node in ray.nodes()
+        if node["Alive"]
     ]
 
 
-def home_of(bundle: Bundle) -> Bundle:
-    """The bundle, and with it a token of one node that has all of it, which keeps whoever asks for it there."""
-    for node in ray.nodes():
-        has = node["Resources"]
-        if node["Alive"] and all(has.get(kind, 0) >= amount for kind, amount in bundle.items()):
-            return bundle | {f"node:{node['NodeManagerAddress']}": 0.001}
-    raise AssertionError("no node has all of it, though one was waited for")
-
-
-def await_nodes(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None]) -> None:
-    """Return when the cluster has a node for each of the bundles, before anything is computed that would be lost.
+def await_layout(find: Callable[[], Found], wait: float, say: Callable[[str], None]) -> Found:
+    """What `find` returns, as soon as it raises no ClusterError any more: nodes may join, or come again.
 
     Raises:
-        ClusterError: it has not within `wait` seconds.
+        ClusterError: its last one, after `wait` seconds.
     """
     began = time.monotonic()
-    while not fits(nodes(), bundles):
-        _say_or_stop(bundles, time.monotonic() - began, wait, say)
-        time.sleep(min(SAY_EVERY, max(0.1, wait)))
+    while True:
+        try:
+            return find()
+        except ClusterError as error:
+            waited = time.monotonic() - began
+            if waited >= wait:
+                raise
+            say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}; {error.expected}")
+            time.sleep(min(SAY_EVERY, max(0.1, wait - waited)))
 
 
 @contextmanager
-def reserved(bundles: Sequence[Bundle], wait: float, say: Callable[[str], None]) -> Iterator[PlacementGroup]:
-    """Hold the bundles, spread over the nodes, while the context lasts.
+def reserved(seats: Sequence[Seat], wait: float, say: Callable[[str], None]) -> Iterator[PlacementGroup]:
+    """Hold the seats while the context lasts, all of them or none.
 
     Raises:
-        ClusterError: they are not to be had within `wait` seconds.
+        ClusterError: they are not to be had within `wait` seconds, as others have them.
+        Lost: a node went meanwhile.
     """
-    group = placement_group(list(bundles), strategy="SPREAD")
+    group = placement_group(
+        [seat.bundle for seat in seats],
+        strategy="PACK",
+        bundle_label_selector=[{"ray.io/node-id": seat.node} for seat in seats],
+    )
     try:
         began = time.monotonic()
         while not group.wait(min(SAY_EVERY, max(0.1, wait))):
-            _say_or_stop(bundles, time.monotonic() - began, wait, say)
+            if not {seat.node for seat in seats} <= {node.id for node in nodes()}:
+                raise Lost("a node went before it was used")
+            _say_or_stop(seats, time.monotonic() - began, wait, say)
         yield group
     finally:
         remove_placement_group(group)
 
 
-def _say_or_stop(bundles: Sequence[Bundle], waited: float, wait: float, say: Callable[[str], None]) -> None:
+def _say_or_stop(seats: Sequence[Seat], waited: float, wait: float, say: Callable[[str], None]) -> None:
+    asked = {kind: sum(seat.bundle.get(kind, 0) for seat in seats) for kind in ("CPU", "GPU")}
+    free = ray.available_resources()
+    parts = [f"{asked[kind]:g} {kind}s ({free.get(kind, 0):g} are free)" for kind in asked if asked[kind]]
+    missing = f"asked for: {' and '.join(parts)}, in {len(seats)} parts"
     if waited >= wait:
         raise ClusterError(
             f"the resources were not to be had within {wait:g} seconds",
             "the cluster",
-            shortage(nodes(), bundles),
+            missing,
             "free some, add nodes, or lower num_gpus or shards in the config's `cluster`",
         )
-    say(f"waiting for resources ({waited:.0f} of {wait:g} s); {shortage(nodes(), bundles)}")
-
-
-def answer(reference: Any, say: Callable[[str], None], what: str) -> Any:
-    """The value of one reference, with a line every half minute while it is not there; see `first_answer`."""
-    return first_answer([reference], say, what)[1]
-
-
-def first_answer(references: Sequence[Any], say: Callable[[str], None], what: str) -> tuple[Any, Any]:
-    """The first of the references to be there, and its value.
-
-    Raises:
-        MergeError: one that an actor raised, as it was raised there.
-        RunError: an actor died more often than it is started again, or failed in a way that we did not foresee.
-    """
-    began = time.monotonic()
-    while True:
-        ready, _ = ray.wait(list(references), num_returns=1, timeout=HEARTBEAT)
-        if ready:
-            return ready[0], _value(ready[0], what)
-        say(f"still {what}, {time.monotonic() - began:.0f} s")
-
-
-def _value(reference: Any, what: str) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause: BaseException | None = error
-        while isinstance(cause, RayTaskError):
-            cause = cause.cause
-        if isinstance(cause, MergeError):
-            raise cause from error
-        raise RunError(
-            f"an actor failed while {what}: {type(cause).__name__}: {cause}", do="--debug shows where"
-        ) from error
-    except (RayActorError, OutOfMemoryError) as error:
-        raise RunError(f"an actor died while {what}, and again when started anew: {error}") from error
-    except RayError as error:
-        raise RunError(f"Ray failed while {what}: {error}") from error
+    say(f"waiting for resources ({waited:.0f} of {wait:g} s); {missing}")

@@ -24,7 +24,9 @@ def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> 
     """
     if not expert:
         return torch.zeros(())
-    return torch.stack([functional.mse_loss(student[i].float(), expert[i].float()) for i in sorted(expert)]).mean()
+    losses = [functional.mse_loss(student[i].float(), expert[i].float()) for i in sorted(expert)]
+    # Layers may be on several devices.
+    return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
 def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ fields are kept and ignored. Reading and checking records needs no torch and no 
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,24 @@ from typing import Any
 
 from engine.errors import CalibrationError
 from engine.plan import Plan
+from engine.untrusted import (
+    JSON_BYTES,
+    SHOWN,
+    foreign,
+    in_memory,
+    in_time,
+    open_regular,
+    parse_json,
+    read_text,
+    shown,
+)
 
 Record = dict[str, Any]
 # In the order of precedence: the first that a record has decides what is made of it.
 FIELDS = ("input_ids", "messages", "question", "text")
 READ = {*FIELDS, "response", "image_path", "image_paths"}
+# Bytes of a record, records of an expert, and how many of a table are read at a time.
+RECORD_BYTES, RECORDS, ROWS = 2 << 20, 1_000_000, 64
 
 
 @dataclass(frozen=True)
@@ -53,15 +65,21 @@ def read_records(plan: Plan) -> list[list[tuple[str, Record]]]:
     """
     chosen = []
     for number, expert in enumerate(plan.experts):
-        records = [record for path in expert.calibration for record in _read_file(path)]
-        if not records:
+        count, kept = 0, []
+        for place in _read_files(expert.calibration):
+            count += 1
+            if count <= expert.samples:
+                kept.append(place)
+        if not count:
             raise CalibrationError(f"expert {expert.name!r} has no calibration records", str(expert.calibration[0]))
-        for where, record in records:
-            _check(record, where)
         if plan.config.calibration.shuffle:
+            order = list(range(count))
             # Seeded per expert, so that adding an expert does not change the samples of the others.
-            random.Random(f"{plan.config.seed}-{number}").shuffle(records)
-        chosen.append(records[: expert.samples])
+            random.Random(f"{plan.config.seed}-{number}").shuffle(order)
+            wanted = {place: turn for turn, place in enumerate(order[: expert.samples])}
+            found = {wanted[i]: one for i, one in enumerate(_read_files(expert.calibration)) if i in wanted}
+            kept = [found[turn] for turn in sorted(found)]
+        chosen.append(kept)
     return chosen
 
 
@@ -93,8 +111,9 @@ def tokenize(records: Sequence[Sequence[tuple[str, Record]]], tokenizer: Any, pl
             if not ids:
                 raise CalibrationError("the record makes no tokens", where)
             if not 0 <= min(ids) <= max(ids) < (vocabulary or max(ids) + 1):
+                least, most = shown(str(min(ids))), shown(str(max(ids)))
                 raise CalibrationError(
-                    f"token ids from {min(ids)} to {max(ids)}", where, f"ids below the vocabulary's size, {vocabulary}"
+                    f"token ids from {least} to {most}", where, f"ids below the vocabulary's size, {vocabulary}"
                 )
             options = plan.config.calibration
             kept, cut = tuple(ids[: options.max_length]), max(0, len(ids) - options.max_length)
@@ -138,49 +157,96 @@ def needs_tokenizer(records: Sequence[Sequence[tuple[str, Record]]]) -> bool:
     return any(_field(record) != "input_ids" for mine in records for _, record in mine)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Record]]:
+def _read_files(paths: Sequence[Path]) -> Iterator[tuple[str, Record]]:
+    """Records of an expert's files with their places, one after the other, each looked at: one usable field."""
+    count = 0
+    for path in paths:
+        for where, record in _read_file(path):
+            count += 1
+            if count > RECORDS:
+                raise _too_many(path)
+            _check(record, where)
+            yield where, record
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of one file with their places; `FILE:LINE` in .jsonl, `FILE record N` elsewhere, from 1."""
-    try:
-        if path.suffix == ".jsonl":
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-            return
-        if path.suffix == ".json":
-            rows = _parse(path.read_text(encoding="utf-8"), str(path))
-        elif path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
+    if path.suffix == ".jsonl":
+        yield from _lines(path)
+        return
+    if path.suffix == ".json":
+        rows = parse_json(read_text(path, JSON_BYTES, CalibrationError), str(path), CalibrationError)
+        if not isinstance(rows, list):
+            raise CalibrationError("the file does not hold a list of records", str(path))
+    elif path.suffix == ".parquet":
+        rows = _rows(path)
+    else:
+        raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path} record {number}"
+        if len(repr(row)) > RECORD_BYTES:
+            raise _too_long(where)
+        yield where, row
 
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with open_regular(path, None, CalibrationError) as file:
+        number = 0
+        while line := file.readline(RECORD_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if number > RECORDS:
+                raise _too_many(path)
+            if len(line) > RECORD_BYTES:
+                raise _too_long(where)
             try:
-                columns = pyarrow.parquet.read_schema(path).names
-                rows = pyarrow.parquet.read_table(path, columns=[c for c in columns if c in READ]).to_pylist()
-            except pyarrow.ArrowException as error:
-                raise CalibrationError(f"not a parquet file: {error}", str(path)) from error
-            if not any(column in READ for column in columns):
-                raise _no_field(columns, f"{path} record 1")
-        else:
-            raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
-    except OSError as error:
-        raise CalibrationError(f"the file cannot be read: {error.strerror or error}", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError("the file is not UTF-8 text", str(path)) from error
-    if not isinstance(rows, list):
-        raise CalibrationError("the file does not hold a list of records", str(path))
-    yield from ((f"{path} record {number}", row) for number, row in enumerate(rows, start=1))
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError("the file is not UTF-8 text", str(path)) from error
+            if text.strip():
+                yield where, parse_json(text, where, CalibrationError)
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"not valid JSON: {error}", where) from error
+def _rows(path: Path) -> Iterator[Any]:
+    """Rows of a parquet file, a few at a time. A small file may stand for a large table: see `in_memory`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    too_large = CalibrationError("its records take too much memory", str(path), do="give only those that are needed")
+    unread = foreign(lambda told: CalibrationError(f"not a parquet file: {told}", str(path)))
+    with open_regular(path, None, CalibrationError) as file:
+        with unread, in_memory(too_large):
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            names = table.schema_arrow.names
+            batches = table.iter_batches(ROWS, columns=[name for name in names if name in READ], use_threads=False)
+        if not any(name in READ for name in names):
+            raise _no_field(names, f"{path} record 1")
+        if len(set(names)) < len(names):
+            raise CalibrationError("two of its columns have one name", str(path))
+        if table.metadata.num_rows > RECORDS:
+            raise _too_many(path)
+        rows: list[Any] | None = []
+        while rows is not None:
+            yield from rows
+            wrong = foreign(lambda told: CalibrationError(f"its records cannot be read: {told}", str(path)))
+            with wrong, in_memory(too_large):
+                batch = next(batches, None)
+                rows = None if batch is None else batch.to_pylist()
+
+
+def _too_many(path: Path) -> CalibrationError:
+    return CalibrationError(f"more than {RECORDS:,} records or lines", str(path), "5–10 of the expert's domain")
+
+
+def _too_long(where: str) -> CalibrationError:
+    return CalibrationError("the record is too long", where, f"at most {RECORD_BYTES:,} bytes")
 
 
 def _no_field(fields: Sequence[str], where: str) -> CalibrationError:
-    told = f"the record has no usable field; it has {', '.join(fields) or 'none'}"
-    return CalibrationError(told, where, f"one of {', '.join(FIELDS)}")
+    has = shown(", ".join(fields), 4 * SHOWN)
+    return CalibrationError(
+        f"the record has no usable field; it has {has or 'none'}", where, f"one of {', '.join(FIELDS)}"
+    )
 
 
 def _field(record: Record) -> str | None:
@@ -217,11 +283,11 @@ def _token_ids(record: Record, tokenizer: Any, where: str) -> tuple[list[int], b
 
     if _field(record) == "input_ids":
         return list(record["input_ids"]), False
-    try:
+    who = "tokenizer" if _field(record) == "text" or not tokenizer.chat_template else "chat template"
+    with foreign(
+        lambda told: CalibrationError(f"the {who} does not take this record: {told}", where), jinja2.TemplateError
+    ):
         return _tokenized(record, tokenizer, where)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        who = "tokenizer" if _field(record) == "text" or not tokenizer.chat_template else "chat template"
-        raise CalibrationError(f"the {who} does not take this record: {error}", where) from error
 
 
 def _tokenized(record: Record, tokenizer: Any, where: str) -> tuple[list[int], bool]:
@@ -239,5 +305,9 @@ def _tokenized(record: Record, tokenizer: Any, where: str) -> tuple[list[int], b
         text = "\n".join([record["question"], *([response] if response else [])])
         return list(tokenizer(text).input_ids), not response
     is_prompt = messages[-1]["role"] != "assistant"
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
-    return list(ids), is_prompt
+    endless = CalibrationError("the chat template takes too long, or too much memory", where)
+    with in_time(endless), in_memory(endless):
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, tokenize=False)
+    if len(text) > RECORD_BYTES:
+        raise CalibrationError(f"the chat template makes {len(text):,} characters", where, f"at most {RECORD_BYTES:,}")
+    return list(tokenizer(text, add_special_tokens=False).input_ids), is_prompt

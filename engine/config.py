@@ -12,12 +12,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+# The trackers that accelerate knows; each is the name of its package too.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 # Keys that take one of several kinds of value, and what they take.
 UNIONS: dict[int | str, str] = {
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": "auto, or a number of at least 0",
     "shards": "auto, or a whole number of at least 0",
     "max_shard_size": "a number of bytes, or a text such as 5GB",
+    "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
 # Fields that no YAML has: `engine.config_file` fills them in.
 INTERNAL = ("recipe", "unused")
@@ -34,9 +37,19 @@ def _not_bool(value: Any) -> Any:
 def _pattern(value: str) -> str:
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"not a regular expression: {error}") from error
     return value
+
+
+def _tracker(value: str) -> str:
+    if value not in TRACKERS:
+        raise ValueError("there is no such tracker")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _bytes(value: Any) -> Any:
@@ -46,15 +59,17 @@ def _bytes(value: Any) -> Any:
     return _not_bool(value)
 
 
-Int = Annotated[int, BeforeValidator(_not_bool)]
+Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def _last_part(model: str) -> str:
-    """`math` of `owner/math`, `../experts/math/` and `owner/math@revision`."""
+    """`math` of `owner/math`, `../experts/math/`, `owner/math@revision` and `s3://bucket/math?region=x`."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@.+", model)
+    if "://" in model:
+        model = model.partition("?")[0]
     return (hub[1] if hub else model).rstrip("/").rpartition("/")[2] or model
 
 
@@ -86,7 +101,7 @@ class Parameters(_Section):
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     gradient_accumulation: Annotated[Int, Field(ge=1)] = 8
     epochs: Annotated[Int, Field(ge=1, le=10_000)] = 1
-    budget: Annotated[Float, Field(gt=0)] = 1.1
+    budget: Annotated[Float, Field(gt=0, le=1e6)] = 1.1
     kappa: Annotated[Float, Field(ge=0)] = 1.0
     fixed: Literal["prior", "stage1"] = "prior"
     start: Literal["prior", "stage1"] = "prior"
@@ -98,7 +113,7 @@ class Expert(_Section):
 
     model: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda given: _last_part(given.get("model", "")))
-    calibration: Annotated[tuple[str, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)] = ()
+    calibration: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     parameters: ModelParameters = ModelParameters()
 
 
@@ -111,9 +126,10 @@ class Calibration(_Section):
 
 
 class ActorResources(_Section):
-    """What one actor asks of the cluster; auto: one GPU where there are any."""
+    """What one actor asks of the cluster; auto: one GPU where there are any. `labels`: those of Ray's nodes."""
 
     num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
+    labels: dict[str, str] = {}
 
 
 class Rates(_Section):
@@ -142,6 +158,8 @@ class Cluster(_Section):
     expert: ActorResources = ActorResources()
     trainer: ActorResources = ActorResources()
     shards: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
+    # Of the nodes that may be used at all.
+    labels: dict[str, str] = {}
     rates: Rates = Rates()
     wait: Annotated[Float, Field(ge=0)] = 600
 
@@ -204,7 +222,12 @@ class Config(_Section):
     batch_tokens: Annotated[Int, Field(ge=1)] = 192
     gradients: Literal["accumulate", "stream"] = "accumulate"
     gradient_checkpointing: bool = False
+    # Whether Python code in a model's folder may run.
+    trust_remote_code: bool = False
     cluster: Cluster = Cluster()
+    # Who is told of every step, and the folder of those trackers that write files. They change no result.
+    log_with: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_listed)] = ()
+    log_dir: Annotated[str, Field(min_length=1)] | None = None
     # What a merge wrote of itself beside its config (versions, hashes); ignored, so that merge/config.yaml runs again.
     record: dict[str, Any] | None = None
     # See INTERNAL: the settings of a method that learns nothing, and the keys that are not the method's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import types
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -19,20 +20,68 @@ from pydantic import BaseModel
 from engine.config import INTERNAL, UNIONS, Config, Expert, Recipe, with_defaults
 from engine.errors import ConfigError
 from engine.mergekit_yaml import drop_others_options, method_of, read_recipe
+from engine.untrusted import read_text, shown
 
 Location = tuple[int | str, ...]
+# Bytes of a config; values in it, each alias counted as all that it stands for; how deep they may stand in each other;
+# characters of one value, as long as a path can be, and of one number.
+BYTES, VALUES, DEPTH, TEXT, DIGITS = 4 << 20, 100_000, 40, 4096, 1000
+# Categories of characters that make a name another than it looks, or steer a terminal: control, format, surrogate,
+# line and paragraph separators.
+INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+MERGE = "tag:yaml.org,2002:merge"
+KEYS = {"tag:yaml.org,2002:str", MERGE}
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error, not a silent overwrite."""
+    """Safe YAML of bounded size, in which a key given twice is an error, not a silent overwrite."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        # Values that a node stands for, itself included; 0 while it is not done.
+        self._sizes: dict[yaml.Node, int] = {}
+        self._total = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise _fault(f"a tag ({shown(event.tag)}); values are of the kinds that need none", event)
+        if self._depth == DEPTH:
+            raise _fault("it is nested too deeply", event)
+        self._depth += 1
+        before = self._total
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if node not in self._sizes:
+                raise _fault(f"the alias {event.anchor!r} stands for what it is part of", event)
+            self._total += self._sizes[node]
+        else:
+            self._total += 1
+            self._sizes[node] = self._total - before
+        if self._total > VALUES:
+            raise _fault(f"more than {VALUES:,} values", event)
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if len(node.value) > (DIGITS if node.tag in NUMBERS else TEXT):
+            raise _fault(f"a value of {len(node.value):,} characters", node)
+        unseen = next((char for char in node.value if unicodedata.category(char) in INVISIBLE), None)
+        if unseen is not None:
+            raise _fault(f"a text with the character {unseen!r}", node)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is not a text", problem_mark=key.start_mark)
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
+            if not isinstance(key, yaml.ScalarNode) or key.tag not in KEYS:
+                raise _fault("a key is not a text", key)
+            if key.value in seen and key.tag != MERGE:
+                raise _fault(f"the key {key.value!r} is given twice", key)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
@@ -43,22 +92,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with file, line and key; up to five faults at once.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        raw = loader.construct_document(node) if node is not None else None
-    except OSError as error:
-        raise ConfigError(f"the config cannot be read: {error.strerror}", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("the config is not UTF-8 text", str(path)) from error
-    except RecursionError as error:
-        raise ConfigError("not valid YAML: it is nested too deeply", str(path)) from error
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"not valid YAML: {what}", where) from error
+    raw, node = _parse(read_text(path, BYTES, ConfigError, "the config"), str(path))
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of keys to values", str(path), "merge_method: … and so on")
     for override in overrides:
@@ -92,10 +126,11 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         faults = [f for f in error.errors(include_url=False) if f["type"] != "default_factory_not_called"]
         found = {_location(fault): fault for fault in reversed(faults)}
         # A section with a fault in it is often reported as missing or short as well: only the deepest is the user's.
-        deepest = [at for at in reversed(found) if not any(at != other == (*at, *other[len(at) :]) for other in found)]
-        told = [str(_explain(found[at], at, where)) for at in deepest]
-        more = [f"({len(told) - 5} more)"] if len(told) > 5 else []
-        raise ConfigError("\n".join(told[:5] + more)) from None
+        above = {at[:depth] for at in found for depth in range(len(at))}
+        deepest = [at for at in reversed(found) if at not in above]
+        told = [str(_explain(found[at], at, where)) for at in deepest[:5]]
+        more = [f"({len(deepest) - 5} more)"] if len(deepest) > 5 else []
+        raise ConfigError("\n".join(told + more)) from None
     config = config.model_copy(update={"recipe": recipe, "unused": unused})
     _check(config, where)
     return config.model_copy(
@@ -142,18 +177,35 @@ def _check(config: Config, where: Any) -> None:
         )
 
 
+def _parse(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+    """The value that a YAML text is, and its nodes."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return loader.construct_document(node) if node is not None else None, node
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"not valid YAML: {what}", f"{where}:{mark.line + 1}" if mark else where) from error
+
+
+def _fault(problem: str, at: Any) -> yaml.MarkedYAMLError:
+    """What is wrong at an event or a node."""
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
 def _override(raw: dict[str, Any], override: str) -> None:
     """Apply one `key.sub=value`; a number between dots is an index into a list."""
     keys, separator, text = override.partition("=")
-    at = f"--set {override}"
-    if not separator or not all(keys.split(".")):
+    at, names = f"--set {shown(override)}", keys.split(".")
+    if not separator or not all(0 < len(name) <= DIGITS for name in names) or len(names) > DEPTH:
         raise ConfigError("not an override", at, "key.sub=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("the value is not valid YAML", at) from error
+        value, _ = _parse(text, "")
+    except ConfigError as error:
+        raise ConfigError(error.what, at) from error
     target: Any = raw
-    *parents, last = (int(key) if key.isdecimal() else key for key in keys.split("."))
+    *parents, last = (int(name) if name.isdecimal() else name for name in names)
     for key in parents:
         if isinstance(target, dict) and isinstance(key, str):
             target = target.setdefault(key, {})
@@ -225,7 +277,7 @@ def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
         return ConfigError(f"unknown key {key!r}", where(location), do=do)
     if fault["type"] == "missing":
         return ConfigError(f"the key {key!r} is missing", where(location[:-1]))
-    given = repr(fault["input"])
+    given = shown(repr(fault["input"]))
     message = UNIONS.get(str(location[-1])) if location else None
     message = message or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return ConfigError(f"{key} is {given if len(given) < 80 else given[:77] + '…'}", where(location), message)
+    return ConfigError(f"{key} is {given}", where(location), message)

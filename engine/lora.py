@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.headers import ModelHeader, TensorHeader, read_file_header, read_json
+from engine.headers import CONVERT, FLOATS, ModelHeader, TensorHeader, check_folder, read_file_header, read_json
+from engine.untrusted import in_time, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,6 +33,8 @@ HARMLESS = {
 # Architectures whose linear layers are Conv1D, which stores [in, out], and the names of those layers.
 CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# No rank and no alpha are as large.
+LIMIT = 1e9
 # Initialisations that leave the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, …) replace them.
 PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -69,10 +72,13 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
     Raises:
         CheckpointError: not LoRA, a variant that is not supported (named), or a pair that does not fit the base.
     """
+    check_folder(folder)
     config = read_json(folder / CONFIG)
     _refuse_variants(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists():
-        raise CheckpointError(f"no {WEIGHTS} here; pickled adapters are not read", str(folder))
+        raise CheckpointError(
+            f"no {WEIGHTS} here; pickled adapters are not read", str(folder), do=CONVERT.replace("transformers", "peft")
+        )
     tensors = read_file_header(folder / WEIGHTS)
     factors: dict[str, dict[str, str]] = {}
     for name in tensors:
@@ -84,19 +90,32 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
         factors.setdefault(name[len(PREFIX) : -len(suffix)], {})[SUFFIXES[suffix]] = name
     if not factors:
         raise CheckpointError("the adapter has no tensors", str(folder / WEIGHTS))
-    pairs = {}
-    for module, names in factors.items():
-        target = f"{module}.weight"
-        if set(names) != {"a", "b"}:
-            raise CheckpointError(f"the module {module!r} has one LoRA factor without the other", str(folder / WEIGHTS))
-        if target not in base.tensors:
-            raise CheckpointError(
-                f"it changes {target!r}, which the base does not have", str(folder), do="check the base"
-            )
-        scaling = _scaling(config, module, tensors[names["a"]], folder)
-        transposed = _is_transposed(tensors[names["a"]], tensors[names["b"]], base, target, folder)
-        pairs[target] = LoraPair(names["a"], names["b"], scaling, transposed)
+    slow = "its rank_pattern or alpha_pattern takes too long on the modules' names"
+    with in_time(CheckpointError(slow, str(folder / CONFIG))):
+        pairs = dict(_pair(module, names, config, tensors, base, folder) for module, names in factors.items())
     return AdapterHeader(folder, pairs, tensors)
+
+
+def _pair(
+    module: str,
+    names: dict[str, str],
+    config: dict[str, Any],
+    tensors: dict[str, TensorHeader],
+    base: ModelHeader,
+    folder: Path,
+) -> tuple[str, LoraPair]:
+    """The base tensor that the factors `names` of a module change, and how."""
+    target = f"{module}.weight"
+    if set(names) != {"a", "b"}:
+        raise CheckpointError(f"the module {module!r} has one LoRA factor without the other", str(folder / WEIGHTS))
+    if target not in base.tensors:
+        raise CheckpointError(f"it changes {target!r}, which the base does not have", str(folder), do="check the base")
+    a, b = tensors[names["a"]], tensors[names["b"]]
+    for factor in (a, b):
+        if factor.dtype not in FLOATS:
+            raise CheckpointError(f"{factor.name!r} is {factor.dtype}", str(folder), f"one of {', '.join(FLOATS)}")
+    scaling = _scaling(config, module, a, folder)
+    return target, LoraPair(a.name, b.name, scaling, _is_transposed(a, b, base, target, folder))
 
 
 def _refuse_variants(config: dict[str, Any], where: Path) -> None:
@@ -109,16 +128,16 @@ def _refuse_variants(config: dict[str, Any], where: Path) -> None:
         )
 
     if config.get("peft_type") != "LORA":
-        raise refuse(f"peft_type {config.get('peft_type')!r}")
+        raise refuse(f"peft_type {shown(repr(config.get('peft_type')))}")
     if config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
-        raise refuse(f"init_lora_weights {config['init_lora_weights']!r} (it changes the base's weights)")
+        raise refuse(f"init_lora_weights {shown(repr(config['init_lora_weights']))} (it changes the base's weights)")
     if config.get("bias", "none") != "none":
-        raise refuse(f"bias {config['bias']!r}")
+        raise refuse(f"bias {shown(repr(config['bias']))}")
     if config.get("use_dora"):
         raise refuse("DoRA (use_dora)")
     for key, value in config.items():
         if value and key not in HARMLESS | {"init_lora_weights", "bias"}:
-            raise refuse(f"{key}")
+            raise refuse(shown(key))
 
 
 def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path) -> float:
@@ -128,18 +147,21 @@ def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path)
         found = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
         return next(found, default)
 
+    where = str(folder / CONFIG)
     try:
-        rank = int(matched(config.get("rank_pattern"), config["r"]))
-        alpha = float(matched(config.get("alpha_pattern"), config["lora_alpha"]))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
+        rank = matched(config.get("rank_pattern"), config.get("r"))
+        alpha = matched(config.get("alpha_pattern"), config.get("lora_alpha"))
+    except (AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise CheckpointError(f"rank_pattern or alpha_pattern is wrong: {shown(str(error))}", where) from error
+    if type(rank) is not int or not 0 < rank < LIMIT or type(alpha) not in (int, float) or not abs(alpha) < LIMIT:
         raise CheckpointError(
-            f"r, lora_alpha or a pattern is missing or wrong: {error}", str(folder / CONFIG)
-        ) from error
-    if rank < 1 or not math.isfinite(alpha):
-        raise CheckpointError(f"rank {rank} and alpha {alpha} of {module!r}", str(folder / CONFIG), "rank 1 or more")
+            f"rank {shown(repr(rank))} and alpha {shown(repr(alpha))} of {module!r}",
+            where,
+            "`r` of 1 or more, and a finite `lora_alpha`",
+        )
     if not a.shape or a.shape[0] != rank:
         raise CheckpointError(f"{a.name!r} has shape {a.shape}", str(folder), f"rank {rank}, as {CONFIG} says")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _is_frozen_copy(name: str, tensors: dict[str, TensorHeader], base: ModelHeader) -> bool:

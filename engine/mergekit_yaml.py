@@ -14,6 +14,7 @@ from engine.config import Config, ListedBase, Recipe
 from engine.errors import ConfigError
 from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
 from engine.methods.spec import Method
+from engine.untrusted import shown
 
 Location = tuple[int | str, ...]
 Where = Callable[[Location], str]
@@ -38,7 +39,7 @@ def method_of(raw: dict[str, Any], where: Where) -> Method | None:
         raise ConfigError(f"the method {name!r} is mergekit's, which is not installed", at, do=INSTALL)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
     raise ConfigError(
-        f"there is no method {name!r}",
+        f"there is no method {shown(repr(name))}",
         at,
         do=f"did you mean {near[0]!r}?" if near else "`python cli.py methods` lists them",
     )
@@ -132,7 +133,7 @@ def as_yaml(config: Config) -> dict[str, Any]:
 
 def _check(settings: Any, method: Method, at: Location, where: Where) -> None:
     if not isinstance(settings, dict):
-        raise ConfigError(f"{'.'.join(map(str, at))} is {settings!r}", where(at), "options and their values")
+        raise ConfigError(f"{'.'.join(map(str, at))} is {shown(repr(settings))}", where(at), "options and their values")
     for key, setting in settings.items():
         option = method.by_name.get(key)
         if option is None:
@@ -178,9 +179,11 @@ def _whole_slice(raw: dict[str, Any], where: Where) -> tuple[dict[str, Any], dic
     sources = slices[0].get("sources")
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources) or not sources:
         raise ConfigError("a slice has no `sources`", where(("slices", 0)))
-    ranges = {tuple(found) if isinstance(found := source.get("layer_range"), list) else None for source in sources}
-    last = next(iter(ranges))
-    if len(slices) > 1 or len(ranges) > 1 or last is None or len(last) != 2 or last[0] != 0 or last[1] < 1:
+    ranges = [source.get("layer_range") for source in sources]
+    first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
+    if type(first) is not int or first != 0 or type(last) is not int or last < 1:
+        raise refused
+    if len(slices) > 1 or ranges.count(ranges[0]) < len(ranges):
         raise refused
     for key in slices[0]:
         if key not in ("sources", "parameters", "base_model"):
@@ -189,4 +192,4 @@ def _whole_slice(raw: dict[str, Any], where: Where) -> tuple[dict[str, Any], dic
     if slices[0].get("base_model") is not None:
         raw["base_model"] = slices[0]["base_model"]
     del raw["slices"]
-    return raw, slices[0].get("parameters") or {}, int(last[1])
+    return raw, slices[0].get("parameters") or {}, last

@@ -156,10 +156,17 @@ def shortages(plan: Plan, found: Prediction, machines: Machines) -> list[str]:
     saves += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
     kind, limit = ("GPU", machines.gpu_memory) if machines.gpus else ("node", machines.memory)
     if limit is not None:
-        for role, wanted in (("trainer", memory.trainer), ("expert", memory.expert)):
-            if wanted > limit:
+        cluster = plan.config.cluster
+        for role, wanted, asked in (
+            ("trainer", memory.trainer, cluster.trainer.num_gpus),
+            ("expert", memory.expert, cluster.expert.num_gpus),
+        ):
+            devices = asked if machines.gpus and asked != "auto" and asked > 1 else 1
+            if wanted > limit * devices:
                 helps = f"; {' or '.join(saves)} would make it smaller" if role == "trainer" and saves else ""
-                lines.append(f"the {role} wants {wanted / GB:.1f} GB, and a {kind} has {limit / GB:.1f} GB{helps}")
+                helps += f"; or more GPUs: `cluster.{role}.num_gpus`" if machines.gpus else ""
+                have = f"{devices:g} {kind}s have" if devices > 1 else f"a {kind} has"
+                lines.append(f"the {role} wants {wanted / GB:.1f} GB, and {have} {limit * devices / GB:.1f} GB{helps}")
     if machines.memory is not None:
         if memory.shard > machines.memory:
             lines.append(f"a shard wants {memory.shard / GB:.1f} GB, and a node has {machines.memory / GB:.1f} GB")

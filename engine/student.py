@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.alignment import entropy_loss, hidden_loss, logit_loss
 from engine.checkpoint import open_base
 from engine.codec import to_cpu
+from engine.devices import device_map, device_of
 from engine.errors import RunError
 from engine.expert import Target
 from engine.model import blocks_of, build_skeleton, fill, rebuild_logits
@@ -48,16 +49,20 @@ class Student:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
-        self.model, partners = build_skeleton(base.folder, plan.base_header.tensors, self.dtype)
+        self.model, partners = build_skeleton(
+            base.folder, plan.base_header.tensors, self.dtype, plan.config.trust_remote_code
+        )
+        devices = device_map(self.model, self.dtype, device)
         tensors = {}
         for name, partner in partners.items():
+            device = device_of(partner, devices)
             if name in plan.merged_set:
                 tensors[partner] = torch.empty(plan.base_header.tensors[name].shape, dtype=self.dtype, device=device)
             else:
                 weight = base.read(name)
                 # A view of the file where nothing has to change: what is never merged is never copied.
                 tensors[partner] = weight.to(device, self.dtype) if weight.is_floating_point() else weight.to(device)
-        fill(self.model, tensors, device)
+        fill(self.model, tensors, devices)
         named = dict(self.model.named_parameters())
         self._merged = {name: named[partners[name]].requires_grad_() for name in plan.merged}
         self._arriving: dict[str, Sequence[Future[None]]] = {}
@@ -122,9 +127,9 @@ class Student:
             loss = self._logit_loss(last_BTH[own], target, weight, slope_BTH[own])
             hidden = hidden_loss(
                 {index: output.hidden_states[index][own] for index in target.hidden_TH},
-                {index: tensor.to(self.device) for index, tensor in target.hidden_TH.items()},
+                {index: tensor.to(output.hidden_states[index].device) for index, tensor in target.hidden_TH.items()},
             )
-            if not (loss + hidden).isfinite():
+            if not (loss.isfinite() and hidden.isfinite()):
                 raise RunError(
                     "the loss of the merged model is not finite",
                     do="lower `learning_rate` or the weights, or use float32",
@@ -164,13 +169,13 @@ class Student:
         """
         temperature, tokens = self.plan.config.parameters.temperature, last_TH.shape[0]
         rows = max(1, LOGIT_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        mean = torch.zeros((), device=self.device)
+        mean = torch.zeros((), device=last_TH.device)
         for start in range(0, tokens, rows):
             some = slice(start, min(start + rows, tokens))
             hidden_PH = last_TH[some].detach().requires_grad_()
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             if target.labelled:
-                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some), temperature)
+                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_TH.device), temperature)
             else:
                 loss, slope_PV = entropy_loss(logits_PV)
             mean += loss / tokens
@@ -180,12 +185,12 @@ class Student:
         return mean
 
     @torch.no_grad()
-    def _expert_logits(self, target: Target, some: slice) -> Tensor:
+    def _expert_logits(self, target: Target, some: slice, device: torch.device) -> Tensor:
         """zₖ(x) of some tokens [P, V]: as they came, or from the last hidden state through the head that both share."""
         if target.logits_TV is not None:
-            return target.logits_TV[some].to(self.device)
+            return target.logits_TV[some].to(device)
         assert target.last_hidden_TH is not None
-        return rebuild_logits(self.model, target.last_hidden_TH[None, some].to(self.device))[0]
+        return rebuild_logits(self.model, target.last_hidden_TH[None, some].to(device))[0]
 
     def _slot(self, piece: Piece) -> Tensor:
         """The model's own memory of a piece."""

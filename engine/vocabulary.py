@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.headers import ModelHeader
+from engine.headers import ModelHeader, check_folder
+from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, shown
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
 EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
@@ -26,13 +27,20 @@ def has_tokens_for_rows(model: ModelHeader, tensor: str) -> bool:
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
-    """Tokens and their numbers; None where the folder has no tokenizer.json."""
+    """Tokens and their numbers; None where the folder has no tokenizer.json.
+
+    Raises:
+        CheckpointError: it cannot be read, or another file of the folder is none to be read (`headers.check_folder`).
+    """
+    check_folder(folder)
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         return None
+    check_regular(file, TOKENIZER_BYTES, CheckpointError)
     from tokenizers import Tokenizer
 
-    tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    with foreign(lambda told: CheckpointError(f"not a tokenizer: {told}", str(file))):
+        tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     return tokens
 
 
@@ -51,9 +59,9 @@ def check_tokens(model: ModelHeader, wanted: ModelHeader, wanted_folder: Path, w
     for token, place in theirs.items():
         if ours.get(token, place) != place or places.get(place, token) != token:
             raise CheckpointError(
-                f"its token {token!r} has the number {place}",
+                f"its token {shown(repr(token))} has the number {place}",
                 where,
-                f"the output's tokenizer has {places.get(place)!r} there, and {token!r} at {ours.get(token)}",
+                f"the output's tokenizer has {shown(repr(places.get(place)))} there, and that at {ours.get(token)}",
                 "give models whose vocabularies differ only by tokens at their ends",
             )
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.driver import Merge, prepare
+from cluster.driver import attempt, prepare
 from cluster.progress import Progress
 from engine.plan import Plan
 from engine.run_folder import identity, open_run
 
 
-def run_merge(plan: Plan, out: Path, each_step: Callable[[Merge], None] | None = None) -> Path:
-    """Merge on the Ray that is connected; `each_step` is called as phases advance."""
+def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = None) -> Path:
+    """Merge on the Ray that is connected; `each_step` is called with a phase's name as it advances."""
     samples = prepare(plan)
-    with open_run(out, identity(plan), fresh=False) as run, Progress() as progress:
-        merge = Merge(plan, samples, run, progress)
+    with open_run(str(out), identity(plan), fresh=False) as run, Progress() as progress:
         if each_step is not None:
             advance = progress.advance
 
-            def watched(done: int, note: str = "") -> None:
-                advance(done, note)
-                each_step(merge)
+            def watched(name: str, done: int, note: str = "") -> None:
+                advance(name, done, note)
+                each_step(name)
 
             progress.advance = watched  # type: ignore[method-assign]
-        merge.run(identity(plan))
+        run.keep_plan(plan)
+        attempt(plan, samples, run, progress, identity(plan))
     return out
 
 

@@ -99,6 +99,8 @@ def _values(setting: Setting) -> Iterator[Any]:
             raise ValueError("a list has values or {filter, value}, not both")
         if not setting:
             raise ValueError("a list has at least one value")
+        if any(isinstance(one, list) for one in setting):
+            raise ValueError("a list has no lists in it")
         for one in setting:
             yield from _values(one)
     else:

@@ -1,86 +1,226 @@
-"""A submitted job on a real head with its dashboard, as a cluster's user runs it."""
+"""Submitted jobs on a real head with its dashboard, as a cluster's user runs them: exit codes, logs, stops, tokens."""
 
 from __future__ import annotations
 
+import json
 import os
-import secrets
-import socket
+import re
+import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
+from ray_head import BIN, ROOT, Head, started_head
 from transformers import AutoModelForCausalLM
-
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
+STOPPED = "stopped; the same command goes on from here"
+# In a process of its own: Ray's client keeps the first token that a process ever used.
+TELL = """
+import json, sys
+from ray.job_submission import JobSubmissionClient
+address, name = sys.argv[1:]
+client = JobSubmissionClient(address)
+info = client.get_job_info(name)
+print(json.dumps([info.status.value, info.driver_exit_code, client.get_job_logs(name)]))
+"""
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+
+@dataclass(frozen=True)
+class Told:
+    """What the cluster says of a job."""
+
+    status: str
+    code: int | None
+    log: str
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, dict[str, str]]]:
-    """The dashboard's address of a head of our own, and the environment in which it answers us."""
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
-    dashboard = free_port()
-    # Ray's sockets live below this folder, and their paths may not be long.
-    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
-        arguments = ["start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-        arguments += ["--num-cpus=2", f"--object-store-memory={120 << 20}", f"--temp-dir={folder}"]
-        with open(Path(folder) / "head.log", "wb") as log:
-            process = subprocess.Popen([BIN / "ray", *arguments], env=environment, stdout=log, stderr=log)
-        try:
-            address = f"http://127.0.0.1:{dashboard}"
-            deadline = time.monotonic() + 90
-            while not answers(address, environment):
-                assert process.poll() is None, (Path(folder) / "head.log").read_text()
-                assert time.monotonic() < deadline, "the head did not come up"
-            yield address, environment
-        finally:
-            process.terminate()
-            process.wait(60)
+def head() -> Iterator[Head]:
+    with started_head() as head:
+        yield head
 
 
-def answers(address: str, environment: dict[str, str]) -> bool:
-    listed = subprocess.run([BIN / "ray", "job", "list", "--address", address], env=environment, capture_output=True)
-    return listed.returncode == 0
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge whose only stage is long enough to be stopped."""
+    options = {"merge_method": "expert_merging", "parameters": {"epochs": 90}}
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), **options)
 
 
-def submit(head: tuple[str, dict[str, str]], *arguments: str) -> subprocess.CompletedProcess[str]:
-    address, environment = head
-    command = [BIN / "ray", "job", "submit", "--address", address, "--working-dir", ROOT, "--", "python", "cli.py"]
-    return subprocess.run(
-        [*command, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+@pytest.fixture(scope="module")
+def undisturbed(head: Head, config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Told]:
+    """The folder of a merge that nobody stopped, and its job."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    return out, run_job(head, config, "--out", out)
+
+
+def start_job(head: Head, *arguments: object) -> str:
+    """`ray job submit -- python cli.py merge ARGUMENTS`; the job's name."""
+    submitted = submit(head.dashboard, head.environment, *arguments)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    name = re.search(r"raysubmit_\w+", submitted.stdout)
+    assert name is not None
+    return name[0]
+
+
+def submit(dashboard: str, environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ROOT, "--no-wait", "--"]
+    command += ["python", "cli.py", "merge", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def tell(head: Head, name: str) -> Told:
+    command = [sys.executable, "-c", TELL, head.dashboard, name]
+    asked = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=60, check=True)
+    return Told(*json.loads(asked.stdout.splitlines()[-1]))
+
+
+def wait_until(done: Callable[[Told], bool], head: Head, name: str) -> Told:
+    deadline = time.monotonic() + 240
+    while not done(told := tell(head, name)):
+        assert time.monotonic() < deadline, told
+    return told
+
+
+def ended(told: Told) -> bool:
+    return told.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+def run_job(head: Head, *arguments: object) -> Told:
+    return wait_until(ended, head, start_job(head, *arguments))
+
+
+def result(out: Path) -> dict[str, bytes]:
+    """Weights and coefficients, byte for byte."""
+    files = [*out.glob("*.safetensors"), out / "merge" / "coefficients.parquet"]
+    assert len(files) >= 2
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_submitted_job_merges_into_a_shared_folder(undisturbed: tuple[Path, Told]) -> None:
+    out, told = undisturbed
+    assert (told.status, told.code) == ("SUCCEEDED", 0), told.log
+    assert told.log.rstrip().endswith(f"merged 2 experts into {out}")
+    AutoModelForCausalLM.from_pretrained(out)
+    assert not out.with_name("out.run").exists()
+
+
+def test_a_jobs_log_is_plain_lines_with_phases_and_losses(undisturbed: tuple[Path, Told]) -> None:
+    log = undisturbed[1].log
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", log), "neither escape codes nor carriage returns"
+    for phase in ("targets", "writing", "hashing the inputs"):
+        assert re.search(rf"^\[ *\d+\.\d s\] {phase}: \d+$", log, flags=re.MULTILINE), log
+    steps = re.findall(
+        r"^\[ *\d+\.\d s\] stage 1 (\d+)/240  kl \d\.\d{4}  hidden \d\.\d{4}  lr \S+  \d+\.\d s$", log, re.M
     )
+    assert steps == [str(step) for step in range(1, 241)]
 
 
-def test_a_submitted_job_merges_into_a_shared_folder(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
-    config = tiny.make_merge(tmp_path / "merge")
-    done = submit(head, "merge", str(config), "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "stage 2 3/3" in done.stdout
-    assert f"merged 2 experts into {tmp_path / 'out'}" in done.stdout
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+def test_wrong_input_is_2(head: Head, config: Path, tmp_path: Path) -> None:
+    told = run_job(head, config, "--out", tmp_path / "out", "--set", "parameters.weigth=1")
+    assert (told.status, told.code) == ("FAILED", 2), told.log
+    assert "did you mean 'weight'?" in told.log
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_job_with_wrong_input_ends_with_our_message_and_code(
-    head: tuple[str, dict[str, str]], tmp_path: Path
+def test_what_the_cluster_does_not_have_is_3(head: Head, config: Path, tmp_path: Path) -> None:
+    wanted = ["--set", "cluster.trainer.num_gpus=4", "--set", "cluster.wait=2"]
+    told = run_job(head, config, "--out", tmp_path / "out", *wanted)
+    assert (told.status, told.code) == ("FAILED", 3), told.log
+    assert "GPUs" in told.log and "cluster" in told.log
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_that_always_dies_is_4_and_leaves_a_state(
+    head: Head, config: Path, undisturbed: tuple[Path, Told], tmp_path: Path
 ) -> None:
-    config = tiny.make_merge(tmp_path / "merge")
-    done = submit(head, "merge", str(config), "--out", str(tmp_path / "out"), "--set", "parameters.weigth=1")
-    assert done.returncode != 0
-    assert "did you mean 'weight'?" in done.stdout
-    assert "exit code 2" in done.stdout or "exited with code 2" in done.stdout
+    name = start_job(head, config, "--out", tmp_path / "out")
+    wait_until(lambda told: "stage 1 3/" in told.log or ended(told), head, name)
+
+    def killed(told: Told) -> bool:
+        for pid in workers(head, "ray::Trainer"):
+            os.kill(pid, signal.SIGKILL)
+        return ended(told)
+
+    told = wait_until(killed, head, name)
+    assert (told.status, told.code) == ("FAILED", 4), told.log
+    assert "an actor died while taking a step" in told.log and "Traceback" not in told.log
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run").exists()
+
+
+def workers(head: Head, title: str) -> list[int]:
+    """Processes of this head, and of no other on this machine, whose title begins so."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = head.environment["RAY_AUTH_TOKEN"].encode() in (folder / "environ").read_bytes()
+            if ours and (folder / "cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(
+    head: Head, config: Path, undisturbed: tuple[Path, Told], tmp_path: Path
+) -> None:
+    name = start_job(head, config, "--out", tmp_path / "out")
+    under_way = wait_until(lambda told: "stage 1 3/" in told.log or ended(told), head, name)
+    assert not ended(under_way), under_way.log
+    stop = [BIN / "ray", "job", "stop", "--address", head.dashboard, name]
+    subprocess.run(stop, env=head.environment, capture_output=True, timeout=60, check=True)
+    told = wait_until(ended, head, name)
+    # Ray keeps no exit code of a job that it stopped itself.
+    assert (told.status, told.code) == ("STOPPED", None), told.log
+    assert told.log.rstrip().endswith(STOPPED)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
+    again = run_job(head, config, "--out", tmp_path / "out")
+    assert again.code == 0, again.log
+    assert re.search(r"stage 1: 240 \(\d+ done before\)", again.log) and "targets: 7 (7 done before)" in again.log
+    assert result(tmp_path / "out") == result(undisturbed[0])
+
+
+def test_a_driver_outside_of_a_job_that_is_terminated_is_130(
+    head: Head, config: Path, undisturbed: tuple[Path, Told], tmp_path: Path
+) -> None:
+    command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out", "--address", head.address]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=head.environment, **pipes) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if "stage 1 3/" in line:
+                run.send_signal(signal.SIGTERM)
+                break
+        run.stdout.read()
+        message = run.stderr.read()
+    assert run.returncode == 130, message
+    assert message.rstrip().endswith(STOPPED) and "Traceback" not in message
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "done before" in again.stdout
+    assert result(tmp_path / "out") == result(undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [("0" * 32, "Invalid authentication token"), (None, "couldn't find an authentication token")],
+    ids=["wrong", "missing"],
+)
+def test_without_the_clusters_token_nothing_is_submitted(
+    head: Head, config: Path, tmp_path: Path, token: str | None, message: str
+) -> None:
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_TOKEN"}
+    # A home without a token that Ray may have left in the user's.
+    environment |= {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token} if token else {})
+    submitted = submit(head.dashboard, environment, config, "--out", tmp_path / "out")
+    assert submitted.returncode != 0
+    assert "AuthenticationError" in submitted.stderr and message in submitted.stderr
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,6 @@ from conftest import plan_of
 from plain import Plain
 from transformers import AutoModelForCausalLM
 
-from cluster.driver import Merge
 from engine.coefficients import read_coefficients
 
 pytestmark = pytest.mark.usefixtures("small_ray")
@@ -126,8 +125,7 @@ def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, me
     victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"}
     killed: dict[str, list[int]] = {}
 
-    def kill_once_a_phase(merge: Merge) -> None:
-        phase = merge.progress._phase
+    def kill_once_a_phase(phase: str) -> None:
         if phase in victims and phase not in killed:
             killed[phase] = worker_pids(victims[phase])
             for pid in killed[phase]:
@@ -152,8 +150,8 @@ def worker_pids(title: str) -> list[int]:
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
-    def stop_in_stage_2(merge: Merge) -> None:
-        if merge.progress._phase == "stage 2":
+    def stop_in_stage_2(phase: str) -> None:
+        if phase == "stage 2":
             raise KeyboardInterrupt
 
     plan = plan_of(config)

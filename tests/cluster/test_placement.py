@@ -1,17 +1,32 @@
-"""How many actors there are and what each asks for, on clusters of every make."""
+"""Which node each actor sits on and what it asks for there, on clusters of every make."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import plan_of
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cluster.placement import Bundle, Node, Placement, place, shortage
+from cluster.placement import Devices, Layout, Node, Seat, arrange, check_memory, lay_out, lay_out_shards
 from engine.config import Config
 from engine.config_file import parse_config
+from engine.errors import ClusterError
+from engine.plan import Plan, slices
+from engine.scaling import Where, Work
+
+WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
+
+
+@pytest.fixture(scope="module")
+def plan(llama_merge: Path) -> Plan:
+    return plan_of(llama_merge)
 
 
 def config(experts: int = 2, **cluster: Any) -> Config:
@@ -20,147 +35,211 @@ def config(experts: int = 2, **cluster: Any) -> Config:
     return parse_config(raw, Path("merge.yaml"))
 
 
-def total(bundles: Sequence[Bundle], kind: str) -> float:
-    return round(sum(bundle.get(kind, 0) for bundle in bundles), 9)
+def cluster_of(*nodes: tuple[float, float]) -> list[Node]:
+    """Nodes of so many CPUs and GPUs, by the ids n0, n1, …"""
+    return [Node(cpus, gpus, id=f"n{index}") for index, (cpus, gpus) in enumerate(nodes)]
 
 
-def fits(placement: Placement, node: Node) -> bool:
-    """Shards last the whole merge; beside them there are first the experts, then the trainer, or both at once."""
-    phases = [(*placement.shards, *placement.experts), (*placement.shards, placement.trainer)]
-    if placement.beside:
-        phases = [(*placement.shards, *placement.experts, placement.trainer)]
-    return all(total(phase, "CPU") <= node.cpus and total(phase, "GPU") <= node.gpus for phase in phases)
+def laid_out(plan: Plan, nodes: Sequence[Node], experts: int = 2, where: Where = "nodes", **cluster: Any) -> Layout:
+    planned = replace(plan, config=config(experts, **cluster), experts=tuple(plan.experts[:1]) * experts)
+    return lay_out(nodes, planned, Devices.of(nodes, planned.config), where)
 
 
-def test_without_gpus_nobody_asks_for_one_and_one_expert_runs_on_each_node() -> None:
-    placement = place([Node(8, 0)], config(experts=3))
-    assert placement.trainer == {"CPU": 1.0}
-    assert placement.experts == ({"CPU": 1.0},)
-    assert placement.shards == ({"CPU": 1.0},)
+def asked_at_once(layout: Layout) -> list[list[Seat]]:
+    """Seats that are taken at the same time, moment by moment."""
+    assert layout.trainer is not None and layout.home is not None
+    if layout.beside:
+        return [[*layout.shards, layout.trainer, *layout.experts]]
+    return [[*layout.shards, *layout.experts], [*layout.shards, layout.trainer], [*layout.shards, layout.home]]
+
+
+def totals(seats: Sequence[Seat]) -> Mapping[str, tuple[float, float]]:
+    cpus, gpus = Counter[str](), Counter[str]()
+    for seat in seats:
+        cpus[seat.node] += seat.cpus
+        gpus[seat.node] += seat.gpus
+    return {node: (round(cpus[node], 9), round(gpus[node], 9)) for node in cpus}
+
+
+def test_without_gpus_nobody_asks_for_one_and_all_sit_together(plan: Plan) -> None:
+    layout = laid_out(plan, cluster_of((8, 0)), experts=3)
+    assert layout.trainer == layout.home == Seat("n0", 1.0)
+    assert layout.experts == layout.shards == (Seat("n0", 1.0),)
+    assert layout.beside, "both processes may start at once"
+    assert not layout.overlap, "they would compute with the same cores"
 
 
 @pytest.mark.parametrize(
-    ("nodes", "experts", "at_a_time"),
+    ("nodes", "experts", "at_a_time", "beside"),
     [
-        ([Node(8, 1)], 3, 1),
-        ([Node(8, 1)], 1, 1),
-        ([Node(16, 8)], 3, 3),
-        ([Node(16, 4)], 9, 4),
-        ([Node(8, 2), Node(8, 2)], 9, 4),
-        ([Node(8, 2), Node(8, 0)], 9, 2),
-        ([Node(8, 0), Node(8, 0), Node(8, 0)], 2, 2),
-        ([Node(8, 0), Node(8, 0), Node(8, 0)], 9, 3),
-        ([Node(0, 0), Node(8, 0), Node(8, 0)], 9, 2),
+        ([(8, 1)], 3, 1, False),
+        ([(8, 1)], 1, 1, False),
+        ([(16, 8)], 3, 3, True),
+        ([(16, 4)], 9, 3, True),
+        ([(8, 2), (8, 2)], 9, 3, True),
+        ([(8, 2), (8, 0)], 9, 1, True),
+        ([(8, 1), (8, 1)], 9, 1, True),
+        ([(8, 0), (8, 0), (8, 0)], 1, 1, True),
+        ([(8, 0), (8, 0), (8, 0)], 9, 2, True),
+        ([(0, 0), (8, 0), (8, 0)], 9, 1, True),
     ],
 )
-def test_as_many_experts_at_a_time_as_there_are_places_for(nodes: list[Node], experts: int, at_a_time: int) -> None:
-    placement = place(nodes, config(experts))
-    assert len(placement.experts) == at_a_time
-    gpus = sum(node.gpus for node in nodes)
-    assert {bundle.get("GPU", 0) for bundle in placement.experts} == {min(gpus, 1)}
-    assert placement.trainer.get("GPU", 0) == min(gpus, 1)
-    assert all("GPU" not in bundle for bundle in placement.shards)
+def test_as_many_experts_at_a_time_as_fit_beside_the_trainer(
+    plan: Plan, nodes: list[tuple[float, float]], experts: int, at_a_time: int, beside: bool
+) -> None:
+    layout = laid_out(plan, cluster_of(*nodes), experts)
+    assert len(layout.experts) == at_a_time
+    assert (layout.beside, layout.overlap) == (beside, beside)
+    assert layout.trainer is not None and layout.home is not None
+    gpus = min(1, sum(gpus for _, gpus in nodes))
+    assert {seat.gpus for seat in layout.experts} == {layout.trainer.gpus} == {gpus}
+    assert all(seat.gpus == 0 for seat in layout.shards)
+
+
+def test_experts_take_the_other_nodes_first(plan: Plan) -> None:
+    layout = laid_out(plan, cluster_of((8, 2), (8, 2), (8, 2)), experts=4)
+    assert layout.trainer is not None and layout.trainer.node == "n0"
+    assert [seat.node for seat in layout.experts] == ["n1", "n2", "n0", "n1"]
+
+
+def test_on_one_gpu_the_experts_take_their_turns_in_the_trainers_home(plan: Plan) -> None:
+    layout = laid_out(plan, cluster_of((8, 1), (8, 0)), experts=4)
+    assert layout.home == Seat("n0", 1.0, 1)
+    assert [seat.node for seat in layout.experts] == ["n0"]
+    assert layout.reserved == (*layout.shards, layout.home)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "shards", "count"),
+    ("expert", "trainer", "at_a_time", "home"),
+    [(0.5, 1, 2, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 1, 2), (0, 1, 1, 1), (1, 0, 2, 0), (0.25, 0.25, 6, 0.25)],
+)
+def test_gpus_given_by_the_config_are_asked_for(
+    plan: Plan, expert: float, trainer: float, at_a_time: int, home: float
+) -> None:
+    layout = laid_out(plan, cluster_of((16, 2)), 6, expert={"num_gpus": expert}, trainer={"num_gpus": trainer})
+    assert layout.trainer is not None and layout.home is not None
+    assert len(layout.experts) == at_a_time
+    assert {seat.gpus for seat in layout.experts} == {expert}
+    assert (layout.trainer.gpus, layout.home.gpus) == (trainer, home)
+
+
+def test_several_gpus_an_actor_are_those_of_one_node(plan: Plan) -> None:
+    nodes = cluster_of((8, 1), (8, 4), (8, 2))
+    layout = laid_out(plan, nodes, 5, expert={"num_gpus": 2}, trainer={"num_gpus": 2})
+    assert layout.trainer is not None and layout.trainer.node in ("n1", "n2")
+    assert len(layout.experts) == 2 and all(seat.gpus == 2 for seat in layout.experts)
+    with pytest.raises(ClusterError, match=r"no node for the trainer: it asks for one with 8 GPUs") as failed:
+        laid_out(plan, nodes, 5, trainer={"num_gpus": 8})
+    assert "3 nodes are there, 7 GPUs in all" in failed.value.expected
+    assert "the largest with 4 GPUs" in failed.value.expected
+
+
+def test_labels_are_honoured(plan: Plan) -> None:
+    fast, slow = {"pool": "fast", "zone": "a"}, {"pool": "slow", "zone": "a"}
+    nodes = [Node(8, 1, id="n0", labels=slow), Node(8, 1, id="n1", labels=fast), Node(8, 1, id="n2")]
+    layout = laid_out(plan, nodes, trainer={"labels": {"pool": "fast"}}, expert={"labels": {"pool": "slow"}})
+    assert layout.trainer is not None
+    assert (layout.trainer.node, [seat.node for seat in layout.experts]) == ("n1", ["n0"])
+    assert {seat.node for seat in layout.shards} == {"n0", "n1", "n2"}
+    layout = laid_out(plan, nodes, labels={"zone": "a"})
+    assert {seat.node for seat in (*layout.shards, *layout.experts)} == {"n0", "n1"}
+    with pytest.raises(ClusterError, match=r"the label pool=huge") as failed:
+        laid_out(plan, nodes, trainer={"labels": {"pool": "huge"}})
+    assert failed.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shards", "counts"),
     [
-        ([Node(8, 0)], "auto", 1),
-        ([Node(8, 1), Node(8, 1), Node(8, 1)], "auto", 3),
-        ([Node(0, 0), Node(8, 1), Node(8, 1)], "auto", 2),
-        ([], "auto", 1),
-        ([Node(8, 0)], 5, 5),
-        ([Node(8, 1), Node(8, 1), Node(8, 1)], 1, 1),
-        ([Node(0, 0), Node(8, 1), Node(8, 1)], 8, 8),
-        # One reads and writes the files all the same.
-        ([Node(8, 0)], 0, 1),
-        ([Node(8, 1), Node(8, 1), Node(8, 1)], 0, 1),
+        ([(8, 0)], "auto", {"n0": 1}),
+        ([(8, 1), (8, 1), (8, 1)], "auto", {"n0": 1, "n1": 1, "n2": 1}),
+        ([(0, 0), (8, 1), (8, 1)], "auto", {"n1": 1, "n2": 1}),
+        ([(8, 0)], 5, {"n0": 5}),
+        ([(0, 0), (8, 1), (8, 1)], 8, {"n1": 4, "n2": 4}),
     ],
 )
 def test_shards_are_as_many_as_asked_for_or_one_a_node_that_has_cpus(
-    nodes: list[Node], shards: str | int, count: int
+    plan: Plan, nodes: list[tuple[float, float]], shards: str | int, counts: dict[str, int]
 ) -> None:
-    placement = place(nodes, config(shards=shards))
-    assert len(placement.shards) == count
-    assert all(set(bundle) == {"CPU"} and 0 < bundle["CPU"] <= 1 for bundle in placement.shards)
+    for seats in (
+        laid_out(plan, cluster_of(*nodes), shards=shards).shards,
+        lay_out_shards(cluster_of(*nodes), replace(plan, config=config(shards=shards))).shards,
+    ):
+        assert Counter(seat.node for seat in seats) == counts
+        assert all(0 < seat.cpus <= 1 for seat in seats)
 
 
-@pytest.mark.parametrize("nodes", [[], [Node(8, 0)], [Node(0, 0), Node(8, 1), Node(8, 1)]], ids=len)
-def test_only_no_shards_at_all_keep_the_task_vectors_within_the_trainer(nodes: list[Node]) -> None:
-    within = {shards: place(nodes, config(shards=shards)).within_trainer for shards in ("auto", 0, 1, 2)}
+def test_a_single_shard_reads_and_writes_for_a_trainer_that_has_the_task_vectors(plan: Plan) -> None:
+    nodes = cluster_of((8, 1), (8, 1))
+    within = {shards: laid_out(plan, nodes, shards=shards).within_trainer for shards in ("auto", 0, 1, 2)}
     assert within == {"auto": False, 0: True, 1: False, 2: False}
-    # The trainer then works alone, and asks for no more than it did.
-    assert place(nodes, config(shards=0)).trainer == place(nodes, config(shards=1)).trainer
 
 
-@pytest.mark.parametrize(
-    ("expert", "trainer", "at_a_time"), [(0.5, 1, 4), (2, 2, 1), (0, 1, 1), (1, 0, 2), (0.25, 0.25, 6)]
-)
-def test_gpus_given_by_the_config_are_asked_for(expert: float, trainer: float, at_a_time: int) -> None:
-    wanted = config(experts=6, expert={"num_gpus": expert}, trainer={"num_gpus": trainer})
-    placement = place([Node(16, 2)], wanted)
-    assert len(placement.experts) == at_a_time
-    assert {bundle.get("GPU", 0) for bundle in placement.experts} == {expert}
-    assert placement.trainer.get("GPU", 0) == trainer
+def test_shards_are_spread_by_bytes_for_the_memory_of_the_nodes(plan: Plan) -> None:
+    nodes = [Node(8, 0, memory=3e9, id="large"), Node(8, 0, memory=1e9, id="small")]
+    seats = laid_out(plan, nodes, shards=8).shards
+    bytes_of = Counter[str]()
+    for seat, names in zip(seats, slices(plan, 8), strict=True):
+        bytes_of[seat.node] += sum(plan.numels[name] for name in names)
+    share = bytes_of["large"] / bytes_of.total()
+    assert 0.6 < share < 0.9, "about three of four bytes"
 
 
-def test_all_start_at_once_where_nobody_waits_for_a_gpu() -> None:
-    assert place([Node(8, 0)], config()).beside
-    assert not place([Node(8, 1)], config()).beside
-    for kind in ("expert", "trainer"):
-        assert not place([Node(8, 1)], config(**{kind: {"num_gpus": 0}})).beside, "the other one takes a GPU"
-
-
-def test_gpus_that_no_node_has_are_asked_for_all_the_same() -> None:
-    """So that the wait says what is missing, and a cluster that grows can serve."""
-    placement = place([Node(8, 0)], config(expert={"num_gpus": 1}, trainer={"num_gpus": 4}))
-    assert placement.experts == ({"CPU": 1.0, "GPU": 1},)
-    assert placement.trainer == {"CPU": 1.0, "GPU": 4}
+def test_shards_stay_on_the_trainers_node_where_the_scaling_model_says_so(plan: Plan) -> None:
+    layout = laid_out(plan, cluster_of((8, 1), (8, 1), (8, 1)), where="node", shards=4)
+    assert layout.trainer is not None
+    assert {seat.node for seat in layout.shards} == {layout.trainer.node}
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 16, 64])
-def test_one_node_is_never_asked_for_more_than_it_has(cpus: int, gpus: int) -> None:
-    node = Node(cpus, gpus)
+def test_one_node_is_never_asked_for_more_than_it_has(plan: Plan, cpus: int, gpus: int) -> None:
     for experts, shards in product([1, 2, 5, 9], ["auto", 0, 1, 2, 3, 5, 7, 8]):
-        placement = place([node], config(experts, shards=shards))
-        assert fits(placement, node), f"{experts} experts, {shards} shards: {placement}"
+        layout = laid_out(plan, cluster_of((cpus, gpus)), experts, shards=shards)
+        for seats in asked_at_once(layout):
+            assert totals(seats)["n0"][0] <= cpus and totals(seats)["n0"][1] <= gpus, (experts, shards, layout)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "shards"),
-    [([Node(1, 0)] * 3, "auto"), ([Node(1, 1)] * 3, 8), ([Node(4, 2)] * 2, 7), ([Node(0, 0), *[Node(2, 1)] * 2], 5)],
+@given(
+    nodes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=5),
+    experts=st.integers(1, 9),
+    shards=st.sampled_from(["auto", 0, 1, 3, 7]),
+    each=st.tuples(st.sampled_from(["auto", 0, 0.5, 1, 2]), st.sampled_from(["auto", 0, 0.5, 1, 2])),
 )
-def test_an_even_cluster_is_never_asked_for_more_than_it_has(nodes: list[Node], shards: str | int) -> None:
-    placement = place(nodes, config(experts=9, shards=shards))
-    assert fits(placement, Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)))
-    largest = max(node.cpus for node in nodes)
-    everyone = (placement.trainer, *placement.experts, *placement.shards)
-    assert all(0 < bundle["CPU"] <= largest / 3 for bundle in everyone)
-
-
-def test_the_placement_does_not_depend_on_the_order_of_the_nodes() -> None:
-    nodes = [Node(0, 0), Node(4, 1), Node(16, 2)]
-    assert place(nodes, config()) == place(nodes[::-1], config())
-
-
-@pytest.mark.parametrize(
-    ("nodes", "bundles", "text"),
-    [
-        ([Node(4, 0)], [{"CPU": 1.0}], "asked for: 1 of 4 CPUs, in 1 parts, on 1 nodes"),
-        (
-            [Node(4, 1), Node(8.5, 2)],
-            [{"CPU": 1.0, "GPU": 4}, {"CPU": 0.25, "GPU": 0.5}],
-            "asked for: 1.25 of 12.5 CPUs and 4.5 of 3 GPUs, in 2 parts, on 2 nodes",
-        ),
-        (
-            [Node(4, 0)],
-            [{"CPU": 0.5, "GPU": 1}] * 3,
-            "asked for: 1.5 of 4 CPUs and 3 of 0 GPUs, in 3 parts, on 1 nodes",
-        ),
-    ],
-)
-def test_a_shortage_tells_what_is_asked_for_and_what_there_is(
-    nodes: list[Node], bundles: list[Bundle], text: str
+def test_any_cluster_gets_a_layout_that_it_can_hold_or_the_reason_why_not(
+    plan: Plan, nodes: list[tuple[float, float]], experts: int, shards: Any, each: tuple[Any, Any]
 ) -> None:
-    assert shortage(nodes, bundles) == text
+    options = {"shards": shards, "trainer": {"num_gpus": each[0]}, "expert": {"num_gpus": each[1]}}
+    there = cluster_of(*nodes)
+    wanted = max((0 if gpus == "auto" else gpus) for gpus in each)
+    if not any(node.cpus and node.gpus >= wanted for node in there):
+        with pytest.raises(ClusterError, match="no node for the"):
+            laid_out(plan, there, experts, **options)
+        return
+    layout = laid_out(plan, there, experts, **options)
+    assert layout == laid_out(plan, there[::-1], experts, **options), "whatever the order of the nodes"
+    assert 1 <= len(layout.experts) <= experts
+    assert not any(seat.gpus for seat in layout.shards)
+    for seats in asked_at_once(layout):
+        for node, (cpus, gpus) in totals(seats).items():
+            has = there[int(node[1:])]
+            assert cpus <= has.cpus and gpus <= has.gpus
+    assert layout.trainer is not None
+    if layout.overlap and not layout.trainer.gpus:
+        assert layout.trainer.node not in {seat.node for seat in layout.experts}
+
+
+def test_a_run_keeps_its_kind_of_device_when_the_gpus_are_gone(plan: Plan) -> None:
+    before = Devices.of(cluster_of((8, 1)), plan.config)
+    assert before == Devices(1, 1)
+    assert Devices.of(cluster_of((8, 0)), plan.config) == Devices(0, 0)
+    with pytest.raises(ClusterError, match="no node for the trainer: it asks for one with 1 GPUs"):
+        arrange(cluster_of((8, 0)), plan, WORK, before)
+
+
+def test_a_trainer_that_no_node_holds_is_told_so(plan: Plan) -> None:
+    small = [Node(8, 0, memory=1e3, id="n0")]
+    with pytest.raises(ClusterError, match="the merged weights and their gradient take"):
+        check_memory(small, plan, WORK, Devices(0, 0))
+    check_memory([*small, Node(8, 0, memory=1e10, id="n1")], plan, WORK, Devices(0, 0))
+    check_memory(small, plan, WORK, Devices(1, 1))

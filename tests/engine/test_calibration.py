@@ -21,6 +21,7 @@ from engine.model import load_tokenizer
 from engine.plan import Plan
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
+FUZZ = settings(max_examples=300, deadline=None, derandomize=True)
 # Token ids of the tiny tokenizer: </s> 2, user: 4, assistant: 5, w0 6, w1 7, …
 END, USER, ASSISTANT = 2, 4, 5
 
@@ -387,6 +388,76 @@ def test_random_bytes_are_records_or_a_calibration_error(
     random_file: tuple[Plan, Path], tokenizer: Any, content: bytes
 ) -> None:
     plan, path = random_file
+    path.write_bytes(content)
+    assert records_or_told(plan, tokenizer, path)
+
+
+GOOD = [
+    {"input_ids": [7, 8]},
+    {"text": "w1 w2"},
+    {"question": "w1", "response": "w3"},
+    {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}]},
+]
+# A column a file, so that the rows are as good as the records.
+COLUMNS = [{name: [record[name]] * 3} for record in GOOD for name in record if name != "response"]
+PIECES = [
+    b"\0",
+    b"\xff",
+    b"\xff\xff\xff\x7f",
+    b"\n",
+    b"{",
+    b"[" * 200,
+    b"]",
+    b'"',
+    b"null",
+    b"NaN",
+    b"1e400",
+    b"9" * 5000,
+]
+
+
+@pytest.fixture(scope="session")
+def good_files(
+    llama_merge: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Plan, Path, list[bytes]]]:
+    """For each kind of file a plan that reads one, where that is, and what may stand in it."""
+    folder = tmp_path_factory.mktemp("good")
+    made = {}
+    for kind in ("json", "jsonl", "parquet"):
+        path = folder / f"a.{kind}"
+        contents = []
+        for number, columns in enumerate(COLUMNS):
+            if kind == "parquet":
+                options = {"compression": "snappy" if number % 2 else "zstd", "use_dictionary": number < 2}
+                pyarrow.parquet.write_table(pa.table(columns), path, **options)
+            else:
+                write(path, GOOD)
+            contents.append(path.read_bytes())
+        made[kind] = plan_with(llama_merge, path), path, contents
+    return made
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_good_files_are_good(good_files: Any, tokenizer: Any, kind: str) -> None:
+    plan, path, contents = good_files[kind]
+    for content in contents:
+        path.write_bytes(content)
+        assert first_samples(plan, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+@FUZZ
+@given(st.data())
+def test_a_spoilt_file_is_records_or_a_calibration_error(
+    good_files: Any, tokenizer: Any, kind: str, data: st.DataObject
+) -> None:
+    plan, path, contents = good_files[kind]
+    content = data.draw(st.sampled_from(contents))
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        stop = data.draw(st.integers(start, min(len(content), start + 9)))
+        piece = data.draw(st.sampled_from([*PIECES, b"", content[start:stop] * 2]) | st.binary(max_size=4))
+        content = content[:start] + piece + content[stop:]
     path.write_bytes(content)
     assert records_or_told(plan, tokenizer, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
-from engine.headers import FLOATS, find_model, read_file_header, read_json, read_model_header
+from engine.headers import BYTES, FLOATS, find_model, read_file_header, read_json, read_model_header
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 INDEX = "model.safetensors.index.json"
@@ -181,6 +182,58 @@ def test_a_spoilt_header_is_read_or_refused(
     assert told
 
 
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 8, 16, -1, 2**31, 2**62, 2**63, 2**64, 10**30, 1.5, True, "2", None])
+CODES = st.sampled_from([*BYTES, "F4", "F31", "f32", "", None, 4])
+
+
+def entry(shape: Any, start: Any, stop: Any, dtype: Any) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> tuple[bytes, int]:
+    """A header that was right, of tensors one after the other, with some of it changed, and the bytes behind it."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in draw(st.lists(st.sampled_from("abcd"), unique=True, max_size=4)):
+        shape, dtype = draw(st.lists(st.integers(0, 3), max_size=2)), draw(st.sampled_from(sorted(BYTES)))
+        size = math.prod(shape) * BYTES[dtype]
+        entries[name] = entry(shape, end, end + size, dtype)
+        end += size
+    for name in draw(st.lists(st.sampled_from(sorted(entries)), max_size=2) if entries else st.just([])):
+        key = draw(st.sampled_from(["shape", "data_offsets", "dtype", "more"]))
+        value = CODES if key == "dtype" else st.lists(NUMBERS, max_size=3) | NUMBERS
+        entries[name] = entries[name] | {key: draw(value)}
+    text = json.dumps(entries)
+    if entries and draw(st.booleans()):
+        name = draw(st.sampled_from(sorted(entries)))
+        text = text.replace(f'"{name}"', f'"{draw(st.sampled_from("abcd"))}"')
+    return text.encode(), end + draw(st.sampled_from([0, 0, 0, 1, -1]))
+
+
+@PROPERTY
+@given(headers())
+@example((b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32"}}', 4))
+def test_what_is_read_of_a_header_lies_in_the_file_and_every_name_once(
+    tmp_path_factory: pytest.TempPathFactory, header: tuple[bytes, int]
+) -> None:
+    text, size = header
+    path = tmp_path_factory.getbasetemp() / "header.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(max(size, 0)))
+    try:
+        found = read_file_header(path)
+    except CheckpointError:
+        return
+    pairs = json.loads(text, object_pairs_hook=list)
+    assert sorted(name for name, _ in pairs) == sorted(found)
+    spans = {name: dict(facts)["data_offsets"] for name, facts in pairs}
+    end = 0
+    for name, tensor in found.items():
+        assert spans[name] == [end, end + tensor.nbytes]
+        end += tensor.nbytes
+    assert end == max(size, 0)
+
+
 @pytest.mark.parametrize(
     "file", ["../x.safetensors", "a/../../x.safetensors", "/tmp/x.safetensors", "..", "a\\..\\x.safetensors"]
 )
@@ -250,7 +303,7 @@ def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
     [
         (b"", "not valid JSON"),
         (b"{,}", "not valid JSON"),
-        (b'{"a": "\xff"}', "not valid JSON"),
+        (b'{"a": "\xff"}', "not UTF-8 text"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"a": ' + b"1" * 5000 + b"}", "not valid JSON"),
         (b"[]", "not a JSON object"),
@@ -318,6 +371,43 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network(
     found = find_model("owner/name" + revision.format(commit=commit), tmp_path)
     assert found == snapshot
     assert read_model_header(found).tensors == read_model_header(whole).tensors
+
+
+def test_files_of_the_hubs_cache_are_links_to_blobs_of_their_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path
+) -> None:
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    (snapshot.parent.parent / "refs").mkdir(parents=True)
+    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+    blobs = shutil.copytree(whole, snapshot.parent.parent / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert read_model_header(find_model("owner/name", tmp_path)).tensors == read_model_header(whole).tensors
+    # The cache itself may lie behind a link.
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "link"))
+    assert read_model_header(find_model("owner/name", tmp_path)).tensors == read_model_header(whole).tensors
+
+
+@pytest.mark.parametrize("target", ["../other/{file}", "../../blobs/../other/{file}", "/etc/passwd"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_snapshot_may_link_to_nothing_but_its_blobs(tmp_path: Path, whole: Path, target: str, file: str) -> None:
+    snapshot = shutil.copytree(whole, tmp_path / "models--owner--name" / "snapshots" / "0123")
+    for other in (snapshot.parent / "other", tmp_path / "models--owner--name" / "other"):
+        shutil.copytree(whole, other)
+    (tmp_path / "models--owner--name" / "blobs").mkdir()
+    (snapshot / file).unlink()
+    (snapshot / file).symlink_to(target.format(file=file))
+    message = fault(lambda: read_model_header(snapshot))
+    assert message.startswith(f"{snapshot / file}: a link out of the model's folder, to ")
+
+
+def test_a_link_within_the_folder_is_followed(folder: Path, whole: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    assert read_model_header(folder).tensors == read_model_header(whole).tensors
 
 
 def test_a_folder_goes_before_a_hub_id_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

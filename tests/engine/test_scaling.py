@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import plan_of
 
-from cluster.placement import Node, arrange, machines, place
+from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
+from engine.config import Cluster
 from engine.errors import ClusterError
 from engine.plan import Plan
 from engine.scaling import GB, Machines, Work, choose, predict, shortages
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
+NO_GPUS = Devices(0, 0)
 ONE = Machines(nodes=1, cpus=2, gpus=0, memory=24 * GB)
 
 
@@ -134,19 +136,32 @@ def test_what_does_not_fit_is_said_with_what_would_help(plans: list[Plan]) -> No
 
 
 def test_a_trainer_that_no_node_holds_is_refused_before_any_actor_starts(plans: list[Plan]) -> None:
-    huge = larger(plans[0], 1_000_000)
+    huge, nodes = larger(plans[0], 1_000_000), [Node(2, 0, 24 * GB)]
     with pytest.raises(ClusterError, match=r"the merged weights and their gradient take .* GB"):
-        arrange([Node(2, 0, 24 * GB)], huge, WORK)
-    assert arrange([Node(2, 0, 24 * GB)], plans[0], WORK).within_trainer
+        check_memory(nodes, huge, WORK, NO_GPUS)
+    check_memory(nodes, plans[0], WORK, NO_GPUS)
+    assert arrange(nodes, plans[0], WORK, NO_GPUS).within_trainer
 
 
 def test_shards_on_one_node_share_a_third_of_it(make_merge: Callable[..., Path]) -> None:
     plan = plan_of(make_merge())
-    placement = place([Node(8, 0), Node(8, 0)], plan.config, "node", 6)
-    assert placement.together and len(placement.shards) == 6
-    assert sum(bundle["CPU"] for bundle in placement.shards) <= 8 / 3
+    layout = lay_out([Node(8, 0, id="a"), Node(8, 0, id="b")], plan, NO_GPUS, "node", 6)
+    assert len(layout.shards) == 6 and len({seat.node for seat in layout.shards}) == 1
+    assert sum(seat.cpus for seat in layout.shards) <= 8 / 3
 
 
 def test_a_cluster_is_its_smallest_node_as_often_as_there_are_nodes(plans: list[Plan]) -> None:
     nodes = [Node(8, 1, 10 * GB), Node(4, 0, 5 * GB), Node(0, 0, 1 * GB)]
-    assert machines(nodes, plans[0].config) == Machines(2, 4, 1, 5 * GB)
+    assert machines(nodes, plans[0].config, Devices(1, 1)) == Machines(2, 4, 1, 5 * GB)
+    assert machines(nodes, plans[0].config, NO_GPUS) == Machines(2, 4, 0, 5 * GB)
+
+
+def test_an_actor_of_several_gpus_has_the_memory_of_all_of_them(plans: list[Plan]) -> None:
+    huge = larger(plans[0], 100_000)
+    gpus = {"trainer": {"num_gpus": 64}, "expert": {"num_gpus": 64}}
+    many = replace(huge, config=huge.config.model_copy(update={"cluster": Cluster.model_validate(gpus)}))
+    there = Machines(nodes=1, cpus=2, gpus=64, memory=10_000 * GB, gpu_memory=1 * GB)
+    assert any(
+        "`cluster.trainer.num_gpus`" in line for line in shortages(huge, predict(huge, WORK, there, "node"), there)
+    )
+    assert shortages(many, predict(many, WORK, there, "node"), there) == []

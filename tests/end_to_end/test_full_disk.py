@@ -1,0 +1,87 @@
+"""A disk that is full, wherever it is: exit 4, a message that says so, and the state from which the run goes on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from cluster_helpers import result
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+# A disk of $1 in a mount namespace of its own, as whoever runs this; then more room, and the same command again.
+SCRIPT = """
+set -u
+mount -t tmpfs -o size="$1" tmpfs "$DISK" || exit 99
+"$PYTHON" "$CLI" merge "$CONFIG" --out "$DISK/out"
+echo "exit $?; there: $(ls "$DISK")"
+find "$DISK/out.run" -name '*.part' | sed 's/^/left over: /'
+mount -o remount,size=50m "$DISK" || exit 99
+"$PYTHON" "$CLI" merge "$CONFIG" --out "$DISK/out"
+echo "exit $?; there: $(ls "$DISK")"
+cp -r "$DISK/out" "$SAVED"
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), cluster={"shards": 1})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    subprocess.run([sys.executable, ROOT / "cli.py", "merge", config, "--out", out], check=True, capture_output=True)
+    return result(out)
+
+
+@pytest.mark.parametrize(
+    ("size", "reached"), [("60k", "targets"), ("180k", "stage 2")], ids=["while targets are stored", "in the output"]
+)
+def test_a_full_disk_ends_the_run_and_its_state_is_whole(
+    config: Path, undisturbed: dict[str, bytes], size: str, reached: str, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    environment = {**os.environ, "DISK": str(disk), "CONFIG": str(config), "SAVED": str(tmp_path / "saved")}
+    environment |= {"PYTHON": sys.executable, "CLI": str(ROOT / "cli.py")}
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", SCRIPT, "bash", size]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, _, second = done.stdout.partition("exit 4; there: out.run\n")
+    assert second, done.stdout + done.stderr
+    assert f"] {reached}" in first
+    assert ("stage 2 3/3" in first) == (reached == "stage 2")
+    assert "left over" not in done.stdout, "nothing half-written is left"
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr and "goes on from here" in done.stderr
+    assert "done before)" in second or reached == "targets"
+    assert second.rstrip().endswith("exit 0; there: out")
+    assert result(tmp_path / "saved") == undisturbed
+
+
+def test_a_full_disk_below_the_object_store_is_said_so() -> None:
+    import ray
+
+    from cluster.watch import Watch
+    from engine.errors import RunError
+
+    system = {"local_fs_capacity_threshold": 0.0}
+    options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "logging_level": "critical"}
+    ray.init(address="local", object_store_memory=80 << 20, _system_config=system, **options)
+    try:
+        filled = ray.remote(lambda: np.ones(30 << 20, np.uint8)).options(max_retries=0)
+        watch = Watch(print)
+        kept = [watch.answer(filled.remote(), "storing") for _ in range(2)]
+        with pytest.raises(RunError, match="the disk to which Ray's object store spills is full"):
+            watch.answer(filled.remote(), "storing")
+        assert all(one.sum() == 30 << 20 for one in kept)
+    finally:
+        ray.shutdown()

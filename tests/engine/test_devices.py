@@ -1,0 +1,78 @@
+"""A model over several devices: the map, and that the hooks which join them change no bit. The devices are one CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from conftest import plan_of
+
+import engine.expert
+import engine.student
+from actors.trainer import Trainer, WindowSample
+from engine.calibration import Sample
+from engine.checkpoint import open_base
+from engine.codec import pack_all
+from engine.devices import device_map, device_of
+from engine.errors import RunError
+from engine.expert import FrozenExpert
+from engine.model import build_skeleton
+from engine.plan import Plan
+from engine.shards import LocalShards
+from engine.training import first_stage
+
+CPU = torch.device("cpu")
+PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb")
+
+
+@pytest.fixture(scope="module")
+def plan(llama_merge: Path) -> Plan:
+    return plan_of(llama_merge, "gradient_checkpointing=true")
+
+
+def test_one_device_is_the_whole_map(plan: Plan) -> None:
+    model, _ = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    assert device_map(model, torch.float32, CPU) == {"": CPU}
+
+
+def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, partners = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    room = {0: 80_000, 1: 120_000, "cpu": 0}
+    monkeypatch.setattr("engine.devices.get_balanced_memory", lambda *args, **kwargs: room)
+    devices = device_map(model, torch.float32, torch.device("cuda"))
+    used = {device_of(partner, devices) for partner in partners.values()}
+    assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
+    for block in range(3):
+        inside = [p for p in partners.values() if p.startswith(f"model.layers.{block}.")]
+        assert len({device_of(partner, devices) for partner in inside}) == 1
+    room |= {0: 100, 1: 100, "cpu": 10**9}
+    with pytest.raises(RunError, match="does not fit the 2 GPUs"):
+        device_map(model, torch.float32, torch.device("cuda"))
+
+
+def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Sample(0, 0, (5, 9, 11, 3), "here")
+    dispatched = []
+    dispatch = accelerate.dispatch_model
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda *a, **k: (dispatched.append(1), dispatch(*a, **k)))
+
+    def computed() -> tuple[dict[str, torch.Tensor], object]:
+        target = FrozenExpert(plan, 0, CPU).target(sample).tensors()
+        trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda packed: packed)
+        window = [WindowSample(0, 0, pack_all(target), 4)]
+        first = trainer.step(first_stage(plan), None, 0, window)
+        second = trainer.step(first_stage(plan), first.state, 1, window)
+        return target, [row | {"seconds": 0} for row in (*first.rows, *second.rows)]
+
+    one = computed()
+    assert not dispatched
+    parts = dict.fromkeys((*PARTS, "lm_head"), CPU)
+    for module in (engine.expert, engine.student):
+        monkeypatch.setattr(module, "device_map", lambda *args: parts)
+    several = computed()
+    assert len(dispatched) == 2, "the expert's and the trainer's"
+    assert one[1] == several[1]
+    assert one[0].keys() == several[0].keys() and all(torch.equal(one[0][k], several[0][k]) for k in one[0])
