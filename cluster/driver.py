@@ -56,7 +56,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     with (
         open_run(out, plan_identity, fresh) as run,
         connect(address, debug),
-        Telemetry(plan_identity[:12], plan.config, out) as telemetry,
+        Telemetry(run.name(), plan.config, out) as telemetry,
         Progress(telemetry) as progress,
     ):
         if plan.config.unused:
@@ -175,7 +175,7 @@ class Merge(Run):
             step = self.watch.answer(asked, "taking a step")
             state = StageState(number + 1, step.state)
             self.folder.save_stage(stage.number, state, step.rows)
-            self.progress.step(phase, number + 1, step.rows, step.traffic)
+            self.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": targets.nbytes})
         learner = Learner(parameters, stage)
         assert state.learner is not None
         learner.restore(state.learner)

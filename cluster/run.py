@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.process import Process, Report
 from cluster.progress import Progress
 from cluster.watch import Watch
 from engine.checkpoint import open_base
-from engine.headers import find_model
+from engine.headers import ROOT, find_model
 from engine.plan import Plan
 from engine.record import input_files
 from engine.run_folder import RunFolder
@@ -39,7 +38,7 @@ class Run:
         there = self.folder.written()
         missing = [file for file in under if file.name not in there]
         self._spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
-        tokenizer = find_model(self.plan.tokenizer, Path.cwd()) if self.plan.tokenizer else None
+        tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
         folder.mkdir(exist_ok=True)
         write_companions(folder, self.plan, open_base(self.plan).folder, files, tokenizer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.placement import Node, Seat
@@ -27,6 +28,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "TOKENIZERS_PARALLELISM": "false",
 }
+TOKEN = "see that the head is up; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
 SAY_EVERY = 5.0
 KNOCK_SECONDS = 10.0
 
@@ -54,16 +56,21 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         # Workers of a Ray of our own inherit this process's environment, and need no other.
         os.environ.update(ENVIRONMENT)
         options = {"address": "local", "include_dashboard": False}
+    # A stop that came in the middle of it would be Ray's to handle. A Ray of our own would give this on to its processes.
+    blocked = {signal.SIGTERM} if address else set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         ray.init(
             log_to_driver=debug,
             logging_level="info" if debug else "error",
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine") from error
-    # Ray's own handler, set a moment ago, would end the driver at once: a stop must leave by our way out.
-    signal.signal(signal.SIGTERM, on_stop)
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
+        raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine", do=TOKEN) from error
+    finally:
+        # Ray has set a handler of its own, which would end the driver at once: a stop must leave by our way out.
+        signal.signal(signal.SIGTERM, on_stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     try:
         yield
     finally:

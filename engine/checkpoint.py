@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.headers import ModelHeader, TensorHeader, find_model
+from engine.headers import ROOT, ModelHeader, TensorHeader, find_model
 from engine.lora import WEIGHTS, AdapterHeader, LoraPair
 from engine.matching import NO_EXCEPTIONS, Match
 from engine.plan import ExpertPlan, ModelPlan, Plan
@@ -270,4 +270,4 @@ def weight_files(model: ModelPlan) -> list[Path]:
 
 
 def _folder(model: ModelPlan) -> Path:
-    return find_model(model.model, Path.cwd())
+    return find_model(model.model, ROOT)

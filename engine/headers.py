@@ -25,6 +25,8 @@ BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# What a model in a plan is looked for from: it is an absolute path, a hub id or a URI, and no folder shadows those.
+ROOT = Path("/")
 # What a run reads of a hub repository: weights, tokenizer and configuration; never pickled weights or code.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}

@@ -121,6 +121,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     Raises:
         CheckpointError, CalibrationError, ConfigError: naming the model, the file or the tensor at fault.
     """
+    if config.log_dir:
+        config = config.model_copy(update={"log_dir": str(locate(config.log_dir, config_folder, ConfigError))})
     base_folder = find_model(config.base_model, config_folder)
     if is_adapter(base_folder):
         raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")

@@ -12,11 +12,13 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -122,6 +124,15 @@ class RunFolder:
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
         self.held: Callable[[], None] = lambda: None
+
+    def name(self) -> str:
+        """A name for those who watch runs: the output's, and letters that no other run has; kept until it is done."""
+        try:
+            return self.state.read("name").decode()
+        except FileNotFoundError:
+            name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', PurePosixPath(self.out).name)}-{uuid.uuid4().hex[:8]}"
+            self.state.write("name", name.encode())
+            return name
 
     def target(self, sample: Sample) -> str:
         """The name of a sample's target in the state."""

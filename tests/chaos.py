@@ -146,6 +146,8 @@ class Driver:
         for _ in self:
             pass
         code = self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self.timer.cancel()
         return code
 
@@ -160,6 +162,7 @@ def merges(folder: Path) -> Iterator[tuple[Nodes, Path, dict[str, bytes], dict[s
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest
     nodes = Nodes()
     try:
         undisturbed = Driver(config, folder / "undisturbed", nodes.cluster.address, environment)

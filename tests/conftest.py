@@ -6,6 +6,8 @@ import os
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes of several threads share few cores here: those that wait must not spin. Before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait

@@ -48,10 +48,13 @@ class Ended:
     left: list[str]
 
 
-def refused(ended: Ended, words: list[str]) -> None:
-    """The command ended as it has to for input that is wrong, and its message has these words."""
+def refused(ended: Ended, words: list[str], prepared: bool = False) -> None:
+    """The command ended as it has to for input that is wrong, and its message has these words. `prepared`: by a server
+    of that kind, where Ray is imported and may not start.
+    """
     assert ended.code == 2, ended
     assert (ended.stdout, ended.left) == ("", [])
+    assert prepared or "ray" not in ended.loaded
     assert ended.stderr.startswith("error: ") and ended.stderr.count("error: ") == 1
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr) < 2500 and len(ended.stderr.splitlines()) <= 11, ended.stderr

@@ -30,7 +30,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield given
 
 
-@pytest.mark.parametrize(("victim", "phase"), CELLS, ids="-".join)
+@pytest.mark.parametrize(("victim", "phase"), CELLS)
 def test_a_run_survives_with_the_same_bits(given: Any, victim: str, phase: str, tmp_path: Path) -> None:
     outcome = chaos.run_cell(given, victim, phase, SEED, tmp_path)
     assert outcome.struck

@@ -220,7 +220,6 @@ def test_a_cluster_by_hand_merges_a_submitted_job(by_hand: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.xfail(strict=True, reason="the driver does not set them yet")
 def test_the_pages_gauges_are_there(by_hand: Cluster) -> None:
     shown = by_hand.said["metrics"]
     assert shown.returncode == 0, shown.stderr

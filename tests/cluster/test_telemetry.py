@@ -127,7 +127,6 @@ def test_one_name_or_a_list(llama_merge: Path) -> None:
     assert plan_of(llama_merge, "log_with=[wandb, mlflow]").config.log_with == ("wandb", "mlflow")
 
 
-@pytest.mark.xfail(strict=True, reason="identity does not leave the keys out yet")
 def test_who_is_told_does_not_make_another_merge(llama_merge: Path, tmp_path: Path) -> None:
     told = plan_of(llama_merge, "log_with=tensorboard", f"log_dir={tmp_path}")
     assert identity(told) == identity(plan_of(llama_merge))
@@ -278,7 +277,6 @@ def scraped(metrics: str) -> dict[tuple[str, str], float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
-@pytest.mark.xfail(strict=True, reason="the driver does not tell it yet")
 def test_a_real_metrics_port_and_tensorboard_show_a_merge_that_was_stopped_once(tmp_path: Path) -> None:
     merge = tiny.make_merge(tmp_path / "merge", log_with="tensorboard", parameters={"epochs": 6})
     out = tmp_path / "out"
@@ -297,7 +295,7 @@ def test_a_real_metrics_port_and_tensorboard_show_a_merge_that_was_stopped_once(
         assert {key: seen[key, str(stage)] for key in expected} == pytest.approx(expected)
         assert seen["phase_parts_done", f"stage {stage}"] == seen["phase_parts", f"stage {stage}"] == last + 1
     assert seen["phase_parts_done", "targets"] == 7 and seen["phase_seconds", "writing"] > 0
-    assert ("bytes", "targets") in seen
+    assert {tag for name, tag in seen if name == "bytes"}, "what moved, by direction"
     (run,) = (tmp_path / "out.logs").iterdir()
     numbers = [number for number, _ in read_tensorboard(run)["kl"]]
     # A stop may come between the step's state and its line.

@@ -322,6 +322,11 @@ def test_a_config_that_is_no_file_is_refused(planner: Server, folder: Path, spoi
     refused(planner.run("plan", "c.yaml", cwd=folder), [*words, "no such config file"])
 
 
+@pytest.mark.parametrize("name", ["", "x" * 300, "/proc/self/fd/0", "base/../../../../../../../../dev/tty"])
+def test_a_name_of_no_file_is_refused(planner: Server, folder: Path, name: str) -> None:
+    refused(planner.run("plan", name, cwd=folder), ["no such config file"])
+
+
 @pytest.mark.parametrize(("override", "words"), OVERRIDES.values(), ids=list(OVERRIDES))
 def test_a_hostile_override_is_refused(planner: Server, folder: Path, override: str, words: str) -> None:
     refused(planner.run("plan", "merge.yaml", "--set", override, cwd=folder), [words])

@@ -309,4 +309,4 @@ def test_what_transformers_does_not_take_is_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, words: list[str]
 ) -> None:
     spoil(folder)
-    refused(merger.run("merge", "merge.yaml", "--out", "../out", cwd=folder), words)
+    refused(merger.run("merge", "merge.yaml", "--out", "../out", cwd=folder), words, prepared=True)

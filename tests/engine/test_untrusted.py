@@ -1,4 +1,4 @@
-"""What is not ours: files that are none, JSON that says two things, work that does not end, and code that runs or not."""
+"""What is not ours: files that are none, JSON that says two things, work without end, and code that may run or not."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import engine.untrusted
-from engine.disk import LocalFolder
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.expert import FrozenExpert, check_models
 from engine.model import load_generation_config, load_tokenizer
-from engine.plan import Plan
 from engine.run_folder import identity
 from engine.student import Student
 from engine.untrusted import check_regular, foreign, in_memory, in_time, open_regular, parse_json, read_text, shown
@@ -245,12 +243,8 @@ def test_code_of_a_model_runs_where_the_option_says_so_and_goes_with_the_output(
     assert type(load_tokenizer(strange.parent / "base", remote_code=True)).__name__ == "Tokenizer"
     out = tmp_path / "out"
     out.mkdir()
-    companions(out, plan, strange.parent / "base")
+    write_companions(out, plan, strange.parent / "base", output_files(plan))
     assert (out / "strange.py").exists()
-
-
-def companions(out: Path, plan: Plan, base: Path) -> None:
-    write_companions(LocalFolder(out), plan, base, output_files(plan))
 
 
 def test_the_option_counts_in_a_runs_identity(llama_merge: Path) -> None:

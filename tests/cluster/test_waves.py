@@ -1,0 +1,111 @@
+"""Waves of experts: who computes what, when the trainer may begin, and when each is let go."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import cluster.watch
+from actors.process import Report
+from cluster.watch import Watch
+from cluster.waves import Waves
+from engine.calibration import Sample
+from engine.run_folder import RunFolder
+
+WANTED = [[Sample(k, i, (1, 2), "here") for i in range(2)] for k in range(5)]
+
+
+class Machine:
+    """Actors whose calls are answered one a turn, in the order in which they were asked; `slow` seats never come."""
+
+    def __init__(self, seats: int, slow: frozenset[int]) -> None:
+        self.seats, self.slow = seats, slow
+        self.asked: list[tuple[str, int, Any]] = []
+        self.values: dict[str, Any] = {}
+        self.computed: list[tuple[int, int]] = []
+        self.by: dict[int, set[int]] = {}
+        self.dismissed: list[int] = []
+        self.at_once = 0
+
+    def expert(self, seat: int) -> Any:
+        def called(what: str) -> Callable[..., str]:
+            def remote(*arguments: Any) -> str:
+                name = f"{what} {seat} {len(self.asked)}"
+                self.asked.append((name, seat, arguments[0] if arguments else None))
+                return name
+
+            return remote
+
+        calls = {what: SimpleNamespace(remote=called(what)) for what in ("report", "target")}
+        return _Actor(seat=seat, **calls)
+
+    def dismiss(self, actor: _Actor) -> None:
+        assert actor.seat not in self.dismissed
+        self.dismissed.append(actor.seat)
+
+    def wait(self, references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        busy = {seat for name, seat, sample in self.asked if name not in self.values and sample is not None}
+        self.at_once = max(self.at_once, len(busy))
+        for name, seat, sample in self.asked:
+            if name in references and name not in self.values and seat not in self.slow:
+                self.values[name] = 100 if sample is not None else Report(f"expert {seat}", 1, 1, {})
+                if sample is not None:
+                    self.computed.append((sample.expert, sample.index))
+                    self.by.setdefault(sample.expert, set()).add(seat)
+                return [name], []
+        return [], references
+
+    def get(self, name: str) -> Any:
+        return self.values[name]
+
+
+class _Actor(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seats: int, slow: frozenset[int] = frozenset()
+) -> tuple[Machine, Waves, list[int]]:
+    machine, counts = Machine(seats, slow), list[int]()
+    fake = SimpleNamespace(wait=machine.wait, get=machine.get, nodes=list)
+    monkeypatch.setattr(cluster.watch, "ray", fake)
+    crew: Any = machine
+    folder = RunFolder(str(tmp_path / "out"))
+    waves = Waves(crew, Watch(print), folder, WANTED, 3, lambda name, done: counts.append(done))
+    return machine, waves, counts
+
+
+@pytest.mark.parametrize("seats", [1, 2, 3, 9])
+def test_every_target_is_computed_once_and_everybody_is_let_go(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seats: int
+) -> None:
+    machine, waves, counts = start(monkeypatch, tmp_path, seats)
+    waves.all_stored()
+    assert Counter(machine.computed) == Counter((s.expert, s.index) for mine in WANTED for s in mine)
+    assert all(len(actors) == 1 for actors in machine.by.values()), "an expert is loaded by one actor only"
+    assert counts == list(range(4, 14)), "on from those that were stored before"
+    assert sorted(machine.dismissed) == list(range(min(seats, 5)))
+    assert 1 <= len(waves.reports) <= min(seats, 5)
+    assert machine.at_once <= seats
+    assert waves.nbytes == 1000
+
+
+def test_the_first_window_does_not_wait_for_the_last_expert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine, waves, _ = start(monkeypatch, tmp_path, 2)
+    waves.stored([(0, 0), (1, 1)])
+    assert {(0, 0), (1, 1)} <= set(machine.computed)
+    assert not any(expert == 4 for expert, _ in machine.computed)
+    waves.stored([(4, 1)])
+    assert (4, 1) in machine.computed
+
+
+def test_a_seat_that_never_becomes_free_holds_nothing_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    machine, waves, _ = start(monkeypatch, tmp_path, 3, slow=frozenset({1, 2}))
+    waves.all_stored()
+    assert len(machine.computed) == 10 and all(actors == {0} for actors in machine.by.values())
+    assert sorted(machine.dismissed) == [0, 1, 2], "those that never came are not waited for any more"
