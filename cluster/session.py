@@ -56,7 +56,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         # Workers of a Ray of our own inherit this process's environment, and need no other.
         os.environ.update(ENVIRONMENT)
         options = {"address": "local", "include_dashboard": False}
-    # A stop that came in the middle of it would be Ray's to handle. A Ray of our own would give this on to its processes.
+    # A stop in the middle of it would be Ray's to handle. A Ray of our own would give this on to its processes.
     blocked = {signal.SIGTERM} if address else set()
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
