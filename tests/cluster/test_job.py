@@ -224,3 +224,14 @@ def test_without_the_clusters_token_nothing_is_submitted(
     assert submitted.returncode != 0
     assert "AuthenticationError" in submitted.stderr and message in submitted.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_driver_without_the_clusters_token_is_3_and_told_so(head: Head, config: Path, tmp_path: Path) -> None:
+    environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_TOKEN"}
+    command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out", "--address", head.address]
+    options = {"env": environment | {"HOME": str(tmp_path)}, "capture_output": True, "text": True, "timeout": 240}
+    done = subprocess.run(command, **options, check=False)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "RAY_AUTH_TOKEN" in done.stderr
+    assert not list(tmp_path.glob("out*"))
