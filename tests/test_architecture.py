@@ -21,6 +21,7 @@ LIGHT = [
     for name in (
         *("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration"),
         *("matching", "vocabulary", "mergekit_yaml", "methods.registry", "methods.catalog"),
+        *("untrusted", "storage", "disk", "objects", "lease"),
     )
 ] + ["cli"]
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]
