@@ -53,14 +53,27 @@ TRIES = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: seconds from the kill to the first progress that was new, and of the whole run."""
+    """What became of a cell: seconds from the kill to the first progress that was new, by whomever, and those that the
+    run took longer than the undisturbed one.
+    """
 
     struck: str
     same: bool
     code: int
     recovery: float
-    total: float
+    longer: float
     log: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every cell has: nodes, a config, what an undisturbed run gives and takes, and a driver's environment."""
+
+    nodes: Nodes
+    config: Path
+    expected: dict[str, bytes]
+    seconds: float
+    environment: dict[str, str]
 
 
 class Nodes:
@@ -153,8 +166,8 @@ class Driver:
 
 
 @contextmanager
-def merges(folder: Path) -> Iterator[tuple[Nodes, Path, dict[str, bytes], dict[str, str]]]:
-    """Nodes, a config, what an undisturbed run of it gives, and the environment of a driver."""
+def merges(folder: Path) -> Iterator[Given]:
+    """What the cells share."""
     options = {"max_shard_size": 30_000, "cluster": {"shards": 3, "wait": 60}}
     parameters = {"budget": 1.5, "gradient_accumulation": 2}
     config = tiny.make_merge(
@@ -165,9 +178,11 @@ def merges(folder: Path) -> Iterator[tuple[Nodes, Path, dict[str, bytes], dict[s
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest
     nodes = Nodes()
     try:
+        began = time.monotonic()
         undisturbed = Driver(config, folder / "undisturbed", nodes.cluster.address, environment)
         assert undisturbed.end() == 0, "".join(undisturbed.lines)
-        yield nodes, config, result(folder / "undisturbed"), environment
+        seconds = time.monotonic() - began
+        yield Given(nodes, config, result(folder / "undisturbed"), seconds, environment)
     finally:
         nodes.cluster.shutdown()
 
@@ -188,11 +203,9 @@ def strike(nodes: Nodes, victim: str, driver: Driver, random_: random.Random) ->
     return f"pid {pid}"
 
 
-def run_cell(
-    given: tuple[Nodes, Path, dict[str, bytes], dict[str, str]], victim: str, phase: str, seed: int, out: Path
-) -> Outcome:
+def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Outcome:
     """One cell of the matrix; a strike that came too late is tried again, at another moment."""
-    nodes, config, expected, environment = given
+    nodes, config, environment = given.nodes, given.config, given.environment
     random_ = random.Random(f"{seed} {victim} {phase}")
     for attempt in range(TRIES):
         nodes.mend()
@@ -223,8 +236,8 @@ def run_cell(
                     recovery = time.monotonic() - when
             code, log = again.end(), log + "".join(again.lines)
         if struck and (victim != "driver" or recovery):
-            same = code == 0 and result(target) == expected
-            return Outcome(struck, same, code, recovery, time.monotonic() - began, log)
+            same = code == 0 and result(target) == given.expected
+            return Outcome(struck, same, code, recovery, time.monotonic() - began - given.seconds, log)
     raise AssertionError(f"{victim} was never there to be killed while {phase}:\n{log}")
 
 
@@ -241,17 +254,25 @@ def main(seed: int, cells: str | None, json_path: Path | None) -> None:
             outcome = run_cell(given, victim, phase, seed, Path(folder))
             outcomes[victim, phase] = outcome
             told = "same bits" if outcome.same else f"DIFFERENT (exit {outcome.code})\n{outcome.log}"
-            print(f"{victim} killed in {phase}: {told}, {outcome.recovery:.1f} s to recover", flush=True)
-    table = rich.table.Table("killed", *PHASES, title=f"seconds from the kill to new progress; seed {seed}")
+            print(
+                f"{victim} killed in {phase}: {told}, {outcome.recovery:.1f} s to new progress, "
+                f"{outcome.longer:+.0f} s in all",
+                flush=True,
+            )
+    title = (
+        f"seconds from the kill to new progress (and that the run of {given.seconds:.0f} s took longer); seed {seed}"
+    )
+    table = rich.table.Table("killed", *PHASES, title=title)
     for victim in dict.fromkeys(victim for victim, _ in outcomes):
         row = [outcomes.get((victim, phase)) for phase in PHASES]
-        table.add_row(victim, *("" if one is None else f"{one.recovery:.1f}" if one.same else "WRONG" for one in row))
+        cells_of = ["" if o is None else f"{o.recovery:.1f} ({o.longer:+.0f})" if o.same else "WRONG" for o in row]
+        table.add_row(victim, *cells_of)
     rich.console.Console(width=110).print(table)
     same = sum(outcome.same for outcome in outcomes.values())
     print(f"{same} of {len(outcomes)} cells ended with the bits of the undisturbed run")
     if json_path:
         figures = {
-            f"{v}/{p}": {"recovery": o.recovery, "total": o.total, "same": o.same} for (v, p), o in outcomes.items()
+            "/".join(cell): {"recovery": o.recovery, "longer": o.longer, "same": o.same} for cell, o in outcomes.items()
         }
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
     sys.exit(same != len(outcomes))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import chaos
 import pytest
@@ -25,23 +24,23 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Given]:
     with chaos.merges(tmp_path_factory.mktemp("chaos")) as given:
         yield given
 
 
 @pytest.mark.parametrize(("victim", "phase"), CELLS)
-def test_a_run_survives_with_the_same_bits(given: Any, victim: str, phase: str, tmp_path: Path) -> None:
+def test_a_run_survives_with_the_same_bits(given: chaos.Given, victim: str, phase: str, tmp_path: Path) -> None:
     outcome = chaos.run_cell(given, victim, phase, SEED, tmp_path)
     assert outcome.struck
     assert outcome.code == 0, outcome.log
     assert outcome.same, outcome.log
 
 
-def test_an_expert_that_always_dies_ends_the_run_with_its_cause(given: Any, tmp_path: Path) -> None:
-    nodes, config, _, environment = given
+def test_an_expert_that_always_dies_ends_the_run_with_its_cause(given: chaos.Given, tmp_path: Path) -> None:
+    nodes = given.nodes
     nodes.mend()
-    driver = chaos.Driver(config, tmp_path / "out", nodes.cluster.address, environment)
+    driver = chaos.Driver(given.config, tmp_path / "out", nodes.cluster.address, given.environment)
     over, killed = threading.Event(), set[int]()
 
     def kill_every_expert() -> None:
