@@ -235,10 +235,10 @@ def _shortage(nodes: Sequence[Node], config: Config, role: str, gpus: float) -> 
     asked = [f"{gpus:g} GPUs" if gpus else "CPUs", *(f"the label {key}={value}" for key, value in labels.items())]
     there = useful(nodes, config)
     largest = max((node.gpus for node in there if _has(node, labels)), default=0.0)
+    fitting = sum(_has(node, labels) for node in there)
     return ClusterError(
-        f"no node for the {role}: it asks for one with {' and '.join(asked)}",
+        f"no node for the {role}: it asks for one with {' and '.join(asked)}; of {len(nodes)} nodes with "
+        f"{sum(node.gpus for node in nodes):g} GPUs in all, {fitting} would do but for GPUs, the largest has {largest:g}",
         "the cluster",
-        f"{len(nodes)} nodes are there, {sum(node.gpus for node in nodes):g} GPUs in all; "
-        f"{sum(_has(node, labels) for node in there)} of the nodes fit but for GPUs, the largest with {largest:g} GPUs",
-        MORE,
+        do=MORE,
     )

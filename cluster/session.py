@@ -119,7 +119,7 @@ def await_layout(find: Callable[[], Found], wait: float, say: Callable[[str], No
             waited = time.monotonic() - began
             if waited >= wait:
                 raise
-            say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}; {error.expected}")
+            say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}")
             time.sleep(min(SAY_EVERY, max(0.1, wait - waited)))
 
 

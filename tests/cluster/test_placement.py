@@ -130,8 +130,7 @@ def test_several_gpus_an_actor_are_those_of_one_node(plan: Plan) -> None:
     assert len(layout.experts) == 2 and all(seat.gpus == 2 for seat in layout.experts)
     with pytest.raises(ClusterError, match=r"no node for the trainer: it asks for one with 8 GPUs") as failed:
         laid_out(plan, nodes, 5, trainer={"num_gpus": 8})
-    assert "3 nodes are there, 7 GPUs in all" in failed.value.expected
-    assert "the largest with 4 GPUs" in failed.value.expected
+    assert "of 3 nodes with 7 GPUs in all, 3 would do but for GPUs, the largest has 4" in failed.value.what
 
 
 def test_labels_are_honoured(plan: Plan) -> None:

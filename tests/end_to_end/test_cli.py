@@ -119,8 +119,8 @@ def test_what_the_cluster_does_not_have_is_said_with_numbers(tmp_path: Path) -> 
     wanted = ("--set", "cluster.trainer.num_gpus=4", "--set", "cluster.wait=2")
     done = cli("merge", config, "--out", tmp_path / "out", *wanted)
     assert done.returncode == 3, done.stderr
-    assert "4 of 0 GPUs" in done.stderr and "num_gpus" in done.stderr
-    assert "waiting for resources" in done.stdout
+    assert "it asks for one with 4 GPUs; of 1 nodes with 0 GPUs in all, 1 would do but for GPUs" in done.stderr
+    assert "num_gpus" in done.stderr and "waiting for nodes (0 of 2 s)" in done.stdout
 
 
 def test_no_cluster_at_an_address(tmp_path: Path) -> None:
