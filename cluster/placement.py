@@ -236,9 +236,10 @@ def _shortage(nodes: Sequence[Node], config: Config, role: str, gpus: float) -> 
     there = useful(nodes, config)
     largest = max((node.gpus for node in there if _has(node, labels)), default=0.0)
     fitting = sum(_has(node, labels) for node in there)
+    total = sum(node.gpus for node in nodes)
     return ClusterError(
         f"no node for the {role}: it asks for one with {' and '.join(asked)}; of {len(nodes)} nodes with "
-        f"{sum(node.gpus for node in nodes):g} GPUs in all, {fitting} would do but for GPUs, the largest has {largest:g}",
+        f"{total:g} GPUs in all, {fitting} would do but for GPUs, the largest has {largest:g}",
         "the cluster",
         do=MORE,
     )
