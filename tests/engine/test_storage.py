@@ -12,8 +12,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -336,10 +337,18 @@ def test_a_writer_that_is_killed_while_it_sends_leaves_what_was_there_before(sto
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_an_interrupt_while_it_sends_comes_when_the_file_is_whole(store: Store) -> None:
-    folder = open_folder(f"{store.root}/a")
-    with store.fault("slow-parts"):
-        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+def test_an_interrupt_while_it_sends_comes_when_the_file_is_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = open_folder(f"{store.root}/a"), Address.asked
+
+    def interrupted(address: Address) -> AbstractContextManager[Any]:
+        time.sleep(0.5)  # until the other thread waits for this one
+        os.kill(os.getpid(), signal.SIGINT)
+        return asked(address)
+
+    with store.fault("slow-parts"), monkeypatch.context() as patched:
+        patched.setattr(Address, "asked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             folder.write("name", b"x" * 8 * MIB)
     assert folder.size("name") == 8 * MIB
