@@ -13,7 +13,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 SEED = 20260
 CELLS = [
-    ("Expert", "targets"),
     ("node of Expert", "targets"),
     ("Trainer", "stage 1"),
     ("node of Trainer", "stage 2"),
