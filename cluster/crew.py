@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 import torch
-from engine.storage import Folder
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.expert import Expert
@@ -26,6 +25,7 @@ from cluster.watch import Watch
 from engine.plan import Plan
 from engine.run_folder import load_plan
 from engine.shards import LocalShards, Shards
+from engine.storage import Folder
 
 # How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
 RESTARTS = 3
