@@ -5,10 +5,10 @@ It has no state but open files: every call carries what it needs, so a shard tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -16,6 +16,7 @@ import safetensors.torch
 from actors.process import Process, Report, usable_cpus
 from engine.codec import Packed, pack_all, unpack_all
 from engine.coefficients import Array, TensorCoefficients
+from engine.disk import digest
 from engine.methods.selection import Counts, Threshold
 from engine.methods.sparse import counts
 from engine.plan import Plan
@@ -27,8 +28,7 @@ from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
 
 def _digest(file: str) -> str:
-    with open(fetch(file) if is_uri(file) else file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return digest(fetch(file) if is_uri(file) else Path(file))
 
 
 class Shard:

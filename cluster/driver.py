@@ -128,8 +128,9 @@ class Merge(Run):
         work = Work.of(config, [[len(sample.input_ids) for sample in mine] for mine in self.samples])
 
         def find() -> tuple[Devices, Layout]:
-            devices = Devices.of(nodes(), config) if kept is None else Devices(*map(float, kept))
-            return devices, arrange(nodes(), self.plan, work, devices)
+            there = nodes()
+            devices = Devices.of(there, config) if kept is None else Devices(*map(float, kept))
+            return devices, arrange(there, self.plan, work, devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
@@ -142,18 +143,18 @@ class Merge(Run):
         there = self.folder.stored_targets() if wanted else set()
         missing = [[sample for sample in mine if self.folder.target(sample) not in there] for mine in wanted]
         self.progress.phase("targets", sum(map(len, wanted)), len(there))
-        return Waves(crew, self.watch, self.folder, missing, len(there), self.progress.advance)
+        waves = Waves(crew, self.watch, self.folder, missing, len(there), self.progress.advance)
+        waves.nbytes += sum(map(self.folder.state.size, there))
+        return waves
 
     def _magnitudes(self, crew: Crew) -> Array:
         """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite."""
         kept = self.folder.kept("magnitudes")
         if kept is not None:
             return kept
-        names, shards = list(self.plan.base_header.tensors), crew.shards
-        asked = [shard.inspect.remote(names[index :: len(shards)]) for index, shard in enumerate(shards)]
-        found: dict[str, Inspection] = {}
-        for part in self.answers("reading every weight once", asked):
-            found |= part
+        names = list(self.plan.base_header.tensors)
+        ask = lambda shard, mine: shard.inspect.remote(mine)  # noqa: E731
+        found: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
         magnitudes = np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
         self.folder.keep("magnitudes", magnitudes)
         return magnitudes

@@ -46,8 +46,14 @@ class Run:
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:
         """SHA-256 of the inputs' weight and calibration files, by path or URI."""
         files = sorted({file for mine in input_files(self.plan).values() for file in mine})
-        asked = [shard.digests.remote(files[index :: len(shards)]) for index, shard in enumerate(shards)]
-        return {file: digest for part in self.answers("hashing the inputs", asked) for file, digest in part.items()}
+        return self.dealt("hashing the inputs", shards, files, lambda shard, mine: shard.digests.remote(mine))
+
+    def dealt(
+        self, phase: str, shards: Sequence[Any], items: Sequence[str], ask: Callable[[Any, Sequence[str]], Any]
+    ) -> dict[str, Any]:
+        """What the shards say of the items, each of its share of them."""
+        asked = [ask(shard, items[index :: len(shards)]) for index, shard in enumerate(shards)]
+        return {item: said for part in self.answers(phase, asked) for item, said in part.items()}
 
     def answers(self, phase: str, asked: Sequence[Any]) -> list[Any]:
         """The values of references that make a phase, in their order."""

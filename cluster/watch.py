@@ -106,12 +106,9 @@ class Watch:
         return beat
 
     def _look(self) -> None:
-        lost = self._lost_nodes()
+        lost = set(self._nodes.values()) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if lost:
             raise Lost(f"{len(lost)} of the nodes in use {'is' if len(lost) == 1 else 'are'} gone")
-
-    def _lost_nodes(self) -> set[str]:
-        return set(self._nodes.values()) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
     def _value(self, reference: Any, what: str) -> Any:
         try:

@@ -20,7 +20,7 @@ class Waves:
     """Computes the targets of `wanted`, the samples of one expert after the other, while other things are waited for.
 
     An actor that is done with an expert takes the next, without a new process. `before` targets were stored by an
-    earlier start of the run; `nbytes` are those of the targets of this one.
+    earlier start of the run; `nbytes` are those of the targets that are stored.
     """
 
     def __init__(

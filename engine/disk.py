@@ -6,6 +6,7 @@ Knows no object storage.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,6 +36,12 @@ def storing(path: Path) -> Iterator[None]:
             disk = next(folder for folder in path.parents if folder.exists())
             what += f"; {shutil.disk_usage(disk).free:,} bytes are free"
         raise StorageError(what, str(path), do=f"{do} and run the same command: it goes on from here") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def in_use(where: str) -> OutputError:

@@ -28,7 +28,7 @@ import yaml
 
 from engine.calibration import Sample
 from engine.checkpoint import weight_files
-from engine.disk import LocalFolder, storing, sweep
+from engine.disk import LocalFolder, digest, storing, sweep
 from engine.errors import OutputError, StorageError
 from engine.objects import Address
 from engine.plan import ModelPlan, Plan
@@ -61,14 +61,9 @@ def identity(plan: Plan) -> str:
         "config": plan.config.model_dump(exclude=UNDECIDING, mode="json"),
         # By the model's words: a copy in a cache may lie elsewhere on another machine.
         "weights": [(model, file.name, file.stat().st_size, file.stat().st_mtime_ns) for model, file in files],
-        "calibration": [_digest(path) for expert in plan.experts for path in expert.calibration],
+        "calibration": [digest(path) for expert in plan.experts for path in expert.calibration],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_output(out: str, plan_identity: str, fresh: bool) -> bool:

@@ -29,7 +29,7 @@ import ray.cluster_utils
 import rich.console
 import rich.table
 import tiny
-from cluster_helpers import result
+from cluster_helpers import pids, pids_titled, result
 
 ROOT = Path(__file__).resolve().parent.parent
 # A node's silence that long is its death. Much less, and a busy machine loses nodes that are alive.
@@ -106,26 +106,11 @@ def raylet_of(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
-def pids() -> list[int]:
-    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
-
-
 def parent(pid: int) -> int | None:
     try:
         return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None
-
-
-def pids_titled(title: str) -> list[int]:
-    found = []
-    for pid in pids():
-        try:
-            if (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").startswith(title):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
 
 
 def kill(pid: int) -> None:

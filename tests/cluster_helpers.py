@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.driver import attempt, prepare
 from cluster.progress import Progress
@@ -33,3 +36,34 @@ def result(out: Path) -> dict[str, bytes]:
     files = [*out.glob("*.safetensors"), *out.glob("merge/coefficients.parquet"), *out.glob("merge/importance.parquet")]
     assert len(files) >= 2
     return {path.name: path.read_bytes() for path in files}
+
+
+def pids() -> list[int]:
+    """Of every process."""
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def pids_titled(title: str) -> list[int]:
+    """Of the processes whose title begins so, on this machine."""
+    found = []
+    for pid in pids():
+        try:
+            if (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").startswith(title):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+def stopped(command: Sequence[Any], environment: Mapping[str, str]) -> tuple[int, str]:
+    """The exit code and the standard error of a merge that is told to stop in its third step."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as run:
+        assert run.stdout is not None and run.stderr is not None
+        for line in run.stdout:
+            if "stage 1 3/" in line:
+                run.send_signal(signal.SIGTERM)
+                break
+        run.stdout.read()
+        message: str = run.stderr.read()
+    return run.returncode, message

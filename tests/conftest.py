@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+import object_store
 import pytest
 import tiny
 import torch
+from object_store import Store
 
 import actors.process
 import engine.task_vectors
@@ -95,3 +97,16 @@ def small_ray() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Where a server of object storage of this module's own answers."""
+    with object_store.serving() as url:
+        yield url
+
+
+@pytest.fixture
+def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """A bucket of it, and a cache of what is read from there."""
+    return object_store.new_store(server, monkeypatch, tmp_path / "cache")

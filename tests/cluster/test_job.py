@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
+from cluster_helpers import pids_titled, result, stopped
 from ray_head import BIN, ROOT, Head, started_head
 from transformers import AutoModelForCausalLM
 
@@ -97,13 +99,6 @@ def run_job(head: Head, *arguments: object) -> Told:
     return wait_until(ended, head, start_job(head, *arguments))
 
 
-def result(out: Path) -> dict[str, bytes]:
-    """Weights and coefficients, byte for byte."""
-    files = [*out.glob("*.safetensors"), out / "merge" / "coefficients.parquet"]
-    assert len(files) >= 2
-    return {path.name: path.read_bytes() for path in files}
-
-
 def test_a_submitted_job_merges_into_a_shared_folder(undisturbed: tuple[Path, Told]) -> None:
     out, told = undisturbed
     assert (told.status, told.code) == ("SUCCEEDED", 0), told.log
@@ -158,13 +153,10 @@ def test_a_trainer_that_always_dies_is_4_and_leaves_a_state(
 def workers(head: Head, title: str) -> list[int]:
     """Processes of this head, and of no other on this machine, whose title begins so."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = head.environment["RAY_AUTH_TOKEN"].encode() in (folder / "environ").read_bytes()
-            if ours and (folder / "cmdline").read_bytes().startswith(title.encode()):
-                found.append(int(folder.name))
-        except OSError:
-            continue
+    for pid in pids_titled(title):
+        with suppress(OSError):
+            if head.environment["RAY_AUTH_TOKEN"].encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                found.append(pid)
     return found
 
 
@@ -191,16 +183,8 @@ def test_a_driver_outside_of_a_job_that_is_terminated_is_130(
     head: Head, config: Path, undisturbed: tuple[Path, Told], tmp_path: Path
 ) -> None:
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out", "--address", head.address]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=head.environment, **pipes) as run:
-        assert run.stdout is not None and run.stderr is not None
-        for line in run.stdout:
-            if "stage 1 3/" in line:
-                run.send_signal(signal.SIGTERM)
-                break
-        run.stdout.read()
-        message = run.stderr.read()
-    assert run.returncode == 130, message
+    code, message = stopped(command, head.environment)
+    assert code == 130, message
     assert message.rstrip().endswith(STOPPED) and "Traceback" not in message
     assert not (tmp_path / "out").exists()
     again = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, check=False)

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import ray
 import safetensors.torch
 import tiny
 import torch
-from cluster_helpers import result, run_merge
+from cluster_helpers import pids_titled, result, run_merge
 from conftest import plan_of
 from plain import Plain
 from transformers import AutoModelForCausalLM
@@ -127,26 +126,13 @@ def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, me
 
     def kill_once_a_phase(phase: str) -> None:
         if phase in victims and phase not in killed:
-            killed[phase] = worker_pids(victims[phase])
+            killed[phase] = pids_titled(victims[phase])
             for pid in killed[phase]:
                 os.kill(pid, signal.SIGKILL)
 
     other = run_merge(plan_of(config), tmp_path / "merged", kill_once_a_phase)
     assert all(killed[phase] for phase in victims), "every victim was found"
     assert result(other) == result(merged)
-
-
-def worker_pids(title: str) -> list[int]:
-    """Processes of this Ray session whose title begins so."""
-    session = ray.get_runtime_context().get_node_id()
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().decode(errors="replace").startswith(title) and session:
-                found.append(int(folder.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:

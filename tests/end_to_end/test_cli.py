@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from cluster_helpers import stopped
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,15 +135,8 @@ def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Pat
     config = tiny.make_merge(tmp_path / "merge", merge_method="expert_merging", parameters={"epochs": 8})
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
-        assert run.stdout is not None and run.stderr is not None
-        for line in run.stdout:
-            if "stage 1 3/" in line:
-                run.send_signal(signal.SIGTERM)
-                break
-        run.stdout.read()
-        message = run.stderr.read()
-    assert run.returncode == 130, message
+    code, message = stopped(command, environment)
+    assert code == 130, message
     assert "stopped" in message and "Traceback" not in message
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
     done = cli("merge", config, "--out", tmp_path / "out")

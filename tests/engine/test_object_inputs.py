@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import object_store
 import pytest
 import yaml
 from conftest import plan_of
@@ -19,17 +17,6 @@ from engine.headers import find_model, locate
 from engine.plan import make_plan
 from engine.record import input_files, resolved_config, write_config
 from engine.run_folder import identity
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with object_store.serving() as url:
-        yield url
-
-
-@pytest.fixture
-def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    return object_store.new_store(server, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,6 @@ from engine.storage import Folder, ObjectFolder, open_folder
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
 RECORD_OF_THIS = "record: {identity: this}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with object_store.serving() as url:
-        yield url
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import object_store
 import pytest
 from conftest import LONG
 from hypothesis import HealthCheck, given, settings
@@ -34,17 +33,6 @@ from engine.objects import Address
 from engine.storage import Folder, LocalFolder, ObjectFolder, as_path, fetch, is_uri, open_folder
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with object_store.serving() as url:
-        yield url
-
-
-@pytest.fixture
-def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    return object_store.new_store(server, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(params=["disk", "objects"])
