@@ -79,7 +79,8 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
     """Check CONFIG and its inputs from their headers alone, and say what a merge would do and take."""
 
     def run() -> None:
-        from engine.calibration import about_tokens, read_records
+        from engine.calibration import about_tokens
+        from engine.records import read_records
         from engine.scaling import GB, Machines
         from engine.summary import print_plan, print_weight_space_plan
 

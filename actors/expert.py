@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actors.process import Process, Report
 from engine.calibration import Sample
-from engine.expert import FrozenExpert, save_target
+from engine.expert import FrozenExpert, load_target, save_target
 from engine.plan import Plan
 from engine.storage import Folder
 
@@ -17,14 +17,15 @@ class Expert:
         self._plan, self._forwards = plan, 0
         self._held: tuple[int, FrozenExpert] | None = None
 
-    def target(self, sample: Sample, folder: Folder, name: str) -> int:
-        """Write the target of one sample to `name` in the folder, where it outlives process and node.
+    def target(self, sample: Sample, folder: Folder, name: str, inputs: str | None = None) -> int:
+        """Write the target of one sample to `name` in the folder, where it outlives process and node; its file `inputs`
+        there, if it has one, holds what the sample has beside its tokens.
 
         Returns its bytes. A target that is there already is that of an earlier try of the same call.
         """
         if folder.exists(name):
             return folder.size(name)
-        target = self._expert(sample.expert).target(sample)
+        target = self._expert(sample.expert).target(sample, load_target(folder, inputs).inputs if inputs else None)
         self._forwards += 1
         return save_target(target, folder, name)
 

@@ -56,10 +56,13 @@ class Shard:
         """What pieces of weight gradients add to their tensors' coefficient gradients, [K, m] each."""
         return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
 
-    def target(self, folder: Folder, name: str) -> dict[str, Packed]:
-        """A target that an expert has stored; asked again, the same, wherever it is asked."""
-        # Its file holds its tensors as they travel. Read by what knows targets, it would bring all that runs a model.
-        return pack_all(safetensors.torch.load(folder.read(name)))
+    def target(self, folder: Folder, *names: str) -> dict[str, Packed]:
+        """A target that an expert has stored, and before it a sample's inputs where it has any; asked again, the same,
+        wherever it is asked.
+        """
+        # The files hold tensors as they travel. Read by what knows targets, they would bring all that runs a model.
+        found = [safetensors.torch.load(folder.read(name)) for name in names]
+        return pack_all({name: tensor for tensors in found for name, tensor in tensors.items()})
 
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from actors.process import Process, Report
-from engine.calibration import passes
+from engine.calibration import Sample, passes
 from engine.codec import Packed, unpack_all
 from engine.coefficients import Coefficients
 from engine.expert import Target
@@ -21,12 +21,10 @@ from engine.training import Learner, Stage
 
 @dataclass(frozen=True)
 class WindowSample:
-    """One sample of a window: which expert's, which of its samples, a reference to its target, its tokens at most."""
+    """One sample of a window, and a reference to its target."""
 
-    expert: int
-    index: int
+    sample: Sample
     target: Any
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,9 @@ class Trainer:
         leaving = self._shards.gradients(stage.layout)
         losses: dict[int, Losses] = {}
         config = self._plan.config
-        together = passes([sample.tokens for sample in window], config.batch_tokens)
+        samples = [one.sample for one in window]
+        alone = {place for place, sample in enumerate(samples) if sample.inputs}
+        together = passes([sample.tokens for sample in samples], config.batch_tokens, alone)
         for places in together:
             final = places is together[-1] or config.gradients == "stream"
             targets = [self._weighted(window[place], 1 / len(window)) for place in places]
@@ -89,7 +89,7 @@ class Trainer:
                 "learning_rate": metrics.learning_rate,
                 "seconds": seconds,
             }
-            for sample, loss in ((sample, losses[place]) for place, sample in enumerate(window))
+            for sample, loss in ((sample, losses[place]) for place, sample in enumerate(samples))
         ]
         return Step(rows, learner.state(), self._shards.traffic())
 
@@ -102,8 +102,8 @@ class Trainer:
         # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
         return Student(self._plan, self._process.device)
 
-    def _weighted(self, sample: WindowSample, share: float) -> tuple[Target, float]:
+    def _weighted(self, one: WindowSample, share: float) -> tuple[Target, float]:
         """The sample's target, and what its losses count: βₖ times its share of the window."""
         # Copies: what arrives lies wherever its buffer begins, and a matrix product's last bit depends on that.
-        arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(sample.target)).items()}
-        return Target.from_tensors(arrived), self._plan.experts[sample.expert].loss_weight * share
+        arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(one.target)).items()}
+        return Target.from_tensors(arrived), one.sample.loss_weight * share

@@ -37,12 +37,14 @@ from actors.process import usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.alignment import hidden_loss
-from engine.calibration import passes, read_records, tokenize
+from engine.calibration import make_samples, passes
 from engine.checkpoint import FullExpert, open_expert
 from engine.codec import unpack_all
 from engine.config_file import load_config
+from engine.encoding import TextEncoder
 from engine.expert import Target as ExpertTarget
 from engine.plan import Plan, make_plan
+from engine.records import read_records
 from engine.shards import LocalShards
 from engine.storage import open_folder
 from engine.task_vectors import BLOCK
@@ -63,13 +65,13 @@ class Bench:
 
     def __init__(self, config: Path, window: int, scratch: Path, overrides: Sequence[str] = ()) -> None:
         self.plan: Plan = make_plan(load_config(config, overrides), config.parent)
-        samples = tokenize(read_records(self.plan), None, self.plan)
+        samples = make_samples(read_records(self.plan), TextEncoder(None), self.plan)
         chosen = [mine[i] for i in range(len(samples[0])) for mine in samples][:window]
         expert, shard, folder = Expert(self.plan, 0), Shard(self.plan, 0), open_folder(scratch)
         for s in sorted(chosen, key=_by_expert):
             expert.target(s, folder, f"{s.expert}-{s.index}")
         targets = {s: shard.target(folder, f"{s.expert}-{s.index}") for s in chosen}
-        self.window = [WindowSample(s.expert, s.index, targets[s], s.tokens) for s in chosen]
+        self.window = [WindowSample(s, targets[s]) for s in chosen]
         self.trainer = Trainer(self.plan, LocalShards(self.plan, usable_cpus(), overlap=False), lambda target: target)
         self.stage, self.state = first_stage(self.plan), None
         self.coefficients = Learner(self.plan.config.parameters, self.stage).coefficients
@@ -85,27 +87,27 @@ class Bench:
         wait([one for several in shards.merge(self.coefficients, student).values() for one in several])
         leaving = shards.gradients(self.stage.layout)
         for name in self.plan.merged:
-            gradient = student._merged[name].detach()  # any numbers will do
+            gradient = student._parameters[student._places[name].parameter].detach()  # any numbers will do
             leaving.send(name, lambda gradient=gradient: gradient, gradient.nbytes)
         leaving.collect()
 
     def plain(self, limit: int) -> None:
         """Forward and backward as anyone would write them, over samples of one length, `limit` tokens a pass."""
         student = self.trainer._student
-        for places in passes([sample.tokens for sample in self.window], limit):
+        for places in passes([one.sample.tokens for one in self.window], limit):
             packed = [unpack_all(self.window[place].target) for place in places]
             targets = [ExpertTarget.from_tensors(tensors) for tensors in packed]
             ids_BT = torch.stack([target.input_ids_T for target in targets])
             output = student.model(input_ids=ids_BT, output_hidden_states=True, use_cache=False)
             loss = torch.zeros(())
             for row, target in enumerate(targets):
-                logits_TV = target.logits_TV
+                logits_TV = target.logits_CV
                 if logits_TV is None:
                     with torch.no_grad():
-                        logits_TV = student.model.get_output_embeddings()(target.last_hidden_TH)
+                        logits_TV = student.model.get_output_embeddings()(target.last_hidden_CH)
                 ours, theirs = (functional.log_softmax(z.float(), -1) for z in (output.logits[row], logits_TV))
                 loss = loss + functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-                loss = loss + hidden_loss({i: output.hidden_states[i][row] for i in target.hidden_TH}, target.hidden_TH)
+                loss = loss + hidden_loss({i: output.hidden_states[i][row] for i in target.hidden_CH}, target.hidden_CH)
             (loss / len(self.window)).backward()
         for parameter in student.model.parameters():
             parameter.grad = None

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from actors.trainer import WindowSample
 from cluster.combine import Combine
@@ -19,14 +18,13 @@ from cluster.session import await_layout, connect, nodes
 from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.waves import Waves
-from engine.calibration import Sample, needs_tokenizer, read_records, tokenize, training_order, windows
-from engine.checkpoint import open_base
+from engine.calibration import Sample, training_order, windows
 from engine.codec import pack_all
 from engine.coefficients import Array, Coefficients
-from engine.expert import Target, check_models
+from engine.expert import unlabelled
 from engine.importance import stage_2_layout
-from engine.model import load_tokenizer
 from engine.plan import Plan
+from engine.preparation import Records, check_inputs, prepare
 from engine.record import write_record
 from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
 from engine.scaling import Work
@@ -46,23 +44,26 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         MergeError: the input, the cluster or the run is at fault.
     """
     check_trackers(plan.config, out)
-    samples = prepare(plan) if plan.config.learned else []
+    records: Records = []
+    if plan.config.learned:
+        plan, records = check_inputs(plan)
     plan_identity = identity(plan)
     if check_output(out, plan_identity, fresh):
         if RunFolder(out).exists():  # a driver that died after its last act but one
             with open_run(out, plan_identity, fresh=False) as run:
                 run.discard()
         return False
-    with (
-        open_run(out, plan_identity, fresh) as run,
-        connect(address, debug),
-        Telemetry(run.name(), plan.config, out) as telemetry,
-        Progress(telemetry) as progress,
-    ):
-        if plan.config.unused:
-            progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
-        run.keep_plan(plan)
-        until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.standing, progress.say)
+    with open_run(out, plan_identity, fresh) as run:
+        samples = prepare(plan, records, run) if plan.config.learned else []
+        with (
+            connect(address, debug),
+            Telemetry(run.name(), plan.config, out) as telemetry,
+            Progress(telemetry) as progress,
+        ):
+            if plan.config.unused:
+                progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
+            run.keep_plan(plan)
+            until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.standing, progress.say)
     return True
 
 
@@ -70,18 +71,6 @@ def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, pl
     """The merge from where its state is to its end, on the nodes that there are."""
     kind = Merge(plan, samples, run, progress) if plan.config.learned else Combine(plan, run, progress)
     kind.run(plan_identity)
-
-
-def prepare(plan: Plan) -> list[list[Sample]]:
-    """What can be known before any actor starts: names that meet the module's, and the samples' tokens.
-
-    Raises:
-        CheckpointError, CalibrationError: naming the tensor or the record at fault.
-    """
-    records = read_records(plan)
-    check_models(plan)
-    folder, code = open_base(plan).folder, plan.config.trust_remote_code
-    return tokenize(records, load_tokenizer(folder, code) if needs_tokenizer(records) else None, plan)
 
 
 class Merge(Run):
@@ -171,7 +160,7 @@ class Merge(Run):
         for number in range(state.steps, len(steps)):
             targets.stored(steps[number])
             samples = [self.samples[k][i] for k, i in steps[number]]
-            window = [WindowSample(s.expert, s.index, self._target(crew, s), s.tokens) for s in samples]
+            window = [WindowSample(sample, self._target(crew, sample)) for sample in samples]
             asked = trainer.step.remote(reference, state.learner, number, window)
             step = self.watch.answer(asked, "taking a step")
             state = StageState(number + 1, step.state)
@@ -184,10 +173,12 @@ class Merge(Run):
 
     def _target(self, crew: Crew, sample: Sample) -> Any:
         """A reference to a target, which Ray can have read again from its file when a node is lost."""
-        if not self.plan.config.labelled:
-            return ray.put(pack_all(Target.unlabelled(torch.tensor(sample.input_ids)).tensors()))
+        files = [self.folder.inputs(sample)] if sample.inputs else []
+        files += [self.folder.target(sample)] if self.plan.config.labelled else []
+        if not files:
+            return ray.put(pack_all(unlabelled(sample).tensors()))
         shard = crew.shards[(sample.expert + sample.index) % len(crew.shards)]
-        return shard.target.remote(self.folder.state, self.folder.target(sample))
+        return shard.target.remote(self.folder.state, *files)
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """The output by the shards, tensor by tensor, in a folder that is not the output yet."""

@@ -64,7 +64,8 @@ class Waves:
             return
         for sample in self._waiting.popleft():
             self._open[actor] += 1
-            asked = actor.target.remote(sample, self._folder.state, self._folder.target(sample))
+            inputs = self._folder.inputs(sample) if sample.inputs else None
+            asked = actor.target.remote(sample, self._folder.state, self._folder.target(sample), inputs)
             self._watch.later(asked, partial(self._stored, actor, sample), WHAT)
         if not self._waiting:
             for late, reference in self._coming.items():

@@ -10,7 +10,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 # The trackers that accelerate knows; each is the name of its package too.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -52,6 +60,19 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _files(value: Any) -> Any:
+    """A path or a mapping as a list of one, and each path as a mapping."""
+    listed = [value] if isinstance(value, str | dict) else value
+    return [{"path": one} if isinstance(one, str) else one for one in listed] if isinstance(listed, list) else listed
+
+
+def _option(value: Any) -> Any:
+    parts = value.values() if isinstance(value, dict) else [value]
+    if not all(isinstance(part, bool | int | float | str) for part in parts):
+        raise ValueError("a number, a text, true or false, or a mapping to these is expected")
+    return value
+
+
 def _bytes(value: Any) -> Any:
     """5GB as in transformers: powers of 1000."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
@@ -63,6 +84,8 @@ Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+# Of an image processor, by the names that transformers or the model's own configuration have for them.
+ImageOptions = dict[str, Annotated[Any, AfterValidator(_option)]]
 
 
 def _last_part(model: str) -> str:
@@ -95,6 +118,7 @@ class Parameters(_Section):
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
     temperature: Annotated[Float, Field(gt=0)] = 1.0
+    loss_tokens: Literal["all", "text", "response"] = "all"
     regularization: Annotated[Float, Field(ge=0)] = 5.0
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
@@ -108,12 +132,30 @@ class Parameters(_Section):
     granularity: Literal["layer", "task"] = "layer"
 
 
+class CalibrationFile(_Section):
+    """A file of an expert's samples, written as its path where it has no options of its own.
+
+    `samples` are taken of this file; files without share the expert's. `loss_weight` counts instead of the expert's,
+    and `image_options` before the whole config's.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    samples: Annotated[Int, Field(ge=1)] | None = None
+    loss_weight: Annotated[Float, Field(ge=0)] | None = None
+    image_options: ImageOptions = {}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:
+        given = {key: value for key, value in handler(self).items() if value not in (None, {})}
+        return self.path if set(given) == {"path"} else given
+
+
 class Expert(_Section):
     """One entry of `models`: a checkpoint or an adapter, by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda given: _last_part(given.get("model", "")))
-    calibration: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files)] = ()
     parameters: ModelParameters = ModelParameters()
 
 
@@ -123,6 +165,9 @@ class Calibration(_Section):
     max_length: Annotated[Int, Field(ge=2)] = 2048
     shuffle: bool = False
     generate_responses: Annotated[Int, Field(ge=0)] = 0
+    image_options: ImageOptions = {}
+    # Where images are looked for that are not beside their data file; None: in the config's folder.
+    image_folder: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ActorResources(_Section):

@@ -1,21 +1,25 @@
 """A frozen expert: calibration sample in, target out. One forward pass a sample, and nothing is kept.
 
-Letters in tensor names: B batch (1), T tokens, H hidden features, V vocabulary. Knows nothing of merging.
+Letters in tensor names: B batch (1), T tokens, C those whose losses count, H hidden features, V vocabulary. Knows no
+merging.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.calibration import Sample
+from engine import internvl_chat
+from engine.calibration import Sample, counted
 from engine.checkpoint import Checkpoint, Expert, FullExpert, open_base, open_expert
-from engine.devices import device_map, device_of
+from engine.devices import device_map
 from engine.errors import CheckpointError
 from engine.model import (
+    arguments,
     build_skeleton,
     computes_alike,
     fill,
@@ -24,6 +28,7 @@ from engine.model import (
     load_model_config,
     rebuild_logits,
 )
+from engine.names import Places
 from engine.plan import Plan
 from engine.storage import Folder
 from engine.task_vectors import blocks
@@ -33,36 +38,62 @@ from engine.task_vectors import blocks
 class Target:
     """What an expert says to one sample, in the run's dtype: hₖ,ₗ(x) for ℓ ∈ S, and zₖ(x) or what gives it.
 
-    `input_ids_T` int64 are the tokens, any response that the expert wrote included. Either `logits_TV` is there, or
-    `last_hidden_TH`, from which the base's output head makes the same logits; or neither, where no expert was asked.
+    `input_ids_T` int64 are the tokens, any response that the expert wrote included; `inputs` are the tensors that a
+    forward pass takes beside them. Either `logits_CV` is there, or `last_hidden_CH`, from which the base's output head
+    makes the same logits; or neither, where no expert was asked. `counted_C` are the positions that they are of; None:
+    of all.
     """
 
     input_ids_T: Tensor
-    hidden_TH: dict[int, Tensor] = field(default_factory=dict)
-    last_hidden_TH: Tensor | None = None
-    logits_TV: Tensor | None = None
-
-    @classmethod
-    def unlabelled(cls, input_ids_T: Tensor) -> Target:
-        """The tokens of a sample alone, for a method that asks no expert."""
-        return cls(input_ids_T)
+    hidden_CH: dict[int, Tensor] = field(default_factory=dict)
+    last_hidden_CH: Tensor | None = None
+    logits_CV: Tensor | None = None
+    counted_C: Tensor | None = None
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
         """Whether an expert said something to the sample."""
-        return self.last_hidden_TH is not None or self.logits_TV is not None
+        return self.last_hidden_CH is not None or self.logits_CV is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, as it travels and is stored."""
-        named = {"input_ids": self.input_ids_T, "last_hidden": self.last_hidden_TH, "logits": self.logits_TV}
-        named |= {f"hidden.{index}": tensor for index, tensor in self.hidden_TH.items()}
+        named = {
+            "input_ids": self.input_ids_T,
+            "last_hidden": self.last_hidden_CH,
+            "logits": self.logits_CV,
+            "counted": self.counted_C,
+        }
+        named |= {f"hidden.{index}": tensor for index, tensor in self.hidden_CH.items()}
+        named |= {f"inputs.{name}": tensor for name, tensor in self.inputs.items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> Target:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Target:
         """The inverse of `tensors`."""
-        hidden = {int(name[7:]): tensor for name, tensor in tensors.items() if name.startswith("hidden.")}
-        return cls(tensors["input_ids"], hidden, tensors.get("last_hidden"), tensors.get("logits"))
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+
+        return cls(
+            tensors["input_ids"],
+            {int(index): tensor for index, tensor in under("hidden.").items()},
+            tensors.get("last_hidden"),
+            tensors.get("logits"),
+            tensors.get("counted"),
+            under("inputs."),
+        )
+
+
+def unlabelled(sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
+    """A sample as the student takes it where no expert is asked; and what an expert takes."""
+    ids_T = torch.tensor(sample.input_ids)
+    return Target(ids_T, counted_C=_counted(sample, len(ids_T)), inputs=inputs or {})
+
+
+def _counted(sample: Sample, length: int) -> Tensor | None:
+    places = counted(sample.uncounted, length)
+    return None if places is None else torch.tensor(places)
 
 
 def check_models(plan: Plan) -> None:
@@ -95,52 +126,66 @@ class FrozenExpert:
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
         code = plan.config.trust_remote_code
-        self.model, partners = build_skeleton(folder, plan.base_header.tensors, self.dtype, code)
-        devices = device_map(self.model, self.dtype, device)
-        tensors = {}
-        for name, partner in partners.items():
-            device, weight = device_of(partner, devices), _weight(base, source, name)
-            tensors[partner] = weight.to(device, self.dtype) if weight.is_floating_point() else weight.to(device)
-        fill(self.model, tensors, devices)
+        self.model, places = build_skeleton(folder, plan.base_header.tensors, self.dtype, code)
+
+        def weight(name: str) -> Tensor:
+            tensor = _weight(base, source, name)
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+        fill(self.model, places, device_map(self.model, self.dtype, device), weight)
+        internvl_chat.tell_context(self.model, base.folder)
         self.model.generation_config = load_generation_config(folder) or self.model.generation_config
         # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
         alike = computes_alike(load_model_config(base.folder, code), load_model_config(folder, code))
-        self._base_gives_logits = alike and self._head_is_the_base_s(base, partners)
+        self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
 
-    def _head_is_the_base_s(self, base: Checkpoint, partners: dict[str, str]) -> bool:
+    def _head_is_the_base_s(self, base: Checkpoint, source: Expert, places: Places) -> bool:
         """Whether the trainer's head is bit for bit this expert's: equal to the base's, and not merged."""
-        files = {partner: name for name, partner in partners.items()}
-        heads = [files[name] for name in head_names(self.model)]
-        state = self.model.state_dict()
-        return not any(name in self.plan.merged_set for name in heads) and all(
-            torch.equal(state[partners[name]].cpu(), base.read(name).to(self.dtype)) for name in heads
+        heads = set(head_names(self.model))
+        names = [name for name, place in places.items() if place.parameter in heads]
+        return not any(name in self.plan.merged_set for name in names) and all(
+            torch.equal(_weight(base, source, name).to(self.dtype), base.read(name).to(self.dtype)) for name in names
         )
 
     @torch.no_grad()
-    def target(self, sample: Sample) -> Target:
+    def target(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
         """Run forward once on one sample (with the response that the expert writes first, where that is asked for).
+
+        `inputs` are what the sample has beside its tokens.
 
         Raises:
             CheckpointError: the expert's hidden states or logits are not finite.
         """
+        inputs = inputs or {}
         ids_BT = torch.tensor([sample.input_ids], device=self.device)
         if sample.generate:
-            options = {"max_new_tokens": sample.generate, "do_sample": False}
-            ids_BT = self.model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
-        output = self.model(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), output_hidden_states=True, use_cache=False
-        )
+            ids_BT = self._written(ids_BT, inputs, sample.generate)
+        given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+        output = self.model(**given, output_hidden_states=True, use_cache=False)
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
         last_BTH = output.hidden_states[-1]
         # Asked for and checked: what lies between the last hidden state and the logits is the model's affair.
         rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)
+        counted_C = _counted(sample, ids_BT.shape[1])
+        rows = slice(None) if counted_C is None else counted_C
         return Target(
             input_ids_T=ids_BT[0].cpu(),
-            hidden_TH={index: output.hidden_states[index][0].cpu() for index in self.plan.hidden_layers},
-            last_hidden_TH=last_BTH[0].cpu() if rebuilt else None,
-            logits_TV=None if rebuilt else output.logits[0].cpu(),
+            hidden_CH={index: output.hidden_states[index][0].cpu()[rows] for index in self.plan.hidden_layers},
+            last_hidden_CH=last_BTH[0].cpu()[rows] if rebuilt else None,
+            logits_CV=None if rebuilt else output.logits[0].cpu()[rows],
+            counted_C=counted_C,
         )
+
+    def _written(self, ids_BT: Tensor, inputs: Mapping[str, Tensor], count: int) -> Tensor:
+        """The prompt and what the expert writes behind it, at most `count` tokens, the likeliest one by one."""
+        given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+        if internvl_chat.is_original(self.model.config):
+            given = internvl_chat.for_generation(given)
+        written_BT: Tensor = self.model.generate(**given, max_new_tokens=count, do_sample=False)
+        # From embeddings, as InternVL's own code has it, only what is new comes back.
+        new = not torch.equal(written_BT[:, : ids_BT.shape[1]], ids_BT)
+        return torch.cat([ids_BT, written_BT], dim=1) if new else written_BT
 
 
 def save_target(target: Target, folder: Folder, name: str) -> int:

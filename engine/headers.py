@@ -27,8 +27,12 @@ BYTES = {
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What a model in a plan is looked for from: it is an absolute path, a hub id or a URI, and no folder shadows those.
 ROOT = Path("/")
-# What a run reads of a hub repository: weights, tokenizer and configuration; never pickled weights or code.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# What a run takes of a hub repository: weights, tokenizer, configuration, and the code that `trust_remote_code` may
+# have it run; never pickled weights.
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+# The section of a composite model's config that is its language model's: transformers' name, and that of OpenGVLab's
+# original checkpoints.
+TEXT_SECTIONS = ("text_config", "llm_config")
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 CONVERT = (
     "load it with transformers and save it with `save_pretrained`, which writes safetensors; pickles may hold code"
@@ -68,8 +72,13 @@ class ModelHeader:
     @cached_property
     def text_config(self) -> dict[str, Any]:
         """The language model's part of the config: its own section in composite models, else the whole."""
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+        nested = (self.config.get(key) for key in TEXT_SECTIONS)
+        return next((section for section in nested if isinstance(section, dict)), self.config)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model has a part that sees."""
+        return isinstance(self.config.get("vision_config"), dict)
 
     @property
     def architecture(self) -> str:

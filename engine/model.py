@@ -1,4 +1,4 @@
-"""A transformers model without its weights, and the one place where names in files meet the module's parameters.
+"""A transformers model without its weights, filled with them, and run with and without its head.
 
 A model is built on the meta device and filled tensor by tensor, so that nothing is allocated twice. Knows no merging.
 Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
@@ -6,9 +6,10 @@ Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from engine.devices import DeviceMap, dispatch
+from engine.devices import DeviceMap, device_of, dispatch
 from engine.errors import CheckpointError
-from engine.headers import TensorHeader, read_json
+from engine.headers import TEXT_SECTIONS, TensorHeader, read_json
+from engine.names import Place, Places, check_filled, match_names, tied_weights
 from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, in_memory
 
 # Config keys that say nothing about what a model computes from a hidden state.
@@ -46,7 +47,7 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     bound = (
         nullcontext() if remote_code else in_memory(CheckpointError(f"{what}: it takes too much memory", str(folder)))
     )
-    with _reading(what, folder, _own_code(folder, "config.json", remote_code)), bound:
+    with reading(what, folder, own_code(folder, "config.json", remote_code)), bound:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
@@ -58,7 +59,7 @@ def load_generation_config(folder: Path) -> Any:
     """
     if not (folder / "generation_config.json").exists():
         return None
-    with _reading("transformers cannot read its generation_config.json", folder):
+    with reading("transformers cannot read its generation_config.json", folder):
         return transformers.GenerationConfig.from_pretrained(folder)
 
 
@@ -68,19 +69,28 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: there is none, or transformers cannot read it.
     """
+    check_tokenizer_files(folder)
+    do = "add the tokenizer's files to the base's folder, or give calibration records as `input_ids`"
+    do = own_code(folder, "tokenizer_config.json", remote_code) or do
+    with reading("its tokenizer cannot be read", folder, do):
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Refuse what is no regular file of a tokenizer's size.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
     for path in folder.iterdir():
         if path.name.startswith(("tokenizer", "vocab", "merges", "chat_template", "special_tokens", "added_tokens")):
             check_regular(path, TOKENIZER_BYTES, CheckpointError)
-    do = "add the tokenizer's files to the base's folder, or give calibration records as `input_ids`"
-    do = _own_code(folder, "tokenizer_config.json", remote_code) or do
-    with _reading("its tokenizer cannot be read", folder, do):
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
 def build_skeleton(
     folder: Path, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, remote_code: bool = False
-) -> tuple[Any, dict[str, str]]:
-    """A causal language model on the meta device, and file tensor name → parameter or buffer name of the module.
+) -> tuple[Any, Places]:
+    """A model that writes text, and maybe sees, on the meta device, and file tensor name → its place in the module.
 
     Where the config ties the head to the embedding and the files hold both, the model is built untied, as both count.
     `remote_code`: code that comes with the model may run.
@@ -91,64 +101,77 @@ def build_skeleton(
     """
     config = load_model_config(folder, remote_code)
     model = _build(config, dtype, folder, remote_code)
-    partners = match_names(model, tensors, folder)
-    if set(partners.values()) & set(model.all_tied_weights_keys):
-        config.tie_word_embeddings = False
+    places = match_names(model, tensors, folder)
+    if {place.parameter for place in places.values()} & set(tied_weights(model)):
+        # In composite models the whole's and the language model's config say it, and either may decide.
+        for section in (config, *(getattr(config, key, config) for key in TEXT_SECTIONS)):
+            section.tie_word_embeddings = False
         model = _build(config, dtype, folder, remote_code)
-        partners = match_names(model, tensors, folder)
-    state = model.state_dict()
-    for name, partner in partners.items():
-        if tuple(state[partner].shape) != tensors[name].shape:
-            wanted = f"{tuple(state[partner].shape)}, as config.json says"
-            raise CheckpointError(f"{name!r} has shape {tensors[name].shape}", str(folder), wanted)
-    filled = set(partners.values()) | set(model.all_tied_weights_keys)
-    unfilled = [name for name, _ in model.named_parameters() if name not in filled]
-    if unfilled:
-        raise CheckpointError(f"no tensor in its files fills the model's parameter {unfilled[0]!r}", str(folder))
-    return model.eval(), partners
+        places = match_names(model, tensors, folder)
+    check_filled(model, places, tensors, folder)
+    return model.eval(), places
 
 
-def match_names(model: Any, names: Iterable[str], folder: Path) -> dict[str, str]:
-    """File tensor name → parameter or buffer name. Tensors that the architecture is known to ignore are left out.
+def fill(model: Any, places: Places, devices: DeviceMap, weight: Callable[[str], Tensor | None]) -> None:
+    """Give the module its parameters and buffers, without a copy where none is needed.
 
-    transformers keeps the table of renamings an architecture went through; this is the only place that asks it.
-
-    Raises:
-        CheckpointError: a tensor without a partner, or one that the module holds in another form (fused, transposed).
+    `weight`: file tensor name → the tensor, on any device, its floats of the run's dtype; None: memory that is filled
+    later.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state = model.state_dict()
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    partners = {}
-    for name in names:
-        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise CheckpointError(
-                f"the tensor {name!r} is stored in another form than the module's {renamed!r}",
-                str(folder),
-                "one tensor of the file for one parameter of the module",
-            )
-        if renamed in state:
-            partners[name] = renamed
-        elif not any(re.search(pattern, renamed) for pattern in ignored):
-            raise CheckpointError(
-                f"the tensor {name!r} has no partner in the model",
-                str(folder),
-                f"a parameter of {type(model).__name__}",
-            )
-    return partners
-
-
-def fill(model: Any, tensors: dict[str, Tensor], devices: DeviceMap) -> None:
-    """Give the module its parameters and buffers by the module's names, without a copy where none is needed."""
+    state, parts = model.state_dict(), defaultdict[str, list[str]](list)
+    for name, place in places.items():
+        parts[place.parameter].append(name)
+    tensors = {}
+    for parameter, names in parts.items():
+        device, empty = device_of(parameter, devices), state[parameter]
+        found = {name: weight(name) for name in names}
+        only = found[names[0]]
+        if only is not None and only.shape == empty.shape:
+            tensors[parameter] = only.to(device)
+            continue
+        whole = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        for name, tensor in found.items():
+            if tensor is not None:
+                part_of(whole, places[name], tensor.shape).copy_(tensor)
+        tensors[parameter] = whole
     model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not empty, f"not filled: {empty}"
+    if tied_weights(model):
+        model.tie_weights()
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not unfilled, f"not filled: {unfilled}"
     model.requires_grad_(False)
     dispatch(model, devices)
+
+
+def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
+    """What of a parameter is a tensor of a file: a view of the tensor's shape."""
+    return whole.view(-1)[place.start : place.start + math.prod(shape)].view(*shape)
+
+
+def arguments(ids_BT: Tensor, mask_BT: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a forward pass takes: token ids, and a processor's other outputs `inputs`, on the device of the ids.
+
+    Tokens that an expert wrote behind its prompt are text, so marks of tokens [B, T'] go on with 0.
+    """
+    device, length = ids_BT.device, ids_BT.shape[1]
+    others = {name: tensor.to(device) for name, tensor in inputs.items()}
+    for name, tensor in others.items():
+        if name.endswith("token_type_ids"):
+            others[name] = torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, **others}
+
+
+def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The last hidden state [B, T, H], as the head gets it, and those of all layers; no logits."""
+    reached: list[Tensor] = []
+
+    def head(last_BTH: Tensor, *_: Any) -> Tensor:
+        reached.append(last_BTH)
+        return last_BTH[..., :1]
+
+    with _replaced(speaker(model).get_output_embeddings(), head):
+        output = model(**given, output_hidden_states=True, use_cache=False)
+    return reached[-1], output.hidden_states
 
 
 def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
@@ -157,20 +180,43 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     The decoder is replaced for the one call, so that whatever an architecture does to its logits (scaling, capping)
     is done here too.
     """
-    decoder = model.base_model
-    output = BaseModelOutputWithPast(last_hidden_state=last_hidden_BTH)
-    replaced: Callable[..., Any] = lambda *args, **kwargs: output  # noqa: E731
-    own = decoder.__dict__.get("forward")
-    decoder.forward = replaced
-    try:
-        ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
-        logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
-    finally:
-        # A model over several devices has a forward of its own there, that of its hooks.
-        del decoder.forward
-        if own is not None:
-            decoder.forward = own
+    output = _Reached(last_hidden_state=last_hidden_BTH)
+    ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
+    talking = speaker(model)
+    with _replaced(talking.base_model, lambda *args, **kwargs: output):
+        logits: Tensor = talking(input_ids=ids_BT, use_cache=False).logits
     return logits
+
+
+def speaker(model: Any) -> Any:
+    """The module that makes logits of what its decoder says: the model, or within code of its own a language model."""
+    for module in model.modules():
+        head = module.get_output_embeddings() if isinstance(module, transformers.PreTrainedModel) else None
+        if head is not None and any(child is head for child in module.children()):
+            return module
+    raise AssertionError("a model that writes text has an output head")
+
+
+class _Reached(BaseModelOutputWithPast):  # type: ignore[misc]
+    """A decoder's output that has nothing more to say than its last hidden state."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+@contextmanager
+def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module with another forward pass."""
+    # A model over several devices has a forward of its own there, that of its hooks.
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -186,9 +232,7 @@ def blocks_of(model: Any) -> list[Any]:
 
 def head_names(model: Any) -> list[str]:
     """The module's names of everything between the last hidden state and the logits that has weights."""
-    head = model.get_output_embeddings()
-    assert head is not None, "a causal language model has an output head"
-    own = {id(parameter) for parameter in head.parameters()}
+    own = {id(parameter) for parameter in speaker(model).get_output_embeddings().parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]
 
 
@@ -203,16 +247,25 @@ def computes_alike(one: Any, other: Any) -> bool:
 
 def _build(config: Any, dtype: torch.dtype, folder: Path, remote_code: bool) -> Any:
     # Buffers (rotary frequencies) are in no file: they are computed here, not left on the meta device.
-    with _reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=remote_code)
+    with reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
+        return _kind(config, remote_code).from_config(config, dtype=dtype, trust_remote_code=remote_code)
 
 
-def _reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[None]:
+def _kind(config: Any, remote_code: bool) -> Any:
+    """The class of transformers that builds it: what the code beside it names, else by the configuration's kind."""
+    if remote_code and (own := getattr(config, "auto_map", None)):
+        return transformers.AutoModelForCausalLM if "AutoModelForCausalLM" in own else transformers.AutoModel
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[None]:
     """What transformers raises over the folder's files, as a fault of theirs."""
     return foreign(lambda told: CheckpointError(f"{what}: {told}", str(folder), do=do), StrictDataclassError)
 
 
-def _own_code(folder: Path, file: str, allowed: bool) -> str:
+def own_code(folder: Path, file: str, allowed: bool) -> str:
     """What to do where a file says that the model comes with code, and that may not run."""
     own = not allowed and (folder / file).exists() and "auto_map" in read_json(folder / file)
     return "`trust_remote_code: true` lets code from the model's folder run; look at it first" if own else ""

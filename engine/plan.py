@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from engine.config import Config, Expert
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
@@ -70,6 +71,8 @@ class Plan:
     tokenizer: str | None = None
     # Whose rows embedding and head have beyond the base's own (or: how many of the base's are left).
     rows: ModelPlan | None = None
+    # Image files of each expert's samples, once its records have been read.
+    images: tuple[tuple[str, ...], ...] = ()
 
     @property
     def base_header(self) -> ModelHeader:
@@ -121,8 +124,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     Raises:
         CheckpointError, CalibrationError, ConfigError: naming the model, the file or the tensor at fault.
     """
-    if config.log_dir:
-        config = config.model_copy(update={"log_dir": str(locate(config.log_dir, config_folder, ConfigError))})
+    config = _located(config, config_folder)
     base_folder = find_model(config.base_model, config_folder)
     if is_adapter(base_folder):
         raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")
@@ -148,6 +150,16 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
     )
+
+
+def _located(config: Config, config_folder: Path) -> Config:
+    """The config with its folders as absolute paths."""
+    found: dict[str, Any] = {}
+    if config.log_dir:
+        found["log_dir"] = str(locate(config.log_dir, config_folder, ConfigError))
+    images = locate(config.calibration.image_folder or ".", config_folder, ConfigError)
+    found["calibration"] = config.calibration.model_copy(update={"image_folder": str(images)})
+    return config.model_copy(update=found)
 
 
 def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
@@ -182,7 +194,7 @@ def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
 
 def _plan_expert(config: Config, expert: Expert, base: ModelHeader, tokenizer: Path, config_folder: Path) -> ExpertPlan:
     wanted = expert.calibration if config.learned else ()
-    calibration = tuple(_calibration_file(expert.name, path, config_folder) for path in wanted)
+    calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in wanted)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
     if adapter_name and folder == base.folder:

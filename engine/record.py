@@ -15,7 +15,7 @@ import yaml
 
 from engine.checkpoint import weight_files
 from engine.coefficients import Array, Coefficients, write_coefficients
-from engine.config import Expert
+from engine.config import CalibrationFile, Expert
 from engine.importance import write_importance
 from engine.mergekit_yaml import as_yaml
 from engine.methods.spec import Method
@@ -53,7 +53,7 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
         given.model_copy(
             update={
                 "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
-                "calibration": _calibration(given, expert),
+                "calibration": _located(given, expert),
             }
         )
         for given, expert in zip(plan.config.models, plan.experts, strict=True)
@@ -65,16 +65,17 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
 def input_files(plan: Plan) -> dict[str, list[str]]:
     """Every file that a result depends on, by path or URI, of each model: weights, and the samples of an expert."""
     files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
+    images = plan.images or [()] * len(plan.experts)
     return files | {
-        expert.name: [*_weights(expert), *_calibration(given, expert)]
-        for given, expert in zip(plan.config.models, plan.experts, strict=True)
+        expert.name: [*_weights(expert), *(file.path for file in _located(given, expert)), *seen]
+        for given, expert, seen in zip(plan.config.models, plan.experts, images, strict=True)
     }
 
 
-def _calibration(given: Expert, expert: ExpertPlan) -> tuple[str, ...]:
+def _located(given: Expert, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:
     """The files of an expert's samples, as another node finds them. A method that learns nothing reads none."""
     pairs = zip(given.calibration, expert.calibration, strict=False)
-    return tuple(name if is_uri(name) else str(path) for name, path in pairs)
+    return tuple(file if is_uri(file.path) else file.model_copy(update={"path": str(path)}) for file, path in pairs)
 
 
 def _weights(model: ModelPlan) -> list[str]:

@@ -36,7 +36,9 @@ from engine.storage import Folder, cache_folder, is_uri, open_folder
 
 RECORD = "merge/config.yaml"
 # Keys of the config that decide no bit of the result.
-UNDECIDING = {"cluster", "record", "unused", "log_with", "log_dir"}
+UNDECIDING: dict[str, Any] = dict.fromkeys(("cluster", "record", "unused", "log_with", "log_dir"), True) | {
+    "calibration": {"image_folder"}
+}
 IDENTITY, WRITING = "identity", "writing"
 # What WRITING says while an earlier merge is being removed from the output's place, and then.
 CLEARING, CLEARED = b"clearing", b"cleared"
@@ -53,12 +55,13 @@ class StageState:
 def identity(plan: Plan) -> str:
     """A digest of everything that decides the result: the config but for the cluster, and the inputs' files.
 
-    Weight files count by name, size and time of change, calibration files by their bytes.
+    Weight files count by name, size and time of change, calibration files and their images by their bytes.
     """
     models: list[ModelPlan] = [plan.base, *plan.experts, *([plan.rows] if plan.rows else [])]
     files = [(model.model, file) for model in models for file in weight_files(model)]
     facts = {
         "config": plan.config.model_dump(exclude=UNDECIDING, mode="json"),
+        "images": [digest(Path(image)) for mine in plan.images for image in mine],
         # By the model's words: a copy in a cache may lie elsewhere on another machine.
         "weights": [(model, file.name, file.stat().st_size, file.stat().st_mtime_ns) for model, file in files],
         "calibration": [digest(path) for expert in plan.experts for path in expert.calibration],
@@ -135,6 +138,22 @@ class RunFolder:
     def target(self, sample: Sample) -> str:
         """The name of a sample's target in the state."""
         return f"targets/{sample.expert}-{sample.index}.safetensors"
+
+    def inputs(self, sample: Sample) -> str:
+        """The name of what a sample has beside its tokens, in the state."""
+        return f"inputs/{sample.expert}-{sample.index}.safetensors"
+
+    def keep_samples(self, samples: list[list[Sample]]) -> None:
+        """Keep the samples, when all their inputs are."""
+        self.state.write("samples.pickle", pickle.dumps(samples))
+
+    def samples(self) -> list[list[Sample]] | None:
+        """The samples that an earlier start prepared, a file of this run's own; None: it did not come to its end."""
+        try:
+            samples: list[list[Sample]] = pickle.loads(self.state.read("samples.pickle"))
+        except FileNotFoundError:
+            return None
+        return samples
 
     def stored_targets(self) -> set[str]:
         """The names of the targets that are there."""

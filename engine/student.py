@@ -2,7 +2,8 @@
 
 It holds one model and one gradient, whatever the number of experts: the coefficients are the trainer's affair, the task
 vectors the shards'. It computes with what has arrived and lets go of what is final, so that both can travel meanwhile.
-Letters in tensor names: B samples of a pass, T tokens, P some of the tokens, H hidden features, V vocabulary.
+Letters in tensor names: B samples of a pass, T tokens, C those whose losses count, P some of them, H hidden features, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from engine.alignment import entropy_loss, hidden_loss, logit_loss
 from engine.checkpoint import open_base
 from engine.codec import to_cpu
-from engine.devices import device_map, device_of
+from engine.devices import device_map
 from engine.errors import RunError
 from engine.expert import Target
-from engine.model import blocks_of, build_skeleton, fill, rebuild_logits
+from engine.internvl_chat import tell_context
+from engine.model import arguments, blocks_of, build_skeleton, decode, fill, part_of, rebuild_logits, speaker
 from engine.plan import Plan
 from engine.shards import Arrivals, Gradients
 from engine.sizes import LOGIT_BYTES
@@ -49,22 +50,26 @@ class Student:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
-        self.model, partners = build_skeleton(
+        self.model, places = build_skeleton(
             base.folder, plan.base_header.tensors, self.dtype, plan.config.trust_remote_code
         )
-        devices = device_map(self.model, self.dtype, device)
-        tensors = {}
-        for name, partner in partners.items():
-            device = device_of(partner, devices)
+
+        def weight(name: str) -> Tensor | None:
             if name in plan.merged_set:
-                tensors[partner] = torch.empty(plan.base_header.tensors[name].shape, dtype=self.dtype, device=device)
-            else:
-                weight = base.read(name)
-                # A view of the file where nothing has to change: what is never merged is never copied.
-                tensors[partner] = weight.to(device, self.dtype) if weight.is_floating_point() else weight.to(device)
-        fill(self.model, tensors, devices)
+                return None
+            tensor = base.read(name)
+            # A view of the file where nothing has to change: what is never merged is never copied.
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+        fill(self.model, places, device_map(self.model, self.dtype, device), weight)
+        tell_context(self.model, base.folder)
         named = dict(self.model.named_parameters())
-        self._merged = {name: named[partners[name]].requires_grad_() for name in plan.merged}
+        # Parameter → the merged tensors that it is, or that are parts of it.
+        self._parts: dict[str, list[str]] = {}
+        for name in plan.merged:
+            self._parts.setdefault(places[name].parameter, []).append(name)
+        self._parameters = {parameter: named[parameter].requires_grad_() for parameter in self._parts}
+        self._places = places
         self._arriving: dict[str, Sequence[Future[None]]] = {}
         self._leaving: Gradients | None = None
         self._watch_blocks()
@@ -75,27 +80,29 @@ class Student:
         everywhere = set(self.plan.merged)
         for block in blocks_of(self.model):
             inside = {id(parameter) for parameter in block.parameters()}
-            names = [name for name, parameter in self._merged.items() if id(parameter) in inside]
+            holding = [name for name, parameter in self._parameters.items() if id(parameter) in inside]
+            names = [name for parameter in holding for name in self._parts[parameter]]
             everywhere.difference_update(names)
             block.register_forward_pre_hook(lambda *_, names=names: self._await(names))
             if self.plan.config.gradient_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self._outside_blocks = sorted(everywhere)
+        self._vocabulary = speaker(self.model).get_output_embeddings().weight.shape[0]
 
     def _watch_gradients(self) -> None:
         """Have each gradient leave when it is final."""
-        for name, parameter in self._merged.items():
+        for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._leave(name))
 
     def room(self, piece: Piece) -> Tensor:
         """See `Model.room`: the model's own memory, or memory from which a GPU can copy."""
-        if self._merged[piece.name].is_cuda:
+        if self._slot(piece).is_cuda:
             return torch.empty(piece.numel, dtype=self.dtype, pin_memory=True)
         return self._slot(piece)
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
         """See `Model.put`."""
-        if self._merged[piece.name].is_cuda:
+        if self._slot(piece).is_cuda:
             self._slot(piece).copy_(merged_N, non_blocking=True)
 
     def expect(self, arriving: Arrivals) -> None:
@@ -114,20 +121,20 @@ class Student:
             RunError: a loss is not finite.
         """
         self._await(self._outside_blocks)
-        output = self._decode([target for target, _ in samples])
+        last_BTH, layers = self._decode([target for target, _ in samples])
         if self._arriving:
             # A model that uses a block's weights without calling the block: what it computed with is not known.
             self._await(list(self._arriving))
-            output = self._decode([target for target, _ in samples])
-        last_BTH = output.last_hidden_state
+            last_BTH, layers = self._decode([target for target, _ in samples])
         slope_BTH = torch.zeros_like(last_BTH)
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
-            own = row, slice(len(target.input_ids_T))
-            loss = self._logit_loss(last_BTH[own], target, weight, slope_BTH[own])
+            own = row, _rows(target)
+            loss, slope_CH = self._logit_loss(last_BTH[own], target, weight)
+            slope_BTH[own] = slope_CH
             hidden = hidden_loss(
-                {index: output.hidden_states[index][own] for index in target.hidden_TH},
-                {index: tensor.to(output.hidden_states[index].device) for index, tensor in target.hidden_TH.items()},
+                {index: layers[index][own] for index in target.hidden_CH},
+                {index: tensor.to(layers[index].device) for index, tensor in target.hidden_CH.items()},
             )
             if not (loss.isfinite() and hidden.isfinite()):
                 raise RunError(
@@ -145,67 +152,79 @@ class Student:
         self._leaving = leaving
         torch.autograd.backward([root for root, _ in roots], [slope for _, slope in roots])
         if leaving is not None:
-            for name, parameter in self._merged.items():
+            for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     self._leave(name)
         self._leaving = None
 
-    def _decode(self, targets: Sequence[Target]) -> Any:
-        """Hidden states of all layers; no logits. Shorter samples are filled up behind, where no token looks."""
+    def _decode(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The last hidden state and those of all layers; no logits.
+
+        Shorter samples are filled up behind, where no token looks; one with more inputs than its tokens is alone.
+        """
+        assert len(targets) == 1 or not any(target.inputs for target in targets)
         ids_BT = pad_sequence([target.input_ids_T for target in targets], batch_first=True)
         mask_BT = pad_sequence([torch.ones_like(target.input_ids_T) for target in targets], batch_first=True)
-        return self.model.base_model(
-            input_ids=ids_BT.to(self.device),
-            attention_mask=mask_BT.to(self.device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
+        ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
+        return decode(self.model, arguments(ids_BT, mask_BT, targets[0].inputs))
 
-    def _logit_loss(self, last_TH: Tensor, target: Target, scale: float, slope_TH: Tensor) -> Tensor:
+    def _logit_loss(self, last_CH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:
         """L_logit of a sample, or its mean entropy where no expert said anything to it.
 
-        `scale` times its gradient by the last hidden state goes to `slope_TH`. Some tokens at a time; the gradient of a
-        head that is merged is left on it.
+        And `scale` times its gradient by the last hidden state [C, H]. Some tokens at a time; the gradient of a head
+        that is merged is left on it.
         """
-        temperature, tokens = self.plan.config.parameters.temperature, last_TH.shape[0]
-        rows = max(1, LOGIT_BYTES // (4 * self.model.get_output_embeddings().weight.shape[0]))
-        mean = torch.zeros((), device=last_TH.device)
+        temperature, tokens = self.plan.config.parameters.temperature, last_CH.shape[0]
+        rows = max(1, LOGIT_BYTES // (4 * self._vocabulary))
+        mean, slope_CH = torch.zeros((), device=last_CH.device), torch.zeros_like(last_CH)
         for start in range(0, tokens, rows):
             some = slice(start, min(start + rows, tokens))
-            hidden_PH = last_TH[some].detach().requires_grad_()
+            hidden_PH = last_CH[some].detach().requires_grad_()
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             if target.labelled:
-                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_TH.device), temperature)
+                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_CH.device), temperature)
             else:
                 loss, slope_PV = entropy_loss(logits_PV)
             mean += loss / tokens
             torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
             assert hidden_PH.grad is not None
-            slope_TH[some] = hidden_PH.grad
-        return mean
+            slope_CH[some] = hidden_PH.grad
+        return mean, slope_CH
 
     @torch.no_grad()
     def _expert_logits(self, target: Target, some: slice, device: torch.device) -> Tensor:
         """zₖ(x) of some tokens [P, V]: as they came, or from the last hidden state through the head that both share."""
-        if target.logits_TV is not None:
-            return target.logits_TV[some].to(device)
-        assert target.last_hidden_TH is not None
-        return rebuild_logits(self.model, target.last_hidden_TH[None, some].to(device))[0]
+        if target.logits_CV is not None:
+            return target.logits_CV[some].to(device)
+        assert target.last_hidden_CH is not None
+        return rebuild_logits(self.model, target.last_hidden_CH[None, some].to(device))[0]
 
     def _slot(self, piece: Piece) -> Tensor:
         """The model's own memory of a piece."""
-        slot: Tensor = self._merged[piece.name].detach().view(-1)[piece.start : piece.stop]
-        return slot
+        whole = self._parameters[self._places[piece.name].parameter].detach()
+        return self._part(whole, piece.name).view(-1)[piece.start : piece.stop]
+
+    def _part(self, whole: Tensor, name: str) -> Tensor:
+        """The merged tensor `name` in its parameter, or in the gradient of that."""
+        return part_of(whole, self._places[name], self.plan.base_header.tensors[name].shape)
 
     def _await(self, names: Iterable[str]) -> None:
         for name in names:
             for arrival in self._arriving.pop(name, ()):
                 arrival.result()
 
-    def _leave(self, name: str) -> None:
+    def _leave(self, parameter: str) -> None:
         if self._leaving is None:
             return
-        parameter = self._merged[name]
-        gradient, parameter.grad = parameter.grad, None
+        whole = self._parameters[parameter]
+        gradient, whole.grad = whole.grad, None
         assert gradient is not None
-        self._leaving.send(name, to_cpu(gradient), gradient.nbytes)
+        gradient = gradient.contiguous()
+        for name in self._parts[parameter]:
+            part = self._part(gradient, name)
+            self._leaving.send(name, to_cpu(part), part.nbytes)
+
+
+def _rows(target: Target) -> slice | Tensor:
+    """The places of a sample's row whose losses count; what is filled up behind it never does."""
+    return slice(len(target.input_ids_T)) if target.counted_C is None else target.counted_C

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.headers import ModelHeader, check_folder
+from engine.headers import TEXT_SECTIONS, ModelHeader, check_folder
 from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, shown
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
@@ -97,7 +97,8 @@ def rows_in(donor: ModelHeader, tensor: str) -> str:
 
 
 def _with_size(config: dict[str, Any], size: int | None) -> dict[str, Any]:
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and "vocab_size" in nested:
-        return config | {"text_config": nested | {"vocab_size": size}}
+    for key in TEXT_SECTIONS:
+        nested = config.get(key)
+        if isinstance(nested, dict) and "vocab_size" in nested:
+            return config | {key: nested | {"vocab_size": size}}
     return config | {"vocab_size": size}

@@ -11,13 +11,15 @@ from torch import Tensor
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import read_records, tokenize, training_order, windows
+from engine.calibration import make_samples, training_order, windows
 from engine.checkpoint import open_base
 from engine.coefficients import Coefficients
 from engine.disk import LocalFolder
+from engine.encoding import TextEncoder
 from engine.importance import stage_2_layout
 from engine.model import load_tokenizer
 from engine.plan import Plan
+from engine.records import read_records
 from engine.shards import Arrivals, LocalShards
 from engine.task_vectors import Piece, TaskVectors, open_task_vectors
 from engine.training import Learner, Stage, first_stage, second_stage
@@ -52,7 +54,7 @@ class Received:
 class Plain:
     def __init__(self, plan: Plan, scratch: Path) -> None:
         self.plan, streams = plan, task_vectors(plan)
-        self.samples = tokenize(read_records(plan), load_tokenizer(open_base(plan).folder), plan)
+        self.samples = make_samples(read_records(plan), TextEncoder(load_tokenizer(open_base(plan).folder)), plan)
         self.targets, folder, shard = {}, LocalFolder(scratch), Shard(plan, 0)
         for k, mine in enumerate(self.samples):
             expert = Expert(plan, k)
@@ -69,7 +71,7 @@ class Plain:
         order = training_order([len(mine) for mine in self.samples], parameters.epochs)
         state = None
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
-            samples = [WindowSample(k, i, self.targets[k, i], self.samples[k][i].tokens) for k, i in window]
+            samples = [WindowSample(self.samples[k][i], self.targets[k, i]) for k, i in window]
             step = self.trainer.step(stage, state, number, samples)
             state, self.rows = step.state, [*self.rows, *step.rows]
         learner = Learner(parameters, stage)

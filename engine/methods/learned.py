@@ -18,6 +18,7 @@ ABOUT = {
     "hidden_layers": "S, the hidden states that are compared: middle, all, or indices",
     "hidden_weight": "λ_hid, what the hidden loss counts",
     "temperature": "T of the logit loss",
+    "loss_tokens": "whose losses count: all, text (no image), or response (from what predicts its first token)",
     "regularization": "γ, the pull back to the prior",
     "learning_rate": "of AdamW on a, α = σ(a)",
     "weight_decay": "of AdamW",

@@ -19,10 +19,12 @@ from skills import SKILLS
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import read_records, tokenize, training_order, windows
+from engine.calibration import make_samples, training_order, windows
 from engine.config_file import load_config
+from engine.encoding import TextEncoder
 from engine.importance import stage_2_layout
 from engine.plan import make_plan
+from engine.records import read_records
 from engine.storage import open_folder
 from engine.task_vectors import open_task_vectors
 from engine.training import Learner, first_stage, second_stage
@@ -42,7 +44,7 @@ def main(base_settings: list[str]) -> None:
     settings = base_settings or SETTINGS
     plan = make_plan(load_config(CONFIG), CONFIG.parent)
     models = MergedModels(plan)
-    samples = tokenize(read_records(plan), models.tokenizer, plan)
+    samples = make_samples(read_records(plan), TextEncoder(models.tokenizer), plan)
     targets, expert, shard = {}, Expert(plan, 0), Shard(plan, 0)
     with tempfile.TemporaryDirectory() as folder:
         for sample in (sample for mine in samples for sample in mine):
@@ -69,9 +71,7 @@ def main(base_settings: list[str]) -> None:
         trainer = Trainer(plan, models.shards, lambda target: target)
         order = training_order([len(mine) for mine in samples], parameters.epochs)
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
-            step = trainer.step(
-                stage, state, number, [WindowSample(k, i, targets[k, i], samples[k][i].tokens) for k, i in window]
-            )
+            step = trainer.step(stage, state, number, [WindowSample(samples[k][i], targets[k, i]) for k, i in window])
             state = step.state
         kl, hidden = (sum(row[part] for row in step.rows) / len(step.rows) for part in ("kl", "hidden"))
         print(f"    last window: kl {kl:.3f} hidden {hidden:.2f}")

@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.func import functional_call
 
 from actors.trainer import Trainer
-from engine.calibration import read_records, tokenize
+from engine.calibration import make_samples
 from engine.checkpoint import open_base
 from engine.codec import pack_all, unpack_all
 from engine.coefficients import Coefficients
 from engine.disk import LocalFolder
+from engine.encoding import TextEncoder
 from engine.expert import Target, load_target, save_target
 from engine.model import load_tokenizer
 from engine.plan import Plan
+from engine.records import read_records
 from engine.shards import LocalShards
 from engine.training import first_stage
 
@@ -37,9 +39,9 @@ class AdaMerging(Plain):
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rows = plan, []
-        self.samples = tokenize(read_records(plan), load_tokenizer(open_base(plan).folder), plan)
+        self.samples = make_samples(read_records(plan), TextEncoder(load_tokenizer(open_base(plan).folder)), plan)
         self.targets = {
-            (k, sample.index): pack_all(Target.unlabelled(torch.tensor(sample.input_ids)).tensors())
+            (k, sample.index): pack_all(Target(torch.tensor(sample.input_ids)).tensors())
             for k, mine in enumerate(self.samples)
             for sample in mine
         }
@@ -181,7 +183,7 @@ def test_a_method_that_aligns_has_no_entropy_in_its_rows(tmp_path: Path) -> None
 
 
 def test_tokens_alone_travel_and_are_stored(tmp_path: Path) -> None:
-    target = Target.unlabelled(torch.tensor([5, 3, 9]))
+    target = Target(torch.tensor([5, 3, 9]))
     assert target.tensors().keys() == {"input_ids"}
     save_target(target, LocalFolder(tmp_path), "target")
     for found in (
@@ -189,5 +191,5 @@ def test_tokens_alone_travel_and_are_stored(tmp_path: Path) -> None:
         load_target(LocalFolder(tmp_path), "target"),
     ):
         assert torch.equal(found.input_ids_T, target.input_ids_T) and found.input_ids_T.dtype == torch.int64
-        assert (found.hidden_TH, found.last_hidden_TH, found.logits_TV) == ({}, None, None)
+        assert (found.hidden_CH, found.last_hidden_CH, found.logits_CV) == ({}, None, None)
         assert not found.labelled

@@ -78,12 +78,12 @@ def float64_gradient(merge: Plain, window: list[WindowSample]) -> np.ndarray:
     for sample in window:
         target = Target.from_tensors(unpack_all(sample.target))
         output = model(input_ids=target.input_ids_T[None], output_hidden_states=True)
-        assert target.last_hidden_TH is not None
+        assert target.last_hidden_CH is not None
         with torch.no_grad():
-            logits = model.get_output_embeddings()(target.last_hidden_TH.double())
+            logits = model.get_output_embeddings()(target.last_hidden_CH.double())
         ours, theirs = (functional.log_softmax(z, -1) for z in (output.logits[0], logits))
         kl = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        hidden = [(output.hidden_states[i][0] - h.double()).square().mean() for i, h in target.hidden_TH.items()]
+        hidden = [(output.hidden_states[i][0] - h.double()).square().mean() for i, h in target.hidden_CH.items()]
         ((kl + torch.stack(hidden).mean()) / len(window)).backward()
     columns = [(taus[name] * named[name].grad).flatten(1).sum(1) for name in plan.merged]
     return torch.stack(columns, 1).numpy()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.calibration import Sample, needs_tokenizer, passes, read_records, tokenize, training_order, windows
-from engine.errors import CalibrationError
+from engine.calibration import Sample, make_samples, passes, training_order, windows
+from engine.encoding import TextEncoder
+from engine.errors import CalibrationError, CheckpointError
 from engine.model import load_tokenizer
 from engine.plan import Plan
+from engine.preparation import encoder
+from engine.records import read_records
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True)
@@ -60,12 +65,12 @@ def plan_with(llama_merge: Path, *files: Path, options: Sequence[str] = ()) -> P
 
 
 def first_samples(plan: Plan, tokenizer: Any) -> list[Sample]:
-    return tokenize(read_records(plan), tokenizer, plan)[0]
+    return make_samples(read_records(plan), TextEncoder(tokenizer), plan)[0]
 
 
 def fault(plan: Plan, tokenizer: Any = None) -> str:
     with pytest.raises(CalibrationError) as caught:
-        tokenize(read_records(plan), tokenizer, plan)
+        make_samples(read_records(plan), TextEncoder(tokenizer), plan)
     return str(caught.value)
 
 
@@ -151,12 +156,35 @@ def test_tokens_beyond_max_length_are_left_out_and_counted(
     assert (sample.input_ids, sample.cut) == (tuple(range(10, 10 + kept)), cut)
 
 
-def test_files_of_one_expert_are_read_one_after_the_other(tmp_path: Path, llama_merge: Path) -> None:
-    files = [
-        write(tmp_path / "b.jsonl", [{"input_ids": [9]}, {"input_ids": [8]}]),
-        write(tmp_path / "a.json", [{"input_ids": [7]}]),
+@pytest.mark.parametrize(
+    ("counts", "total", "taken"),
+    [
+        ((None, None), 9, [9, 7, 8, 6, 5]),
+        ((None, None), 3, [9, 7, 8]),
+        ((None, None), 1, [9]),
+        ((2, None), 1, [9, 7, 8]),
+        ((1, 1), 9, [9, 7]),
+        ((None, 9), 2, [9, 7, 8, 6]),
+    ],
+)
+def test_files_of_one_expert_take_turns_and_may_have_numbers_of_their_own(
+    tmp_path: Path, llama_merge: Path, counts: tuple[int | None, int | None], total: int, taken: list[int]
+) -> None:
+    lists = [("b.jsonl", [9, 8, 5]), ("a.json", [7, 6])]
+    files = [write(tmp_path / name, [{"input_ids": [i]} for i in ids]) for name, ids in lists]
+    given = [
+        {"path": str(file), "samples": count} if count else str(file) for file, count in zip(files, counts, strict=True)
     ]
-    assert [sample.input_ids for sample in first_samples(plan_with(llama_merge, *files), None)] == [(9,), (8,), (7,)]
+    options = [f"models.0.calibration={json.dumps(given)}", f"parameters.samples_per_model={total}"]
+    samples = first_samples(plan_of(llama_merge, *options), None)
+    assert [sample.input_ids for sample in samples] == [(i,) for i in taken]
+
+
+def test_a_file_may_have_a_loss_weight_of_its_own(tmp_path: Path, llama_merge: Path) -> None:
+    files = [write(tmp_path / f"{name}.jsonl", [{"input_ids": [7]}]) for name in "ab"]
+    given = [{"path": str(files[0]), "loss_weight": 0.25}, str(files[1])]
+    plan = plan_of(llama_merge, f"models.0.calibration={json.dumps(given)}", "parameters.loss_weight=3")
+    assert [sample.loss_weight for sample in first_samples(plan, None)] == [0.25, 3.0]
 
 
 def test_blank_lines_are_no_records_and_count_as_lines(tmp_path: Path, llama_merge: Path) -> None:
@@ -216,7 +244,8 @@ def test_a_tokenizer_is_needed_for_text_alone(
     tmp_path: Path, llama_merge: Path, records: list[Any], needed: bool
 ) -> None:
     plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", records))
-    assert needs_tokenizer(read_records(plan)) is needed
+    with pytest.raises(CheckpointError, match="tokenizer") if needed else nullcontext():
+        encoder(replace(plan, tokenizer=str(tmp_path)), read_records(plan))
 
 
 def test_samples_go_round_robin_and_a_shorter_list_starts_again() -> None:
@@ -366,7 +395,7 @@ def test_a_file_that_went_away_is_a_fault(tmp_path: Path, llama_merge: Path) -> 
 
 def records_or_told(plan: Plan, tokenizer: Any, path: Path) -> bool:
     try:
-        return bool(tokenize(read_records(plan), tokenizer, plan)[0])
+        return bool(make_samples(read_records(plan), TextEncoder(tokenizer), plan)[0])
     except CalibrationError as error:
         return str(error).startswith(str(path))
 

@@ -67,6 +67,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
         "hidden_layers": "middle",
         "hidden_weight": 1.0,
         "temperature": 1.0,
+        "loss_tokens": "all",
         "regularization": 5.0,
         "learning_rate": 0.5,
         "weight_decay": 1e-5,
@@ -144,10 +145,10 @@ def test_a_base_with_calibration_among_the_models_is_an_expert(path: Path) -> No
     assert [expert.name for expert in load(path, text).models] == ["base", "b"]
 
 
-@pytest.mark.parametrize("calibration", ["math.jsonl", "[math.jsonl]"])
+@pytest.mark.parametrize("calibration", ["math.jsonl", "[math.jsonl]", "{path: math.jsonl}", "[{path: math.jsonl}]"])
 def test_one_calibration_path_is_a_list_of_one(path: Path, calibration: str) -> None:
     config = load(path, HEAD + f"models: [{{model: a, calibration: {calibration}}}]\n")
-    assert config.models[0].calibration == ("math.jsonl",)
+    assert [file.path for file in config.models[0].calibration] == ["math.jsonl"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-6", 1e-6), ("'0.5'", 0.5), ("1", 1.0)])
@@ -231,7 +232,16 @@ def test_a_config_is_frozen(path: Path) -> None:
         (HEAD + "models:\n  - model: a\n    calibration: 5  # here\n", "models.0.calibration"),
         (HEAD + "models:\n  - model: a\n    calibration: [5]  # here\n", "models.0.calibration.0"),
         (HEAD + "models:\n  - model: a\n    calibration: a.jsonl\n    name: [b]  # here\n", "models.0.name"),
-        (HEAD + MODELS + "  - model: b\n    calibration: {}  # here\n", "models.1.calibration"),
+        *(
+            (HEAD + MODELS + f"  - model: b\n    calibration: [{{path: a.json, {key}: {value}}}]  # here\n", at)
+            for key, value, at in [
+                ("samples", 0, "models.1.calibration.0.samples"),
+                ("samples", "many", "models.1.calibration.0.samples"),
+                ("loss_weight", -1, "models.1.calibration.0.loss_weight"),
+                ("image_options", 3, "models.1.calibration.0.image_options"),
+                ("image_options", "{max_patches: [1]}", "models.1.calibration.0.image_options.max_patches"),
+            ]
+        ),
         (HEAD + MODELS + "  - model: b\n    parameters: {weight: a}  # here\n", "models.1.parameters.weight"),
         *(
             (f"{HEAD}{MODELS}parameters:\n  temperature: 2\n  {text}  # here\n", f"parameters.{key}")
@@ -322,6 +332,11 @@ def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Pa
         (HEAD + MODELS + "    modle: x  # here\n", "models.0.modle", "model"),
         (HEAD + MODELS + "    parameters: {wieght: 0.2}  # here\n", "models.0.parameters.wieght", "weight"),
         (HEAD + MODELS + "calibration: {max_lenght: 9}  # here\n", "calibration.max_lenght", "max_length"),
+        (
+            HEAD + "models: [{model: a, calibration: {path: a.json, sample: 9}}]  # here\n",
+            "models.0.calibration.0.sample",
+            "samples",
+        ),
         (HEAD + MODELS + "cluster: {shard: 2}  # here\n", "cluster.shard", "shards"),
         (HEAD + MODELS + "cluster: {expert: {num_gpu: 2}}  # here\n", "cluster.expert.num_gpu", "num_gpus"),
         (HEAD + MODELS + "cluster: {rates: {disk_gb: 2}}  # here\n", "cluster.rates.disk_gb", "disk_gbs"),
@@ -429,9 +444,10 @@ def test_a_config_that_cannot_be_read_is_a_config_error(path: Path) -> None:
 
 def test_yaml_anchors_and_merge_keys_may_be_used(path: Path) -> None:
     text = f"{HEAD}models:\n  - &first {{model: a, calibration: a.jsonl}}\n  - {{<<: *first, model: b, name: b}}\n"
-    assert [(expert.model, expert.calibration) for expert in load(path, text).models] == [
-        ("a", ("a.jsonl",)),
-        ("b", ("a.jsonl",)),
+    models = load(path, text).models
+    assert [(expert.model, [file.path for file in expert.calibration]) for expert in models] == [
+        ("a", ["a.jsonl"]),
+        ("b", ["a.jsonl"]),
     ]
 
 
@@ -486,7 +502,7 @@ def test_a_base_among_the_models_does_not_shift_the_lines_of_faults(path: Path, 
         ("parameters.hidden_layers=[1, 2]", lambda config: config.parameters.hidden_layers == (1, 2)),
         ("models.0.name=sums", lambda config: config.models[0].name == "sums"),
         ("models.0.parameters.weight=0.4", lambda config: config.weight(config.models[0]) == 0.4),
-        ("models.0.calibration=a=b.jsonl", lambda config: config.models[0].calibration == ("a=b.jsonl",)),
+        ("models.0.calibration=a=b.jsonl", lambda config: config.models[0].calibration[0].path == "a=b.jsonl"),
         ("gradients=stream", lambda config: config.gradients == "stream"),
         ("cluster.rates.disk_gbs=2.5", lambda config: config.cluster.rates.disk_gbs == 2.5),
         ("cluster.expert.num_gpus=0", lambda config: config.cluster.expert.num_gpus == 0),

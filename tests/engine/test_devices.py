@@ -38,15 +38,16 @@ def test_one_device_is_the_whole_map(plan: Plan) -> None:
 
 
 def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, partners = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    model, places = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    partners = [place.parameter for place in places.values()]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     room = {0: 80_000, 1: 120_000, "cpu": 0}
     monkeypatch.setattr("engine.devices.get_balanced_memory", lambda *args, **kwargs: room)
     devices = device_map(model, torch.float32, torch.device("cuda"))
-    used = {device_of(partner, devices) for partner in partners.values()}
+    used = {device_of(partner, devices) for partner in partners}
     assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
     for block in range(3):
-        inside = [p for p in partners.values() if p.startswith(f"model.layers.{block}.")]
+        inside = [p for p in partners if p.startswith(f"model.layers.{block}.")]
         assert len({device_of(partner, devices) for partner in inside}) == 1
     room |= {0: 100, 1: 100, "cpu": 10**9}
     with pytest.raises(RunError, match="does not fit the 2 GPUs"):
@@ -62,7 +63,7 @@ def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monk
     def computed() -> tuple[dict[str, torch.Tensor], object]:
         target = FrozenExpert(plan, 0, CPU).target(sample).tensors()
         trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda packed: packed)
-        window = [WindowSample(0, 0, pack_all(target), 4)]
+        window = [WindowSample(sample, pack_all(target))]
         first = trainer.step(first_stage(plan), None, 0, window)
         second = trainer.step(first_stage(plan), first.state, 1, window)
         return target, [row | {"seconds": 0} for row in (*first.rows, *second.rows)]

@@ -17,7 +17,8 @@ from engine.disk import LocalFolder
 from engine.errors import CheckpointError
 from engine.expert import FrozenExpert, load_target, save_target
 from engine.headers import read_model_header
-from engine.model import build_skeleton, match_names, rebuild_logits
+from engine.model import build_skeleton, rebuild_logits
+from engine.names import Place, match_names
 from engine.student import Student
 
 CPU = torch.device("cpu")
@@ -36,11 +37,11 @@ def test_a_target_is_what_the_loaded_expert_says(tmp_path: Path, family: str, ti
     plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1, tied=tied, sharded=True))
     target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
     expected = truth(tmp_path / "merge" / "expert0")
-    assert target.logits_TV is None, "the head is the base's, so the last hidden state is enough"
+    assert target.logits_CV is None, "the head is the base's, so the last hidden state is enough"
     for index in (1, 2):
-        assert torch.equal(target.hidden_TH[index], expected.hidden_states[index][0])
+        assert torch.equal(target.hidden_CH[index], expected.hidden_states[index][0])
     student = Student(plan, CPU)
-    assert torch.equal(rebuild_logits(student.model, target.last_hidden_TH[None])[0], expected.logits[0])
+    assert torch.equal(rebuild_logits(student.model, target.last_hidden_CH[None])[0], expected.logits[0])
 
 
 def test_bfloat16_experts_too(tmp_path: Path) -> None:
@@ -48,8 +49,8 @@ def test_bfloat16_experts_too(tmp_path: Path) -> None:
     assert plan.dtype == "bfloat16"
     target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
     expected = truth(tmp_path / "merge" / "expert0", torch.bfloat16)
-    assert torch.equal(target.hidden_TH[2], expected.hidden_states[2][0])
-    assert target.last_hidden_TH is not None and target.last_hidden_TH.dtype == torch.bfloat16
+    assert torch.equal(target.hidden_CH[2], expected.hidden_states[2][0])
+    assert target.last_hidden_CH is not None and target.last_hidden_CH.dtype == torch.bfloat16
 
 
 def test_another_head_carries_the_logits(tmp_path: Path) -> None:
@@ -60,14 +61,14 @@ def test_another_head_carries_the_logits(tmp_path: Path) -> None:
         expert.lm_head.weight[3, 4] += 0.5
     tiny.save(expert, tmp_path / "merge" / "expert0")
     target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
-    assert target.last_hidden_TH is None
-    assert torch.equal(target.logits_TV, truth(tmp_path / "merge" / "expert0").logits[0])
+    assert target.last_hidden_CH is None
+    assert torch.equal(target.logits_CV, truth(tmp_path / "merge" / "expert0").logits[0])
 
 
 def test_a_head_that_is_merged_carries_the_logits(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=1, exclude=[".*norm.*"])
     target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
-    assert target.last_hidden_TH is None and target.logits_TV is not None
+    assert target.last_hidden_CH is None and target.logits_CV is not None
 
 
 def test_another_configuration_carries_the_logits(tmp_path: Path) -> None:
@@ -75,8 +76,8 @@ def test_another_configuration_carries_the_logits(tmp_path: Path) -> None:
     path = tmp_path / "merge" / "expert0" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final_logit_softcapping": 5.0}))
     target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
-    assert target.last_hidden_TH is None
-    assert torch.equal(target.logits_TV, truth(tmp_path / "merge" / "expert0").logits[0])
+    assert target.last_hidden_CH is None
+    assert torch.equal(target.logits_CV, truth(tmp_path / "merge" / "expert0").logits[0])
 
 
 def test_an_expert_writes_its_own_response_greedily(tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_an_expert_writes_its_own_response_greedily(tmp_path: Path) -> None:
         if best == model.config.eos_token_id:
             break
     assert target.input_ids_T.tolist() == ids[0].tolist()
-    assert target.hidden_TH[1].shape[0] == ids.shape[1]
+    assert target.hidden_CH[1].shape[0] == ids.shape[1]
 
 
 def test_a_target_survives_its_file(tmp_path: Path) -> None:
@@ -140,9 +141,11 @@ def test_a_shape_that_is_another_than_the_configs_is_told(tmp_path: Path) -> Non
 def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     model, _ = build_skeleton(folder, read_model_header(folder).tensors, torch.float32)
-    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    assert match_names(model, ["layers.0.mlp.up_proj.weight", old], folder) == {
-        "layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"
+    tensors = read_model_header(folder).tensors
+    up = tensors["model.layers.0.mlp.up_proj.weight"]
+    old = {"layers.0.mlp.up_proj.weight": up, "model.layers.0.self_attn.rotary_emb.inv_freq": up}
+    assert match_names(model, old, folder) == {
+        "layers.0.mlp.up_proj.weight": Place("model.layers.0.mlp.up_proj.weight")
     }
 
 

@@ -54,7 +54,7 @@ def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
 
 
 def unlabelled(target: Target) -> Target:
-    return Target.unlabelled(target.input_ids_T)
+    return Target(target.input_ids_T)
 
 
 def constant(plan: Plan, weight: float) -> Coefficients:
@@ -509,7 +509,7 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     plan = plan_of(config)
     student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
     tokens = len(target.input_ids_T)
-    assert tokens == 10 and (target.logits_TV is None) == (exclude is None)
+    assert tokens == 10 and (target.logits_CV is None) == (exclude is None)
     target = target if labelled else unlabelled(target)
     (wanted,), slopes = student.accumulate([(target, 0.75)]), standing(student)
 
@@ -540,7 +540,7 @@ def test_the_logits_of_all_tokens_never_stand_at_once(
     _, plan, targets, _ = setup
     student, target = filled(plan), say(targets[0, 2])
     tokens = len(target.input_ids_T)
-    assert target.logits_TV is None and tokens < tiny.COMMON["hidden_size"]
+    assert target.logits_CV is None and tokens < tiny.COMMON["hidden_size"]
     seen = []
     for nbytes in (engine.student.LOGIT_BYTES, 2 * 4 * tiny.VOCAB):
         monkeypatch.setattr(engine.student, "LOGIT_BYTES", nbytes)
@@ -575,7 +575,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, excl
         (losses,) = student.accumulate([(target, 0.75)])
         slopes = standing(student)
         forwards = calls[plan.config.gradient_checkpointing]
-        hidden = student._decode([target]).hidden_states
+        _, hidden = student._decode([target])
         found.append((losses, slopes, [*hidden], forwards))
     (losses, slopes, hidden, forwards), again = found
     assert again[0] == losses and losses.hidden > 0 and losses.kl > 0

@@ -1,0 +1,152 @@
+"""OpenGVLab's original InternVL checkpoints: inputs as the code that travels with them takes them.
+
+Their prompt is that of their own conversation template, an image a number of tiles of one size, and a thumbnail. What
+they compute is that code's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from engine.calibration import Encoded
+from engine.encoding import in_common, taking
+from engine.errors import CalibrationError, CheckpointError
+from engine.image_encoding import PLACE, kept, placed, spans, texts
+from engine.images import read_image
+from engine.model import load_tokenizer, reading
+from engine.records import Record
+from engine.untrusted import shown
+
+MODEL_TYPE = "internvl_chat"
+START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
+# By the names of their config.json, and what they are where it does not say.
+OPTIONS = {"min_dynamic_patch": 1, "max_dynamic_patch": 12, "use_thumbnail": True}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def is_original(config: Any) -> bool:
+    """Whether a model's configuration is that of such a checkpoint."""
+    return bool(config.model_type == MODEL_TYPE)
+
+
+def for_generation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A forward pass's arguments as `generate` takes them: without the flags, and tiles only where they count."""
+    flags = given["image_flags"]
+    pixels = given["pixel_values"] if flags.all() else None
+    return {name: value for name, value in given.items() if name != "image_flags"} | {"pixel_values": pixels}
+
+
+def tell_context(model: Any, folder: Path) -> None:
+    """Tell such a model which token stands for a part of an image, as its own chat does; `folder` has its tokenizer."""
+    if is_original(model.config):
+        model.img_context_token_id = context_token(load_tokenizer(folder, remote_code=True), folder)
+
+
+def context_token(tokenizer: Any, folder: Path) -> int:
+    """The id of the token that stands for a part of an image.
+
+    Raises:
+        CheckpointError: the tokenizer has none.
+    """
+    found = tokenizer.convert_tokens_to_ids(CONTEXT)
+    if found is None or found == tokenizer.unk_token_id:
+        raise CheckpointError(f"its tokenizer has no token {CONTEXT}", str(folder))
+    return int(found)
+
+
+class ChatEncoder:
+    """Chats with and without images; `config` is the checkpoint's, `folder` that of its code."""
+
+    def __init__(self, config: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+        self._config, self._tokenizer, self._dtype = config, tokenizer, dtype
+        with reading("it has no conversation.py with get_conv_template", folder):
+            self._conversation = get_class_from_dynamic_module("conversation.get_conv_template", str(folder))
+        vision = config.vision_config
+        self._size = config.force_image_size or vision.image_size
+        # What the projector makes of a tile: its patches, of which downsampling puts some together.
+        self._tokens = int((self._size // vision.patch_size) ** 2 * config.downsample_ratio**2)
+        self._context = context_token(tokenizer, folder)
+
+    def encode(self, record: Record) -> Encoded:
+        """See `Encoder`."""
+        tiles = [self._tiles(read_image(path, record.where), record) for path in record.images]
+        answer, is_prompt = None, False
+        if record.field == "input_ids":
+            ids = list(record.fields["input_ids"])
+        else:
+            with taking("tokenizer or conversation template", record):
+                ids, answer, is_prompt = self._tokenize(record, [len(tile) for tile in tiles])
+        marks_T = torch.tensor(ids) == self._context
+        if int(marks_T.sum()) != self._tokens * sum(map(len, tiles)):
+            raise CalibrationError("the record has tokens of images that it does not have", record.where)
+        # The model's forward pass wants a tile in any case; one with the flag 0 counts for nothing.
+        pixels = torch.cat(tiles) if tiles else torch.zeros(1, 3, self._size, self._size)
+        flags = torch.full((len(pixels),), int(bool(tiles)))
+        inputs = {"pixel_values": kept(pixels, self._dtype), "image_flags": flags}
+        return Encoded(ids, is_prompt, answer, spans(marks_T), inputs)
+
+    def _tokenize(self, record: Record, tiles: list[int]) -> tuple[list[int], int | None, bool]:
+        """Token ids, the place of the first token of the answer, and whether there is none."""
+        if record.field == "text":
+            return list(self._tokenizer(record.fields["text"]).input_ids), None, False
+        messages = [(message["role"], texts(message["content"], PLACE)) for message in placed(record)]
+        answered = messages[-1][0] == "assistant"
+        prompt = self._prompt(messages[:-1] if answered else messages, True, tiles)
+        asked = list(self._tokenizer(prompt).input_ids)
+        if not answered:
+            return asked, None, True
+        ids = list(self._tokenizer(self._prompt(messages, False, tiles)).input_ids)
+        return ids, in_common(asked, ids), False
+
+    def _prompt(self, messages: list[tuple[str, str]], is_open: bool, tiles: list[int]) -> str:
+        """The conversation as text; `is_open`: up to where the assistant's next message begins."""
+        conversation = self._conversation(self._config.template)
+        system = getattr(self._config, "system_message", None)
+        if system is not None:
+            conversation.system_message = system
+        for role, text in messages:
+            if role == "system":
+                conversation.system_message = text
+            else:
+                conversation.append_message(conversation.roles[role == "assistant"], text)
+        if is_open:
+            conversation.append_message(conversation.roles[1], None)
+        prompt: str = conversation.get_prompt()
+        for count in tiles:
+            prompt = prompt.replace(PLACE, f"{START}{CONTEXT * (self._tokens * count)}{END}", 1)
+        return prompt
+
+    def _tiles(self, image: Image.Image, record: Record) -> Tensor:
+        """The tiles of an image [tiles, 3, size, size] float32, by PIL as these checkpoints were trained with."""
+        given = record.image_options or {}
+        unknown = [name for name in given if name not in OPTIONS]
+        if unknown:
+            raise CalibrationError(
+                f"image_options has {shown(repr(unknown[0]))}, which InternVL does not know",
+                record.where,
+                f"one of {', '.join(OPTIONS)}",
+            )
+        options = {name: getattr(self._config, name, default) for name, default in OPTIONS.items()} | dict(given)
+        # Only who prepares images needs it.
+        from transformers import GotOcr2ImageProcessorPil
+
+        side = {"height": self._size, "width": self._size}
+        prepare = GotOcr2ImageProcessorPil(size=side, image_mean=MEAN, image_std=STD, resample=Image.Resampling.BICUBIC)
+        with taking("image processor", record):
+            found = prepare(
+                image,
+                crop_to_patches=True,
+                min_patches=options["min_dynamic_patch"],
+                max_patches=options["max_dynamic_patch"],
+                use_thumbnail=options["use_thumbnail"],
+                return_tensors="pt",
+            )
+        pixels: Tensor = found["pixel_values"]
+        return pixels
