@@ -16,9 +16,8 @@ from engine.records import Record, text_of
 from engine.untrusted import shown
 
 Spans = tuple[tuple[int, int], ...]
-# Tokens of an image, if nothing says how many: of some 900 x 900 pixels in Qwen2-VL, or of four tiles of InternVL.
+# Tokens of an image, if nothing says how many: of some 900 x 900 pixels in Qwen2-VL.
 IMAGE_TOKENS = 1024
-IMAGE_SIZES = ("mm_tokens_per_image",)
 
 
 @dataclass(frozen=True)
@@ -159,16 +158,30 @@ def about_tokens(plan: Plan, records: Sequence[Sequence[Record]]) -> list[list[i
     many as the model's configuration says, or IMAGE_TOKENS.
     """
     calibration = plan.config.calibration
-    an_image = next(
-        (size for key in IMAGE_SIZES if type(size := plan.base_header.config.get(key)) is int), IMAGE_TOKENS
-    )
 
     def count(record: Record) -> int:
         ids = record.fields.get("input_ids")
         text = len(text_of(record.fields)) // 4 + 1 + calibration.generate_responses
-        return min(len(ids) if ids is not None else text + an_image * len(record.images), calibration.max_length)
+        images = len(record.images) * _image_tokens(plan.base_header.config, record.image_options or {})
+        return min(len(ids) if ids is not None else text + images, calibration.max_length)
 
     return [[count(record) for record in mine] for mine in records]
+
+
+def _image_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+    """About how many tokens an image has at most: tiles of so many each, by the names that families have for these."""
+    vision = config.get("vision_config")
+    patch = vision.get("patch_size") if isinstance(vision, dict) else None
+    size, ratio = config.get("force_image_size"), config.get("downsample_ratio")
+    if type(size) is int and type(patch) is int and patch > 0 and isinstance(ratio, int | float):
+        tile, key, tiles = int((size // patch) ** 2 * ratio**2), "max_dynamic_patch", config.get("max_dynamic_patch")
+    else:
+        tile, key, tiles = config.get("image_seq_length"), "max_patches", None
+    most = options.get(key, tiles if type(tiles) is int else 12)
+    if type(tile) is int and type(most) is int:
+        return tile * (most + 1 if most > 1 else 1)
+    fixed = config.get("mm_tokens_per_image")
+    return fixed if type(fixed) is int else IMAGE_TOKENS
 
 
 def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:

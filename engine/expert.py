@@ -24,6 +24,7 @@ from engine.model import (
     computes_alike,
     fill,
     head_names,
+    load_config_like,
     load_generation_config,
     load_model_config,
     rebuild_logits,
@@ -102,17 +103,18 @@ def check_models(plan: Plan) -> None:
     Raises:
         CheckpointError: see `build_skeleton`.
     """
-    base, dtype, code = open_base(plan).folder, getattr(torch, plan.dtype), plan.config.trust_remote_code
-    build_skeleton(base, plan.base_header.tensors, dtype, code)
+    base, dtype = open_base(plan).folder, getattr(torch, plan.dtype)
+    own = load_model_config(base, plan.config.trust_remote_code)
+    build_skeleton(own, plan.base_header.tensors, dtype, base)
     load_generation_config(base)
-    own = load_model_config(base, code)
     for expert in plan.experts if plan.config.labelled else ():
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
             load_generation_config(folder)
-            if not computes_alike(own, load_model_config(folder, code)):
-                build_skeleton(folder, plan.base_header.tensors, dtype, code)
+            config = load_config_like(own, folder)
+            if not computes_alike(own, config):
+                build_skeleton(config, plan.base_header.tensors, dtype, folder)
 
 
 class FrozenExpert:
@@ -125,8 +127,11 @@ class FrozenExpert:
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
-        code = plan.config.trust_remote_code
-        self.model, places = build_skeleton(folder, plan.base_header.tensors, self.dtype, code)
+        own = load_model_config(base.folder, plan.config.trust_remote_code)
+        config = load_config_like(own, folder)
+        # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
+        alike = computes_alike(own, config)
+        self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, folder)
 
         def weight(name: str) -> Tensor:
             tensor = _weight(base, source, name)
@@ -135,8 +140,6 @@ class FrozenExpert:
         fill(self.model, places, device_map(self.model, self.dtype, device), weight)
         internvl_chat.tell_context(self.model, base.folder)
         self.model.generation_config = load_generation_config(folder) or self.model.generation_config
-        # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
-        alike = computes_alike(load_model_config(base.folder, code), load_model_config(folder, code))
         self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
 
     def _head_is_the_base_s(self, base: Checkpoint, source: Expert, places: Places) -> bool:

@@ -29,8 +29,8 @@ from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, in_memory
 
 # Config keys that say nothing about what a model computes from a hidden state.
 NOT_COMPUTED = {
-    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "transformers_version",
-    "use_cache",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 
 transformers.logging.set_verbosity_error()
@@ -49,6 +49,22 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     )
     with reading(what, folder, own_code(folder, "config.json", remote_code)), bound:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
+
+
+def load_config_like(own: Any, folder: Path) -> Any:
+    """An expert's configuration, where the base's is `own`: of the same class where that comes from the base's code.
+
+    No code but the base's is ever run, whatever an expert's folder has of it, or wherever it points to for it.
+
+    Raises:
+        CheckpointError: see `load_model_config`.
+    """
+    if not _is_remote(own):
+        return load_model_config(folder)
+    with reading("the base's code cannot read its config.json", folder):
+        config = type(own).from_dict(read_json(folder / "config.json"))
+    config.auto_map, config.name_or_path = own.auto_map, own.name_or_path
+    return config
 
 
 def load_generation_config(folder: Path) -> Any:
@@ -88,25 +104,24 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def build_skeleton(
-    folder: Path, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, remote_code: bool = False
+    config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
 ) -> tuple[Any, Places]:
     """A model that writes text, and maybe sees, on the meta device, and file tensor name → its place in the module.
 
     Where the config ties the head to the embedding and the files hold both, the model is built untied, as both count.
-    `remote_code`: code that comes with the model may run.
+    `folder` is that of config and tensors, for the messages.
 
     Raises:
         CheckpointError: no such architecture, a tensor without a partner in the module or of another shape, or a
         parameter without a tensor.
     """
-    config = load_model_config(folder, remote_code)
-    model = _build(config, dtype, folder, remote_code)
+    model = _build(config, dtype, folder)
     places = match_names(model, tensors, folder)
     if {place.parameter for place in places.values()} & set(tied_weights(model)):
         # In composite models the whole's and the language model's config say it, and either may decide.
         for section in (config, *(getattr(config, key, config) for key in TEXT_SECTIONS)):
             section.tie_word_embeddings = False
-        model = _build(config, dtype, folder, remote_code)
+        model = _build(config, dtype, folder)
         places = match_names(model, tensors, folder)
     check_filled(model, places, tensors, folder)
     return model.eval(), places
@@ -245,19 +260,23 @@ def computes_alike(one: Any, other: Any) -> bool:
     return essence(one) == essence(other)
 
 
-def _build(config: Any, dtype: torch.dtype, folder: Path, remote_code: bool) -> Any:
+def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
+    remote = _is_remote(config)
+    if remote:
+        kind = transformers.AutoModelForCausalLM
+        kind = kind if kind.__name__ in config.auto_map else transformers.AutoModel
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = transformers.AutoModelForImageTextToText
+    else:
+        kind = transformers.AutoModelForCausalLM
     # Buffers (rotary frequencies) are in no file: they are computed here, not left on the meta device.
     with reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
-        return _kind(config, remote_code).from_config(config, dtype=dtype, trust_remote_code=remote_code)
+        return kind.from_config(config, dtype=dtype, trust_remote_code=remote)
 
 
-def _kind(config: Any, remote_code: bool) -> Any:
-    """The class of transformers that builds it: what the code beside it names, else by the configuration's kind."""
-    if remote_code and (own := getattr(config, "auto_map", None)):
-        return transformers.AutoModelForCausalLM if "AutoModelForCausalLM" in own else transformers.AutoModel
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
+def _is_remote(config: Any) -> bool:
+    """Whether a configuration is of code that came with a checkpoint; it is only if that was allowed to run."""
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 def reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[None]:

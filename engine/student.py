@@ -25,7 +25,17 @@ from engine.devices import device_map
 from engine.errors import RunError
 from engine.expert import Target
 from engine.internvl_chat import tell_context
-from engine.model import arguments, blocks_of, build_skeleton, decode, fill, part_of, rebuild_logits, speaker
+from engine.model import (
+    arguments,
+    blocks_of,
+    build_skeleton,
+    decode,
+    fill,
+    load_model_config,
+    part_of,
+    rebuild_logits,
+    speaker,
+)
 from engine.plan import Plan
 from engine.shards import Arrivals, Gradients
 from engine.sizes import LOGIT_BYTES
@@ -50,9 +60,8 @@ class Student:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
-        self.model, places = build_skeleton(
-            base.folder, plan.base_header.tensors, self.dtype, plan.config.trust_remote_code
-        )
+        config = load_model_config(base.folder, plan.config.trust_remote_code)
+        self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, base.folder)
 
         def weight(name: str) -> Tensor | None:
             if name in plan.merged_set:

@@ -54,7 +54,7 @@ def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent
         tiny.write_calibration(config.parent / f"expert{k}.jsonl", 1, seed=k, length=TOKENS)
     weights = [f"models.{k}.parameters.weight=0.1" for k in range(K)]
     merge = Plain(plan_of(config, *weights), tmp_path)
-    window = [WindowSample(k, 0, merge.targets[k, 0], TOKENS) for k in range(K)]
+    window = [WindowSample(merge.samples[k][0], merge.targets[k, 0]) for k in range(K)]
     merge.trainer.step(first_stage(merge.plan), None, 0, window)
     offline = float64_gradient(merge, window)
     assert np.linalg.norm(gradient[0] - offline) < 0.01 * np.linalg.norm(offline)

@@ -416,7 +416,7 @@ def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
     confine(monkeypatch, 5_000, shards=2, piece=300)
     remote = RemoteShards(plan, plain_shards(line, plan, 2))
     trainer = Trainer(plan, remote, lambda target: target)
-    window = [WindowSample(k, i, target, plain.samples[k][i].tokens) for (k, i), target in plain.targets.items()]
+    window = [WindowSample(plain.samples[k][i], target) for (k, i), target in plain.targets.items()]
     size = plan.merged_bytes
     first = trainer.step(first_stage(plan), None, 0, window)
     assert remote.traffic() == {"bytes_to_shards": out * size, "bytes_from_shards": size}

@@ -18,7 +18,7 @@ from engine.codec import pack_all
 from engine.devices import device_map, device_of
 from engine.errors import RunError
 from engine.expert import FrozenExpert
-from engine.model import build_skeleton
+from engine.model import build_skeleton, load_model_config
 from engine.plan import Plan
 from engine.shards import LocalShards
 from engine.training import first_stage
@@ -33,12 +33,16 @@ def plan(llama_merge: Path) -> Plan:
 
 
 def test_one_device_is_the_whole_map(plan: Plan) -> None:
-    model, _ = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    model, _ = build_skeleton(
+        load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
+    )
     assert device_map(model, torch.float32, CPU) == {"": CPU}
 
 
 def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, places = build_skeleton(open_base(plan).folder, plan.base_header.tensors, torch.float32)
+    model, places = build_skeleton(
+        load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
+    )
     partners = [place.parameter for place in places.values()]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     room = {0: 80_000, 1: 120_000, "cpu": 0}

@@ -17,7 +17,7 @@ from engine.disk import LocalFolder
 from engine.errors import CheckpointError
 from engine.expert import FrozenExpert, load_target, save_target
 from engine.headers import read_model_header
-from engine.model import build_skeleton, rebuild_logits
+from engine.model import build_skeleton, load_model_config, rebuild_logits
 from engine.names import Place, match_names
 from engine.student import Student
 
@@ -124,10 +124,10 @@ def test_names_without_a_partner_are_named(tmp_path: Path) -> None:
     tensors = read_model_header(folder).tensors
     norm = tensors.pop("model.norm.weight")
     with pytest.raises(CheckpointError, match=r"fills the model's parameter 'model\.norm\.weight'"):
-        build_skeleton(folder, tensors, torch.float32)
+        build_skeleton(load_model_config(folder), tensors, torch.float32, folder)
     more = {"model.norm.weight": norm, "model.layers.0.extra.weight": norm}
     with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.extra\.weight' has no partner"):
-        build_skeleton(folder, tensors | more, torch.float32)
+        build_skeleton(load_model_config(folder), tensors | more, torch.float32, folder)
 
 
 def test_a_shape_that_is_another_than_the_configs_is_told(tmp_path: Path) -> None:
@@ -135,12 +135,12 @@ def test_a_shape_that_is_another_than_the_configs_is_told(tmp_path: Path) -> Non
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
     with pytest.raises(CheckpointError, match=r"mlp.*has shape \(.*\n  expected: \(.*64.*\), as config\.json says"):
-        build_skeleton(folder, read_model_header(folder).tensors, torch.float32)
+        build_skeleton(load_model_config(folder), read_model_header(folder).tensors, torch.float32, folder)
 
 
 def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
-    model, _ = build_skeleton(folder, read_model_header(folder).tensors, torch.float32)
+    model, _ = build_skeleton(load_model_config(folder), read_model_header(folder).tensors, torch.float32, folder)
     tensors = read_model_header(folder).tensors
     up = tensors["model.layers.0.mlp.up_proj.weight"]
     old = {"layers.0.mlp.up_proj.weight": up, "model.layers.0.self_attn.rotary_emb.inv_freq": up}
@@ -153,7 +153,7 @@ def test_an_unknown_architecture_says_so(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "no_such_model"}')
     with pytest.raises(CheckpointError, match="no_such_model"):
-        build_skeleton(folder, {}, torch.float32)
+        build_skeleton(load_model_config(folder), {}, torch.float32, folder)
 
 
 def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Path) -> None:
