@@ -176,9 +176,9 @@ def _image_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> int:
     if type(size) is int and type(patch) is int and patch > 0 and isinstance(ratio, int | float):
         tile, key, tiles = int((size // patch) ** 2 * ratio**2), "max_dynamic_patch", config.get("max_dynamic_patch")
     else:
-        tile, key, tiles = config.get("image_seq_length"), "max_patches", None
+        tile, key, tiles = config.get("image_seq_length", 0), "max_patches", None
     most = options.get(key, tiles if type(tiles) is int else 12)
-    if type(tile) is int and type(most) is int:
+    if type(tile) is int and tile and type(most) is int:
         return tile * (most + 1 if most > 1 else 1)
     fixed = config.get("mm_tokens_per_image")
     return fixed if type(fixed) is int else IMAGE_TOKENS

@@ -17,6 +17,8 @@ from engine.records import Record
 from engine.untrusted import shown
 
 PLACE = "<image>"
+# What processors call the marks of tokens that stand for images (1) among those of text (0).
+MARKS = ("mm_token_type_ids", "token_type_ids")
 
 
 class ImageEncoder:
@@ -56,7 +58,9 @@ class ImageEncoder:
                 tokenizer(part, add_special_tokens=False).input_ids if part else [] for part in (text, prompt)
             )
         ids_T = output["input_ids"][0]
-        kinds_T = output.get("mm_token_type_ids", [ids_T == self._processor.image_token_id])[0]
+        marks_BT = next(
+            (output[name] for name in MARKS if name in output), ids_T[None] == self._processor.image_token_id
+        )
         # All that an image stands for comes before the last answer, so that is as long as in the text.
         answer = None if prompt is None else len(ids_T) - len(short) + in_common(asked, short)
         inputs = {name: value for name, value in output.items() if name not in ("input_ids", "attention_mask")}
@@ -64,7 +68,7 @@ class ImageEncoder:
             ids_T.tolist(),
             prompt is None,
             answer,
-            spans(kinds_T),
+            spans(marks_BT[0]),
             {name: kept(value, self._dtype) for name, value in inputs.items()} if images else {},
         )
 

@@ -11,7 +11,7 @@ from engine.errors import CalibrationError
 from engine.untrusted import foreign, open_regular
 
 # No format that runs code or another program (EPS and PDF do), or that few can check.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Of a file, and of the picture that it stands for: a small file may hold a gigantic one.
 BYTES, PIXELS = 64 << 20, 50_000_000
 

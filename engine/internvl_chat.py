@@ -145,8 +145,8 @@ class ChatEncoder:
                 crop_to_patches=True,
                 min_patches=options["min_dynamic_patch"],
                 max_patches=options["max_dynamic_patch"],
-                use_thumbnail=options["use_thumbnail"],
                 return_tensors="pt",
             )
         pixels: Tensor = found["pixel_values"]
-        return pixels
+        # Behind several tiles stands the whole image as one more.
+        return pixels if options["use_thumbnail"] or len(pixels) == 1 else pixels[:-1]

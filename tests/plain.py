@@ -11,15 +11,12 @@ from torch import Tensor
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import make_samples, training_order, windows
-from engine.checkpoint import open_base
+from engine.calibration import training_order, windows
 from engine.coefficients import Coefficients
-from engine.disk import LocalFolder
-from engine.encoding import TextEncoder
 from engine.importance import stage_2_layout
-from engine.model import load_tokenizer
 from engine.plan import Plan
-from engine.records import read_records
+from engine.preparation import check_inputs, prepare
+from engine.run_folder import RunFolder
 from engine.shards import Arrivals, LocalShards
 from engine.task_vectors import Piece, TaskVectors, open_task_vectors
 from engine.training import Learner, Stage, first_stage, second_stage
@@ -54,13 +51,15 @@ class Received:
 class Plain:
     def __init__(self, plan: Plan, scratch: Path) -> None:
         self.plan, streams = plan, task_vectors(plan)
-        self.samples = make_samples(read_records(plan), TextEncoder(load_tokenizer(open_base(plan).folder)), plan)
-        self.targets, folder, shard = {}, LocalFolder(scratch), Shard(plan, 0)
+        run, shard = RunFolder(str(scratch / "plain")), Shard(plan, 0)
+        plan, records = check_inputs(plan)
+        self.samples, self.targets = prepare(plan, records, run), {}
         for k, mine in enumerate(self.samples):
             expert = Expert(plan, k)
             for sample in mine:
-                expert.target(sample, folder, f"{k}-{sample.index}")
-                self.targets[k, sample.index] = shard.target(folder, f"{k}-{sample.index}")
+                inputs = [run.inputs(sample)] if sample.inputs else []
+                expert.target(sample, run.state, run.target(sample), *inputs)
+                self.targets[k, sample.index] = shard.target(run.state, *inputs, run.target(sample))
         inspected = streams.inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
         self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)

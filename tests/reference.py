@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 EXCLUDE = [".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"]
 DEFAULTS = {
@@ -37,38 +38,102 @@ def pieces(n: int, m: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
+# Of files → of modules, as transformers 5 has them; the first that fits.
+RENAMED = [
+    (r"language_model\.model\.", "model.language_model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"vision_tower\.vision_model\.", "model.vision_tower."),
+    (r"(multi_modal_projector|vision_tower|visual|image_newline)", r"model.\1"),
+]
+FLAT = [(r"visual\.", "model.visual."), (r"model\.", "model.language_model.")]
+# An expert of a mixture: which fused parameter its matrix is a part of, and its place there.
+FUSED = {
+    "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
+    "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
+}  # fmt: skip
+
+
+def module_name(name: str, model_type: str) -> str:
+    renamings = {"qwen2_vl": FLAT, "qwen2_5_vl": FLAT, "internvl_chat": []}.get(model_type, RENAMED)
+    for pattern, new in renamings:
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", new, name)
+    return name
+
+
+def to_module(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Tensors by their names in files as the module has them: renamed, those of mixtures' experts put together."""
+    found: dict[str, torch.Tensor] = {}
+    mixtures: dict[str, dict[int, dict[int, torch.Tensor]]] = {}
+    for name, tensor in tensors.items():
+        expert = re.match(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight$", name)
+        if expert is None:
+            found[module_name(name, model_type).replace(".block_sparse_moe.", ".mlp.")] = tensor
+            continue
+        fused, place = FUSED[expert[3]]
+        mixture = mixtures.setdefault(f"{expert[1]}.mlp.experts.{fused}", {})
+        mixture.setdefault(int(expert[2]), {})[place] = tensor
+    for name, mixture in mixtures.items():
+        found[name] = torch.stack(
+            [torch.cat([parts[p] for p in sorted(parts)]) for _, parts in sorted(mixture.items())]
+        )
+    return found
+
+
 class Reference:
-    def __init__(self, config: Path) -> None:
+    """`inputs`: for each expert the inputs of each sample, by the names of a forward pass's arguments; None: token ids
+    from the files. `loss_tokens` as in the config, by the places of each sample whose losses count.
+    """
+
+    def __init__(self, config: Path, inputs=None, places=None) -> None:
         raw = yaml.safe_load(config.read_text())
         self.options = DEFAULTS | raw.get("parameters", {})
         own = [model.get("parameters", {}) for model in raw["models"]]
         self.prior = torch.tensor([o.get("weight", self.options["weight"]) for o in own])
         self.beta = [o.get("loss_weight", self.options["loss_weight"]) for o in own]
-        self.model = self._load(config.parent / raw["base_model"])
-        experts = [self._load(config.parent / model["model"]) for model in raw["models"]]
-        base = dict(self.model.named_parameters())
+        folders = [config.parent / name for name in (raw["base_model"], *(model["model"] for model in raw["models"]))]
+        self.model, *experts = (self._load(folder) for folder in folders)
+        self.type = self.model.config.model_type
+        base, *files = (self._files(folder) for folder in folders)
         self.names = [name for name in base if not any(re.match(p, name) for p in raw.get("exclude", EXCLUDE))]
-        self.base = {name: base[name].detach() for name in self.names}
-        self.tau = {
-            n: torch.stack([dict(e.named_parameters())[n].detach() - self.base[n] for e in experts]) for n in self.names
-        }
-        blocks = self.model.config.num_hidden_layers
+        # What is not merged too, for parameters of which only a part is.
+        self.base = base
+        self.tau = {n: torch.stack([file[n] - base[n] for file in files]) for n in self.names}
+        text = getattr(self.model.config, "text_config", None) or getattr(self.model.config, "llm_config", None)
+        blocks = (text or self.model.config).num_hidden_layers
         layers = self.options["hidden_layers"]
         self.layers = [blocks // 2] if layers == "middle" else layers
         self.samples = []
-        for model, expert in zip(raw["models"], experts, strict=True):
-            lines = (config.parent / model["calibration"]).read_text().splitlines()
+        for k, (model, expert) in enumerate(zip(raw["models"], experts, strict=True)):
+            given = inputs[k] if inputs else self._token_ids(config.parent / model["calibration"])
             mine = []
-            for line in lines[: self.options["samples_per_model"]]:
-                ids = torch.tensor([json.loads(line)["input_ids"]])
+            for i, arguments in enumerate(given):
                 with torch.no_grad():
-                    output = expert(ids, output_hidden_states=True)
-                mine.append((ids, [output.hidden_states[i] for i in self.layers], output.logits))
+                    output = expert(**arguments, output_hidden_states=True)
+                which = places[k][i] if places else slice(None)
+                mine.append((arguments, [output.hidden_states[i] for i in self.layers], output.logits, which))
             self.samples.append(mine)
+
+    def _token_ids(self, file: Path):
+        lines = file.read_text().splitlines()[: self.options["samples_per_model"]]
+        return [{"input_ids": torch.tensor([json.loads(line)["input_ids"]])} for line in lines]
+
+    @staticmethod
+    def _files(folder: Path) -> dict[str, torch.Tensor]:
+        parts = [load_file(file) for file in sorted(folder.glob("model*.safetensors"))]
+        return {name: tensor.float() for part in parts for name, tensor in part.items()}
 
     @staticmethod
     def _load(folder: Path):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        config = json.loads((folder / "config.json").read_text())
+        kind = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+        code = "auto_map" in config
+        kind = AutoModel if code else kind
+        model = kind.from_pretrained(folder, dtype=torch.float32, trust_remote_code=code)
+        if code:
+            words = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+            model.img_context_token_id = words.convert_tokens_to_ids("<IMG_CONTEXT>")
+        return model.eval().requires_grad_(False)
 
     def run(self) -> Result:
         ones = dict.fromkeys(self.names, 1)
@@ -117,18 +182,20 @@ class Reference:
 
     def loss(self, alpha, k, i):
         o = self.options
-        ids, hidden, logits = self.samples[k][i]
-        output = functional_call(self.model, self.compose(alpha), (ids,), {"output_hidden_states": True})
-        teacher, student = (functional.log_softmax(z / o["temperature"], -1) for z in (logits, output.logits))
+        arguments, hidden, logits, which = self.samples[k][i]
+        output = functional_call(self.model, self.compose(alpha), (), {**arguments, "output_hidden_states": True})
+        both = (logits[:, which], output.logits[:, which])
+        teacher, student = (functional.log_softmax(z / o["temperature"], -1) for z in both)
         kl = o["temperature"] ** 2 * (teacher.exp() * (teacher - student)).sum(-1).mean()
-        mse = [((output.hidden_states[layer] - h) ** 2).mean() for layer, h in zip(self.layers, hidden, strict=True)]
+        pairs = zip(self.layers, hidden, strict=True)
+        mse = [((output.hidden_states[layer] - h)[:, which] ** 2).mean() for layer, h in pairs]
         return self.beta[k] * (kl + o["hidden_weight"] * (sum(mse) / len(mse) if mse else 0))
 
     def compose(self, alpha):
-        merged = {}
+        merged = dict(self.base)
         for name in self.names:
             tau = self.tau[name].flatten(1)
             parts = pieces(tau.shape[1], alpha[name].shape[1])
             delta = torch.cat([alpha[name][:, s] @ tau[:, part] for s, part in enumerate(parts)])
             merged[name] = self.base[name] + delta.view_as(self.base[name])
-        return merged
+        return to_module(merged, self.type)

@@ -29,6 +29,7 @@ COMMON = {
     "pad_token_id": 0,
 }
 HEAD = {"head_dim": 8}
+MIXTURE = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", HEAD),
@@ -36,6 +37,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", HEAD),
     "gemma2": ("Gemma2Config", HEAD | {"query_pre_attn_scalar": 8}),
     "gemma3": ("Gemma3TextConfig", HEAD | {"query_pre_attn_scalar": 8}),
+    "qwen3_moe": ("Qwen3MoeConfig", HEAD | MIXTURE | {"num_experts": 4, "moe_intermediate_size": 24}),
+    "mixtral": ("MixtralConfig", HEAD | MIXTURE | {"num_local_experts": 4}),
 }
 
 

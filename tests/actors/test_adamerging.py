@@ -10,7 +10,7 @@ import tiny
 import torch
 from conftest import plan_of
 from plain import Plain
-from reference import Reference
+from reference import Reference, to_module
 from torch import Tensor
 from torch.func import functional_call
 
@@ -52,7 +52,7 @@ class LayerWise(Reference):
     """The reference with the mean entropy for a loss; a coefficient for each tensor."""
 
     def loss(self, alpha: dict[str, Tensor], k: int, i: int) -> Tensor:
-        output = functional_call(self.model, self.compose(alpha), (self.samples[k][i][0],))
+        output = functional_call(self.model, self.compose(alpha), (), self.samples[k][i][0])
         return self.beta[k] * torch.distributions.Categorical(logits=output.logits[0]).entropy().mean()
 
     def learn(self) -> dict[str, Tensor]:
@@ -69,10 +69,11 @@ class TaskWise(LayerWise):
         self.tensors, self.names = self.names, ["every"]
 
     def compose(self, alpha: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
+        merged = {
             name: self.base[name] + torch.einsum("ks,k...->...", alpha["every"], self.tau[name])
             for name in self.tensors
         }
+        return to_module(self.base | merged, self.type)
 
     def learn(self) -> dict[str, Tensor]:
         return dict.fromkeys(self.tensors, super().learn()["every"])

@@ -87,8 +87,8 @@ def filled(plan: Plan, coefficients: Coefficients | None = None) -> Student:
 
 
 def parameters(student: Student) -> dict[str, torch.nn.Parameter]:
-    """The merged ones, by their names in the files, which are the module's here."""
-    return {name: student.model.get_parameter(name) for name in student.plan.merged}
+    """Those that are merged, or have a merged part, by the module's names."""
+    return {name: parameter for name, parameter in student.model.named_parameters() if parameter.requires_grad}
 
 
 def standing(student: Student) -> dict[str, Tensor]:
