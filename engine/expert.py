@@ -28,6 +28,7 @@ from engine.model import (
     load_generation_config,
     load_model_config,
     rebuild_logits,
+    speaker,
 )
 from engine.names import Places
 from engine.plan import Plan
@@ -139,7 +140,8 @@ class FrozenExpert:
 
         fill(self.model, places, device_map(self.model, self.dtype, device), weight)
         internvl_chat.tell_context(self.model, base.folder)
-        self.model.generation_config = load_generation_config(folder) or self.model.generation_config
+        if (generation := load_generation_config(folder)) is not None:
+            speaker(self.model).generation_config = generation
         self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
 
     def _head_is_the_base_s(self, base: Checkpoint, source: Expert, places: Places) -> bool:

@@ -163,6 +163,18 @@ those of `{plan.base.model}`.
     )
 
 
+def _loading(plan: Plan) -> str:
+    """The lines of Python that load the merged model and what makes its inputs."""
+    own = plan.config.trust_remote_code and "auto_map" in plan.base_header.config
+    if plan.base_header.takes_images and not own:
+        names = {"model": "AutoModelForImageTextToText", "processor": "AutoProcessor"}
+    else:
+        names = {"model": "AutoModel" if own else "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
+    code = ", trust_remote_code=True" if own else ""
+    lines = [f'{name} = {kind}.from_pretrained("PATH-OF-THIS-FOLDER"{code})' for name, kind in names.items()]
+    return "\n".join([f"from transformers import {', '.join(names.values())}", "", *lines])
+
+
 def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     """README.md: what was merged, how, and how to load it."""
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
@@ -204,10 +216,7 @@ learned on unlabelled samples, so that {aim}. {len(plan.merged)} tensors are mer
 ## Load it
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH-OF-THIS-FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("PATH-OF-THIS-FOLDER")
+{_loading(plan)}
 ```
 
 ## Options

@@ -24,7 +24,8 @@ TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
 )  # fmt: skip
 COMPANIONS = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE*",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "LICENSE*",
 )  # fmt: skip
 
 
