@@ -12,7 +12,9 @@ from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration import training_order, windows
+from engine.codec import pack_all
 from engine.coefficients import Coefficients
+from engine.expert import unlabelled
 from engine.importance import stage_2_layout
 from engine.plan import Plan
 from engine.preparation import check_inputs, prepare
@@ -57,9 +59,12 @@ class Plain:
         for k, mine in enumerate(self.samples):
             expert = Expert(plan, k)
             for sample in mine:
-                inputs = [run.inputs(sample)] if sample.inputs else []
-                expert.target(sample, run.state, run.target(sample), *inputs)
-                self.targets[k, sample.index] = shard.target(run.state, *inputs, run.target(sample))
+                files = [run.inputs(sample)] if sample.inputs else []
+                if plan.config.labelled:
+                    expert.target(sample, run.state, run.target(sample), *files)
+                    files.append(run.target(sample))
+                said = shard.target(run.state, *files) if files else pack_all(unlabelled(sample).tensors())
+                self.targets[k, sample.index] = said
         inspected = streams.inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
         self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)
@@ -81,5 +86,7 @@ class Plain:
     def run(self) -> list[Coefficients]:
         options = self.plan.config.parameters
         first = self.learn(first_stage(self.plan))
+        if self.plan.config.stages == 1:
+            return [first]
         layout, self.importance = stage_2_layout(first, self.magnitudes, options.budget, options.kappa)
         return [first, self.learn(second_stage(self.plan, layout, first))]

@@ -188,6 +188,11 @@ _FAMILIES[CHAT] = _Family(
 )
 
 
+def tokens(family: str) -> dict[str, int]:
+    """The family's vocabulary: token → id."""
+    return _FAMILIES[family].tokens
+
+
 def make_model(family: str, seed: int = 0, tied: bool = False) -> Any:
     """A model of FAMILIES or CHAT with weights large enough for its blocks to matter; `tied`: embedding and head."""
     config = _make_config(family, tied)

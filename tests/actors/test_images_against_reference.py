@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from conftest import plan_of
 from image_inputs import inputs_of
 from plain import Plain
 from reference import Reference, Result
+from torch.func import functional_call
+from torch.nn.functional import pad
 
 from engine.expert import load_target
 from engine.run_folder import RunFolder
@@ -62,3 +65,87 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
     assert largest_difference(plain, reference) < TOLERANCE
     moved = np.abs(plain.trainer._merged.values - np.array([[e.weight] for e in plain.plan.experts]))
     assert moved.mean() > 10 * TOLERANCE, "learning must move further than the tolerance"
+
+
+@pytest.mark.parametrize("loss_tokens", ["text", "response"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", tiny_images.CHAT])
+@pytest.mark.parametrize("method", ["expert_merging_pp", "adamerging"])
+def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
+    """Gemma 3's head is merged here, so that logits travel."""
+    parameters = {"epochs": 2, "loss_tokens": loss_tokens}
+    exclude = {"exclude": ["vision"]} if family == "gemma3" else {}
+    config = tiny_images.make_merge(tmp_path / "merge", family, parameters=parameters, merge_method=method, **exclude)
+    for file in config.parent.glob("expert*.json"):
+        records = [record | {"response": "w9 w8 w7"} for record in json.loads(file.read_text())]
+        file.write_text(json.dumps(records))
+    inputs, places = inputs_of(config), []
+    tokens = tiny_images.tokens(family)
+    seen = tokens[{"gemma3": "<image_soft_token>", "qwen2_vl": "<|image_pad|>"}.get(family, "<IMG_CONTEXT>")]
+    for mine in inputs:
+        ids = [arguments["input_ids"][0].tolist() for arguments in mine]
+        text = [[place for place, token in enumerate(one) if token != seen] for one in ids]
+        asked = [[place for place in range(len(one)) if place >= one.index(tokens["assistant:"])] for one in ids]
+        places.append(text if loss_tokens == "text" else asked)
+    assert all(
+        0 < len(one) < arguments["input_ids"].shape[1] for one, arguments in zip(places[0], inputs[0], strict=True)
+    )
+    plain = Plain(plan_of(config), tmp_path)
+    reference = (Entropy if method == "adamerging" else Reference)(config, inputs, places)
+    assert largest_difference(plain, reference.run()) < TOLERANCE
+
+
+class Entropy(Reference):
+    """The reference with the mean entropy for a loss, and no second stage."""
+
+    def loss(self, alpha: dict[str, torch.Tensor], k: int, i: int) -> torch.Tensor:
+        arguments, _, _, which = self.samples[k][i]
+        logits = functional_call(self.model, self.compose(alpha), (), arguments).logits[0, which]
+        return self.beta[k] * torch.distributions.Categorical(logits=logits).entropy().mean()
+
+    def run(self) -> Result:
+        start = dict.fromkeys(self.names, self.prior[:, None])
+        return Result([self.stage(dict.fromkeys(self.names, 1), start, start)], {}, {})
+
+
+@each_family
+def test_an_expert_writes_behind_an_image(tmp_path: Path, family: str) -> None:
+    config = tiny_images.make_merge(tmp_path / "merge", family, calibration={"generate_responses": 4})
+    plain, inputs = Plain(plan_of(config), tmp_path), inputs_of(config)
+    model = Reference._load(config.parent / "expert0")
+    sample, arguments = plain.samples[0][1], dict(inputs[0][1])
+    assert sample.generate == 4 and not plain.samples[0][0].generate
+    target = load_target(RunFolder(str(tmp_path / "plain")).state, "targets/0-1.safetensors")
+    ids = arguments["input_ids"][0].tolist()
+    for _ in range(len(target.input_ids_T) - len(ids)):
+        # Marks of tokens go on with those of text.
+        longer = {n: pad(t, (0, len(ids) - t.shape[1])) for n, t in arguments.items() if n.endswith("type_ids")}
+        given = arguments | longer | {"input_ids": torch.tensor([ids])}
+        given.pop("attention_mask", None)
+        with torch.no_grad():
+            ids.append(int(model(**given).logits[0, -1].argmax()))
+    assert len(target.input_ids_T) > len(sample.input_ids) and target.input_ids_T.tolist() == ids
+
+
+def test_records_with_and_without_images_may_stand_together(tmp_path: Path) -> None:
+    config = tiny_images.make_merge(tmp_path / "merge", "qwen2_vl", samples=(3, 3), parameters={"epochs": 2})
+    for file in config.parent.glob("expert*.json"):
+        records = json.loads(file.read_text())
+        del records[1]["image_path"]
+        file.write_text(json.dumps(records))
+    plain = Plain(plan_of(config), tmp_path)
+    assert [sample.inputs for sample in plain.samples[0]] == [True, False, True]
+    assert largest_difference(plain, Reference(config, inputs_of(config)).run()) < TOLERANCE
+
+
+def test_code_is_the_base_s_whatever_an_expert_s_folder_has_of_it(tmp_path: Path) -> None:
+    """Saved experts often come without the code that their configuration names, or name that of another repository."""
+    config = tiny_images.make_merge(tmp_path / "merge", tiny_images.CHAT)
+    reference = Reference(config, inputs_of(config)).run()
+    for k, folder in enumerate(config.parent / f"expert{k}" for k in range(2)):
+        for file in folder.glob("*.py"):
+            file.write_text("raise SystemExit('no code of an expert is run')") if k else file.unlink()
+        made = json.loads((folder / "config.json").read_text())
+        made["auto_map"] = {name: f"owner/name--{where}" for name, where in made["auto_map"].items()}
+        (folder / "config.json").write_text(json.dumps(made))
+    plain = Plain(plan_of(config), tmp_path)
+    assert largest_difference(plain, reference) < TOLERANCE
