@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine.calibration import passes, training_order, windows
 from engine.config import Config
@@ -270,16 +270,23 @@ def _flop_rate(plan: Plan, machines: Machines) -> float:
 
 def _flops(plan: Plan, tokens: float) -> tuple[float, float]:
     """FLOP of one sample forward and backward, targets' logits included; a gradient of weights only where merged."""
-    header = plan.base_header
-    config = header.text_config
+    header, config = plan.base_header, plan.base_header.text_config
     hidden, layers = int(config.get("hidden_size") or 0), header.num_layers or 0
     # What only looks rows up, or adds and scales, multiplies nothing to speak of; the head does, tied or not.
-    body = sum(t.numel for n, t in header.tensors.items() if len(t.shape) == 2 and "embed" not in n and "head" not in n)
-    merged = sum(numel for name, numel in plan.numels.items() if len(header.tensors[name].shape) == 2)
-    head = hidden * (header.vocab_size or 0)
-    attention = 2 * layers * hidden * tokens
+    share = _share(config)
+    every = {name: tensor.numel for name, tensor in header.tensors.items() if len(tensor.shape) in (2, 3)}
+    seen = {name: numel * share if ".experts." in name else numel for name, numel in every.items()}
+    body = sum(numel for name, numel in seen.items() if "embed" not in name and "head" not in name)
+    merged = sum(seen[name] for name in plan.merged if name in seen)
+    head, attention = hidden * (header.vocab_size or 0), 2 * layers * hidden * tokens
     forward = tokens * (2 * body + 4 * head + 2 * attention)
     return forward, tokens * (2 * body + 2 * merged + 2 * head + 4 * attention)
+
+
+def _share(config: dict[str, Any]) -> float:
+    """The part of a mixture's experts that a token goes through."""
+    count, chosen = config.get("num_experts", config.get("num_local_experts")), config.get("num_experts_per_tok")
+    return chosen / count if type(chosen) is int and type(count) is int and count else 1.0
 
 
 def _activations(plan: Plan) -> float:

@@ -13,7 +13,7 @@ from cluster.placement import Devices, Node, arrange, check_memory, lay_out, mac
 from engine.config import Cluster
 from engine.errors import ClusterError
 from engine.plan import Plan
-from engine.scaling import GB, Machines, Work, choose, predict, shortages
+from engine.scaling import GB, Machines, Work, _flops, choose, predict, shortages
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 NO_GPUS = Devices(0, 0)
@@ -165,3 +165,17 @@ def test_an_actor_of_several_gpus_has_the_memory_of_all_of_them(plans: list[Plan
         "`cluster.trainer.num_gpus`" in line for line in shortages(huge, predict(huge, WORK, there, "node"), there)
     )
     assert shortages(many, predict(many, WORK, there, "node"), there) == []
+
+
+def test_of_a_mixture_the_experts_that_a_token_meets_compute(make_merge: Callable[..., Path]) -> None:
+    plan = plan_of(make_merge(family="mixtral"))
+    inside = {name for name in plan.merged if ".experts." in name}
+    numel = sum(plan.numels[name] for name in inside)
+    assert len(inside) == 3 * 4 * 3 and numel > 0.5 * sum(plan.numels.values())
+    config = plan.base_header.config
+    dense = replace(
+        plan, base=replace(plan.base, header=replace(plan.base_header, config=config | {"num_experts_per_tok": 4}))
+    )
+    (some, some_backward), (every, every_backward) = _flops(plan, 8), _flops(dense, 8)
+    # Two of four, of two operations a weight and token; backward too the weights' own gradient.
+    assert every - some == 8 * 2 * numel / 2 and every_backward - some_backward == 8 * 4 * numel / 2
