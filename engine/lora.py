@@ -80,9 +80,10 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
             f"no {WEIGHTS} here; pickled adapters are not read", str(folder), do=CONVERT.replace("transformers", "peft")
         )
     tensors = read_file_header(folder / WEIGHTS)
+    names = _file_names(base)
     factors: dict[str, dict[str, str]] = {}
     for name in tensors:
-        if name.endswith(".base_layer.weight") and _is_frozen_copy(name, tensors, base):
+        if name.endswith(".base_layer.weight") and _is_frozen_copy(name, tensors, base, names):
             continue
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
         if suffix is None or not name.startswith(PREFIX):
@@ -92,12 +93,32 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
         raise CheckpointError("the adapter has no tensors", str(folder / WEIGHTS))
     slow = "its rank_pattern or alpha_pattern takes too long on the modules' names"
     with in_time(CheckpointError(slow, str(folder / CONFIG))):
-        pairs = dict(_pair(module, names, config, tensors, base, folder) for module, names in factors.items())
+        pairs = dict(_pair(module, names, two, config, tensors, base, folder) for module, two in factors.items())
     return AdapterHeader(folder, pairs, tensors)
+
+
+def _file_names(base: ModelHeader) -> dict[str, str]:
+    """The base's tensors by their own names, and by what is left of these without the prefixes of language models.
+
+    An adapter names modules, and a model that also sees has other names for them than its files: in files
+    `language_model.model.layers…` or `model.layers…`, in the module `model.language_model.layers…`.
+    """
+    names: dict[str, str] = {}
+    twice: set[str] = set()
+    for name in base.tensors:
+        short = _short(name)
+        twice |= {short} & names.keys()
+        names[short] = name
+    return {short: name for short, name in names.items() if short not in twice} | {name: name for name in base.tensors}
+
+
+def _short(name: str) -> str:
+    return re.sub(r"^((model|language_model)\.)+", "", name)
 
 
 def _pair(
     module: str,
+    known: dict[str, str],
     names: dict[str, str],
     config: dict[str, Any],
     tensors: dict[str, TensorHeader],
@@ -105,7 +126,8 @@ def _pair(
     folder: Path,
 ) -> tuple[str, LoraPair]:
     """The base tensor that the factors `names` of a module change, and how."""
-    target = f"{module}.weight"
+    wanted = f"{module}.weight"
+    target = known.get(wanted, known.get(_short(wanted), wanted))
     if set(names) != {"a", "b"}:
         raise CheckpointError(f"the module {module!r} has one LoRA factor without the other", str(folder / WEIGHTS))
     if target not in base.tensors:
@@ -164,9 +186,10 @@ def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path)
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _is_frozen_copy(name: str, tensors: dict[str, TensorHeader], base: ModelHeader) -> bool:
+def _is_frozen_copy(name: str, tensors: dict[str, TensorHeader], base: ModelHeader, known: dict[str, str]) -> bool:
     """Whether it is the base's own embedding or head, which peft saves beside an adapter of it, frozen as it was."""
-    target = base.tensors.get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight")
+    wanted = name.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight"
+    target = base.tensors.get(known.get(wanted, known.get(_short(wanted), wanted)))
     return target is not None and target.shape == tensors[name].shape
 
 

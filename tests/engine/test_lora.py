@@ -7,15 +7,17 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import tiny
+import tiny_images
 import torch
 import transformers
+from reference import module_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -376,3 +378,17 @@ def test_a_truncated_adapter_is_named(built: Built) -> None:
 def test_an_adapter_config_that_is_none_is_named(built: Built, content: str) -> None:
     (built.adapter / CONFIG).write_text(content)
     assert fault(built).startswith(f"{built.adapter / CONFIG}: ")
+
+
+@pytest.mark.parametrize("family", tiny_images.FAMILIES)
+def test_an_adapter_of_a_model_that_sees_names_modules_that_the_files_name_otherwise(
+    tmp_path: Path, family: str
+) -> None:
+    model = tiny_images.make_model(family)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": r".*language_model.*(q_proj|down_proj)|.*projector.*linear_1"}
+    built = build(tmp_path, model, **options)
+    tiny_images.save(model, built.base, family)
+    files = load_file(built.base / "model.safetensors")
+    merged = {name: built.merged_tensors[module_name(name, model.config.model_type)] for name in files}
+    projectors = sum(name.endswith("projector.linear_1.weight") for name in files)
+    assert_equals_peft(replace(built, base_tensors=files, merged_tensors=merged), 6 + projectors)
