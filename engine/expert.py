@@ -138,7 +138,7 @@ class FrozenExpert:
             tensor = _weight(base, source, name)
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-        fill(self.model, places, device_map(self.model, self.dtype, device), weight)
+        fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
         internvl_chat.tell_context(self.model, base.folder)
         if (generation := load_generation_config(folder)) is not None:
             speaker(self.model).generation_config = generation
@@ -166,7 +166,7 @@ class FrozenExpert:
         if sample.generate:
             ids_BT = self._written(ids_BT, inputs, sample.generate)
         given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
-        output = self.model(**given, output_hidden_states=True, use_cache=False)
+        output = self.model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
         last_BTH = output.hidden_states[-1]

@@ -127,11 +127,12 @@ def build_skeleton(
     return model.eval(), places
 
 
-def fill(model: Any, places: Places, devices: DeviceMap, weight: Callable[[str], Tensor | None]) -> None:
+def fill(
+    model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, weight: Callable[[str], Tensor | None]
+) -> None:
     """Give the module its parameters and buffers, without a copy where none is needed.
 
-    `weight`: file tensor name → the tensor, on any device, its floats of the run's dtype; None: memory that is filled
-    later.
+    `weight`: file tensor name → the tensor, its floats of `dtype`; None: a float that is filled in later.
     """
     state, parts = model.state_dict(), defaultdict[str, list[str]](list)
     for name, place in places.items():
@@ -144,7 +145,8 @@ def fill(model: Any, places: Places, devices: DeviceMap, weight: Callable[[str],
         if only is not None and only.shape == empty.shape:
             tensors[parameter] = only.to(device)
             continue
-        whole = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        # Not the module's own type: code that came with a checkpoint may have built a part of it in another.
+        whole = torch.empty(empty.shape, dtype=dtype, device=device)
         for name, tensor in found.items():
             if tensor is not None:
                 part_of(whole, places[name], tensor.shape).copy_(tensor)
@@ -185,7 +187,7 @@ def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, 
         return last_BTH[..., :1]
 
     with _replaced(speaker(model).get_output_embeddings(), head):
-        output = model(**given, output_hidden_states=True, use_cache=False)
+        output = model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
     return reached[-1], output.hidden_states
 
 

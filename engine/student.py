@@ -70,7 +70,7 @@ class Student:
             # A view of the file where nothing has to change: what is never merged is never copied.
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
-        fill(self.model, places, device_map(self.model, self.dtype, device), weight)
+        fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
         tell_context(self.model, base.folder)
         named = dict(self.model.named_parameters())
         # Parameter → the merged tensors that it is, or that are parts of it.

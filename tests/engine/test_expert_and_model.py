@@ -17,7 +17,7 @@ from engine.disk import LocalFolder
 from engine.errors import CheckpointError
 from engine.expert import FrozenExpert, load_target, save_target
 from engine.headers import read_model_header
-from engine.model import build_skeleton, load_model_config, rebuild_logits
+from engine.model import build_skeleton, fill, load_model_config, rebuild_logits
 from engine.names import Place, match_names
 from engine.student import Student
 
@@ -164,3 +164,12 @@ def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Pat
     with pytest.raises(CheckpointError, match="not finite") as caught:
         expert.target(SAMPLE)
     assert caught.value.where == "here"
+
+
+def test_memory_that_is_filled_later_has_the_run_s_type_whatever_the_module_was_built_in(tmp_path: Path) -> None:
+    """Code that comes with a checkpoint may build its language model in that one's own type."""
+    folder = tiny.save(tiny.make_model(), tmp_path / "model")
+    model, places = build_skeleton(load_model_config(folder), read_model_header(folder).tensors, torch.float32, folder)
+    model.model.layers[1].to(torch.bfloat16)
+    fill(model, places, {"": CPU}, torch.float32, lambda name: None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
