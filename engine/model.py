@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from engine.devices import DeviceMap, device_of, dispatch
@@ -42,12 +43,15 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: transformers does not know the model type, or does not take the configuration.
     """
+    own = own_code(folder, "config.json", remote_code)
+    if own and read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError("transformers has no such model, and code beside it may not run", str(folder), do=own)
     what = "transformers cannot read its config.json"
     # What code loads for itself is its own affair.
     bound = (
         nullcontext() if remote_code else in_memory(CheckpointError(f"{what}: it takes too much memory", str(folder)))
     )
-    with reading(what, folder, own_code(folder, "config.json", remote_code)), bound:
+    with reading(what, folder), bound:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 

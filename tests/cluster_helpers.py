@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.driver import attempt, prepare
+from cluster.driver import attempt
 from cluster.progress import Progress
 from engine.plan import Plan
+from engine.preparation import check_inputs, prepare
 from engine.run_folder import identity, open_run
 
 
 def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = None) -> Path:
     """Merge on the Ray that is connected; `each_step` is called with a phase's name as it advances."""
-    samples = prepare(plan)
+    plan, records = check_inputs(plan) if plan.config.learned else (plan, [])
     with open_run(str(out), identity(plan), fresh=False) as run, Progress() as progress:
         if each_step is not None:
             advance = progress.advance
@@ -26,6 +27,7 @@ def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = N
                 each_step(name)
 
             progress.advance = watched  # type: ignore[method-assign]
+        samples = prepare(plan, records, run) if plan.config.learned else []
         run.keep_plan(plan)
         attempt(plan, samples, run, progress, identity(plan))
     return out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import tiny
+import tiny_images
 from cluster_helpers import result, run_merge
 from conftest import plan_of
 from ray.cluster_utils import Cluster
@@ -16,8 +19,16 @@ from cluster.session import ENVIRONMENT, nodes
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path) -> None:
-    config = tiny.make_merge(tmp_path / "merge", experts=2, sharded=True, parameters={"budget": 1.5})
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tiny.make_merge, experts=2, sharded=True, parameters={"budget": 1.5}),
+        partial(tiny_images.make_merge, family="qwen2_5_vl", exclude=[], parameters={"budget": 1.5}),
+    ],
+    ids=["text", "images"],
+)
+def test_three_nodes_give_the_same_bits_as_one(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    config = make(tmp_path / "merge")
     for count in (1, 3):
         options = {"num_cpus": 2, "object_store_memory": 80 << 20}
         cluster = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})

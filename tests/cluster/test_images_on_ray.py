@@ -1,0 +1,125 @@
+"""Whole merges of a model that takes images on a real Ray: the laws of the text path hold for pixels too."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_images
+from cluster_helpers import pids_titled, result, run_merge
+from conftest import plan_of
+from plain import Plain
+from safetensors import safe_open
+
+from engine.coefficients import read_coefficients
+from engine.image_encoding import ImageEncoder
+
+# Of transformers' own the one with the most inputs beside tokens and pixels.
+FAMILY = "qwen2_5_vl"
+SAMPLES = 3 + 2
+# The vision model is merged as well: its gradient comes through the images alone.
+OPTIONS: dict[str, Any] = {"parameters": {"budget": 1.5}, "exclude": ["vision.*k_proj.bias"]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_images.make_merge(tmp_path_factory.mktemp("merge"), FAMILY, cluster={"shards": 1}, **OPTIONS)
+
+
+class Seen:
+    """What a run keeps, looked at as often as it advances: file → its time of change, for each look."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.inputs: list[dict[str, int]] = []
+        self.targets: dict[str, set[str]] = {}
+
+    def look(self, phase: str) -> None:
+        self.inputs.append({path.name: path.stat().st_mtime_ns for path in (self.run / "inputs").iterdir()})
+        for path in (self.run / "targets").glob("*.safetensors"):
+            if path.name not in self.targets:
+                with safe_open(path, "pt") as file:
+                    self.targets[path.name] = set(file.keys())
+
+
+@pytest.fixture(scope="module")
+def seen(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """The merge that the others are compared with, one shard, and what its run kept."""
+    out = tmp_path_factory.mktemp("out") / "merged"
+    found = Seen(out.with_name("merged.run"))
+    run_merge(plan_of(config), out, found.look)
+    return found
+
+
+@pytest.fixture(scope="module")
+def merged(seen: Seen) -> Path:
+    return seen.run.with_name("merged")
+
+
+@pytest.mark.usefixtures("small_ray")
+def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_path: Path) -> None:
+    plan = plan_of(config)
+    assert any("visual" in name for name in plan.merged)
+    for stage, table in enumerate(Plain(plan, tmp_path).run(), start=1):
+        models, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
+        assert models == ["expert0", "expert1"]
+        assert got.layout == table.layout
+        np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+
+
+def test_each_sample_is_prepared_and_run_forward_once(merged: Path, seen: Seen) -> None:
+    names = {f"{k}-{i}.safetensors" for k, samples in enumerate((3, 2)) for i in range(samples)}
+    assert seen.inputs[0].keys() == names
+    assert all(look == seen.inputs[0] for look in seen.inputs), "written before the first target, and never again"
+    assert seen.targets.keys() == names
+    assert not any(key.startswith("inputs.") for keys in seen.targets.values() for key in keys)
+    figures = json.loads((merged / "merge" / "memory.json").read_text())
+    assert figures["expert_forwards"] == SAMPLES, "for both stages"
+    assert not seen.run.exists(), "the run's folder goes when the merge is done"
+
+
+# A merge is mostly the start of its processes: the other placements are those of the runs that are disturbed.
+@pytest.mark.usefixtures("small_ray")
+def test_two_shards_and_actors_that_are_killed_change_no_bit(config: Path, merged: Path, tmp_path: Path) -> None:
+    victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer"}
+    killed: dict[str, list[int]] = {}
+
+    def kill_once_a_phase(phase: str) -> None:
+        if phase in victims and phase not in killed:
+            killed[phase] = pids_titled(victims[phase])
+            for pid in killed[phase]:
+                os.kill(pid, signal.SIGKILL)
+
+    other = run_merge(plan_of(config, "cluster.shards=2"), tmp_path / "merged", kill_once_a_phase)
+    assert all(killed[phase] for phase in victims), "every victim was found"
+    assert result(other) == result(merged)
+
+
+@pytest.mark.usefixtures("small_ray")
+def test_a_run_that_was_stopped_goes_on_within_the_trainer_and_prepares_no_image_again(
+    config: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_the_second_target(phase: str) -> None:
+        if phase == "targets" and len(list((state / "targets").iterdir())) > 1:
+            raise KeyboardInterrupt
+
+    def again(*_: object) -> None:
+        raise AssertionError("prepared again")
+
+    plan, out, state = plan_of(config, "cluster.shards=0"), tmp_path / "merged", tmp_path / "merged.run"
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, out, stop_at_the_second_target)
+    assert not out.exists() and len(list((state / "inputs").iterdir())) == SAMPLES
+    assert len(list((state / "targets").iterdir())) > 1
+    assert not list(state.glob("stage-*.pt"))
+    monkeypatch.setattr(ImageEncoder, "encode", again)
+    run_merge(plan, out)
+    assert result(out) == result(merged)
+    figures = json.loads((out / "merge" / "memory.json").read_text())
+    assert figures["expert_forwards"] == SAMPLES, "none was asked again for what it had said"
+    assert figures["bytes_trainer_to_shards"] == figures["bytes_shards_to_trainer"] == 0

@@ -1,0 +1,306 @@
+"""Merges of every family that takes images, and of mixtures, from YAML to a folder that loads and computes.
+
+Two families go through the real command line; the others meet it in one Ray, as only the start of processes differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import tiny
+import tiny_images
+import torch
+import transformers
+import yaml
+from cluster_helpers import run_merge
+from conftest import plan_of
+from image_inputs import from_chat, from_processor
+from reference import to_module
+from safetensors.torch import load_file
+from test_cli import cli
+from torch import Tensor
+
+from engine.coefficients import read_coefficients
+from engine.processors import load_processor
+
+MIXTURES = ("qwen3_moe", "mixtral")
+BY_COMMAND = ("internvl", tiny_images.CHAT)
+OTHERS = tuple(family for family in tiny_images.FAMILIES if family not in BY_COMMAND)
+IMAGES, WHOLE, VIDEOS = (f"{name}_config.json" for name in ("preprocessor", "processor", "video_preprocessor"))
+# Of a checkpoint, beside the tokenizer's files: what makes inputs of images, and code.
+PROCESSOR = {
+    "internvl": {IMAGES, WHOLE, VIDEOS},
+    "qwen2_vl": {IMAGES},
+    "qwen2_5_vl": {IMAGES},
+    "qwen3_vl": {IMAGES, VIDEOS},
+    "llava_onevision": {IMAGES, WHOLE, VIDEOS},
+    "gemma3": {IMAGES, WHOLE},
+    tiny_images.CHAT: {IMAGES, "configuration_internvl_chat.py", "conversation.py", "modeling_internvl_chat.py"},
+}
+# Logits are of the order of 1; the merged weights differ from those made by hand in their last bits.
+LOGITS = 1e-4
+FEW: dict[str, Any] = {"merge_method": "expert_merging", "samples": (2, 1), "cluster": {"shards": 1}}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A merge that is done: of which family, by which config, and where."""
+
+    family: str
+    config: Path
+    out: Path
+
+    @property
+    def base(self) -> Path:
+        return self.config.parent / "base"
+
+    @property
+    def card(self) -> str:
+        return (self.out / "README.md").read_text(encoding="utf-8")
+
+    def load(self, **options: Any) -> Any:
+        """By the class and the options that the model card names."""
+        found = re.search(r'^model = (\w+)\.from_pretrained\("PATH-OF-THIS-FOLDER"(.*)\)$', self.card, re.MULTILINE)
+        assert found is not None
+        if found[2]:
+            assert found[2] == ", trust_remote_code=True"
+            options["trust_remote_code"] = True
+        return getattr(transformers, found[1]).from_pretrained(self.out, **options)
+
+    def arguments(self, folder: Path) -> dict[str, Any]:
+        """Of a forward pass on one sample with an image, prepared by the files in `folder`."""
+        if self.family in MIXTURES:
+            return {"input_ids": torch.arange(3, 15)[None]}
+        record = json.loads((self.config.parent / "expert0.json").read_text())[0]
+        make = from_chat if self.family == tiny_images.CHAT else from_processor
+        return make(folder, record, self.config.parent)
+
+    @torch.no_grad()
+    def logits(self, model: Any) -> Tensor:
+        if self.family == tiny_images.CHAT:
+            words = transformers.AutoTokenizer.from_pretrained(self.base, trust_remote_code=True)
+            model.img_context_token_id = words.convert_tokens_to_ids("<IMG_CONTEXT>")
+        logits: Tensor = model.eval()(**self.arguments(self.base)).logits
+        return logits
+
+
+def late(families: Sequence[str]) -> list[Any]:
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+# A merge is a quarter of a minute of starting processes: one of each kind goes first.
+@pytest.fixture(scope="module", params=[*BY_COMMAND, *late(OTHERS), MIXTURES[0], *late(MIXTURES[1:])])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A merge of each family; read only."""
+    family = request.param
+    folder = tmp_path_factory.mktemp(family)
+    inputs, out = folder / "inputs", folder / "merged"
+    make = tiny.make_merge if family in MIXTURES else tiny_images.make_merge
+    if family in BY_COMMAND:
+        config = make(inputs, family, samples=(2, 1))
+        if family == "internvl":
+            give_two_files(config)
+        done = cli("merge", config, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        config = make(inputs, family, **FEW)
+        request.getfixturevalue("small_ray")
+        run_merge(plan_of(config), out)
+    return Made(family, config, out)
+
+
+def give_two_files(config: Path) -> None:
+    """Give the second expert two files of two tasks, in a folder of their own; the images lie beside the config."""
+    folder = config.parent
+    (folder / "data").mkdir()
+    for name, seed in (("first", 5), ("second", 6)):
+        tiny_images.write_records(folder, name, 2, seed).rename(folder / "data" / f"{name}.json")
+    raw = yaml.safe_load(config.read_text())
+    options = {"max_patches": 1}
+    first = {"path": "data/first.json", "samples": 1, "loss_weight": 0.5, "image_options": options}
+    raw["models"][1]["calibration"] = [first, "data/second.json"]
+    config.write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def by_hand(made: Made) -> dict[str, Tensor]:
+    """The merge's tensors by their names in files: the base's, plus the sum of coefficients times task vectors."""
+    record = made.out / "merge" / "coefficients.parquet"
+    stage = max(pyarrow.parquet.read_table(record)["stage"].to_pylist())
+    names, table = read_coefficients(record, stage)
+    base, *experts = (tensors_of(made.config.parent / name) for name in ("base", *names))
+    found = dict(base)
+    for name in table.layout.tensors:
+        edges, values = table.of(name).edges, table.of(name).values
+        whole = base[name].flatten().double()
+        for k, expert in enumerate(experts):
+            tau = expert[name].flatten().double() - base[name].flatten().double()
+            for chunk, (start, end) in enumerate(pairwise(edges)):
+                whole[start:end] += float(values[k, chunk]) * tau[start:end]
+        found[name] = whole.view(base[name].shape)
+    return found
+
+
+def fresh_model(made: Made, tensors: dict[str, Tensor]) -> Any:
+    """The family's model as its own class makes it, filled with tensors of files."""
+    model = tiny.make_model(made.family) if made.family in MIXTURES else tiny_images.make_model(made.family)
+    named = to_module({name: tensor.float() for name, tensor in tensors.items()}, model.config.model_type)
+    model.load_state_dict(named)
+    return model
+
+
+def test_the_files_hold_the_base_and_the_sum_of_task_vectors(made: Made) -> None:
+    written, expected, base = tensors_of(made.out), by_hand(made), tensors_of(made.base)
+    assert list(written) == list(base), "under the names of published files"
+    merged = plan_of(made.config).merged_set
+    assert merged < set(base)
+    for name, tensor in written.items():
+        if name in merged:
+            torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=0)
+            assert not torch.equal(tensor, base[name])
+        else:
+            assert torch.equal(tensor, base[name]), f"{name} is the base's, bit for bit"
+
+
+def test_it_loads_by_the_class_that_its_card_names(made: Made) -> None:
+    model, info = made.load(output_loading_info=True)
+    assert {what: list(found) for what, found in info.items() if found} == {}
+    own = {tiny_images.CHAT: "InternVLChatModel"} | dict.fromkeys(MIXTURES, "ForCausalLM")
+    assert type(model).__name__.endswith(own.get(made.family, "ForConditionalGeneration"))
+    expected = to_module(tensors_of(made.out), model.config.model_type)
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+    assert json.loads((made.out / "config.json").read_text()) == json.loads((made.base / "config.json").read_text())
+
+
+def test_it_computes_what_a_model_filled_by_hand_computes(made: Made) -> None:
+    logits, expected = made.logits(made.load()), made.logits(fresh_model(made, by_hand(made)))
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits, expected, atol=LOGITS, rtol=0)
+    base = made.logits(fresh_model(made, tensors_of(made.base)))
+    assert (logits - base).abs().max() > 100 * LOGITS, "a merge must show"
+
+
+def test_all_that_makes_inputs_is_in_the_output(made: Made) -> None:
+    there = {path.name for path in made.out.iterdir()}
+    assert PROCESSOR.get(made.family, set()) | {"tokenizer.json", "chat_template.jinja"} <= there
+    assert not (made.family != tiny_images.CHAT and [name for name in there if name.endswith(".py")])
+    for path in made.base.iterdir():
+        if path.suffix != ".safetensors" and path.name != "config.json":
+            assert (made.out / path.name).read_bytes() == path.read_bytes(), path.name
+    processes = made.family not in (*MIXTURES, tiny_images.CHAT)
+    assert ("processor = AutoProcessor" in made.card) == processes
+    assert ("tokenizer = AutoTokenizer" in made.card) != processes
+    if processes:
+        assert load_processor(made.out).image_token_id == load_processor(made.base).image_token_id
+    ours, theirs = made.arguments(made.out), made.arguments(made.base)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+AWAY = """
+import sys, torch, transformers
+model = transformers.AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.img_context_token_id = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+with torch.no_grad():
+    torch.save(model.eval()(**torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+
+
+@contextmanager
+def moved_away(folder: Path) -> Iterator[None]:
+    away = folder.rename(folder.with_name("away"))
+    try:
+        yield
+    finally:
+        away.rename(folder)
+
+
+@pytest.mark.parametrize("made", [tiny_images.CHAT], indirect=True)
+def test_its_code_is_its_own_when_the_inputs_are_gone(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = made.logits(made.load())
+    torch.save(made.arguments(made.base), tmp_path / "given.pt")
+    # Code that an earlier load has copied must not stand in for what the folder lacks.
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with moved_away(made.config.parent):
+        command = [sys.executable, "-c", AWAY, made.out, tmp_path / "given.pt", tmp_path / "logits.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("made", ["internvl"], indirect=True)
+def test_tasks_of_one_expert_and_the_config_of_the_output(made: Made, tmp_path: Path) -> None:
+    rows = pyarrow.parquet.read_table(made.out / "merge" / "metrics.parquet").to_pylist()
+    seen = {(row["model"], row["sample"]) for row in rows}
+    # The one of the first file, and both of the second.
+    assert seen == {("expert0", 0), ("expert0", 1), ("expert1", 0), ("expert1", 1), ("expert1", 2)}
+    config = made.out / "merge" / "config.yaml"
+    written = yaml.safe_load(config.read_text())
+    first, second = written["models"][1]["calibration"]
+    data = made.config.parent / "data"
+    assert first["path"] == str(data / "first.json") and str(data / "second.json") in str(second)
+    assert (first["samples"], first["loss_weight"], first["image_options"]) == (1, 0.5, {"max_patches": 1})
+    inputs = written["record"]["inputs"]["expert1"]
+    images = {str(made.config.parent / f"{name}_images" / "0.png") for name in ("first", "second")}
+    assert images <= inputs.keys() and str(made.config.parent / "first_images" / "1.jpg") not in inputs
+
+    plans = [cli("plan", path, cwd=tmp_path) for path in (made.config, config)]
+    for done in plans:
+        assert done.returncode == 0, done.stderr
+    assert plans[0].stdout == plans[1].stdout
+    assert re.search(r"expert forwards +5, once for all stages", plans[0].stdout)
+
+
+def without_code(folder: Path) -> tuple[Path, list[str]]:
+    return tiny_images.make_merge(folder, tiny_images.CHAT, trust_remote_code=False), ["`trust_remote_code: true`"]
+
+
+def without_eyes(folder: Path) -> tuple[Path, list[str]]:
+    config = tiny.make_merge(folder)
+    data = tiny_images.write_records(folder, "seen", 1, 0)
+    shutil.copy(data, folder / "expert1.json")
+    raw = yaml.safe_load(config.read_text())
+    raw["models"][1]["calibration"] = "expert1.json"
+    config.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return config, ["expert1.json record 1", "the record has images, and this is a language model without them"]
+
+
+def without_response(folder: Path) -> tuple[Path, list[str]]:
+    config = tiny_images.make_merge(folder, "qwen2_5_vl", parameters={"loss_tokens": "response"})
+    return config, ["expert0.json record 2", "the record has no response", "`calibration.generate_responses`"]
+
+
+@pytest.mark.parametrize("make", [without_code, without_eyes, without_response])
+def test_what_cannot_be_is_refused_before_any_actor_starts(tmp_path: Path, make: Any) -> None:
+    config, told = make(tmp_path / "merge")
+    before = sorted(tmp_path.rglob("*"))
+    # Whoever came as far as the cluster would find none there, and leave with 3.
+    done = cli("merge", config, "--out", tmp_path / "out", "--address", "127.0.0.1:1")
+    assert done.returncode == 2, done.stderr
+    assert all(words in done.stderr for words in told), done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert len(done.stderr.splitlines()) <= 6 and len(done.stderr) < 1000
+    assert sorted(tmp_path.rglob("*")) == before
