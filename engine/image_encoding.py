@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch import Tensor
 
 from engine.calibration import Encoded, Spans
@@ -14,11 +18,17 @@ from engine.encoding import Messages, TextEncoder, in_common, messages_of, rende
 from engine.errors import CalibrationError
 from engine.images import read_image
 from engine.records import Record
-from engine.untrusted import shown
+from engine.untrusted import foreign, in_memory, in_time, shown
 
 PLACE = "<image>"
 # What processors call the marks of tokens that stand for images (1) among those of text (0).
 MARKS = ("mm_token_type_ids", "token_type_ids")
+# Options of which 0 is one to choose; all others are sizes and counts.
+ANY_NUMBER = ("resample", "image_mean")
+# What a processor knows, too, and is no matter of the image.
+OF_TENSORS = {"return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
+# Of a size that all patches divide.
+TRIAL = Image.new("RGB", (448, 448))
 
 
 class ImageEncoder:
@@ -28,12 +38,16 @@ class ImageEncoder:
         self._processor, self._dtype = processor, dtype
         self._template = processor.chat_template or processor.tokenizer.chat_template
         self._text = TextEncoder(processor.tokenizer)
+        self._seen = {processor.image_token_id, getattr(processor, "video_token_id", None)} - {None}
+        self._tried: list[Mapping[str, Any]] = []
 
     def encode(self, record: Record) -> Encoded:
         """See `Encoder`."""
         encoded = self._encode(record)
-        if not record.images and self._processor.image_token_id in encoded.input_ids:
+        if not record.images and not self._seen.isdisjoint(encoded.input_ids):
             raise CalibrationError("the record has the token of an image, and no image", record.where)
+        if record.images and not encoded.images:
+            raise CalibrationError("the chat template leaves its images out", record.where)
         return encoded
 
     def _encode(self, record: Record) -> Encoded:
@@ -46,10 +60,11 @@ class ImageEncoder:
                 do="name a model that has one by `tokenizer_source`",
             )
         images = [read_image(path, record.where) for path in record.images]
-        with taking("processor", record):
+        options = dict(record.image_options or {})
+        with self._processing(record):
             text, prompt = rendered(placed(record), self._rendered, record.where)
-            self._check_options(record)
-            options = dict(record.image_options or {})
+            if images and options not in self._tried:
+                self._try(options, record.where)
             output = self._processor(
                 text=[text], images=images or None, return_tensors="pt", images_kwargs=options, add_special_tokens=False
             )
@@ -76,16 +91,47 @@ class ImageEncoder:
         text: str = self._processor.apply_chat_template(messages, chat_template=self._template, **options)
         return text
 
-    def _check_options(self, record: Record) -> None:
-        known = sorted(self._processor.image_processor.valid_kwargs.__annotations__)
-        unknown = [name for name in record.image_options or () if name not in known]
+    @contextmanager
+    def _processing(self, record: Record) -> Iterator[None]:
+        """What the processor raises over a record and its options, as a fault of the record."""
+        wrong = foreign(
+            lambda told: CalibrationError(f"the processor does not take this record: {told}", record.where),
+            StrictDataclassError,
+            MemoryError,
+        )
+        with wrong, taking("processor", record), warnings.catch_warnings():
+            # Of options by the names that the family's own code has for them.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+
+    def _try(self, options: dict[str, Any], where: str) -> None:
+        """Whether the processor of images knows these options, and can work with them and its own."""
+        prepare = self._processor.image_processor
+        known = sorted(set(prepare.valid_kwargs.__annotations__) - OF_TENSORS)
+        unknown = [name for name in options if name not in known]
         if unknown:
-            who = type(self._processor.image_processor).__name__
+            who = type(prepare).__name__
             raise CalibrationError(
                 f"image_options has {shown(repr(unknown[0]))}, which {who} does not know",
-                record.where,
+                where,
                 f"one of {', '.join(known)}",
             )
+        for name, value in options.items():
+            if name not in ANY_NUMBER and not all(map(_is_positive, _values(value))):
+                raise CalibrationError(f"image_options has {name}: {shown(repr(value))}", where, "numbers above 0")
+        endless = CalibrationError("the image processor takes too long, or too much memory, by its options", where)
+        with in_time(endless), in_memory(endless):
+            text = self._rendered([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
+            self._processor(text=[text], images=[TRIAL], return_tensors="pt", images_kwargs=options)
+        self._tried.append(options)
+
+
+def _values(option: Any) -> Iterable[Any]:
+    return option.values() if isinstance(option, Mapping) else [option]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, bool | str) or value > 0
 
 
 def placed(record: Record) -> Messages:
@@ -109,12 +155,14 @@ def _parts(content: Any, seen: bool) -> list[Mapping[str, str]]:
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[Mapping[str, str]] = []
     for part in given if isinstance(given, list) else [None]:
-        if not isinstance(part, dict) or part.get("type") not in ("image", "text"):
-            raise ValueError(f"a message's content is {shown(repr(part))}, and no text or parts of text and image")
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+            wrong = shown(repr(part if isinstance(given, list) else given))
+            raise ValueError(f"a message's content is {wrong}, and no text or parts of text and image")
         if part["type"] == "image":
             parts.append({"type": "image"})
             continue
-        first, *others = str(part.get("text")).split(PLACE) if seen else [str(part.get("text"))]
+        first, *others = part["text"].split(PLACE) if seen else [part["text"]]
         parts += [{"type": "text", "text": first}] if first else []
         for text in others:
             # What a template puts behind an image is its own affair.

@@ -7,6 +7,7 @@ ignored. Looks at no image, and needs no torch and no tokenizer.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,12 @@ def _image(plan: Plan, path: Path, name: str, where: str) -> Path:
         raise CalibrationError(f"an image by address: {shown(repr(name))}", where, "the path of a file")
     assert plan.config.calibration.image_folder is not None
     folders = [path.parent, Path(plan.config.calibration.image_folder)]
-    found = [locate(name, folder, CalibrationError) for folder in folders]
-    there = next((one for one in found if one.is_file()), None)
+    try:
+        found = [locate(name, folder, CalibrationError) for folder in folders]
+    except CalibrationError as error:
+        raise CalibrationError(f"{shown(repr(name))} is {error.what}", where, "the path of a file") from error
+    # False, not an error, for a name that no file can have.
+    there = next((one for one in found if os.path.isfile(one)), None)  # noqa: PTH113
     if there is None:
         looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
         raise CalibrationError(f"there is no image {shown(repr(name))}", where, f"a file; looked for it from {looked}")
