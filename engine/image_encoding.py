@@ -27,8 +27,8 @@ MARKS = ("mm_token_type_ids", "token_type_ids")
 ANY_NUMBER = ("resample", "image_mean")
 # What a processor knows, too, and is no matter of the image.
 OF_TENSORS = {"return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
-# Of a size that all patches divide.
-TRIAL = Image.new("RGB", (448, 448))
+# Of a size that all patches divide, and one to be made as large as any is.
+TRIALS = (Image.new("RGB", (448, 448)), Image.new("RGB", (1, 1)))
 
 
 class ImageEncoder:
@@ -121,8 +121,10 @@ class ImageEncoder:
                 raise CalibrationError(f"image_options has {name}: {shown(repr(value))}", where, "numbers above 0")
         endless = CalibrationError("the image processor takes too long, or too much memory, by its options", where)
         with in_time(endless), in_memory(endless):
-            text = self._rendered([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)
-            self._processor(text=[text], images=[TRIAL], return_tensors="pt", images_kwargs=options)
+            resizes = options.get("do_resize", getattr(prepare, "do_resize", True))
+            images = TRIALS if resizes else TRIALS[:1]
+            text = self._rendered([{"role": "user", "content": [{"type": "image"}] * len(images)}], tokenize=False)
+            self._processor(text=[text], images=[*images], return_tensors="pt", images_kwargs=options)
         self._tried.append(options)
 
 
@@ -155,11 +157,10 @@ def _parts(content: Any, seen: bool) -> list[Mapping[str, str]]:
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[Mapping[str, str]] = []
     for part in given if isinstance(given, list) else [None]:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+        if not isinstance(part, dict) or not _is_known(part):
             wrong = shown(repr(part if isinstance(given, list) else given))
             raise ValueError(f"a message's content is {wrong}, and no text or parts of text and image")
-        if part["type"] == "image":
+        if part.get("type") == "image":
             parts.append({"type": "image"})
             continue
         first, *others = part["text"].split(PLACE) if seen else [part["text"]]
@@ -169,6 +170,10 @@ def _parts(content: Any, seen: bool) -> list[Mapping[str, str]]:
             text = text.removeprefix("\n")
             parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
     return parts
+
+
+def _is_known(part: Mapping[str, Any]) -> bool:
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
 
 
 def spans(marks_T: Tensor) -> Spans:
