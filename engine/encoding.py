@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jinja2
+from huggingface_hub.errors import StrictDataclassError
 
 from engine.calibration import Encoded
 from engine.errors import CalibrationError
@@ -19,11 +20,17 @@ Messages = Sequence[Mapping[str, Any]]
 class TextEncoder:
     """Text by a tokenizer of transformers; None does for records that are token ids."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, of_images: Set[int] = frozenset()) -> None:
+        self._tokenizer, self._of_images = tokenizer, of_images
 
     def encode(self, record: Record) -> Encoded:
-        """See `Encoder`."""
+        """See `Encoder`; a token `of_images` stands for what the record does not have."""
+        encoded = self._checked(record)
+        if not self._of_images.isdisjoint(encoded.input_ids):
+            raise CalibrationError("the record has the token of an image, and no image", record.where)
+        return encoded
+
+    def _checked(self, record: Record) -> Encoded:
         if record.field == "input_ids":
             return Encoded(list(record.fields["input_ids"]))
         who = "tokenizer" if record.field == "text" or not self._tokenizer.chat_template else "chat template"
@@ -83,4 +90,6 @@ def taking(who: str, record: Record) -> AbstractContextManager[None]:
     return foreign(
         lambda told: CalibrationError(f"the {who} does not take this record: {told}", record.where),
         jinja2.TemplateError,
+        StrictDataclassError,
+        MemoryError,
     )

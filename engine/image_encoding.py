@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from engine.encoding import Messages, TextEncoder, in_common, messages_of, rende
 from engine.errors import CalibrationError
 from engine.images import read_image
 from engine.records import Record
-from engine.untrusted import foreign, in_memory, in_time, shown
+from engine.untrusted import in_memory, in_time, shown
 
 PLACE = "<image>"
 # What processors call the marks of tokens that stand for images (1) among those of text (0).
@@ -94,12 +93,7 @@ class ImageEncoder:
     @contextmanager
     def _processing(self, record: Record) -> Iterator[None]:
         """What the processor raises over a record and its options, as a fault of the record."""
-        wrong = foreign(
-            lambda told: CalibrationError(f"the processor does not take this record: {told}", record.where),
-            StrictDataclassError,
-            MemoryError,
-        )
-        with wrong, taking("processor", record), warnings.catch_warnings():
+        with taking("processor", record), warnings.catch_warnings():
             # Of options by the names that the family's own code has for them.
             warnings.simplefilter("ignore", FutureWarning)
             yield

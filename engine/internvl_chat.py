@@ -28,6 +28,8 @@ MODEL_TYPE = "internvl_chat"
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
 # By the names of their config.json, and what they are where it does not say.
 OPTIONS = {"min_dynamic_patch": 1, "max_dynamic_patch": 12, "use_thumbnail": True}
+# Of an image at most; its grids are as many as the square of it.
+TILES = 1000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -134,6 +136,15 @@ class ChatEncoder:
                 f"one of {', '.join(OPTIONS)}",
             )
         options = {name: getattr(self._config, name, default) for name, default in OPTIONS.items()} | dict(given)
+        least, most, thumbnail = options.values()
+        if type(least) is not int or type(most) is not int or not 1 <= least <= most <= TILES:
+            raise CalibrationError(
+                f"image_options has {shown(repr(least))} to {shown(repr(most))} tiles of an image",
+                record.where,
+                f"1 <= min_dynamic_patch <= max_dynamic_patch <= {TILES}",
+            )
+        if not isinstance(thumbnail, bool):
+            raise CalibrationError(f"use_thumbnail is {shown(repr(thumbnail))}", record.where, "true or false")
         # Only who prepares images needs it.
         from transformers import GotOcr2ImageProcessorPil
 
@@ -143,10 +154,10 @@ class ChatEncoder:
             found = prepare(
                 image,
                 crop_to_patches=True,
-                min_patches=options["min_dynamic_patch"],
-                max_patches=options["max_dynamic_patch"],
+                min_patches=least,
+                max_patches=most,
                 return_tensors="pt",
             )
         pixels: Tensor = found["pixel_values"]
         # Behind several tiles stands the whole image as one more.
-        return pixels if options["use_thumbnail"] or len(pixels) == 1 else pixels[:-1]
+        return pixels if thumbnail or len(pixels) == 1 else pixels[:-1]

@@ -74,4 +74,7 @@ def encoder(plan: Plan, records: Records) -> Encoder:
             return ChatEncoder(config, load_tokenizer(words, code), folder, dtype)
         if any(record.images for mine in records for record in mine):
             return ImageEncoder(load_processor(words, code), dtype)
-    return TextEncoder(load_tokenizer(words, code) if fields != {"input_ids"} else None)
+    config = plan.base_header.config
+    names = [f"{kind}_token_{number}" for kind in ("image", "video") for number in ("id", "index")]
+    seen = {number for name in names if type(number := config.get(name)) is int}
+    return TextEncoder(load_tokenizer(words, code) if fields != {"input_ids"} else None, seen)

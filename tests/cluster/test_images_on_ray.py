@@ -19,6 +19,7 @@ from safetensors import safe_open
 from engine.coefficients import read_coefficients
 from engine.image_encoding import ImageEncoder
 
+pytestmark = pytest.mark.slow
 # Of transformers' own the one with the most inputs beside tokens and pixels.
 FAMILY = "qwen2_5_vl"
 SAMPLES = 3 + 2
@@ -84,7 +85,6 @@ def test_each_sample_is_prepared_and_run_forward_once(merged: Path, seen: Seen) 
 
 
 # A merge is mostly the start of its processes: the other placements are those of the runs that are disturbed.
-@pytest.mark.slow
 @pytest.mark.usefixtures("small_ray")
 def test_two_shards_and_actors_that_are_killed_change_no_bit(config: Path, merged: Path, tmp_path: Path) -> None:
     victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer"}
@@ -101,7 +101,6 @@ def test_two_shards_and_actors_that_are_killed_change_no_bit(config: Path, merge
     assert result(other) == result(merged)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("small_ray")
 def test_a_run_that_was_stopped_goes_on_within_the_trainer_and_prepares_no_image_again(
     config: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -106,6 +106,7 @@ def test_task_vectors_within_the_trainer_give_the_same_bits_and_move_nothing(
     assert [actor["role"] for actor in figures["actors"]][-2:] == ["trainer", "shard 0"], "one that writes the files"
 
 
+@pytest.mark.slow
 def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_path: Path) -> None:
     options = ["gradients=stream", "gradient_checkpointing=true", "merge_method=expert_merging", "cluster.shards=3"]
     options.append("batch_tokens=1")  # a pass a sample
@@ -120,6 +121,7 @@ def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_p
     np.testing.assert_allclose(got.values, plain.values, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
     victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"}
     killed: dict[str, list[int]] = {}

@@ -225,10 +225,10 @@ PREPARED: Cases = {
         lambda f: put(f, "expert1/generation_config.json", '{"max_new_tokens": -1}'),
         ["expert1: transformers cannot read its generation_config.json"],
     ),
-    "code": (lambda f: own_code(f, model_type="evil", auto_map=OWN), ["base: transformers cannot read", OPTION]),
+    "code": (lambda f: own_code(f, model_type="evil", auto_map=OWN), ["base: transformers has no such", OPTION]),
     "code elsewhere": (
         lambda f: own_code(f, model_type="evil", auto_map={"AutoConfig": "owner/name--evil.Config"}),
-        ["base: transformers cannot read", OPTION],
+        ["base: transformers has no such model", OPTION],
     ),
     "code of a tokenizer": (
         lambda f: (

@@ -60,6 +60,7 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     assert all(torch.equal(found[name], first[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_one_model_an_expert(llama_merge: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
     done = cli("merge", llama_merge, "--set", "merge_method=svd_intermediate", "--out", out)
@@ -70,6 +71,7 @@ def test_one_model_an_expert(llama_merge: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "merge", "README.md"])
 
 
+@pytest.mark.slow
 def test_thresholds_over_the_whole_model_do_not_depend_on_the_shards(llama_merge: Path, tmp_path: Path) -> None:
     options = ("merge_method=ties", "parameters.density=0.3", "parameters.trim=model", "parameters.divide_by=count")
     found = []

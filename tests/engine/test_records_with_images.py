@@ -590,3 +590,33 @@ def sample_or_told(plan: Plan) -> bool:
     except CalibrationError as error:
         return str(error).startswith(str(plan.experts[0].calibration[0]))
     return len(samples) == 2 and all(0 <= start < stop for one in samples for start, stop in one.uncounted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "{max_dynamic_patch: 0}",
+        "{max_dynamic_patch: -1}",
+        "{max_dynamic_patch: x}",
+        "{max_dynamic_patch: 1.5}",
+        "{max_dynamic_patch: true}",
+        "{max_dynamic_patch: 1000000000}",
+        "{min_dynamic_patch: 5, max_dynamic_patch: 4}",
+        "{min_dynamic_patch: 0}",
+        "{use_thumbnail: x}",
+        "{use_thumbnail: 1}",
+    ],
+)
+def test_internvls_own_options_are_bounded(merges: dict[str, Path], options: str) -> None:
+    message = fault(plan_with(merges[CHAT], A, options=[f"calibration.image_options={options}"]))
+    assert "1 <= min_dynamic_patch <= max_dynamic_patch <= 1000" in message or "use_thumbnail is" in message
+
+
+@pytest.mark.parametrize("field", ["question", "text", "messages", "input_ids"])
+def test_a_token_of_an_image_is_an_error_where_no_record_has_one(merges: dict[str, Path], field: str) -> None:
+    text, number = f"w1 {TOKEN[QWEN]} w2", tiny_images.tokens(QWEN)[TOKEN[QWEN]]
+    value = {"messages": [{"role": "user", "content": text}], "input_ids": [7, number, 8]}.get(field, text)
+    plan = plan_with(merges[QWEN], {field: value})
+    records = [read_records(plan)[0]]
+    with pytest.raises(CalibrationError, match="the token of an image, and no image"):
+        make_samples(records, encoder(plan, records), plan)
