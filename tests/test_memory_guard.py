@@ -10,6 +10,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 def test_memory_does_not_know_k_and_has_not_grown(tmp_path: Path) -> None:
     result = tmp_path / "memory_guard.json"
     guard = [sys.executable, str(BENCHMARKS / "memory_guard.py"), "--workdir", str(tmp_path), "--json", str(result)]
