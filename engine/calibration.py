@@ -162,7 +162,7 @@ def about_tokens(plan: Plan, records: Sequence[Sequence[Record]]) -> list[list[i
     def count(record: Record) -> int:
         ids = record.fields.get("input_ids")
         text = len(text_of(record.fields)) // 4 + 1 + calibration.generate_responses
-        images = len(record.images) * _image_tokens(plan.base_header.config, record.image_options or {})
+        images = len(record.images) * _image_tokens(plan.base_header.config, record.image_options)
         return min(len(ids) if ids is not None else text + images, calibration.max_length)
 
     return [[count(record) for record in mine] for mine in records]

@@ -26,8 +26,7 @@ class TextEncoder:
     def encode(self, record: Record) -> Encoded:
         """See `Encoder`; a token `of_images` stands for what the record does not have."""
         encoded = self._checked(record)
-        if not self._of_images.isdisjoint(encoded.input_ids):
-            raise CalibrationError("the record has the token of an image, and no image", record.where)
+        check_no_image(encoded, self._of_images, record)
         return encoded
 
     def _checked(self, record: Record) -> Encoded:
@@ -55,6 +54,16 @@ class TextEncoder:
         if prompt is None:
             return Encoded(ids, True)
         return Encoded(ids, False, in_common(tokenizer(prompt, add_special_tokens=False).input_ids, ids))
+
+
+def check_no_image(encoded: Encoded, of_images: Set[int], record: Record) -> None:
+    """Whether a record without images has none of the tokens that stand for them.
+
+    Raises:
+        CalibrationError: it has one.
+    """
+    if not of_images.isdisjoint(encoded.input_ids):
+        raise CalibrationError("the record has the token of an image, and no image", record.where)
 
 
 def messages_of(record: Record) -> Messages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.calibration import Encoded, Spans
-from engine.encoding import Messages, TextEncoder, in_common, messages_of, rendered, taking
+from engine.encoding import Messages, TextEncoder, check_no_image, in_common, messages_of, rendered, taking
 from engine.errors import CalibrationError
 from engine.images import read_image
 from engine.records import Record
@@ -43,8 +43,8 @@ class ImageEncoder:
     def encode(self, record: Record) -> Encoded:
         """See `Encoder`."""
         encoded = self._encode(record)
-        if not record.images and not self._seen.isdisjoint(encoded.input_ids):
-            raise CalibrationError("the record has the token of an image, and no image", record.where)
+        if not record.images:
+            check_no_image(encoded, self._seen, record)
         if record.images and not encoded.images:
             raise CalibrationError("the chat template leaves its images out", record.where)
         return encoded
@@ -59,7 +59,7 @@ class ImageEncoder:
                 do="name a model that has one by `tokenizer_source`",
             )
         images = [read_image(path, record.where) for path in record.images]
-        options = dict(record.image_options or {})
+        options = dict(record.image_options)
         with self._processing(record):
             text, prompt = rendered(placed(record), self._rendered, record.where)
             if images and options not in self._tried:
@@ -102,14 +102,7 @@ class ImageEncoder:
         """Whether the processor of images knows these options, and can work with them and its own."""
         prepare = self._processor.image_processor
         known = sorted(set(prepare.valid_kwargs.__annotations__) - OF_TENSORS)
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            who = type(prepare).__name__
-            raise CalibrationError(
-                f"image_options has {shown(repr(unknown[0]))}, which {who} does not know",
-                where,
-                f"one of {', '.join(known)}",
-            )
+        check_known(options, known, type(prepare).__name__, where)
         for name, value in options.items():
             if name not in ANY_NUMBER and not all(map(_is_positive, _values(value))):
                 raise CalibrationError(f"image_options has {name}: {shown(repr(value))}", where, "numbers above 0")
@@ -120,6 +113,21 @@ class ImageEncoder:
             text = self._rendered([{"role": "user", "content": [{"type": "image"}] * len(images)}], tokenize=False)
             self._processor(text=[text], images=[*images], return_tensors="pt", images_kwargs=options)
         self._tried.append(options)
+
+
+def check_known(options: Iterable[str], known: Collection[str], who: str, where: str) -> None:
+    """Whether `who` prepares images knows these options.
+
+    Raises:
+        CalibrationError: naming the first that is unknown, and those that there are.
+    """
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise CalibrationError(
+            f"image_options has {shown(repr(unknown[0]))}, which {who} does not know",
+            where,
+            f"one of {', '.join(known)}",
+        )
 
 
 def _values(option: Any) -> Iterable[Any]:

@@ -18,7 +18,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from engine.calibration import Encoded
 from engine.encoding import in_common, taking
 from engine.errors import CalibrationError, CheckpointError
-from engine.image_encoding import PLACE, kept, placed, spans, texts
+from engine.image_encoding import PLACE, check_known, kept, placed, spans, texts
 from engine.images import read_image
 from engine.model import load_tokenizer, reading
 from engine.records import Record
@@ -127,14 +127,8 @@ class ChatEncoder:
 
     def _tiles(self, image: Image.Image, record: Record) -> Tensor:
         """The tiles of an image [tiles, 3, size, size] float32, by PIL as these checkpoints were trained with."""
-        given = record.image_options or {}
-        unknown = [name for name in given if name not in OPTIONS]
-        if unknown:
-            raise CalibrationError(
-                f"image_options has {shown(repr(unknown[0]))}, which InternVL does not know",
-                record.where,
-                f"one of {', '.join(OPTIONS)}",
-            )
+        given = record.image_options
+        check_known(given, OPTIONS, "InternVL", record.where)
         options = {name: getattr(self._config, name, default) for name, default in OPTIONS.items()} | dict(given)
         least, most, thumbnail = options.values()
         if type(least) is not int or type(most) is not int or not 1 <= least <= most <= TILES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Record:
     fields: Mapping[str, Any]
     loss_weight: float
     images: tuple[Path, ...] = ()
-    image_options: Mapping[str, Any] | None = None
+    image_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def field(self) -> str:
