@@ -7,6 +7,7 @@ they compute is that code's affair.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +140,8 @@ class ChatEncoder:
             )
         if not isinstance(thumbnail, bool):
             raise CalibrationError(f"use_thumbnail is {shown(repr(thumbnail))}", record.where, "true or false")
-        # Only who prepares images needs it.
-        from transformers import GotOcr2ImageProcessorPil
-
-        side = {"height": self._size, "width": self._size}
-        prepare = GotOcr2ImageProcessorPil(size=side, image_mean=MEAN, image_std=STD, resample=Image.Resampling.BICUBIC)
         with taking("image processor", record):
-            found = prepare(
+            found = self._prepare(
                 image,
                 crop_to_patches=True,
                 min_patches=least,
@@ -155,3 +151,11 @@ class ChatEncoder:
         pixels: Tensor = found["pixel_values"]
         # Behind several tiles stands the whole image as one more.
         return pixels if thumbnail or len(pixels) == 1 else pixels[:-1]
+
+    @cached_property
+    def _prepare(self) -> Any:
+        # Only who prepares images needs it.
+        from transformers import GotOcr2ImageProcessorPil
+
+        side = {"height": self._size, "width": self._size}
+        return GotOcr2ImageProcessorPil(size=side, image_mean=MEAN, image_std=STD, resample=Image.Resampling.BICUBIC)

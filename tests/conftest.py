@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
 
+import hostile
 import object_store
 import pytest
 import tiny
@@ -110,3 +111,17 @@ def server() -> Iterator[str]:
 def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     """A bucket of it, and a cache of what is read from there."""
     return object_store.new_store(server, monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
+    """The command line in a process that is forked for each command."""
+    with hostile.server(tmp_path_factory.mktemp("home")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
+    """The same, which has imported what a merge imports, and in which Ray may not start."""
+    with hostile.server(tmp_path_factory.mktemp("home"), prepared=True) as started:
+        yield started

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hostile import Server, refused, server
+from hostile import Server, refused
 from hostile_inputs import (
     MB,
     Cases,
@@ -296,12 +295,6 @@ OVERRIDES = {
     "no UTF-8": ("seed=\udcff", "not valid YAML"),
     "list as a key": ("seed={[a]: b}", "a key is not a text"),
 }
-
-
-@pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("home")) as started:
-        yield started
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_images
 import yaml
-from hostile import Server, refused, server
+from hostile import Server, refused
 from hostile_inputs import MB, Cases, Spoil, calibration, cases, edit_configs, edit_json, expert, link, pipe, put
 from PIL import Image
 
@@ -27,18 +27,6 @@ LINE = "x.jsonl:2"
 def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a merge of two Qwen2-VL experts; read only."""
     return tiny_images.make_merge(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl", samples=(1, 1)).parent
-
-
-@pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("home")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("home"), prepared=True) as started:
-        yield started
 
 
 @pytest.fixture

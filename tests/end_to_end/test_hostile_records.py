@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from hostile import Server, refused, server
+from hostile import Server, refused
 from hostile_inputs import (
     MB,
     PREFIX,
@@ -276,18 +275,6 @@ PREPARED: Cases = {
     "template of 5,000 brackets": (lambda f: template(f, "{{ " + "(" * 5000), TEMPLATE),
     "template that is not UTF-8": (lambda f: template(f, b"\xff\xfe"), ["base: its tokenizer cannot be read"]),
 }
-
-
-@pytest.fixture(scope="module")
-def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("home")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with server(tmp_path_factory.mktemp("home"), prepared=True) as started:
-        yield started
 
 
 @pytest.fixture
