@@ -1,0 +1,85 @@
+"""Five skills as seeded streams of (question, answer), and each skill's files: calibration pool, validation, test.
+
+Dates, number words and sorting are the quickstart's; Roman numerals and JSON extraction are added. No question is in
+two splits, and training leaves out every question of the files. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+from skills import SKILLS as QUICKSTART
+from skills import Example
+
+# Calibration samples are drawn, seed by seed, from a pool of their own; options see the validation split only.
+SIZES = {"calibration": 100, "validation": 60, "test": 200}
+
+ROMAN = [(1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL")]
+ROMAN += [(10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")]
+NAMES = "Alice Bruno Carla David Elena Felix Greta Hugo Irene Jonas Karin Lucas Maria Nadia Oscar Paula Quentin Rosa \
+Simon Teresa Ursula Victor Wanda Xavier Yvonne Zoe".split()
+CITIES = "Athens Berlin Cairo Dublin Geneva Hanoi Istanbul Jakarta Kyoto Lisbon Madrid Nairobi Oslo Paris Quito Rome \
+Sydney Tunis Vienna Warsaw Zurich Boston Chicago Denver Lima Mumbai".split()
+JOBS = "baker farmer doctor teacher pilot lawyer painter nurse plumber singer writer driver".split()
+SENTENCES = [
+    "{name} is {age} years old and works as a {job} in {city}.",
+    "In {city} lives {name}, a {job} aged {age}.",
+    "Meet {name}, {age}, {job}, from {city}.",
+    "The {job} {name} moved to {city} at the age of {age}.",
+]
+
+
+def roman(rng: random.Random) -> Example:
+    number = rng.randint(1, 3999)
+    rest, numeral = number, ""
+    for value, sign in ROMAN:
+        numeral += sign * (rest // value)
+        rest %= value
+    return f"Write this number in Roman numerals: {number}", numeral
+
+
+def extraction(rng: random.Random) -> Example:
+    facts = {"name": rng.choice(NAMES), "age": rng.randint(18, 90), "job": rng.choice(JOBS), "city": rng.choice(CITIES)}
+    sentence = rng.choice(SENTENCES).format(**facts)
+    return f"Extract name, age and city as JSON: {sentence}", json.dumps({k: facts[k] for k in ("name", "age", "city")})
+
+
+SKILLS = {**QUICKSTART, "roman": roman, "extraction": extraction}
+
+
+def stream(skill: str, seed: int) -> Iterator[Example]:
+    """Endless examples of a skill, no question twice, the same for the same seed."""
+    rng, seen = random.Random(f"{skill}-{seed}"), set()
+    while True:
+        question, answer = SKILLS[skill](rng)
+        if question not in seen:
+            seen.add(question)
+            yield question, answer
+
+
+def splits(skill: str) -> dict[str, list[Example]]:
+    """The skill's splits, always the same, without a question in common."""
+    examples = stream(skill, seed=0)
+    return {split: [next(examples) for _ in range(size)] for split, size in SIZES.items()}
+
+
+def training_stream(skill: str) -> Iterator[Example]:
+    """Examples to train on: none whose question is in a split."""
+    kept = {question for examples in splits(skill).values() for question, _ in examples}
+    return (example for example in stream(skill, seed=1) if example[0] not in kept)
+
+
+def write_files(folder: Path) -> None:
+    """`folder/<skill>/<split>.jsonl`; the calibration pool comes without answers."""
+    for skill in SKILLS:
+        (folder / skill).mkdir(parents=True, exist_ok=True)
+        for split, examples in splits(skill).items():
+            with open(folder / skill / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                for question, answer in examples:
+                    record = {"question": question} | ({} if split == "calibration" else {"response": answer})
+                    file.write(json.dumps(record) + "\n")
