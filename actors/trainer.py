@@ -58,18 +58,12 @@ class Trainer:
         learner = Learner(self._plan.config.parameters, stage)
         if state is not None:
             learner.restore(state)
-        coefficients, stale = learner.coefficients, self._merged
-        self._merged = None
-        if stale is None or not stale.same_as(coefficients):
-            self._student.expect(self._shards.merge(coefficients, self._student))
+        coefficients = self._set(learner.coefficients)
         leaving = self._shards.gradients(stage.layout)
         losses: dict[int, Losses] = {}
-        config = self._plan.config
-        samples = [one.sample for one in window]
-        alone = {place for place, sample in enumerate(samples) if sample.inputs}
-        together = passes([sample.tokens for sample in samples], config.batch_tokens, alone)
+        samples, together = [one.sample for one in window], self._passes(window)
         for places in together:
-            final = places is together[-1] or config.gradients == "stream"
+            final = places is together[-1] or self._plan.config.gradients == "stream"
             targets = [self._weighted(window[place], 1 / len(window)) for place in places]
             losses |= zip(places, self._student.accumulate(targets, leaving if final else None), strict=True)
         self._merged = coefficients
@@ -93,9 +87,33 @@ class Trainer:
         ]
         return Step(rows, learner.state(), self._shards.traffic())
 
+    def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> float:
+        """Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients; nothing is learned."""
+        losses: dict[int, Losses] = {}
+        self._set(coefficients)
+        for places in self._passes(window):
+            targets = [self._weighted(window[place], 1.0) for place in places]
+            losses |= zip(places, self._student.measure(targets), strict=True)
+        self._merged = coefficients
+        share = self._plan.config.parameters.hidden_weight
+        weights = [one.sample.loss_weight for one in window]
+        return sum(weights[place] * (losses[place].kl + share * losses[place].hidden) for place in range(len(window)))
+
     def report(self) -> Report:
         """Memory, and the bytes that went to the shards and came from them."""
         return self._process.report(**self._shards.traffic())
+
+    def _set(self, coefficients: Coefficients) -> Coefficients:
+        """Have the model merged by these coefficients; what is in it is not known until a caller says so."""
+        stale, self._merged = self._merged, None
+        if stale is None or not stale.same_as(coefficients):
+            self._student.expect(self._shards.merge(coefficients, self._student))
+        return coefficients
+
+    def _passes(self, window: Sequence[WindowSample]) -> Sequence[Sequence[int]]:
+        """Which samples of the window go through the model together."""
+        alone = {place for place, one in enumerate(window) if one.sample.inputs}
+        return passes([one.sample.tokens for one in window], self._plan.config.batch_tokens, alone)
 
     @cached_property
     def _student(self) -> Student:

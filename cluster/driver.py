@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
-from actors.trainer import WindowSample
 from cluster.combine import Combine
 from cluster.crew import Crew
+from cluster.learning import Learning
 from cluster.placement import Devices, Layout, arrange, check_memory
 from cluster.progress import Progress
 from cluster.run import Run
@@ -18,18 +17,16 @@ from cluster.session import await_layout, connect, nodes
 from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.waves import Waves
-from engine.calibration import Sample, training_order, windows
-from engine.codec import pack_all
+from engine.calibration import Sample
 from engine.coefficients import Array, Coefficients
-from engine.expert import unlabelled
 from engine.importance import stage_2_layout
 from engine.plan import Plan
 from engine.preparation import Records, check_inputs, prepare
 from engine.record import write_record
-from engine.run_folder import RunFolder, StageState, check_output, identity, open_run
+from engine.run_folder import RunFolder, check_output, identity, open_run
 from engine.scaling import Work
 from engine.task_vectors import Inspection
-from engine.training import Learner, Stage, first_stage, second_stage
+from engine.training import first_stage, second_stage
 from engine.writer import OutputFile
 
 Samples = Sequence[Sequence[Sample]]
@@ -91,14 +88,16 @@ class Merge(Run):
             if not crew.layout.overlap:
                 targets.all_stored()
             trainer = trainer or crew.trainer()
-            stages = [self._learn(crew, trainer, first_stage(self.plan), targets)]
+            learning = Learning(self.plan, self.samples, self.folder, self.progress, self.watch, crew, trainer, targets)
+            self.plan = learning.find_prior()
+            stages = [learning.stage(first_stage(self.plan))]
             importance = None
             if self.plan.config.stages == 2:
                 self.progress.phase("importance", 1)
                 options = self.plan.config.parameters
                 layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
                 self.progress.advance("importance", 1)
-                stages.append(self._learn(crew, trainer, second_stage(self.plan, layout, stages[0]), targets))
+                stages.append(learning.stage(second_stage(self.plan, layout, stages[0])))
             self.report(trainer)
             crew.dismiss(trainer)
             self._write(crew, stages[-1])
@@ -147,38 +146,6 @@ class Merge(Run):
         magnitudes = np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
         self.folder.keep("magnitudes", magnitudes)
         return magnitudes
-
-    def _learn(self, crew: Crew, trainer: Any, stage: Stage, targets: Waves) -> Coefficients:
-        """One stage: an optimiser step a window, as soon as its targets are stored; its state is kept after each."""
-        parameters = self.plan.config.parameters
-        order = training_order([len(mine) for mine in self.samples], parameters.epochs)
-        steps = windows(order, parameters.gradient_accumulation)
-        state = self.folder.load_stage(stage.number) or StageState(0, None)
-        phase = f"stage {stage.number}"
-        self.progress.phase(phase, len(steps), state.steps)
-        reference = ray.put(stage)
-        for number in range(state.steps, len(steps)):
-            targets.stored(steps[number])
-            samples = [self.samples[k][i] for k, i in steps[number]]
-            window = [WindowSample(sample, self._target(crew, sample)) for sample in samples]
-            asked = trainer.step.remote(reference, state.learner, number, window)
-            step = self.watch.answer(asked, "taking a step")
-            state = StageState(number + 1, step.state)
-            self.folder.save_stage(stage.number, state, step.rows)
-            self.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": targets.nbytes})
-        learner = Learner(parameters, stage)
-        assert state.learner is not None
-        learner.restore(state.learner)
-        return learner.coefficients
-
-    def _target(self, crew: Crew, sample: Sample) -> Any:
-        """A reference to a target, which Ray can have read again from its file when a node is lost."""
-        files = [self.folder.inputs(sample)] if sample.inputs else []
-        files += [self.folder.target(sample)] if self.plan.config.labelled else []
-        if not files:
-            return ray.put(pack_all(unlabelled(sample).tensors()))
-        shard = crew.shards[(sample.expert + sample.index) % len(crew.shards)]
-        return shard.target.remote(self.folder.state, *files)
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """The output by the shards, tensor by tensor, in a folder that is not the output yet."""

@@ -29,6 +29,24 @@ def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> 
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
+def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor], by_feature: bool) -> Tensor:
+    """The hidden loss in units of the expert's own variance: mean over ℓ ∈ S of Σ (hₗ(x; θ) − hₖ,ₗ(x))² over the sum of
+    squares of hₖ,ₗ(x) around its mean over tokens; 0 at a perfect match, 1 where the merged model says that mean.
+    """
+    if not expert:
+        return torch.zeros(())
+    losses = []
+    for i in sorted(expert):
+        target_TH = expert[i].float()
+        error_H = (student[i].float() - target_TH).square().sum(dim=0)
+        spread_H = (target_TH - target_TH.mean(dim=0)).square().sum(dim=0)
+        if by_feature:
+            losses.append((error_H / (spread_H + spread_H.mean() * 1e-3)).mean())
+        else:
+            losses.append(error_H.sum() / spread_H.sum().clamp_min(1e-12))
+    return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
+
+
 def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """T² · Σ over tokens of KL(softmax(zₖ/T) ‖ softmax(z/T)), a float32 scalar, and its gradient by z [T, V].
 

@@ -24,6 +24,7 @@ from pydantic import (
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 # Keys that take one of several kinds of value, and what they take.
 UNIONS: dict[int | str, str] = {
+    "weight": "a number, or auto",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": "auto, or a number of at least 0",
     "shards": "auto, or a whole number of at least 0",
@@ -104,7 +105,7 @@ class _Section(BaseModel):
 class ModelParameters(_Section):
     """Options that an expert may have of its own; None: the top level's."""
 
-    weight: Float | None = None
+    weight: Float | Literal["auto"] | None = None
     loss_weight: Annotated[Float, Field(ge=0)] | None = None
     samples_per_model: Annotated[Int, Field(ge=1)] | None = None
 
@@ -112,14 +113,16 @@ class ModelParameters(_Section):
 class Parameters(_Section):
     """Options of the method, by the names and with the defaults of the method's page."""
 
-    weight: Float = 0.1
+    weight: Float | Literal["auto"] = 0.1
     loss_weight: Annotated[Float, Field(ge=0)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1)] = 5
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
+    hidden_loss: Literal["mse", "layer", "feature"] = "mse"
     hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     loss_tokens: Literal["all", "text", "response"] = "all"
     regularization: Annotated[Float, Field(ge=0)] = 5.0
+    regularization_scale: Literal["absolute", "relative"] = "absolute"
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
@@ -279,10 +282,11 @@ class Config(_Section):
     recipe: Recipe | None = None
     unused: tuple[str, ...] = ()
 
-    def weight(self, expert: Expert) -> float:
-        """The prior ᾱₖ: the expert's own weight, else the top level's."""
+    def weight(self, expert: Expert) -> float | None:
+        """The prior ᾱₖ: the expert's own weight, else the top level's; None where it is to be found (auto)."""
         own = expert.parameters.weight
-        return self.parameters.weight if own is None else own
+        weight = self.parameters.weight if own is None else own
+        return None if weight == "auto" else weight
 
     def loss_weight(self, expert: Expert) -> float:
         """βₖ: the expert's own, else the top level's."""

@@ -156,7 +156,7 @@ def _check(config: Config, where: Any) -> None:
         if not config.learned:
             continue
         weight = config.weight(expert)
-        if not 0 < weight < 1:
+        if weight is not None and not 0 < weight < 1:
             raise ConfigError(
                 f"the prior of expert {expert.name!r} is {weight}",
                 at,

@@ -38,10 +38,12 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class ExpertPlan(ModelPlan):
-    """One expert θₖ: its prior ᾱₖ, loss weight βₖ, and the files and number of its calibration samples."""
+    """One expert θₖ: its prior ᾱₖ (None: still to be found), loss weight βₖ, and the files and number of its
+    calibration samples.
+    """
 
     name: str
-    weight: float
+    weight: float | None
     loss_weight: float
     calibration: tuple[Path, ...]
     samples: int

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from engine.alignment import entropy_loss, hidden_loss, logit_loss
+from engine.alignment import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.checkpoint import open_base
 from engine.codec import to_cpu
 from engine.devices import device_map
@@ -129,32 +129,60 @@ class Student:
         Raises:
             RunError: a loss is not finite.
         """
-        self._await(self._outside_blocks)
-        last_BTH, layers = self._decode([target for target, _ in samples])
-        if self._arriving:
-            # A model that uses a block's weights without calling the block: what it computed with is not known.
-            self._await(list(self._arriving))
-            last_BTH, layers = self._decode([target for target, _ in samples])
+        last_BTH, layers = self._forward(samples)
         slope_BTH = torch.zeros_like(last_BTH)
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
             own = row, _rows(target)
-            loss, slope_CH = self._logit_loss(last_BTH[own], target, weight)
+            loss, hidden, slope_CH = self._sample_losses(last_BTH, layers, own, target, weight)
             slope_BTH[own] = slope_CH
-            hidden = hidden_loss(
-                {index: layers[index][own] for index in target.hidden_CH},
-                {index: tensor.to(layers[index].device) for index, tensor in target.hidden_CH.items()},
-            )
-            if not (loss.isfinite() and hidden.isfinite()):
-                raise RunError(
-                    "the loss of the merged model is not finite",
-                    do="lower `learning_rate` or the weights, or use float32",
-                )
             roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
-            kl, entropy = (loss.item(), None) if target.labelled else (0.0, loss.item())
-            losses.append(Losses(kl, hidden.item(), entropy))
+            losses.append(loss)
         self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
         return losses
+
+    @torch.no_grad()
+    def measure(self, samples: Sequence[tuple[Target, float]]) -> list[Losses]:
+        """The losses of samples in one forward pass; nothing is added to any gradient.
+
+        Raises:
+            RunError: a loss is not finite.
+        """
+        last_BTH, layers = self._forward(samples)
+        rows = [(row, _rows(target)) for row, (target, _) in enumerate(samples)]
+        return [
+            self._sample_losses(last_BTH, layers, own, target, 0.0)[0]
+            for own, (target, _) in zip(rows, samples, strict=True)
+        ]
+
+    def _forward(self, samples: Sequence[tuple[Target, float]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The last hidden state and those of all layers, of the merged weights that were announced."""
+        self._await(self._outside_blocks)
+        found = self._decode([target for target, _ in samples])
+        if self._arriving:
+            # A model that uses a block's weights without calling the block: what it computed with is not known.
+            self._await(list(self._arriving))
+            found = self._decode([target for target, _ in samples])
+        return found
+
+    def _sample_losses(
+        self,
+        last_BTH: Tensor,
+        layers: tuple[Tensor, ...],
+        own: tuple[int, slice | Tensor],
+        target: Target,
+        scale: float,
+    ) -> tuple[Losses, Tensor, Tensor]:
+        """A sample's losses; the hidden one as autograd knows it, and `scale` times the other's gradient [C, H]."""
+        loss, slope_CH = self._logit_loss(last_BTH[own], target, scale)
+        hidden = self._hidden_loss({index: layers[index][own] for index in target.hidden_CH}, target)
+        if not (loss.isfinite() and hidden.isfinite()):
+            raise RunError(
+                "the loss of the merged model is not finite",
+                do="lower `learning_rate` or the weights, or use float32",
+            )
+        kl, entropy = (loss.item(), None) if target.labelled else (0.0, loss.item())
+        return Losses(kl, hidden.item(), entropy), hidden, slope_CH
 
     def _backward(self, roots: Sequence[tuple[Tensor, Tensor]], leaving: Gradients | None) -> None:
         # Not before: the parts of a head's gradient that `_logit_loss` left on it were not final.
@@ -177,6 +205,21 @@ class Student:
         ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
         return decode(self.model, arguments(ids_BT, mask_BT, targets[0].inputs))
 
+    def _hidden_loss(self, student_CH: dict[int, Tensor], target: Target) -> Tensor:
+        """L_hid of a sample."""
+        expert_CH = {index: tensor.to(student_CH[index].device) for index, tensor in target.hidden_CH.items()}
+        form = self.plan.config.parameters.hidden_loss
+        if form == "mse":
+            return hidden_loss(student_CH, expert_CH)
+        # The first token only gathers attention: its state is hundreds of times larger, and says nothing of the text.
+        counted = target.counted_C
+        some = slice(1 if counted is None or counted[0] == 0 else 0, None)
+        return relative_hidden_loss(
+            {index: tensor[some] for index, tensor in student_CH.items()},
+            {index: tensor[some] for index, tensor in expert_CH.items()},
+            form == "feature",
+        )
+
     def _logit_loss(self, last_CH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:
         """L_logit of a sample, or its mean entropy where no expert said anything to it.
 
@@ -188,13 +231,15 @@ class Student:
         mean, slope_CH = torch.zeros((), device=last_CH.device), torch.zeros_like(last_CH)
         for start in range(0, tokens, rows):
             some = slice(start, min(start + rows, tokens))
-            hidden_PH = last_CH[some].detach().requires_grad_()
+            hidden_PH = last_CH[some].detach().requires_grad_(torch.is_grad_enabled())
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             if target.labelled:
                 loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_CH.device), temperature)
             else:
                 loss, slope_PV = entropy_loss(logits_PV)
             mean += loss / tokens
+            if not torch.is_grad_enabled():
+                continue
             torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
             assert hidden_PH.grad is not None
             slope_CH[some] = hidden_PH.grad

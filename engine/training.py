@@ -8,7 +8,7 @@ Letters in array names: K experts, C learned coefficients of one expert.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,13 +41,42 @@ class Stage:
     tied: bool = False
 
 
+# The common weights among which `weight: auto` chooses.
+PRIORS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
+
+
+def with_prior(plan: Plan, weight: float) -> Plan:
+    """The plan with this prior for every expert whose own is to be found."""
+    return replace(
+        plan, experts=tuple(replace(e, weight=weight if e.weight is None else e.weight) for e in plan.experts)
+    )
+
+
+def needs_prior(plan: Plan) -> bool:
+    """Whether an expert's prior is still to be found."""
+    return any(expert.weight is None for expert in plan.experts)
+
+
+def common_prior(plan: Plan, weight: float) -> Coefficients:
+    """Task Arithmetic with this prior for every expert whose own is to be found."""
+    filled = with_prior(plan, weight)
+    return Coefficients.constant(first_stage(filled).layout, priors(filled))
+
+
+def priors(plan: Plan) -> list[float]:
+    """ᾱₖ of every expert."""
+    found = [expert.weight for expert in plan.experts]
+    assert all(weight is not None for weight in found), "with_prior comes first"
+    return [weight for weight in found if weight is not None]
+
+
 def first_stage(plan: Plan) -> Stage:
     """One coefficient per (expert, merged tensor), from the prior: Expert Merging, and AdaMerging layer by layer.
 
     AdaMerging task by task: one per expert.
     """
     layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
-    weights = [expert.weight for expert in plan.experts]
+    weights = priors(plan)
     prior = Coefficients.constant(layout, weights).values
     config = plan.config
     tied = config.merge_method == "adamerging" and config.parameters.granularity == "task"
@@ -56,7 +85,7 @@ def first_stage(plan: Plan) -> Stage:
 
 def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
     """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
-    weights = [expert.weight for expert in plan.experts]
+    weights = priors(plan)
     values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}
     parameters = plan.config.parameters
     return Stage(2, layout, np.array(weights), values[parameters.start], values[parameters.fixed])
@@ -108,6 +137,8 @@ class Learner:
         if self._stage.tied:
             slope = slope.sum(axis=1, keepdims=True)
         pull = parameters.regularization * regularization_gradient(alpha, self._prior)
+        if parameters.regularization_scale == "relative":
+            pull *= alpha.shape[1] * np.abs(slope).mean()
         self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (slope + pull))
         norm = torch.nn.utils.clip_grad_norm_([self._a], parameters.max_grad_norm).item()
         learning_rate = float(self._schedule.get_last_lr()[0])

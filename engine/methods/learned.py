@@ -16,10 +16,12 @@ ABOUT = {
     "loss_weight": "βₖ, what the expert's losses count",
     "samples_per_model": "calibration samples of an expert",
     "hidden_layers": "S, the hidden states that are compared: middle, all, or indices",
+    "hidden_loss": "of hidden states: mse, or relative to the expert's own variance",
     "hidden_weight": "λ_hid, what the hidden loss counts",
     "temperature": "T of the logit loss",
     "loss_tokens": "whose losses count: all, text (no image), or response (from what predicts its first token)",
     "regularization": "γ, the pull back to the prior",
+    "regularization_scale": "γ's unit: absolute, or relative to the mean size of the alignment's own gradient",
     "learning_rate": "of AdamW on a, α = σ(a)",
     "weight_decay": "of AdamW",
     "max_grad_norm": "the gradient's norm is clipped to it",
@@ -32,7 +34,7 @@ ABOUT = {
     "granularity": "one coefficient an expert and tensor (layer), or one an expert (task)",
 }
 SECOND_STAGE = ("budget", "kappa", "fixed", "start")
-ALIGNMENT = ("hidden_layers", "hidden_weight", "temperature")
+ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
 
 
 def _options(without: tuple[str, ...], defaults: Mapping[str, float] = MappingProxyType({})) -> tuple[Option, ...]:

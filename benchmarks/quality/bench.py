@@ -1,0 +1,224 @@
+"""One process that merges, learns and scores: what the quality benchmark's comparisons are made of.
+
+The engine's own code does the work (trainer and expert as plain classes, the weight-space methods' own jobs); this has
+one loaded model that is set to whatever is to be scored. Knows no Ray, and nothing of which options are good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tasks
+import torch
+import yaml
+from safetensors import safe_open
+from train_experts import encode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from actors.expert import Expert
+from actors.shard import Shard
+from actors.trainer import Trainer, WindowSample
+from engine.calibration import make_samples, training_order, windows
+from engine.coefficients import Coefficients
+from engine.config import Config
+from engine.config_file import load_config
+from engine.importance import stage_2_layout
+from engine.plan import Plan, make_plan
+from engine.preparation import encoder
+from engine.records import read_records
+from engine.shards import LocalShards
+from engine.storage import open_folder
+from engine.streaming import stream
+from engine.task_vectors import Piece, open_task_vectors, pieces
+from engine.training import PRIORS, Learner, Stage, common_prior, first_stage, needs_prior, second_stage, with_prior
+from engine.weight_space import WeightSpace, model_thresholds
+from engine.writer import output_files, torch_dtype
+
+logging.disable_progress_bar()
+BATCH = 50
+POOL = tasks.SIZES["calibration"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """By skill: exact match in per cent of the items, and loss in nats a token of the answers."""
+
+    exact_match: dict[str, float]
+    loss: dict[str, float]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        return (sum(self.exact_match.values()) / len(self.exact_match), sum(self.loss.values()) / len(self.loss))
+
+
+class Bench:
+    """`workdir/models` holds base, experts and mixture; calibration files and targets are kept beside them."""
+
+    def __init__(self, workdir: Path, skills: Sequence[str] = tuple(tasks.SKILLS)) -> None:
+        self.workdir, self.skills = workdir, tuple(skills)
+        self.models = workdir / "models"
+        base = self.models / "base"
+        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.clone()  # what transformers loaded may be the file's own memory
+        self._rows = {
+            (skill, split): sorted((encode(self.tokenizer, *one) for one in examples), key=lambda row: len(row[0]))
+            for skill in self.skills
+            for split, examples in tasks.splits(skill).items()
+            if split != "calibration"
+        }
+
+    # What is scored.
+
+    def load(self, name: str) -> None:
+        """The model becomes base, an expert or the mixture's."""
+        with safe_open(self.models / name / "model.safetensors", "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                self.model.get_parameter(key).data.copy_(file.get_tensor(key))
+
+    def merge(self, plan: Plan, coefficients: Coefficients) -> None:
+        """The model becomes the base with task vectors by these coefficients."""
+        self.load("base")
+        shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
+        for arriving in shards.merge(coefficients, self).values():
+            for arrival in arriving:
+                arrival.result()
+
+    def room(self, piece: Piece) -> torch.Tensor:
+        """See `engine.shards.Model`."""
+        return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
+
+    def put(self, piece: Piece, merged_N: torch.Tensor) -> None:
+        """It was written to the model's own memory."""
+
+    def combine(self, plan: Plan) -> None:
+        """The model becomes the merge of a method that learns nothing."""
+        streams = open_task_vectors(plan, torch.get_num_threads())
+        space, shard = WeightSpace(plan, streams), Shard(plan, 0)
+        thresholds = model_thresholds(plan, lambda high: shard.count(list(plan.merged), high))
+        entries = [entry for file in output_files(plan) for entry in file.tensors]
+        jobs = [space.job(entry, torch_dtype("F32"), thresholds, None) for entry in entries]
+        places = (piece for entry in entries for piece in pieces(entry.name, entry.shape))
+        with torch.inference_mode():
+            for piece, merged_N in zip(places, stream(jobs, streams.pool, streams.threads), strict=True):
+                self.room(piece).copy_(merged_N)
+
+    @torch.inference_mode()
+    def score(self, split: str, skills: Sequence[str] = ()) -> Score:
+        """Exact match and loss of the model as it stands, on a split; the forward pass in bfloat16 autocast.
+
+        Greedy decoding writes exactly the answer if and only if, with the answer given, the most likely token is right
+        at every place of it, its end included. So one pass gives both figures.
+        """
+        matches, losses = {}, {}
+        for skill in skills or self.skills:
+            rows, right, tokens, loss = self._rows[skill, split], 0, 0, 0.0
+            for begin in range(0, len(rows), BATCH):
+                batch = rows[begin : begin + BATCH]
+                width = max(len(ids) for ids, _ in batch)
+                ids_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+                mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+                with torch.autocast("cpu", torch.bfloat16):
+                    hidden_BTH = self.model.model(ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+                    places = [
+                        (row, place) for row, (ids, start) in enumerate(batch) for place in range(start, len(ids))
+                    ]
+                    at = torch.tensor(places).T
+                    logits_NV = self.model.lm_head(hidden_BTH[at[0], at[1] - 1])
+                answer_N = ids_BT[at[0], at[1]]
+                log_probs_NV = logits_NV.float().log_softmax(-1)
+                correct_N = log_probs_NV.argmax(-1) == answer_N
+                right += sum(bool(correct_N[at[0] == row].all()) for row in range(len(batch)))
+                loss -= log_probs_NV.gather(-1, answer_N[:, None]).sum().item()
+                tokens += len(answer_N)
+            matches[skill], losses[skill] = 100 * right / len(rows), loss / tokens
+        return Score(matches, losses)
+
+    # What is merged.
+
+    def plan(self, merge_method: str, options: Mapping[str, Any], seed: int = 0, samples: int = 8) -> Plan:
+        """A plan of the skills' experts. `options`: keys of the config by their dotted names, or parameters."""
+        folder = self.workdir / "configs"
+        folder.mkdir(exist_ok=True)
+        raw: dict[str, Any] = {"merge_method": merge_method, "base_model": str(self.models / "base")}
+        raw["models"] = [
+            {"model": str(self.models / skill), "calibration": str(self._calibration(skill, seed, samples))}
+            for skill in self.skills
+        ]
+        raw["parameters"] = {"samples_per_model": samples}
+        raw["seed"] = seed
+        path = folder / f"{merge_method}.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        nested = [
+            f"{key if key.partition('.')[0] in Config.model_fields else f'parameters.{key}'}={json.dumps(value)}"
+            for key, value in options.items()
+        ]
+        return make_plan(load_config(path, nested), folder)
+
+    def _calibration(self, skill: str, seed: int, samples: int) -> Path:
+        """`samples` prompts of the skill's pool, as the seed has them; more of them begin with the fewer."""
+        path = self.workdir / "calibration" / f"{skill}-{seed}-{samples}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        chosen = random.Random(f"{skill}-{seed}").sample(range(POOL), POOL)[:samples]
+        pool = tasks.splits(skill)["calibration"]
+        path.write_text("".join(json.dumps({"question": pool[i][0]}) + "\n" for i in chosen))
+        return path
+
+    # What is learned.
+
+    def learn(self, plan: Plan) -> tuple[list[Coefficients], list[dict[str, Any]]]:
+        """Coefficients after each stage, and the rows of metrics: the driver's algorithm without the cluster."""
+        records = read_records(plan)
+        samples = make_samples(records, encoder(plan, records), plan)
+        targets = self._targets(plan, samples) if plan.config.labelled else {}
+        shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
+        trainer, rows, stages = Trainer(plan, shards, lambda target: target), [], []
+
+        def stage(what: Stage) -> None:
+            parameters, state = plan.config.parameters, None
+            order = training_order([len(mine) for mine in samples], parameters.epochs)
+            for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
+                asked = [WindowSample(samples[k][i], targets[k, i]) for k, i in window]
+                step = trainer.step(what, state, number, asked)
+                state = step.state
+                rows.extend(step.rows)
+            learner = Learner(parameters, what)
+            learner.restore(state)
+            stages.append(learner.coefficients)
+
+        if needs_prior(plan):
+            asked = [WindowSample(one, targets[one.expert, one.index]) for mine in samples for one in mine]
+            losses = [trainer.measure(common_prior(plan, weight), asked) for weight in PRIORS]
+            plan = with_prior(plan, PRIORS[int(np.argmin(losses))])
+        stage(first_stage(plan))
+        if plan.config.stages == 2:
+            options = plan.config.parameters
+            layout, _ = stage_2_layout(stages[0], self._magnitudes(plan), options.budget, options.kappa)
+            stage(second_stage(plan, layout, stages[0]))
+        return stages, rows
+
+    def _targets(self, plan: Plan, samples: Any) -> dict[tuple[int, int], Any]:
+        """Targets of all samples; those of an expert's prompt are kept for the next time that it is asked for."""
+        folder = self.workdir / "targets"
+        folder.mkdir(exist_ok=True)
+        kept, shard, targets, expert = open_folder(str(folder)), Shard(plan, 0), {}, Expert(plan, 0)
+        head = "head" if any("embed" in name for name in plan.merged) else ""
+        for sample in (sample for mine in samples for sample in mine):
+            said = f"{sample.input_ids} {sample.generate} {sample.uncounted} {plan.hidden_layers} {head} {plan.dtype}"
+            name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+            expert.target(sample, kept, name)
+            targets[sample.expert, sample.index] = shard.target(kept, name)
+        return targets
+
+    def _magnitudes(self, plan: Plan) -> Any:
+        inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
+        return np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
