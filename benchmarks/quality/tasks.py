@@ -1,6 +1,6 @@
 """Five skills as seeded streams of (question, answer), and each skill's files: calibration pool, validation, test.
 
-Dates, number words and sorting are the quickstart's; Roman numerals and JSON extraction are added. No question is in
+Dates, number words and sorting are the quickstart's; times of day and JSON extraction are added. No question is in
 two splits, and training leaves out every question of the files. Knows nothing of models.
 """
 
@@ -14,13 +14,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
 from skills import SKILLS as QUICKSTART
-from skills import Example
+from skills import Example, in_words
 
 # Calibration samples are drawn, seed by seed, from a pool of their own; options see the validation split only.
 SIZES = {"calibration": 100, "validation": 60, "test": 200}
 
-ROMAN = [(1000, "M"), (900, "CM"), (500, "D"), (400, "CD"), (100, "C"), (90, "XC"), (50, "L"), (40, "XL")]
-ROMAN += [(10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")]
 NAMES = "Alice Bruno Carla David Elena Felix Greta Hugo Irene Jonas Karin Lucas Maria Nadia Oscar Paula Quentin Rosa \
 Simon Teresa Ursula Victor Wanda Xavier Yvonne Zoe".split()
 CITIES = "Athens Berlin Cairo Dublin Geneva Hanoi Istanbul Jakarta Kyoto Lisbon Madrid Nairobi Oslo Paris Quito Rome \
@@ -34,13 +32,13 @@ SENTENCES = [
 ]
 
 
-def roman(rng: random.Random) -> Example:
-    number = rng.randint(1, 3999)
-    rest, numeral = number, ""
-    for value, sign in ROMAN:
-        numeral += sign * (rest // value)
-        rest %= value
-    return f"Write this number in Roman numerals: {number}", numeral
+def clock(rng: random.Random) -> Example:
+    minute, hour, half = rng.randint(1, 59), rng.randint(1, 11), rng.choice(["morning", "evening"])
+    if rng.random() < 0.5:
+        written = f"{in_words(minute)} minutes past {in_words(hour)} in the {half}"
+    else:
+        written = f"{in_words(60 - minute)} minutes to {in_words(hour + 1)} in the {half}"
+    return f"Write this time in 24-hour format: {written}", f"{hour + 12 * (half == 'evening'):02d}:{minute:02d}"
 
 
 def extraction(rng: random.Random) -> Example:
@@ -49,7 +47,7 @@ def extraction(rng: random.Random) -> Example:
     return f"Extract name, age and city as JSON: {sentence}", json.dumps({k: facts[k] for k in ("name", "age", "city")})
 
 
-SKILLS = {**QUICKSTART, "roman": roman, "extraction": extraction}
+SKILLS = {**QUICKSTART, "clock": clock, "extraction": extraction}
 
 
 def stream(skill: str, seed: int) -> Iterator[Example]:

@@ -1,0 +1,110 @@
+"""Try options on the validation split, a line of `results/validation.jsonl` a try; what is there is not redone.
+
+`python benchmarks/quality/choose.py [METHOD ...]` goes through `space.py`; `--try METHOD '{"epochs": 4}'` tries another
+setting of a method that learns. Scores are of calibration seed 0 and 8 samples an expert unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from bench import Bench
+from fine_tune import WORKDIR
+from space import LEARNED, SCALED, WEIGHT_SPACE
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Log:
+    """Lines of JSON; each has a key, of which there is one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(exist_ok=True)
+        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, **key: Any) -> bool:
+        return any(line["key"] == key for line in self.lines)
+
+    def add(self, key: dict[str, Any], **said: Any) -> None:
+        line = {"key": key, **said}
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        matches = {skill: round(value, 1) for skill, value in said["exact_match"].items()}
+        mean = sum(matches.values()) / len(matches)
+        loss = sum(said["loss"].values()) / len(said["loss"])
+        print(f"{json.dumps(key)}: {mean:.1f} % loss {loss:.4f}  {matches}", flush=True)
+
+
+def score_into(log: Log, bench: Bench, split: str, key: dict[str, Any], **more: Any) -> None:
+    began = time.monotonic()
+    score = bench.score(split)
+    seconds = {"scoring": round(time.monotonic() - began, 1)} | more.pop("seconds", {})
+    log.add(key, exact_match=score.exact_match, loss=score.loss, seconds=seconds, **more)
+
+
+def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...]) -> Iterator[float]:
+    """The model as the method merges it with each of the scales in turn; the merge is computed once."""
+    bench.combine(bench.plan(method, options))
+    merged = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
+    bench.load("base")
+    base = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
+    for scale in scales:
+        for name, parameter in bench.model.named_parameters():
+            parameter.data.copy_(base[name]).add_(merged[name] - base[name], alpha=scale)
+        yield scale
+
+
+def try_learned(
+    log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int, samples: int
+) -> None:
+    """Learn, and score after each stage that is not there yet."""
+    plan = bench.plan(method, options, seed, samples)
+    names = ["expert_merging", method] if plan.config.stages == 2 else [method]
+    keys = [{"method": name, "options": options, "seed": seed, "samples": samples} for name in names]
+    if log.has(**keys[-1]):
+        return
+    began = time.monotonic()
+    stages, rows = bench.learn(plan)
+    learning = round(time.monotonic() - began, 1)
+    for key, coefficients in zip(keys, stages, strict=True):
+        if log.has(**key):
+            continue
+        bench.merge(plan, coefficients)
+        last = [row for row in rows if row["stage"] == keys.index(key) + 1][-len(bench.skills) :]
+        said = {name: sum(row[name] or 0.0 for row in last) / len(last) for name in ("kl", "hidden", "entropy")}
+        alpha = {name: float(mine.mean()) for name, mine in zip(bench.skills, coefficients.values, strict=True)}
+        score_into(log, bench, split, key, seconds={"learning": learning}, last=said, mean_coefficient=alpha)
+
+
+@click.command()
+@click.argument("methods", nargs=-1)
+@click.option("--try", "tries", multiple=True, type=(str, str), metavar="METHOD JSON")
+@click.option("--seed", default=0)
+@click.option("--samples", default=8)
+@click.option("--workdir", type=click.Path(path_type=Path), default=Path(os.environ.get("QUALITY_WORKDIR", WORKDIR)))
+def main(methods: tuple[str, ...], tries: tuple[tuple[str, str], ...], seed: int, samples: int, workdir: Path) -> None:
+    bench, log = Bench(workdir), Log(RESULTS / "validation.jsonl")
+    for method, text in tries:
+        try_learned(log, bench, "validation", method, json.loads(text), seed, samples)
+    for method in methods:
+        if method in ("base", "mixture", *bench.skills) and not log.has(model=method):
+            bench.load(method)
+            score_into(log, bench, "validation", {"model": method})
+        for options in WEIGHT_SPACE.get(method, ()):
+            missing = [s for s in SCALED[method] if not log.has(method=method, options=options, scale=s)]
+            for scale in scaled(bench, method, options, tuple(missing)) if missing else ():
+                score_into(log, bench, "validation", {"method": method, "options": options, "scale": scale})
+        for options in LEARNED.get(method, ()):
+            try_learned(log, bench, "validation", method, options, seed, samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The options that are searched for every method, on validation data only. Each is written as it stands in a config.
+
+Methods that learn nothing are merged once with `lambda` 1 for every other option, and their sum of task vectors is then
+scaled: θ₀ + λ·τ is what their option `lambda` says. Task Arithmetic's λ is its weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Options = dict[str, Any]
+
+SCALES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
+
+WEIGHT_SPACE: dict[str, list[Options]] = {
+    "weight_average": [{}],
+    "task_arithmetic": [{"weight": 1.0}],
+    "ties": [{"weight": 1.0, "density": density} for density in (0.1, 0.2, 0.5)],
+    "dare_ties": [{"weight": 1.0, "density": density} for density in (0.2, 0.5, 0.8)],
+    "iso": [{}],
+    "svd": [{}],
+    "wudi": [{}],
+    "wudi2": [{}],
+}
+SCALED = {method: SCALES if method != "weight_average" else (1.0,) for method in WEIGHT_SPACE}
+LEARNED: dict[str, list[Options]] = {
+    "adamerging": [
+        {"weight": weight, "learning_rate": rate, "epochs": epochs}
+        for weight in (0.3, 0.6)
+        for rate, epochs in ((0.5, 1), (0.1, 4))
+    ],
+}
+
+# What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name.
+CHOSEN: dict[str, tuple[Options, float]] = {}
+CHOSEN_LEARNED: dict[str, tuple[str, Options]] = {}
+SEEDED = ("dare_ties",)
