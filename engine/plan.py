@@ -82,6 +82,14 @@ class Plan:
         assert isinstance(self.base.header, ModelHeader)
         return self.base.header
 
+    @property
+    def priors(self) -> list[float]:
+        """ᾱₖ of every expert, found or given."""
+        given = [expert.weight for expert in self.experts]
+        found = [weight for weight in given if weight is not None]
+        assert len(found) == len(given), "a prior that is still to be found"
+        return found
+
     @cached_property
     def merged_set(self) -> frozenset[str]:
         """`merged`, for membership."""
@@ -144,10 +152,10 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"its patterns: {', '.join(config.exclude)}")
     return Plan(
         config=config,
-        base=ModelPlan(_portable(config.base_model, base_folder, config_folder), base),
+        base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
         experts=experts,
         merged=merged,
-        dtype=config.dtype or _main_dtype(base),
+        dtype=config.dtype or main_dtype(base),
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
@@ -221,9 +229,9 @@ def _plan_expert(config: Config, expert: Expert, base: ModelHeader, tokenizer: P
                 do="merge the two first",
             )
         where = find_model(adapter_name, config_folder)
-        adapter = ModelPlan(_portable(adapter_name, where, config_folder), read_adapter_header(where, base))
+        adapter = ModelPlan(portable(adapter_name, where, config_folder), read_adapter_header(where, base))
     return ExpertPlan(
-        model=_portable(model, folder, config_folder),
+        model=portable(model, folder, config_folder),
         header=header,
         name=expert.name,
         weight=config.weight(expert),
@@ -255,7 +263,7 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     named = {model.name: model.model for model in config.models}
     model = named.get(str(source), str(source))
     folder = find_model(model, config_folder)
-    return _portable(model, folder, config_folder), folder
+    return portable(model, folder, config_folder), folder
 
 
 def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
@@ -307,7 +315,7 @@ def _hidden_layers(config: Config, base: ModelHeader) -> tuple[int, ...]:
     return tuple(sorted(set(chosen)))
 
 
-def _main_dtype(base: ModelHeader) -> str:
+def main_dtype(base: ModelHeader) -> str:
     """The float type that most of the base's bytes have."""
     sizes: Counter[str] = Counter()
     for tensor in base.tensors.values():
@@ -318,7 +326,7 @@ def _main_dtype(base: ModelHeader) -> str:
     return sizes.most_common(1)[0][0]
 
 
-def _portable(model: str, folder: Path, config_folder: Path) -> str:
+def portable(model: str, folder: Path, config_folder: Path) -> str:
     """How another node finds the same files: a path or a URI as it is, a hub id with the commit that names its cache
     folder.
     """

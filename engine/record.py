@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -102,8 +104,10 @@ def write_record(
     `digests` are the SHA-256 of the inputs' files; `importance_L` belongs to the layout of the last stage.
     """
     record = folder / "merge"
-    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests))
-    write_coefficients(record / "coefficients.parquet", stages, [expert.name for expert in plan.experts])
+    names = [expert.name for expert in plan.experts]
+    priors = {"priors": dict(zip(names, plan.priors, strict=True))}
+    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), priors)
+    write_coefficients(record / "coefficients.parquet", stages, names)
     if importance_L is not None:
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
     write_metrics(record / "metrics.parquet", metrics)
@@ -123,9 +127,16 @@ def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]
     return {model: {file: digests[file] for file in files} for model, files in input_files(plan).items()}
 
 
-def write_config(path: Path, plan: Plan, identity: str, inputs: Mapping[str, Mapping[str, str]]) -> None:
-    """merge/config.yaml: the resolved config, with versions and `inputs`: model → file → SHA-256."""
-    record = {"identity": identity, "versions": versions(), "inputs": inputs}
+def write_config(
+    path: Path,
+    plan: Plan,
+    identity: str,
+    inputs: Mapping[str, Mapping[str, str]],
+    found: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """merge/config.yaml: the resolved config; date, versions, `inputs` (model → file → SHA-256), what was `found`."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"identity": identity, "date": date, "versions": versions(), "inputs": inputs, **found}
     text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
@@ -186,9 +197,11 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
         "tags": ["merge", plan.config.merge_method],
     }
     rows = [
-        f"| {expert.name} | {expert.kind} | {expert.weight:g} | {values.mean():.3f} "
+        f"| {expert.name} | {expert.kind} | {prior:g} | {values.mean():.3f} "
         f"| {values.min():.3f} to {values.max():.3f} |"
-        for expert, values in zip(plan.experts, learned.values[:, learned.layout.learned_columns], strict=True)
+        for expert, prior, values in zip(
+            plan.experts, plan.priors, learned.values[:, learned.layout.learned_columns], strict=True
+        )
     ]
     options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())

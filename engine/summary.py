@@ -97,9 +97,8 @@ def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:
     for column in ("expert", "given as", "prior", "loss weight", "samples", "from"):
         experts.add_column(column, overflow="fold")
     for expert, count in zip(plan.experts, samples, strict=True):
-        experts.add_row(
-            expert.name, expert.kind, f"{expert.weight:g}", f"{expert.loss_weight:g}", str(count), expert.model
-        )
+        prior = "auto" if expert.weight is None else f"{expert.weight:g}"
+        experts.add_row(expert.name, expert.kind, prior, f"{expert.loss_weight:g}", str(count), expert.model)
     return experts
 
 

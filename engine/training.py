@@ -60,14 +60,7 @@ def needs_prior(plan: Plan) -> bool:
 def common_prior(plan: Plan, weight: float) -> Coefficients:
     """Task Arithmetic with this prior for every expert whose own is to be found."""
     filled = with_prior(plan, weight)
-    return Coefficients.constant(first_stage(filled).layout, priors(filled))
-
-
-def priors(plan: Plan) -> list[float]:
-    """ᾱₖ of every expert."""
-    found = [expert.weight for expert in plan.experts]
-    assert all(weight is not None for weight in found), "with_prior comes first"
-    return [weight for weight in found if weight is not None]
+    return Coefficients.constant(first_stage(filled).layout, filled.priors)
 
 
 def first_stage(plan: Plan) -> Stage:
@@ -76,7 +69,7 @@ def first_stage(plan: Plan) -> Stage:
     AdaMerging task by task: one per expert.
     """
     layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
-    weights = priors(plan)
+    weights = plan.priors
     prior = Coefficients.constant(layout, weights).values
     config = plan.config
     tied = config.merge_method == "adamerging" and config.parameters.granularity == "task"
@@ -85,7 +78,7 @@ def first_stage(plan: Plan) -> Stage:
 
 def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
     """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
-    weights = priors(plan)
+    weights = plan.priors
     values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}
     parameters = plan.config.parameters
     return Stage(2, layout, np.array(weights), values[parameters.start], values[parameters.fixed])

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration import make_samples, training_order, windows
+from engine.codec import pack_all
 from engine.coefficients import Coefficients
 from engine.config import Config
 from engine.config_file import load_config
+from engine.expert import unlabelled
 from engine.importance import stage_2_layout
+from engine.methods.learned import SECOND_STAGE
 from engine.plan import Plan, make_plan
 from engine.preparation import encoder
 from engine.records import read_records
@@ -70,6 +74,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.clone()  # what transformers loaded may be the file's own memory
+        self._magnitudes: dict[Any, Any] = {}
         self._rows = {
             (skill, split): sorted((encode(self.tokenizer, *one) for one in examples), key=lambda row: len(row[0]))
             for skill in self.skills
@@ -175,50 +180,76 @@ class Bench:
 
     # What is learned.
 
-    def learn(self, plan: Plan) -> tuple[list[Coefficients], list[dict[str, Any]]]:
-        """Coefficients after each stage, and the rows of metrics: the driver's algorithm without the cluster."""
+    def learn(self, plan: Plan) -> tuple[Plan, list[Coefficients], list[dict[str, Any]]]:
+        """The plan with its priors, coefficients after each stage, and rows of metrics: the driver without the cluster.
+
+        Stage 1 does not know of stage 2, so what it learned is kept for other options of that.
+        """
+        lesson = Lesson(self, plan)
+        options = plan.config.model_dump(exclude={"merge_method": True, "parameters": set(SECOND_STAGE)}, mode="json")
+        said = json.dumps([plan.config.labelled, options], sort_keys=True)
+        path = self.workdir / "stages" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.pickle"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            lesson.find_prior()
+            first = lesson.stage(first_stage(lesson.plan))
+            path.write_bytes(pickle.dumps((lesson.plan.priors, first, lesson.rows)))
+        priors, first, rows = pickle.loads(path.read_bytes())
+        experts = (replace(expert, weight=prior) for expert, prior in zip(plan.experts, priors, strict=True))
+        plan = lesson.plan = replace(plan, experts=tuple(experts))
+        if plan.config.stages == 1:
+            return plan, [first], rows
+        parameters, lesson.rows = plan.config.parameters, list(rows)
+        layout, _ = stage_2_layout(first, self.magnitudes(plan), parameters.budget, parameters.kappa)
+        return plan, [first, lesson.stage(second_stage(plan, layout, first))], lesson.rows
+
+    def magnitudes(self, plan: Plan) -> Any:
+        """sₖ,ₗ [K, L]."""
+        key = tuple(expert.name for expert in plan.experts), plan.merged
+        if key not in self._magnitudes:
+            inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
+            self._magnitudes[key] = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
+        return self._magnitudes[key]
+
+
+class Lesson:
+    """Samples, targets and a trainer of one plan."""
+
+    def __init__(self, bench: Bench, plan: Plan) -> None:
+        self.plan, self.rows = plan, []
+        self._expert, self._shard = Expert(plan, 0), Shard(plan, 0)
         records = read_records(plan)
-        samples = make_samples(records, encoder(plan, records), plan)
-        targets = self._targets(plan, samples) if plan.config.labelled else {}
-        shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
-        trainer, rows, stages = Trainer(plan, shards, lambda target: target), [], []
+        self.samples = make_samples(records, encoder(plan, records), plan)
+        self._targets = {(s.expert, s.index): self._target(bench.workdir, s) for mine in self.samples for s in mine}
+        self._trainer = Trainer(plan, LocalShards(plan, torch.get_num_threads(), overlap=False), lambda target: target)
 
-        def stage(what: Stage) -> None:
-            parameters, state = plan.config.parameters, None
-            order = training_order([len(mine) for mine in samples], parameters.epochs)
-            for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
-                asked = [WindowSample(samples[k][i], targets[k, i]) for k, i in window]
-                step = trainer.step(what, state, number, asked)
-                state = step.state
-                rows.extend(step.rows)
-            learner = Learner(parameters, what)
-            learner.restore(state)
-            stages.append(learner.coefficients)
+    def find_prior(self) -> None:
+        if needs_prior(self.plan):
+            asked = self._window([(s.expert, s.index) for mine in self.samples for s in mine])
+            losses = [self._trainer.measure(common_prior(self.plan, weight), asked) for weight in PRIORS]
+            self.plan = with_prior(self.plan, PRIORS[int(np.argmin(losses))])
 
-        if needs_prior(plan):
-            asked = [WindowSample(one, targets[one.expert, one.index]) for mine in samples for one in mine]
-            losses = [trainer.measure(common_prior(plan, weight), asked) for weight in PRIORS]
-            plan = with_prior(plan, PRIORS[int(np.argmin(losses))])
-        stage(first_stage(plan))
-        if plan.config.stages == 2:
-            options = plan.config.parameters
-            layout, _ = stage_2_layout(stages[0], self._magnitudes(plan), options.budget, options.kappa)
-            stage(second_stage(plan, layout, stages[0]))
-        return stages, rows
+    def stage(self, stage: Stage) -> Coefficients:
+        parameters, learner = self.plan.config.parameters, Learner(self.plan.config.parameters, stage)
+        order = training_order([len(mine) for mine in self.samples], parameters.epochs)
+        for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
+            step = self._trainer.step(stage, learner.state(), number, self._window(window))
+            learner.restore(step.state)
+            self.rows.extend(step.rows)
+        return learner.coefficients
 
-    def _targets(self, plan: Plan, samples: Any) -> dict[tuple[int, int], Any]:
-        """Targets of all samples; those of an expert's prompt are kept for the next time that it is asked for."""
-        folder = self.workdir / "targets"
+    def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
+        return [WindowSample(self.samples[k][i], self._targets[k, i]) for k, i in places]
+
+    def _target(self, workdir: Path, sample: Any) -> Any:
+        """A sample's target; what an expert said to a prompt is kept for the next time that it is asked."""
+        plan, folder = self.plan, workdir / "targets"
+        if not plan.config.labelled:
+            return pack_all(unlabelled(sample).tensors())
         folder.mkdir(exist_ok=True)
-        kept, shard, targets, expert = open_folder(str(folder)), Shard(plan, 0), {}, Expert(plan, 0)
-        head = "head" if any("embed" in name for name in plan.merged) else ""
-        for sample in (sample for mine in samples for sample in mine):
-            said = f"{sample.input_ids} {sample.generate} {sample.uncounted} {plan.hidden_layers} {head} {plan.dtype}"
-            name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
-            expert.target(sample, kept, name)
-            targets[sample.expert, sample.index] = shard.target(kept, name)
-        return targets
-
-    def _magnitudes(self, plan: Plan) -> Any:
-        inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
-        return np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
+        head = any("embed" in name for name in plan.merged)
+        said = f"{sample.input_ids} {sample.generate} {sample.uncounted} {plan.hidden_layers} {head} {plan.dtype}"
+        name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        if not (folder / name).exists():
+            self._expert.target(sample, open_folder(str(folder)), name)
+        return self._shard.target(open_folder(str(folder)), name)

@@ -72,7 +72,7 @@ def try_learned(
     if log.has(**keys[-1]):
         return
     began = time.monotonic()
-    stages, rows = bench.learn(plan)
+    plan, stages, rows = bench.learn(plan)
     learning = round(time.monotonic() - began, 1)
     for key, coefficients in zip(keys, stages, strict=True):
         if log.has(**key):
@@ -81,7 +81,16 @@ def try_learned(
         last = [row for row in rows if row["stage"] == keys.index(key) + 1][-len(bench.skills) :]
         said = {name: sum(row[name] or 0.0 for row in last) / len(last) for name in ("kl", "hidden", "entropy")}
         alpha = {name: float(mine.mean()) for name, mine in zip(bench.skills, coefficients.values, strict=True)}
-        score_into(log, bench, split, key, seconds={"learning": learning}, last=said, mean_coefficient=alpha)
+        score_into(
+            log,
+            bench,
+            split,
+            key,
+            seconds={"learning": learning},
+            last=said,
+            mean_coefficient=alpha,
+            priors=plan.priors,
+        )
 
 
 @click.command()
