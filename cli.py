@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,6 +96,110 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
 
 
 @main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--data", "files", multiple=True, metavar="FILE", help="Records (.json, .jsonl, .parquet); repeatable.")
+@click.option(
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="MODEL",
+    help="Whom unlabelled records are compared with: one for all --data, or one for each in its order.",
+)
+@click.option(
+    "--out", default="evaluation.parquet", show_default=True, help="The results, a path or s3:// or gs:// URI."
+)
+@click.option("--limit", type=click.IntRange(1), help="The first so many records of each file and task.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Records at a time.")
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
+@click.option("--max-length", default=2048, show_default=True, type=click.IntRange(1), help="Tokens of a record.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="What models compute in; auto: what their weights are.",
+)
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="A task of lm-evaluation-harness; repeatable.")
+@click.option(
+    "--task-path",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, resolve_path=True),
+    help="A folder with tasks of your own for the harness.",
+)
+@click.option("--num-gpus", type=click.IntRange(0), help="GPUs of one model. Default: one where there are any.")
+@click.option("--address", help="A running Ray cluster; without one Ray starts on this machine where it is needed.")
+@click.option("--trust-remote-code", is_flag=True, help="Let Python code in the models' folders run.")
+@_debug
+def evaluate(**options: Any) -> None:
+    """Measure each MODEL (a folder, a URI or a hub id) on records and on tasks.
+
+    Records with a `response`: exact_match and f1 of what the model writes, loss and perplexity of the response.
+    Records with `choices` and `answer`: accuracy by what it writes, and by likelihood. Others: perplexity, and with
+    --expert kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md says what each is.
+    """
+    _guarded(lambda: _evaluate(**options), options["debug"], "nothing was written")
+
+
+def _evaluate(
+    models: Sequence[str],
+    files: Sequence[str],
+    experts: Sequence[str],
+    out: str,
+    limit: int | None,
+    tasks: Sequence[str],
+    task_path: str | None,
+    num_gpus: int | None,
+    address: str | None,
+    debug: bool,
+    batch_size: int,
+    max_new_tokens: int,
+    max_length: int,
+    dtype: str,
+    trust_remote_code: bool,
+) -> None:
+    signal.signal(signal.SIGTERM, _stop)
+    from engine.items import read_data
+    from engine.results import print_results, results_file, save_results
+
+    folder, name = results_file(out)
+    data = read_data(files, limit)
+    from cluster.evaluate import evaluate as evaluate_by
+    from cluster.evaluate import make_jobs
+    from engine.harness import Tasks
+    from engine.subject import Options
+
+    options = Options(batch_size, max_new_tokens, max_length, dtype, trust_remote_code)
+    jobs = make_jobs(models, data, experts, Tasks(tuple(tasks), task_path, limit), options)
+    rows = evaluate_by(jobs, address, debug, num_gpus)
+    save_results(rows, folder, name)
+    print_results(rows)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Scores that `evaluate` wrote, beside those in RUN/merge/evaluation.parquet; repeatable.",
+)
+@_debug
+def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debug: bool) -> None:
+    """Show what the merge in each RUN, its output folder or URI, learned and took: one page of HTML, for a browser."""
+
+    def run() -> None:
+        from engine.report import write_report
+
+        write_report(runs, out, evaluations)
+        click.echo(f"wrote {out}")
+
+    _guarded(run, debug)
+
+
+@main.command()
 def methods() -> None:
     """List the methods that `merge_method` may name, with their options and defaults."""
     from engine.methods.catalog import print_methods
@@ -131,8 +235,8 @@ def _stop(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _guarded(run: Callable[[], None], debug: bool) -> None:
-    """Run, and leave with the exit code of what went wrong."""
+def _guarded(run: Callable[[], None], debug: bool, stopped: str = "the same command goes on from here") -> None:
+    """Run, and leave with the exit code of what went wrong; `stopped` is what a stop leaves."""
     try:
         run()
     except MergeError as error:
@@ -147,7 +251,7 @@ def _guarded(run: Callable[[], None], debug: bool) -> None:
         click.echo(f"error: {error}", err=True)
         sys.exit(RunError.exit_code)
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from here", err=True)
+        click.echo(f"stopped; {stopped}", err=True)
         sys.exit(INTERRUPTED)
 
 

@@ -39,8 +39,7 @@ class Combine(Run):
             for shard in crew.shards:
                 self.report(shard)
         write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests)
-        self.write_memory()
-        self.folder.finish()
+        self.finish()
 
     def _write(
         self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None = None, expert: str = ""

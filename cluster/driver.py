@@ -107,8 +107,7 @@ class Merge(Run):
         metrics = self.folder.metrics()
         write_record(self.folder.composed, self.plan, plan_identity, digests, stages, importance, metrics)
         self.reports[:0] = targets.reports
-        self.write_memory(forwards=targets.before, target_bytes=targets.nbytes)
-        self.folder.finish()
+        self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 
     def _layout(self) -> Layout:
         """Seats on the nodes that there are, or that come within `cluster.wait` seconds."""

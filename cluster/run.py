@@ -14,6 +14,7 @@ from engine.checkpoint import open_base
 from engine.headers import ROOT, find_model
 from engine.plan import Plan
 from engine.record import input_files
+from engine.report import write_report
 from engine.run_folder import RunFolder
 from engine.writer import OutputFile, output_files, write_companions, write_json
 
@@ -68,11 +69,17 @@ class Run:
         """Keep what an actor says of its memory."""
         self.reports.append(self.watch.answer(actor.report.remote(), "asking for memory figures"))
 
-    def write_memory(self, **more: int) -> None:
-        """merge/memory.json: memory by actor, what was moved and computed, and seconds by phase."""
+    def finish(self, **more: int) -> None:
+        """merge/memory.json and merge/report.html, and with them the output is whole."""
+        write_json(self.folder.composed / "merge" / "memory.json", self._memory(**more))
+        write_report([str(self.folder.composed)], self.folder.composed / "merge" / "report.html")
+        self.folder.finish()
+
+    def _memory(self, **more: int) -> dict[str, Any]:
+        """Memory by actor, what was moved and computed, and seconds by phase."""
         reports = [self.process.report(), *self.reports]
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
-        memory = {
+        return {
             "actors": [
                 {"role": report.role, "pid": report.pid, "peak_anonymous_bytes": report.peak_anonymous_bytes}
                 for report in reports
@@ -84,7 +91,6 @@ class Run:
             "expert_forwards": counts["forwards"],
             "seconds": self.progress.seconds,
         }
-        write_json(self.folder.composed / "merge" / "memory.json", memory)
 
     def _spread(
         self,

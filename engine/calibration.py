@@ -95,13 +95,7 @@ def make_samples(
 def _sample(record: Record, encoded: Encoded, plan: Plan, expert: int, index: int) -> Sample:
     options, ids, where = plan.config.calibration, encoded.input_ids, record.where
     vocabulary = plan.base_header.vocab_size
-    if not ids:
-        raise CalibrationError("the record makes no tokens", where)
-    if not 0 <= min(ids) <= max(ids) < (vocabulary or max(ids) + 1):
-        least, most = shown(str(min(ids))), shown(str(max(ids)))
-        raise CalibrationError(
-            f"token ids from {least} to {most}", where, f"ids below the vocabulary's size, {vocabulary}"
-        )
+    check_ids(ids, vocabulary, where)
     kept, cut = tuple(ids[: options.max_length]), max(0, len(ids) - options.max_length)
     if any(stop > len(kept) for _, stop in encoded.images):
         raise CalibrationError(
@@ -122,6 +116,21 @@ def _sample(record: Record, encoded: Encoded, plan: Plan, expert: int, index: in
         record.loss_weight,
         bool(encoded.inputs),
     )
+
+
+def check_ids(ids: Sequence[int], vocabulary: int | None, where: str) -> None:
+    """Whether a record makes tokens, and a vocabulary of that size has them.
+
+    Raises:
+        CalibrationError: it does not.
+    """
+    if not ids:
+        raise CalibrationError("the record makes no tokens", where)
+    if not 0 <= min(ids) <= max(ids) < (vocabulary or max(ids) + 1):
+        least, most = shown(str(min(ids))), shown(str(max(ids)))
+        raise CalibrationError(
+            f"token ids from {least} to {most}", where, f"ids below the vocabulary's size, {vocabulary}"
+        )
 
 
 def _uncounted(loss_tokens: str, encoded: Encoded, length: int, generate: int, where: str) -> Spans:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 
 from engine.errors import RunError
@@ -152,9 +153,8 @@ def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
     table = pyarrow.parquet.read_table(path, schema=SCHEMA, filters=[("stage", "==", stage)])
     if not table.num_rows:
         raise RunError(f"no stage {stage} in it", str(path))
-    rows = table.to_pylist()
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    first = [row for row in rows if row["model"] == models[0]]
+    models = table["model"].unique().to_pylist()
+    first = table.filter(pc.equal(table["model"], models[0])).to_pylist()
     tensors = tuple(dict.fromkeys(row["tensor"] for row in first))
     edges: dict[str, list[int]] = {name: [] for name in tensors}
     learned = {}
@@ -165,7 +165,7 @@ def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
     layout = Layout(
         tensors, tuple((*edges[name], ends[name]) for name in tensors), tuple(learned[name] for name in tensors)
     )
-    values = np.array([row["value"] for row in rows], dtype=np.float64).reshape(len(models), layout.width)
+    values = table["value"].to_numpy().astype(np.float64).reshape(len(models), layout.width)
     return models, Coefficients(layout, values)
 
 

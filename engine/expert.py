@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -164,7 +165,8 @@ class FrozenExpert:
         inputs = inputs or {}
         ids_BT = torch.tensor([sample.input_ids], device=self.device)
         if sample.generate:
-            ids_BT = self._written(ids_BT, inputs, sample.generate)
+            prompt = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+            ids_BT = torch.cat([ids_BT, written(self.model, prompt, sample.generate)], dim=1)
         given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
         output = self.model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
         if not output.logits.isfinite().all():
@@ -182,15 +184,19 @@ class FrozenExpert:
             counted_C=counted_C,
         )
 
-    def _written(self, ids_BT: Tensor, inputs: Mapping[str, Tensor], count: int) -> Tensor:
-        """The prompt and what the expert writes behind it, at most `count` tokens, the likeliest one by one."""
-        given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
-        if internvl_chat.is_original(self.model.config):
-            given = internvl_chat.for_generation(given)
-        written_BT: Tensor = self.model.generate(**given, max_new_tokens=count, do_sample=False)
-        # From embeddings, as InternVL's own code has it, only what is new comes back.
-        new = not torch.equal(written_BT[:, : ids_BT.shape[1]], ids_BT)
-        return torch.cat([ids_BT, written_BT], dim=1) if new else written_BT
+
+def written(model: Any, given: Mapping[str, Any], count: int) -> Tensor:
+    """What a model writes behind its prompts, at most `count` tokens [B, T], the likeliest one by one.
+
+    `given` is what its forward pass takes; shorter prompts are filled up at their beginning.
+    """
+    ids_BT: Tensor = given["input_ids"]
+    if internvl_chat.is_original(model.config):
+        given = internvl_chat.for_generation(given)
+    written_BT: Tensor = model.generate(**given, max_new_tokens=count, do_sample=False)
+    # From embeddings, as InternVL's own code has it, only what is new comes back.
+    length = ids_BT.shape[1]
+    return written_BT[:, length:] if torch.equal(written_BT[:, :length], ids_BT) else written_BT
 
 
 def save_target(target: Target, folder: Folder, name: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -17,7 +18,7 @@ from engine.calibration import Encoder, Sample, make_samples
 from engine.checkpoint import open_base
 from engine.encoding import TextEncoder
 from engine.expert import check_models, unlabelled
-from engine.headers import ROOT, find_model
+from engine.headers import ROOT, ModelHeader, find_model
 from engine.image_encoding import ImageEncoder
 from engine.internvl_chat import ChatEncoder, is_original
 from engine.model import load_model_config, load_tokenizer
@@ -60,21 +61,29 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
 
 
 def encoder(plan: Plan, records: Records) -> Encoder:
-    """What makes tokens of these records: the model's own way, by the files of the base or of `tokenizer_source`.
+    """What makes tokens of these records: the base's own way, by its files or those of `tokenizer_source`.
 
     Raises:
         CheckpointError: what is needed for it cannot be read.
     """
-    folder, code = open_base(plan).folder, plan.config.trust_remote_code
+    folder = open_base(plan).folder
     words = find_model(plan.tokenizer, ROOT) if plan.tokenizer else folder
-    fields = {record.field for mine in records for record in mine}
-    if plan.base_header.takes_images:
-        config, dtype = load_model_config(folder, code), getattr(torch, plan.dtype)
+    everyone = [record for mine in records for record in mine]
+    return encoder_of(plan.base_header, folder, words, plan.dtype, plan.config.trust_remote_code, everyone)
+
+
+def encoder_of(
+    header: ModelHeader, folder: Path, words: Path, dtype_name: str, code: bool, records: Sequence[Record]
+) -> Encoder:
+    """See `encoder`: of the model in `folder`, by the tokenizer in `words`. `code`: what comes with them may run."""
+    fields, images = {record.field for record in records}, any(record.images for record in records)
+    if header.takes_images:
+        config, dtype = load_model_config(folder, code), getattr(torch, dtype_name)
         if is_original(config):
             return ChatEncoder(config, load_tokenizer(words, code), folder, dtype)
-        if any(record.images for mine in records for record in mine):
+        if images:
             return ImageEncoder(load_processor(words, code), dtype)
-    config = plan.base_header.config
+    config = header.config
     names = [f"{kind}_token_{number}" for kind in ("image", "video") for number in ("id", "index")]
     seen = {number for name in names if type(number := config.get(name)) is int}
     return TextEncoder(load_tokenizer(words, code) if fields != {"input_ids"} else None, seen)

@@ -11,7 +11,7 @@ import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from engine.untrusted import (
 
 # In the order of precedence: the first that a record has decides what is made of it.
 FIELDS = ("input_ids", "messages", "question", "text")
-READ = {*FIELDS, "response", "image_path", "image_paths"}
+# Columns of a table that are read; the last two are what an evaluation asks for.
+READ = {*FIELDS, "response", "image_path", "image_paths", "choices", "answer"}
 # Bytes of a record, records of an expert, images of a record, and how many rows of a table are read at a time.
 RECORD_BYTES, RECORDS, IMAGES, ROWS = 2 << 20, 1_000_000, 64, 64
 
@@ -68,6 +69,21 @@ def read_records(plan: Plan) -> list[list[Record]]:
         CalibrationError: a file that cannot be read or is empty, or a record without a usable field.
     """
     return [_of_expert(plan, number) for number in range(len(plan.experts))]
+
+
+def read_file(path: Path, limit: int | None = None) -> list[Record]:
+    """The records of one file, or the first `limit` of them, in its order; images are looked for beside it.
+
+    Raises:
+        CalibrationError: see `read_records`.
+    """
+    records = []
+    for where, fields in islice(_checked(path), limit):
+        images = tuple(_image([path.parent], name, where) for name in _image_names(fields, where))
+        records.append(Record(where, fields, 1.0, images))
+    if not records:
+        raise CalibrationError("the file has no records", str(path))
+    return records
 
 
 def text_of(fields: Mapping[str, Any]) -> str:
@@ -120,15 +136,26 @@ def _record(
     plan: Plan, expert: ExpertPlan, source: CalibrationFile, path: Path, where: str, fields: Mapping[str, Any]
 ) -> Record:
     names = _image_names(fields, where)
-    if names and not plan.base_header.takes_images:
-        raise CalibrationError("the record has images, and this is a language model without them", where)
+    check_seen(names, plan.base_header.takes_images, where)
+    assert plan.config.calibration.image_folder is not None
+    folders = [path.parent, Path(plan.config.calibration.image_folder)]
     return Record(
         where=where,
         fields=fields,
         loss_weight=expert.loss_weight if source.loss_weight is None else source.loss_weight,
-        images=tuple(_image(plan, path, name, where) for name in names),
+        images=tuple(_image(folders, name, where) for name in names),
         image_options=plan.config.calibration.image_options | source.image_options,
     )
+
+
+def check_seen(images: Sequence[Any], takes_images: bool, where: str) -> None:
+    """Whether a record's images are for a model that takes them.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if images and not takes_images:
+        raise CalibrationError("the record has images, and this is a language model without them", where)
 
 
 def _image_names(fields: Mapping[str, Any], where: str) -> list[str]:
@@ -156,12 +183,10 @@ def _parts(fields: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     return [part for content in contents for part in content if isinstance(part, dict)]
 
 
-def _image(plan: Plan, path: Path, name: str, where: str) -> Path:
-    """An image's file: relative to the data file, else to the config's folder."""
+def _image(folders: Sequence[Path], name: str, where: str) -> Path:
+    """An image's file: relative to the data file's folder, else to the config's."""
     if "://" in name:
         raise CalibrationError(f"an image by address: {shown(repr(name))}", where, "the path of a file")
-    assert plan.config.calibration.image_folder is not None
-    folders = [path.parent, Path(plan.config.calibration.image_folder)]
     try:
         found = [locate(name, folder, CalibrationError) for folder in folders]
     except CalibrationError as error:

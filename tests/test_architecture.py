@@ -21,7 +21,7 @@ LIGHT = [
     for name in (
         *("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration"),
         *("matching", "vocabulary", "mergekit_yaml", "methods.registry", "methods.catalog"),
-        *("untrusted", "storage", "disk", "objects", "lease"),
+        *("untrusted", "storage", "disk", "objects", "lease", "report", "items", "metrics", "results"),
     )
 ] + ["cli"]
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]
@@ -131,7 +131,7 @@ def loaded_by(*arguments: str) -> set[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["plan", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["evaluate", "--help"]], ids=" ".join)
 def test_help_loads_neither_torch_nor_ray(arguments: list[str]) -> None:
     modules = loaded_by(*arguments)
     assert {"click", "engine"} <= modules

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from train_experts import encode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 from actors.expert import Expert
@@ -127,18 +127,29 @@ class Bench:
         matches, losses = {}, {}
         for skill in skills or self.skills:
             rows, right, tokens, loss = self._rows[skill, split], 0, 0, 0.0
+            # All questions of a skill begin alike: that part is computed once and not for each of them.
+            first = rows[0][0]
+            shared = next(i for i in range(len(first)) if len({ids[i] for ids, _ in rows}) > 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                prefix = self.model.model(torch.tensor([first[:shared]]), use_cache=True).past_key_values
             for begin in range(0, len(rows), BATCH):
                 batch = rows[begin : begin + BATCH]
                 width = max(len(ids) for ids, _ in batch)
                 ids_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
                 mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+                layers = [
+                    (layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1))
+                    for layer in prefix.layers
+                ]
+                # Every place of an answer, by row and place: predicted from the hidden state before it.
+                at = torch.tensor(
+                    [(row, i) for row, (ids, start) in enumerate(batch) for i in range(start, len(ids))]
+                ).T
                 with torch.autocast("cpu", torch.bfloat16):
-                    hidden_BTH = self.model.model(ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-                    places = [
-                        (row, place) for row, (ids, start) in enumerate(batch) for place in range(start, len(ids))
-                    ]
-                    at = torch.tensor(places).T
-                    logits_NV = self.model.lm_head(hidden_BTH[at[0], at[1] - 1])
+                    hidden_BTH = self.model.model(
+                        ids_BT[:, shared:], attention_mask=mask_BT, past_key_values=DynamicCache(layers), use_cache=True
+                    ).last_hidden_state
+                    logits_NV = self.model.lm_head(hidden_BTH[at[0], at[1] - 1 - shared])
                 answer_N = ids_BT[at[0], at[1]]
                 log_probs_NV = logits_NV.float().log_softmax(-1)
                 correct_N = log_probs_NV.argmax(-1) == answer_N

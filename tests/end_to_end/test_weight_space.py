@@ -45,6 +45,7 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     assert {actor["role"] for actor in memory["actors"]} == {"driver", "shard 0"}
     assert {"starting", "writing", "hashing the inputs"} <= memory["seconds"].keys()
     assert "ties" in (out / "README.md").read_text()
+    assert "2 experts merged by ties" in (out / "merge" / "report.html").read_text()
 
     again = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
     assert again.returncode == 0 and "this very merge already" in again.stdout

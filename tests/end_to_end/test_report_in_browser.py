@@ -1,0 +1,94 @@
+"""Reports in a real browser: every chart draws, nobody complains, and nothing but the file is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import plan_of
+from recorded_merges import write_merge
+
+from benchmarks.quality.picture import browser, find_browser
+from engine.report import write_report
+
+HOSTILE = "</script><script>alert(1)</script>"
+# What plotly has of each chart, and how much of that it has drawn.
+DRAWN = """Array.from(document.querySelectorAll('.plotly-graph-div'), chart => [
+    chart.data.length, chart.querySelectorAll('.heatmaplayer image, .scatterlayer .trace, .barlayer .trace').length
+])"""
+# Wait until every chart is as wide as its place, and tell whether the page is as wide as the window. A function of the
+# tests' own, and not playwright's way of waiting, which evaluates text: the page's policy forbids that.
+SETTLED = """() => new Promise(done => {
+    const fits = chart => Math.abs(chart.querySelector('.main-svg').clientWidth - chart.parentNode.clientWidth) < 2
+    const look = () => Array.from(document.querySelectorAll('.plotly-graph-div')).every(fits)
+        ? done(document.documentElement.scrollWidth === innerWidth) : requestAnimationFrame(look)
+    look()
+})"""
+
+pytestmark = pytest.mark.skipif(
+    find_browser() is None and "REQUIRE_BROWSER" not in os.environ, reason="there is no Chromium on the PATH"
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as started:
+        yield started
+
+
+@contextmanager
+def opened(chromium: Any, page_file: Path) -> Iterator[Any]:
+    """The page, and at the end whether anything was said or asked for on the way."""
+    page = chromium.new_page(viewport={"width": 1200, "height": 800})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page_file.as_uri())
+    yield page
+    page.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [page_file.as_uri()]
+
+
+def all_drawn(page: Any) -> int:
+    """How many charts there are, of which each has drawn what it has."""
+    drawn = page.evaluate(DRAWN)
+    assert all(traces == shown > 0 for traces, shown in drawn), drawn
+    assert page.locator(".js-plotly-plot .main-svg:first-child").count() == len(drawn)
+    return len(drawn)
+
+
+def test_a_merge_is_drawn_on_a_desk_and_on_a_phone(chromium: Any, llama_merge: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama_merge, f"models.0.name={json.dumps(HOSTILE)}", "models.1.name='2024-01-01'")
+    write_report([str(write_merge(plan, tmp_path / "out"))], tmp_path / "report.html")
+    with opened(chromium, tmp_path / "report.html") as page:
+        assert all_drawn(page) == 2 + 3 + 4 + 2, "stages; importance; two losses a stage; memory and seconds"
+        assert page.locator("table").get_by_text(HOSTILE, exact=True).count() == 1
+        ticks = page.locator(".js-plotly-plot").first.locator(".ytick text").all_text_contents()
+        assert sorted(tick[-25:] for tick in ticks) == ["2024-01-01", HOSTILE[-25:]]
+        buttons, axis = page.locator(".updatemenu-button"), "document.getElementById('chart-6').layout.yaxis.type"
+        assert page.evaluate(axis) == "linear"
+        buttons.filter(has_text="log").first.click()
+        assert page.evaluate(axis) == "log"
+        for width in (1200, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate(SETTLED), "nothing sticks out"
+        assert all_drawn(page) == 11
+
+
+def test_runs_side_by_side_are_drawn(chromium: Any, llama_merge: Path, tmp_path: Path) -> None:
+    first = write_merge(plan_of(llama_merge), tmp_path / "first")
+    second = write_merge(plan_of(llama_merge, "parameters.learning_rate=0.3"), tmp_path / "second", scale=0.5, seed=1)
+    write_report([str(first), str(second)], tmp_path / "report.html")
+    with opened(chromium, tmp_path / "report.html") as page:
+        assert all_drawn(page) == 4 + 1 + 2 * 11
+        assert page.locator("details.run").count() == 2
+        assert page.get_by_text("parameters.learning_rate").first.is_visible()

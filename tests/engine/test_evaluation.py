@@ -1,0 +1,406 @@
+"""Figures of an evaluation against closed forms, and what they must not depend on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tiny
+import tiny_images
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.errors import CalibrationError, CheckpointError, OutputError
+from engine.evaluation import Evaluation, score
+from engine.items import DataSet, make_item, read_data, unique
+from engine.metrics import chosen, exact_match, f1
+from engine.records import Record
+from engine.results import Row, print_results, results_file, save_results
+from engine.subject import Options, Reader, Subject
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+# What the model below is taught, and what it is not.
+LEARNT = [(f"w{i} w{i + 1} w{i * 7 % 40}", " ".join(f"w{j}" for j in range(i, i + 1 + i % 3))) for i in range(8)]
+WRONG = [("w3 w4 w21", "w9 w9"), ("w30 w31 w32", "w7"), ("w5 w6 w35", "w5 w6")]
+WORDS = st.lists(st.sampled_from(["one", "Two", "the", "three.", "a"]), max_size=6).map(" ".join)
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """The folder of a model that has learnt to answer some questions, and an expert beside it."""
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny.make_model()
+    tiny.save_tokenizer(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    texts = [chat(tokenizer, question, answer) for question, answer in LEARNT]
+    rows = [tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(40):
+        for ids_BT in rows:
+            optimizer.zero_grad()
+            model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+            optimizer.step()
+    tiny.save(model, folder / "model")
+    tiny.save(tiny.make_expert(model, seed=1), folder / "expert")
+    return folder
+
+
+def chat(tokenizer: Any, question: str, answer: str) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text
+
+
+def records(fields: Sequence[Mapping[str, Any]]) -> list[Record]:
+    return [Record(f"record {number}", one, 1.0) for number, one in enumerate(fields, start=1)]
+
+
+def asked(pairs: Sequence[tuple[str, str]]) -> list[Record]:
+    return records([{"question": question, "response": response} for question, response in pairs])
+
+
+def measured(
+    model: Path, items: Sequence[Record], expert: Path | None = None, **options: Any
+) -> dict[str, tuple[float, int]]:
+    given = Options(**({"max_new_tokens": 8} | options))
+    data = DataSet("data", tuple(map(make_item, items)))
+    subject = Subject(str(model), given)
+    for item in data.items:
+        Reader(subject, data).check(item)
+    other = None if expert is None else Subject(str(expert), given)
+    for one in (subject, other):
+        if one is not None:
+            one.load(CPU)
+    rows = Evaluation(subject, CPU).measure("model", data, other)
+    assert {(row.model, row.data) for row in rows} == {("model", "data")}
+    return {row.metric: (row.value, row.count) for row in rows}
+
+
+# Answers.
+
+
+def test_f1_is_squads() -> None:
+    assert f1("The cat sat.", "a cat sat") == 1
+    assert f1("cat cat dog", "cat bird") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
+    assert f1("dog", "cat") == 0
+    assert f1("the", "a") == 1 and f1("", "cat") == 0 and f1("cat", "the") == 0
+    assert f1("it's", "its") == 1, "punctuation goes, and leaves no gap"
+
+
+@given(WORDS, WORDS)
+def test_f1_and_exact_match_do_not_care_who_is_who(one: str, other: str) -> None:
+    assert f1(one, other) == f1(other, one)
+    assert 0 <= f1(one, other) <= 1 and f1(one, one) == 1
+    assert exact_match(one, other) == exact_match(other, one) == float(one.strip() == other.strip())
+    assert f1(one, other) == 1 or not exact_match(one, other)
+
+
+def test_a_choice_is_taken_by_its_text_or_its_letter() -> None:
+    choices = ["1", "10", "a dog"]
+    assert [chosen(text, choices) for text in ("10", " 1.", "A dog, I think", "100")] == [1, 0, 2, None]
+    assert [chosen(text, choices) for text in ("B", "(C)", "B. 10", "A: yes", "D", "Because", "", "b")] == [
+        *(1, 2, 1, 0),
+        *(None, None, None, None),
+    ]
+    assert chosen("A dog", ["cat", "bird"]) is None, "a word is no letter"
+
+
+# What a record is asked for.
+
+
+def test_what_records_are() -> None:
+    user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": [{"text": "w1"}]}
+    fields: list[dict[str, Any]] = [
+        {"text": "t"},
+        {"question": "q"},
+        {"messages": [user]},
+        {"input_ids": [3, 4], "response": "w1"},
+        {"question": "q", "response": "w1"},
+        {"messages": [user, assistant]},
+        {"question": "q", "choices": ["x", "y"], "answer": "B", "response": "other"},
+    ]
+    items = list(map(make_item, records(fields)))
+    assert [item.kind for item in items] == ["text"] * 4 + ["response"] * 2 + ["choice"]
+    assert [item.response for item in items[4:]] == ["w1", "w1", "y"]
+    assert items[5].prompt is not None and items[5].prompt.fields["messages"] == [user]
+    assert items[6].prompt is not None and items[6].prompt.fields["question"] == "q\nA. x\nB. y"
+    assert [whole.fields["response"] for whole in items[6].wholes] == ["x", "y"]
+    listed = make_item(records([{"question": "x or y?", "choices": ["x", "y"], "answer": 0}])[0])
+    assert listed.prompt is not None and listed.prompt.fields["question"] == "x or y?", "they are there already"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"question": "q", "choices": ["x"], "answer": 0}, "no list of differing texts"),
+        ({"question": "q", "choices": ["x", "x"], "answer": 0}, "no list of differing texts"),
+        ({"question": "q", "choices": "xy", "answer": 0}, "no list of differing texts"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 2}, "`answer` is 2"),
+        ({"question": "q", "choices": ["x", "y"], "answer": True}, "`answer` is True"),
+        ({"question": "q", "choices": ["x", "y"], "answer": "C"}, "`answer` is 'C'"),
+        ({"question": "q", "choices": ["x", "y"]}, "`answer` is None"),
+        ({"text": "q", "choices": ["x", "y"], "answer": 0}, "choices beside `text`"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "nobody asks"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": 3}]}, "is no text"),
+    ],
+)
+def test_records_that_cannot_be_asked(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(CalibrationError) as caught:
+        make_item(records([fields])[0])
+    assert words in caught.value.what and caught.value.where == "record 1"
+
+
+def test_data_from_files(tmp_path: Path) -> None:
+    fields = [{"question": "q", "choices": ["x", "y"], "answer": "x"}, {"question": "r", "choices": ["x", "z"]}]
+    (tmp_path / "one").mkdir()
+    pa.parquet.write_table(pa.Table.from_pylist(fields[:1]), tmp_path / "one" / "test.parquet")
+    (tmp_path / "test.json").write_text(json.dumps(fields))
+    (tmp_path / "rest.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    files = [str(tmp_path / name) for name in ("one/test.parquet", "test.json", "rest.jsonl")]
+    data = read_data(files, limit=1)
+    assert [one.name for one in data] == ["one/test", f"{tmp_path.name}/test", "rest"]
+    assert [(one.kind, len(one.items)) for one in data] == [("choice", 1), ("choice", 1), ("text", 1)]
+    assert len(read_data(files[2:])[0].items) == 2
+    with pytest.raises(CalibrationError, match="`answer` is None"):
+        read_data(files)
+    (tmp_path / "rest.jsonl").write_text('{"text": "a"}\n{"question": "b", "response": "c"}\n')
+    with pytest.raises(CalibrationError, match=r"rest\.jsonl:2: the record is a response, .* a text"):
+        read_data(files[2:])
+    assert unique(["a", "a", "a-2", "b"]) == ["a", "a-2", "a-2-2", "b"]
+
+
+# Figures of answers.
+
+
+def test_exact_match_by_writing_is_that_by_teacher_forcing(learnt: Path) -> None:
+    everything = asked([*LEARNT, *WRONG])
+    found = measured(learnt / "model", everything, batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(learnt / "model")
+    tokenizer = AutoTokenizer.from_pretrained(learnt / "model")
+    match, loss = score(model, tokenizer, everything, batch=4)
+    assert found["exact_match"] == (match, 11) and match == 8 / 11
+    assert 8 / 11 <= found["f1"][0] < 1
+    assert found["loss"][0] == pytest.approx(loss, rel=1e-6)
+    assert found["perplexity"] == pytest.approx((math.exp(loss), found["loss"][1]))
+
+
+def test_the_loss_is_that_of_the_response_and_its_end(learnt: Path) -> None:
+    question, response = WRONG[0]
+    found = measured(learnt / "model", asked([WRONG[0]]))
+    model = AutoModelForCausalLM.from_pretrained(learnt / "model")
+    tokenizer = AutoTokenizer.from_pretrained(learnt / "model")
+    ids = tokenizer(f"user: {question} </s> assistant: {response} </s>").input_ids
+    start = len(ids) - len(response.split()) - 1
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    by_hand = -sum(float(log_probs[place - 1, ids[place]]) for place in range(start, len(ids))) / (len(ids) - start)
+    assert found["loss"] == (pytest.approx(by_hand, rel=1e-5), 3)
+
+
+def test_without_a_chat_template_the_model_must_end_its_answer(learnt: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(learnt / "model")
+    tiny.save(model, tmp_path)
+    tiny.save_tokenizer(tmp_path, chat=False)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    found = measured(tmp_path, asked(LEARNT))
+    match, loss = score(model, tokenizer, asked(LEARNT), batch=3)
+    assert found["exact_match"][0] == match
+    assert found["loss"] == (pytest.approx(loss, rel=1e-5), sum(len(response.split()) + 1 for _, response in LEARNT))
+
+
+def test_choices_by_what_is_written_and_by_likelihood(learnt: Path) -> None:
+    fields = [
+        # The question has its choices already, so it is the one that was learnt.
+        {"question": question, "choices": [question.split()[0], question.split()[2]], "answer": 0}
+        for question, response in LEARNT
+        if response == question.split()[0] and question.split()[2] != response
+    ]
+    assert len(fields) == 2
+    fields.append(fields[0] | {"answer": 1})
+    found = measured(learnt / "model", records(fields))
+    assert found == {"accuracy": (2 / 3, 3), "accuracy_likelihood": (2 / 3, 3)}
+
+
+def test_a_penalty_of_the_checkpoint_changes_nothing(learnt: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(learnt / "model")
+    model.generation_config.repetition_penalty = 5.0
+    tiny.save(model, tmp_path)
+    tiny.save_tokenizer(tmp_path)
+    assert measured(tmp_path, asked(LEARNT))["exact_match"][0] == 1
+
+
+# Figures of texts.
+
+
+def texts(count: int = 7) -> list[Record]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = [2 + 3 * (i % 4) for i in range(count)]
+    return records([{"input_ids": torch.randint(3, 60, (n,), generator=generator).tolist()} for n in lengths])
+
+
+def test_a_model_is_its_own_expert(learnt: Path) -> None:
+    found = measured(learnt / "model", texts(), learnt / "model")
+    tokens = sum(len(record.fields["input_ids"]) for record in texts())
+    assert {name: value for name, value in found.items() if name != "perplexity"} == {
+        "kl": (0, tokens),
+        "top1_agreement": (1, tokens),
+        "hidden_distance": (0, tokens),
+        "hidden_relative": (0, tokens),
+    }
+    assert measured(learnt / "model", texts()) == {"perplexity": found["perplexity"]}
+
+
+def test_texts_against_a_plain_computation(learnt: Path) -> None:
+    found = measured(learnt / "model", texts(), learnt / "expert", batch_size=3)
+    student, expert = (AutoModelForCausalLM.from_pretrained(learnt / name) for name in ("model", "expert"))
+    loss = kl = agree = distance = spread = tokens = predicted = 0.0
+    for record in texts():
+        ids_BT = torch.tensor([record.fields["input_ids"]])
+        with torch.no_grad():
+            mine, its = (one(ids_BT, output_hidden_states=True) for one in (student, expert))
+        p, q = its.logits[0].double().log_softmax(-1), mine.logits[0].double().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        loss -= float(q[:-1].gather(1, ids_BT[0, 1:, None]).sum())
+        target_TH = its.hidden_states[1][0]
+        distance += float((mine.hidden_states[1][0] - target_TH).square().mean(dim=1).sum())
+        spread += float(target_TH.var(dim=0, correction=0).mean() * len(target_TH))
+        tokens, predicted = tokens + ids_BT.shape[1], predicted + ids_BT.shape[1] - 1
+    expected = {
+        "perplexity": (math.exp(loss / predicted), predicted),
+        "kl": (kl / tokens, tokens),
+        "top1_agreement": (agree / tokens, tokens),
+        "hidden_distance": (distance / tokens, tokens),
+        "hidden_relative": (distance / spread, tokens),
+    }
+    assert found.keys() == expected.keys() and found["kl"][0] > 0 and 0 < found["top1_agreement"][0] < 1
+    for metric, value in expected.items():
+        assert found[metric] == pytest.approx(value, rel=1e-4), metric
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_batch_changes_nothing(learnt: Path, tmp_path: Path, family: str) -> None:
+    models = learnt
+    if family != "llama":
+        models = tmp_path
+        base = tiny.make_model(family)
+        tiny.save(base, tmp_path / "model")
+        tiny.save_tokenizer(tmp_path / "model")
+        tiny.save(tiny.make_expert(base, seed=1), tmp_path / "expert")
+    for data, expert in ((texts(), models / "expert"), (asked([*LEARNT, *WRONG]), None)):
+        alone = measured(models / "model", data, expert, batch_size=1)
+        together = measured(models / "model", data, expert, batch_size=7)
+        assert alone.keys() == together.keys()
+        for metric, value in alone.items():
+            assert together[metric] == pytest.approx(value, rel=1e-4), metric
+
+
+def test_logits_some_tokens_at_a_time(learnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measured(learnt / "model", texts(), learnt / "expert")
+    answers = measured(learnt / "model", asked(LEARNT))
+    monkeypatch.setattr("engine.evaluation.LOGIT_BYTES", 3 * 4 * tiny.VOCAB)
+    for metric, value in measured(learnt / "model", texts(), learnt / "expert").items():
+        assert value == pytest.approx(whole[metric], rel=1e-5), metric
+    for metric, value in measured(learnt / "model", asked(LEARNT)).items():
+        assert value == pytest.approx(answers[metric], rel=1e-5), metric
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl_chat"])
+def test_records_with_images(tmp_path: Path, family: str) -> None:
+    model = tiny_images.make_model(family)
+    tiny_images.save(model, tmp_path / "model", family)
+    tiny_images.save_processor(tmp_path / "model", family)
+    tiny_images.draw(tmp_path / "one.png", seed=1)
+    lines = [{"question": "w1 w2", "response": "w3", "image_path": "one.png"}, {"question": "w4", "response": "w5"}]
+    for name, kept in (("answers", lines), ("texts", [{**line, "response": None} for line in lines])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(kept))
+    remote = family == "internvl_chat"
+    for data in read_data([str(tmp_path / "answers.json"), str(tmp_path / "texts.json")]):
+        given = [record for item in data.items for record in item.wholes]
+        expert = tmp_path / "model" if data.kind == "text" else None
+        found = measured(tmp_path / "model", given, expert, max_new_tokens=3, remote_code=remote)
+        blind = measured(tmp_path / "model", [replace(one, images=()) for one in given[1:]], remote_code=remote)
+        assert found["perplexity"][0] > 1
+        assert found["perplexity"][1] > blind["perplexity"][1]
+        if expert is None:
+            assert found["exact_match"][1] == 2
+        else:
+            assert found["kl"][0] == 0
+            assert found["kl"][1] > found["perplexity"][1] + 2, "an image is not expected, but has logits"
+
+
+# What is refused.
+
+
+def test_what_a_model_cannot_take(learnt: Path, tmp_path: Path) -> None:
+    model = learnt / "model"
+    for data, options, words in (
+        (records([{"input_ids": [1]}]), {}, "one token"),
+        (records([{"input_ids": [1, 64]}]), {}, "token ids from 1 to 64"),
+        (records([{"input_ids": [5] * 9}]), {"max_length": 8}, "the record has 9 tokens"),
+        (asked([("w1 " * 50, "w2")]), {"max_new_tokens": 90}, "143 tokens with those that are written"),
+        ([replace(texts(1)[0], images=(tmp_path / "x.png",))], {}, "the record has images"),
+    ):
+        with pytest.raises(CalibrationError) as caught:
+            measured(model, data, **options)
+        assert words in caught.value.what and caught.value.where == "record 1"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it into its base first"):
+        Subject(str(tmp_path), Options())
+
+
+def test_an_expert_of_another_size(learnt: Path, llama_merge: Path, tmp_path: Path) -> None:
+    other = tiny.make_model("qwen2")
+    other.resize_token_embeddings(70)
+    tiny.save(other, tmp_path)
+    subject = Subject(str(learnt / "model"), Options())
+    subject.check_alike(Subject(str(llama_merge.parent / "expert0"), Options()))
+    with pytest.raises(CheckpointError, match="the expert has 70 tokens, 3 blocks, 32 features"):
+        subject.check_alike(Subject(str(tmp_path), Options()))
+
+
+def test_logits_that_are_not_finite(learnt: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(learnt / "model")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    tiny.save(model, tmp_path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        measured(tmp_path, texts())
+
+
+# Results.
+
+
+def test_results_are_a_file_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [Row("m1", "a", "kl", 0.25, 3), Row("m1", "b", "f1", 1.0, 2), Row("m2", "a", "kl", 1e-7, 3)]
+    folder, name = results_file(str(tmp_path / "deep" / "out.parquet"))
+    assert not (tmp_path / "deep").exists()
+    save_results(rows, folder, name)
+    table = pyarrow.parquet.read_table(tmp_path / "deep" / "out.parquet")
+    assert [Row(**row) for row in table.to_pylist()] == rows
+    assert {field.name: str(field.type) for field in table.schema} == {
+        **{"model": "string", "data": "string", "metric": "string"},
+        **{"value": "double", "count": "int64"},
+    }
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.parquet"]
+    print_results(rows)
+    said = capsys.readouterr().out.split()
+    assert [word for word in said if not word.startswith("─")] == "a kl m1 0.25 m2 1e-07 b f1 m1 1".split()
+
+
+def test_names_that_results_cannot_have(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"ends in \.parquet"):
+        results_file("table.csv")
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(OutputError, match="this is a folder"):
+        results_file(str(tmp_path / "x.parquet"))

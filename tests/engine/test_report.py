@@ -1,0 +1,321 @@
+"""What is on a report is what the merge wrote; names from outside stay names."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from click.testing import CliRunner
+from conftest import plan_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from object_store import Store
+from recorded_merges import MEMORY, write_merge
+
+import cli
+from engine import report_sections
+from engine.charts import Blocks, ends, labels
+from engine.coefficients import Coefficients, Layout, read_coefficients, write_coefficients
+from engine.comparison import comparison
+from engine.disk import LocalFolder
+from engine.errors import ConfigError
+from engine.recorded import Merged
+from engine.report import report_html
+from engine.report_sections import coefficient_charts, sections_of
+from engine.results import Row, save_results
+
+HOSTILE = "</script><script>alert(1)</script>"
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+
+
+class Page(HTMLParser):
+    """The tags of a page, their texts, and what is in its scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        inside = self.scripts if self.tags and self.tags[-1] == "script" and data.strip() else self.texts
+        inside.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tags.append(f"/{tag}")
+
+
+@pytest.fixture
+def merged(llama_merge: Path, tmp_path: Path) -> Path:
+    return write_merge(plan_of(llama_merge), tmp_path / "merged")
+
+
+def charts_of(merge: Merged, title: str) -> list[Any]:
+    section = next(section for section in sections_of(merge) if section.title == title)
+    return [chart.figure for chart in section.charts]
+
+
+def on_heatmaps(figures: list[Any], names: list[str], blocks: Blocks) -> dict[tuple[str, str], float]:
+    """(expert, kind · block) → colour, of heatmaps of one expert each, or of one of all."""
+    found = {}
+    for name, figure in zip(names, figures, strict=False):
+        trace = figure.data[0]
+        for row, down in enumerate(trace.y):
+            for column, across in enumerate(trace.x):
+                key = (down, across) if len(figures) == 1 else (name, f"{across} · {down}")
+                if not np.isnan(trace.z[row][column]):
+                    found[key] = float(trace.z[row][column])
+    return found
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 14), st.integers(1, 16), st.integers(0, 2), st.data())
+def test_the_heatmaps_have_every_coefficient_where_it_belongs(
+    experts: int, blocks: int, outside: int, data: st.DataObject
+) -> None:
+    tensors = [f"model.layers.{b}.{kind}.weight" for b in range(blocks) for kind in KINDS if (b, kind) != (0, KINDS[1])]
+    tensors += [f"projector.linear_{number}.weight" for number in range(outside)]
+    generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    layout = Layout.make(dict.fromkeys(tensors, 60), {name: int(generator.integers(0, 6)) for name in tensors})
+    priors = generator.uniform(0.1, 0.9, experts)
+    table = Coefficients(layout, generator.uniform(0, 1, (experts, layout.width)))
+    names = [f"expert {k}" for k in range(experts)]
+    charts = coefficient_charts(table, names, priors)
+
+    away = table.per_tensor() - priors[:, None]
+    where = Blocks.of(tensors)
+    short = where.names(tensors)
+    wanted = {(name, short[place]): away[k, place] for k, name in enumerate(names) for place in range(len(tensors))}
+    faceted = experts <= report_sections.FACETS and len(tensors) > report_sections.TENSORS
+    assert len(charts) == (experts + bool(outside) if faceted else 1)
+    rest = charts[experts:] if faceted else []
+    found = on_heatmaps([chart.figure for chart in charts[: experts if faceted else 1]], names, where)
+    if faceted and experts == 1:
+        found = {(names[0], f"{across} · {down}"): value for (down, across), value in found.items()}
+    for chart in rest:
+        found |= on_heatmaps([chart.figure], names, where)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose([found[key] for key in wanted], list(wanted.values()), rtol=1e-5, atol=1e-6)
+    # One scale for all experts, around the prior.
+    scales = {(chart.figure.data[0].zmin, chart.figure.data[0].zmax) for chart in charts}
+    assert scales == {(-np.abs(away).max(), np.abs(away).max())}
+
+
+def test_the_page_shows_what_the_parquet_files_have(merged: Path) -> None:
+    merge, record = Merged.read(str(merged)), merged / "merge"
+    rows = pyarrow.parquet.read_table(record / "coefficients.parquet").to_pylist()
+    for stage in (1, 2):
+        (figure,) = charts_of(merge, f"Coefficients of stage {stage}")
+        trace = figure.data[0]
+        for expert, prior in (("expert0", 0.2), ("expert1", 0.3)):
+            row = trace.y.index(expert)
+            of = {
+                t: [r for r in rows if (r["stage"], r["model"], r["tensor"]) == (stage, expert, t)]
+                for t in merge.stages[stage].layout.tensors
+            }
+            for tensor, mine in of.items():
+                kind, block = tensor.split(".")[-2], tensor.split(".")[2]
+                column = trace.x.index(f"{block} · {kind}")
+                values = [r["value"] for r in mine]
+                assert trace.z[row][column] == pytest.approx(np.mean(values) - prior, abs=1e-6)
+                told = trace.text[row][column]
+                assert all(f"{value:.4f}" in told for value in values), "the hover has every chunk's value"
+                assert ("fixed" in told) == (not mine[0]["learned"])
+
+    table = pyarrow.parquet.read_table(record / "importance.parquet").to_pydict()
+    importance, chunks, top = charts_of(merge, "Importance and chunks")
+    for tensor, share, count in zip(table["tensor"], table["importance"], table["chunks"], strict=True):
+        block, kind = int(tensor.split(".")[2]), tensor.split(".")[-2]
+        cell = importance.data[0].y.index(kind), importance.data[0].x.index(str(block))
+        assert importance.data[0].z[cell] == pytest.approx(share, rel=1e-6) and chunks.data[0].z[cell] == count
+    assert list(top.data[0].x) == pytest.approx(sorted((100 * s for s in table["importance"]), reverse=True)[:20])
+
+    memory, seconds = charts_of(merge, "Memory and traffic")
+    assert dict(zip(memory.data[0].y, memory.data[0].x, strict=True)) == {
+        actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]
+    }
+    assert dict(zip(seconds.data[0].y, seconds.data[0].x, strict=True)) == MEMORY["seconds"]
+
+
+def test_losses_by_hand(merged: Path) -> None:
+    merge = Merged.read(str(merged))
+    assert merge.losses() == {1: ["kl", "hidden"], 2: ["kl", "hidden"]}
+    # kl is 1, 2, 3, 4 in stage 1: expert0's samples 0 and 1, each seen once, and expert1's one sample, seen twice.
+    assert merge.first_and_last(1, "kl") == {"expert0": (2, 2), "expert1": (2, 4)}
+    kl = charts_of(merge, "Losses")[0]
+    assert {t.name: (list(t.x), list(t.y)) for t in kl.data} == {
+        "expert0": ([1, 2], [1, 3]),
+        "expert1": ([1, 2], [2, 4]),
+    }
+    assert merge.mean_curve(1, "kl").values == [1.5, 3.5]
+    assert [button.args[0] for button in kl.layout.updatemenus[0].buttons] == [
+        {"yaxis.type": "linear"},
+        {"yaxis.type": "log"},
+    ]
+
+
+@pytest.mark.parametrize("name", [HOSTILE, '<img src=x onerror="alert(1)">', "{{ 7 * 7 }} & <b>x</b>", "%{x} ${y}"])
+def test_a_name_breaks_out_of_nothing(llama_merge: Path, tmp_path: Path, name: str) -> None:
+    plain = report_html([Merged.read(str(write_merge(plan_of(llama_merge), tmp_path / "plain")))])
+    hostile = plan_of(llama_merge, f"models.0.name={json.dumps(name)}")
+    page = Page(report_html([Merged.read(str(write_merge(hostile, tmp_path / "hostile")))]))
+    assert page.tags == Page(plain).tags, "not a tag more"
+    assert name in page.texts
+    drawing = page.scripts[1:]
+    assert len(drawing) == 11 and not any(char in script.split("newPlot", 1)[1] for script in drawing for char in "<")
+
+
+def test_names_are_labels(merged: Path) -> None:
+    assert labels(["a<b", "x" * 30]) == ["a&lt;b", "…" + "x" * 25]
+    alike = ["a" + "x" * 30, "b" + "x" * 30]
+    assert labels(alike) == alike, "cut, they would be one"
+    figure = charts_of(Merged.read(str(merged)), "Coefficients of stage 1")[0]
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "category", "a name may look like a date"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.from_regex(r"[ab](\.[ab]){0,3}(\.weight)?", fullmatch=True), min_size=1, max_size=8, unique=True))
+def test_short_names_differ_and_are_ends_of_the_long_ones(names: list[str]) -> None:
+    short = ends(names)
+    assert len(set(short)) == len(names)
+    assert all(
+        name.removesuffix(".weight").endswith(end) or name.endswith(end) for name, end in zip(names, short, strict=True)
+    )
+
+
+def test_two_stacks_of_blocks_and_what_is_in_none() -> None:
+    tensors = [f"{stack}.layers.{b}.q_proj.weight" for stack in ("vision", "language") for b in (0, 10, 2)] + [
+        "gate.weight"
+    ]
+    blocks = Blocks.of(tensors)
+    assert blocks.kinds == ["vision.layers.*.q_proj", "language.layers.*.q_proj"] and blocks.blocks == [0, 2, 10]
+    assert blocks.cells.tolist() == [[0, 2, 1], [3, 5, 4]] and blocks.outside == [6]
+    assert blocks.in_order() == [0, 3, 2, 5, 1, 4, 6]
+    assert blocks.names(tensors)[-2:] == ["2 · language.layers.*.q_proj", "gate"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "titles"),
+    [
+        (["coefficients.parquet", "importance.parquet", "metrics.parquet"], ["Memory and traffic"]),
+        (["coefficients.parquet", "importance.parquet", "metrics.parquet", "memory.json"], []),
+        (
+            ["importance.parquet"],
+            ["Coefficients of stage 1", "Coefficients of stage 2", "Losses", "Memory and traffic"],
+        ),
+    ],
+)
+def test_what_is_not_there_is_not_shown(merged: Path, gone: list[str], titles: list[str]) -> None:
+    for name in gone:
+        (merged / "merge" / name).unlink()
+    merge = Merged.read(str(merged))
+    assert [section.title for section in sections_of(merge)] == ["Key figures", "Experts", *titles]
+    assert report_html([merge]).count("Plotly.newPlot(") >= 2 * len(titles)
+
+
+def test_several_runs_show_what_differs(llama_merge: Path, tmp_path: Path) -> None:
+    first = write_merge(plan_of(llama_merge), tmp_path / "first")
+    other = plan_of(llama_merge, "parameters.learning_rate=0.3", "models.1.parameters.weight=0.25", "seed=3")
+    runs = {
+        name: Merged.read(str(path))
+        for name, path in (("first", first), ("second", write_merge(other, tmp_path / "second", 0.5)))
+    }
+    figures, options, losses, coefficients = comparison(runs)
+    assert options.tables[0].rows == [
+        ["models.expert1.parameters.weight", str(0.2 + 0.1), "0.25"],
+        ["parameters.learning_rate", "0.1", "0.3"],
+        ["seed", "0", "3"],
+    ]
+    assert figures.tables[0].head == ["", "first", "second"]
+    assert losses.tables[0].rows == [["expert0", 6.0, 3.0], ["expert1", 8.0, 4.0]]
+    assert {t.name: list(t.y) for t in losses.charts[0].figure.data} == {"first": [1.5, 3.5], "second": [0.75, 1.75]}
+    bars = {trace.name: list(trace.y) for trace in coefficients.charts[0].figure.data}
+    for name, merge in runs.items():
+        learned = merge.stages[2].values[:, merge.stages[2].layout.learned_columns]
+        assert bars[name] == pytest.approx(learned.mean(axis=1))
+    with pytest.raises(ConfigError, match="given twice"):
+        report_html([runs["first"], runs["first"]])
+
+
+def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> None:
+    folders = [write_merge(plan_of(llama_merge), tmp_path / name) for name in ("first", "second")]
+    for folder, value in zip(folders, (0.5, 0.75), strict=True):
+        rows = [Row("base", "math", "accuracy", 0.25, 40), Row("merged", "math", "accuracy", value, 40)]
+        save_results(rows, LocalFolder(folder / "merge"), "evaluation.parquet")
+    page = Page(report_html([Merged.read(str(folder)) for folder in folders])).texts
+    at = page.index("accuracy")
+    cells = [text for text in page[at : at + 60] if text.strip()]
+    assert cells[:9] == [
+        "accuracy",
+        "model",
+        "math (40)",
+        "base",
+        "0.25",
+        "first: merged",
+        "0.5",
+        "second: merged",
+        "0.75",
+    ]
+
+    out = tmp_path / "one.html"
+    more = folders[1] / "merge" / "evaluation.parquet"
+    done = CliRunner().invoke(cli.main, ["report", str(folders[0]), "--out", str(out), "--evaluation", str(more)])
+    assert done.exit_code == 0 and done.output == f"wrote {out}\n"
+    assert f"{more}: merged" in Page(out.read_text()).texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("coefficients.parquet", b"PAR1 no", "not what a merge writes"),
+        ("metrics.parquet", None, "not what a merge writes"),
+        ("importance.parquet", b"", "not what a merge writes"),
+        ("memory.json", b"{}", "not what a merge writes"),
+        ("config.yaml", b"merge_method: [", "not what a merge writes"),
+        ("config.yaml", b"merge_method: ties", "not what a merge writes"),
+        ("evaluation.parquet", None, "not what a merge writes"),
+    ],
+)
+def test_a_damaged_file_is_named(merged: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    # None: a parquet file of another kind.
+    path = merged / "merge" / name
+    path.write_bytes((merged / "merge" / "coefficients.parquet").read_bytes() if content is None else content)
+    done = CliRunner().invoke(cli.main, ["report", str(merged), "--out", str(tmp_path / "report.html")])
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr and str(path) in done.stderr
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_is_no_merge_s_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"{tmp_path}: no merge's output" in done.stderr and "merge/config.yaml" in done.stderr
+
+
+def test_coefficients_of_other_experts_are_refused(merged: Path) -> None:
+    path = merged / "merge" / "coefficients.parquet"
+    _, table = read_coefficients(path, 1)
+    write_coefficients(path, [table], ["expert1", "expert0"])
+    with pytest.raises(ConfigError, match=r"its experts are not those of config\.yaml"):
+        Merged.read(str(merged))
+
+
+def test_a_merge_in_object_storage(store: Store, merged: Path) -> None:
+    from engine.storage import open_folder
+
+    there = open_folder(f"{store.root}/merged")
+    for file in (merged / "merge").iterdir():
+        there.write(f"merge/{file.name}", file.read_bytes())
+    here, found = Merged.read(str(merged)), Merged.read(f"{store.root}/merged")
+    assert sections_of(found)[0] == sections_of(here)[0]
+    with pytest.raises(ConfigError, match="there is no such object"):
+        Merged.read(f"{store.root}/nothing")

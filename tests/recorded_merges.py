@@ -1,0 +1,65 @@
+"""Output folders as merges leave them, by the engine's own writers, without a merge."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.coefficients import Coefficients, Layout
+from engine.importance import stage_2_layout
+from engine.plan import Plan
+from engine.record import write_record
+
+# (stage, step, expert, sample) → kl: two steps a stage, in which the second expert has one sample, seen twice.
+SEEN = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 1, 0, 1), (1, 1, 1, 0), (2, 0, 0, 0), (2, 0, 1, 0), (2, 1, 0, 1), (2, 1, 1, 0))
+MEMORY: dict[str, Any] = {
+    "actors": [
+        {"role": "driver", "pid": 10, "peak_anonymous_bytes": 300_000_000},
+        {"role": "trainer", "pid": 11, "peak_anonymous_bytes": 1_500_000_000},
+        {"role": "expert 0", "pid": 12, "peak_anonymous_bytes": 700_000_000},
+        {"role": "shard 0", "pid": 13, "peak_anonymous_bytes": 200_000_000},
+    ],
+    "bytes_trainer_to_shards": 4_000_000,
+    "bytes_shards_to_trainer": 5_000_000,
+    "bytes_merged": 1_000_000,
+    "bytes_targets": 30_000,
+    "expert_forwards": 3,
+    "seconds": {"targets": 1.5, "stage 1": 3.0, "stage 2": 2.0},
+}
+
+
+def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coefficients], Any]:
+    """Coefficients of both stages, beside the priors, and the importance between them."""
+    generator = np.random.default_rng(seed)
+    experts, priors = len(plan.experts), np.array(plan.priors)
+    first = Layout.make(plan.numels, dict.fromkeys(plan.numels, 1))
+    noise = generator.normal(0, 0.03, (experts, first.width))
+    stage_1 = Coefficients(first, priors[:, None] + noise)
+    magnitudes = generator.uniform(0.1, 1, (experts, len(first.tensors)))
+    second, importance = stage_2_layout(stage_1, magnitudes, budget, 1.0)
+    values = np.repeat(priors[:, None], second.width, axis=1)
+    values[:, second.learned_columns] += generator.normal(0, 0.05, (experts, int(second.learned_columns.sum())))
+    return [stage_1, Coefficients(second, values)], importance
+
+
+def rows(plan: Plan, scale: float = 1.0) -> list[dict[str, Any]]:
+    """Of merge/metrics.parquet: kl is `scale` times 1, 2, 3, … in the order of SEEN, hidden a tenth of it."""
+    same = {"entropy": None, "regularization": 0.1, "grad_norm": 1.0, "learning_rate": 0.5, "seconds": 0.1}
+    return [
+        {"stage": stage, "step": step, "model": plan.experts[k].name, "sample": i, **same}
+        | {"kl": scale * n, "hidden": scale * n / 10}
+        for n, (stage, step, k, i) in enumerate(SEEN, 1)
+    ]
+
+
+def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0) -> Path:
+    """The `merge/` of an output folder, as after a merge in two stages."""
+    (out / "merge").mkdir(parents=True)
+    stages, importance = learned(plan, seed=seed)
+    write_record(out, plan, "identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))
+    (out / "merge" / "memory.json").write_text(json.dumps(MEMORY))
+    return out
