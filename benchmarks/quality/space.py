@@ -10,19 +10,27 @@ from typing import Any
 
 Options = dict[str, Any]
 
-SCALES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
-
 WEIGHT_SPACE: dict[str, list[Options]] = {
     "weight_average": [{}],
     "task_arithmetic": [{"weight": 1.0}],
-    "ties": [{"weight": 1.0, "density": density} for density in (0.1, 0.2, 0.5)],
-    "dare_ties": [{"weight": 1.0, "density": density} for density in (0.2, 0.5, 0.8)],
+    "ties": [{"weight": 1.0, "density": density} for density in (0.2, 0.5)],
+    "dare_ties": [{"weight": 1.0, "density": density} for density in (0.2, 0.5)],
     "iso": [{}],
     "svd": [{}],
     "wudi": [{}],
     "wudi2": [{}],
 }
-SCALED = {method: SCALES if method != "weight_average" else (1.0,) for method in WEIGHT_SPACE}
+SUMS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+MEANS = (0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
+SCALED = {
+    "weight_average": (1.0,),
+    "task_arithmetic": SUMS,
+    "ties": MEANS,
+    "dare_ties": SUMS,
+    "iso": MEANS,
+    "svd": MEANS,
+}
+SCALED |= {"wudi": SUMS, "wudi2": SUMS}
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}
