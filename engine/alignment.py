@@ -29,21 +29,22 @@ def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> 
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
-def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor], by_feature: bool) -> Tensor:
+def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
     """The hidden loss in units of the expert's own variance: mean over ℓ ∈ S of Σ (hₗ(x; θ) − hₖ,ₗ(x))² over the sum of
-    squares of hₖ,ₗ(x) around its mean over tokens; 0 at a perfect match, 1 where the merged model says that mean.
+    squares of hₖ,ₗ(x) around its mean over tokens.
+
+    0 at a perfect match, 1 where the merged model says no more than that mean, whatever the size of a model's hidden
+    states. Both map a layer's index to [T, H] in any float dtype; the result is a float32 scalar.
     """
     if not expert:
         return torch.zeros(())
     losses = []
     for i in sorted(expert):
         target_TH = expert[i].float()
-        error_H = (student[i].float() - target_TH).square().sum(dim=0)
-        spread_H = (target_TH - target_TH.mean(dim=0)).square().sum(dim=0)
-        if by_feature:
-            losses.append((error_H / (spread_H + spread_H.mean() * 1e-3)).mean())
-        else:
-            losses.append(error_H.sum() / spread_H.sum().clamp_min(1e-12))
+        spread = (target_TH - target_TH.mean(dim=0)).square().sum()
+        error = (student[i].float() - target_TH).square().sum()
+        # One token alone has no spread: its error counts by its own size.
+        losses.append(error / (spread if spread > 0 else target_TH.square().sum().clamp_min(1e-12)))
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 

@@ -117,7 +117,7 @@ class Parameters(_Section):
     loss_weight: Annotated[Float, Field(ge=0)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1)] = 5
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
-    hidden_loss: Literal["mse", "layer", "feature"] = "mse"
+    hidden_loss: Literal["mse", "relative"] = "mse"
     hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     loss_tokens: Literal["all", "text", "response"] = "all"
@@ -236,16 +236,36 @@ class Recipe(_Section):
     layers: int | None = None
 
 
-# Defaults of adamerging that are others than those of `Parameters`: its paper's prior, and no pull back to it.
-ADAMERGING = {"weight": 0.3, "regularization": 0.0}
+# Defaults of the published command line, where ours are others; and of AdaMerging: its
+# paper's prior, no pull back to it, and prompts as they are, since no expert answers them.
+PAPER: dict[str, Any] = {
+    "weight": 0.1,
+    "hidden_loss": "mse",
+    "hidden_weight": 1.0,
+    "loss_tokens": "all",
+    "regularization": 5.0,
+    "regularization_scale": "absolute",
+    "learning_rate": 0.5,
+    "gradient_accumulation": 8,
+    "epochs": 1,
+    "fixed": "prior",
+    "start": "prior",
+}
+ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
+AS_GIVEN = {"generate_responses": 0}
 
 
 def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
-    """A config's keys with the defaults that this method alone has."""
-    given = raw.get("parameters") or {}
-    if merge_method != "adamerging" or not isinstance(given, dict):
+    """A config's keys with the defaults of its preset, or those that its method alone has."""
+    if merge_method == "adamerging":
+        parameters = ADAMERGING
+    elif raw.get("preset") == "paper":
+        parameters = PAPER
+    else:
         return raw
-    return raw | {"parameters": ADAMERGING | given}
+    given = {"parameters": parameters, "calibration": AS_GIVEN}
+    sections = {key: raw.get(key) or {} for key in given}
+    return raw | {key: given[key] | own for key, own in sections.items() if isinstance(own, dict)}
 
 
 class Config(_Section):
@@ -253,6 +273,8 @@ class Config(_Section):
 
     merge_method: Annotated[str, Field(min_length=1)]
     base_model: Annotated[str, Field(min_length=1)]
+    # Whose defaults the learned methods' options have: those of the published command line, or ours.
+    preset: Literal["paper"] | None = None
     models: Annotated[tuple[Expert, ...], Field(min_length=1)]
     parameters: Parameters = Parameters()
     exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES

@@ -169,6 +169,12 @@ def _check(config: Config, where: Any) -> None:
                 "`calibration: FILE` with 5–10 unlabelled records of its domain (.json, .jsonl or .parquet)",
             )
 
+    if not config.labelled and any(config.weight(expert) is None for _, expert in experts):
+        raise ConfigError(
+            "no expert says what adamerging's prior should be",
+            where(("parameters", "weight")),
+            "a `weight` above 0 and below 1",
+        )
     if not config.labelled and config.calibration.generate_responses:
         raise ConfigError(
             "no expert answers for adamerging",

@@ -19,7 +19,7 @@ from engine.untrusted import shown
 Location = tuple[int | str, ...]
 Where = Callable[[Location], str]
 # Keys that say how coefficients are learned: kept for a run by a method that learns, and of no use to the others.
-LEARNING_KEYS = ("calibration", "batch_tokens", "gradients", "gradient_checkpointing")
+LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")
 
 
 def method_of(raw: dict[str, Any], where: Where) -> Method | None:

@@ -208,8 +208,7 @@ class Student:
     def _hidden_loss(self, student_CH: dict[int, Tensor], target: Target) -> Tensor:
         """L_hid of a sample."""
         expert_CH = {index: tensor.to(student_CH[index].device) for index, tensor in target.hidden_CH.items()}
-        form = self.plan.config.parameters.hidden_loss
-        if form == "mse":
+        if self.plan.config.parameters.hidden_loss == "mse":
             return hidden_loss(student_CH, expert_CH)
         # The first token only gathers attention: its state is hundreds of times larger, and says nothing of the text.
         counted = target.counted_C
@@ -217,7 +216,6 @@ class Student:
         return relative_hidden_loss(
             {index: tensor[some] for index, tensor in student_CH.items()},
             {index: tensor[some] for index, tensor in expert_CH.items()},
-            form == "feature",
         )
 
     def _logit_loss(self, last_CH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:

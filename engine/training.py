@@ -122,7 +122,8 @@ class Learner:
     def step(self, gradient: Array) -> StepMetrics:
         """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
 
-        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped. Of a tied coefficient, ∂L/∂α is
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped; where γ is relative, ∂R/∂α is
+        in units of C · mean |∂L/∂α|, so that γ = 1 pulls as hard as an average coefficient is pushed. Of a tied one, ∂L/∂α is
         the sum over its columns.
         """
         parameters, alpha = self._parameters, self._alpha()

@@ -21,7 +21,7 @@ from engine.preparation import check_inputs, prepare
 from engine.run_folder import RunFolder
 from engine.shards import Arrivals, LocalShards
 from engine.task_vectors import Piece, TaskVectors, open_task_vectors
-from engine.training import Learner, Stage, first_stage, second_stage
+from engine.training import PRIORS, Learner, Stage, common_prior, first_stage, needs_prior, second_stage, with_prior
 
 
 def task_vectors(plan: Plan, threads: int = 1) -> TaskVectors:
@@ -83,8 +83,18 @@ class Plain:
         learner.restore(state)
         return learner.coefficients
 
+    def find_prior(self) -> list[float]:
+        """The loss of every common prior; the plan has the best."""
+        order = training_order([len(mine) for mine in self.samples], epochs=1)
+        everything = [WindowSample(self.samples[k][i], self.targets[k, i]) for k, i in order]
+        losses = [self.trainer.measure(common_prior(self.plan, weight), everything) for weight in PRIORS]
+        self.plan = with_prior(self.plan, PRIORS[int(np.argmin(losses))])
+        return losses
+
     def run(self) -> list[Coefficients]:
         options = self.plan.config.parameters
+        if needs_prior(self.plan):
+            self.find_prior()
         first = self.learn(first_stage(self.plan))
         if self.plan.config.stages == 1:
             return [first]

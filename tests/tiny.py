@@ -127,7 +127,8 @@ def make_merge(
             {"model": f"expert{k}", "calibration": f"expert{k}.jsonl", "parameters": {"weight": 0.2 + 0.1 * k}}
         )
     # A learning rate and a hidden weight at which tiny random models move a little at every step.
-    defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "base_model": "base", "models": models}
+    defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "base_model": "base", "preset": "paper"}
+    defaults["models"] = models
     parameters = {"learning_rate": 0.1, "gradient_accumulation": 3, "hidden_layers": [1, 2], "regularization": 0.5}
     merged = {**defaults, "parameters": parameters | config.pop("parameters", {}), **config}
     path = folder / "merge.yaml"

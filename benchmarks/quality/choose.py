@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tasks
 from bench import Bench
 from fine_tune import WORKDIR
 from space import LEARNED, SCALED, WEIGHT_SPACE
@@ -68,7 +69,8 @@ def try_learned(
     """Learn, and score after each stage that is not there yet."""
     plan = bench.plan(method, options, seed, samples)
     names = ["expert_merging", method] if plan.config.stages == 2 else [method]
-    keys = [{"method": name, "options": options, "seed": seed, "samples": samples} for name in names]
+    few = {} if len(bench.skills) == len(tasks.SKILLS) else {"experts": len(bench.skills)}
+    keys = [{"method": name, "options": options, "seed": seed, "samples": samples} | few for name in names]
     if log.has(**keys[-1]):
         return
     began = time.monotonic()

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from engine.alignment import entropy_loss, hidden_loss, logit_loss, regularization, regularization_gradient
+from engine.alignment import (
+    entropy_loss,
+    hidden_loss,
+    logit_loss,
+    regularization,
+    regularization_gradient,
+    relative_hidden_loss,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -310,3 +317,38 @@ def test_regularization_has_the_gradient_of_finite_differences() -> None:
     alpha, prior = generator.uniform(0, 1, (3, 5)), generator.uniform(0, 1, (3, 5))
     wanted = differences(lambda table: regularization(table, prior), alpha, step=1e-7)
     np.testing.assert_allclose(regularization_gradient(alpha, prior), wanted, rtol=1e-6, atol=1e-7)
+
+
+def closed_relative(student: dict[int, Array], expert: dict[int, Array]) -> float:
+    return float(
+        np.mean([((student[i] - e) ** 2).sum() / ((e - e.mean(axis=0)) ** 2).sum() for i, e in expert.items()])
+    )
+
+
+def test_the_relative_hidden_loss_is_the_closed_form_and_so_is_its_gradient() -> None:
+    student, expert = ({i: random(4, 6, seed=seed + i) for i in (1, 3)} for seed in (0, 10))
+    in_64 = {i: tensor.double().numpy() for i, tensor in student.items()}
+    targets = {i: tensor.double().numpy() for i, tensor in expert.items()}
+    assert relative_hidden_loss(student, expert).item() == pytest.approx(closed_relative(in_64, targets), rel=1e-5)
+    slope = gradient(lambda at: relative_hidden_loss(student | {3: at}, expert), student[3])
+    expected = differences(lambda at: closed_relative(in_64 | {3: at}, targets), in_64[3])
+    np.testing.assert_allclose(slope.double().numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-3, 1e4), st.integers(2, 6), st.integers(0, 99))
+def test_the_relative_hidden_loss_has_no_unit(size: float, tokens: int, seed: int) -> None:
+    student, expert = random(tokens, 5, seed=seed), random(tokens, 5, seed=seed + 1)
+    plain = relative_hidden_loss({0: student}, {0: expert}).item()
+    assert relative_hidden_loss({0: size * student}, {0: size * expert}).item() == pytest.approx(plain, rel=1e-3)
+    mean = expert.mean(dim=0).expand(tokens, -1)
+    assert relative_hidden_loss({0: mean}, {0: expert}).item() == pytest.approx(1.0, rel=1e-4)
+    assert relative_hidden_loss({0: expert}, {0: expert}).item() == 0.0
+
+
+def test_the_relative_hidden_loss_of_one_token_or_of_no_layer_is_finite() -> None:
+    one, other = random(1, 5), random(1, 5, seed=1)
+    expected = float((one - other).square().sum() / other.square().sum())
+    assert relative_hidden_loss({0: one}, {0: other}).item() == pytest.approx(expected, rel=1e-6)
+    assert relative_hidden_loss({0: one[:0]}, {0: other[:0]}).item() == 0.0
+    assert relative_hidden_loss({}, {}).item() == 0.0

@@ -283,7 +283,7 @@ def test_the_regularisation_pulls_back_to_the_prior() -> None:
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
 def test_a_relative_pull_is_a_part_of_the_alignment_s_own_size(size: float) -> None:
-    """Whatever the unit of the losses: γ = 0.5 halves what an average slope pushes, and holds what a tenth of it does."""
+    """Whatever the unit of the losses, γ is what part of an average slope pulls back."""
     options = Parameters(regularization=0.5, regularization_scale="relative", weight_decay=0.0, learning_rate=0.1)
     stage = first_stage(plan())
     learner = Learner(options, stage)
@@ -307,7 +307,9 @@ def test_a_relative_pull_is_a_part_of_the_alignment_s_own_size(size: float) -> N
 
 
 def test_a_prior_that_is_to_be_found_is_the_same_for_all_that_have_none(llama_merge: Path) -> None:
-    made = plan_of(llama_merge, "parameters.weight=auto", "models.0.parameters.weight=null", "models.1.parameters.weight=0.25")
+    made = plan_of(
+        llama_merge, "parameters.weight=auto", "models.0.parameters.weight=null", "models.1.parameters.weight=0.25"
+    )
     assert needs_prior(made)
     filled = with_prior(made, 0.7)
     assert not needs_prior(filled) and filled.priors == [0.7, 0.25]

@@ -1,0 +1,47 @@
+"""What the number of samples, the budget, κ and the number of experts do to Expert Merging++, on the validation split.
+
+`python benchmarks/quality/sensitivity.py [samples budget kappa experts]` varies one of them at a time around the options
+of `space.CHOSEN_LEARNED`, a line of `results/sensitivity.jsonl` a point; what is there is not redone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import tasks
+from bench import Bench
+from choose import RESULTS, Log, try_learned
+from fine_tune import WORKDIR
+from space import CHOSEN_LEARNED
+
+POINTS = {
+    "samples": (2, 5, 8, 10, 20),
+    "budget": (0.9, 1.1, 1.5, 2.0, 3.0),
+    "kappa": (0.0, 0.5, 1.0, 2.0),
+    "experts": (2, 3, 4, 5),
+}
+
+
+@click.command()
+@click.argument("what", nargs=-1, type=click.Choice(list(POINTS)))
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,))
+@click.option("--workdir", type=click.Path(path_type=Path), default=Path(os.environ.get("QUALITY_WORKDIR", WORKDIR)))
+def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
+    log = Log(RESULTS / "sensitivity.jsonl")
+    method, options = CHOSEN_LEARNED["expert_merging_pp"]
+    benches: dict[int, Bench] = {}
+    for name in what or POINTS:
+        for value in POINTS[name]:
+            experts = int(value) if name == "experts" else len(tasks.SKILLS)
+            if experts not in benches:
+                benches[experts] = Bench(workdir, list(tasks.SKILLS)[:experts])
+            varied = options | ({name: value} if name in ("budget", "kappa") else {})
+            samples = int(value) if name == "samples" else 8
+            for seed in seeds:
+                try_learned(log, benches[experts], "validation", method, varied, seed, samples)
+
+
+if __name__ == "__main__":
+    main()
