@@ -122,7 +122,6 @@ class Parameters(_Section):
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     loss_tokens: Literal["all", "text", "response"] = "all"
     regularization: Annotated[Float, Field(ge=0)] = 5.0
-    regularization_scale: Literal["absolute", "relative"] = "absolute"
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
@@ -244,7 +243,6 @@ PAPER: dict[str, Any] = {
     "hidden_weight": 1.0,
     "loss_tokens": "all",
     "regularization": 5.0,
-    "regularization_scale": "absolute",
     "learning_rate": 0.5,
     "gradient_accumulation": 8,
     "epochs": 1,

@@ -122,8 +122,7 @@ class Learner:
     def step(self, gradient: Array) -> StepMetrics:
         """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
 
-        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped; where γ is relative, ∂R/∂α is
-        in units of C · mean |∂L/∂α|, so that γ = 1 pulls as hard as an average coefficient is pushed. Of a tied one, ∂L/∂α is
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped. Of a tied coefficient, ∂L/∂α is
         the sum over its columns.
         """
         parameters, alpha = self._parameters, self._alpha()
@@ -131,8 +130,6 @@ class Learner:
         if self._stage.tied:
             slope = slope.sum(axis=1, keepdims=True)
         pull = parameters.regularization * regularization_gradient(alpha, self._prior)
-        if parameters.regularization_scale == "relative":
-            pull *= alpha.shape[1] * np.abs(slope).mean()
         self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (slope + pull))
         norm = torch.nn.utils.clip_grad_norm_([self._a], parameters.max_grad_norm).item()
         learning_rate = float(self._schedule.get_last_lr()[0])

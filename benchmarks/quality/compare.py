@@ -1,7 +1,7 @@
 """The comparison on the test split, a line of `results/test.jsonl` a model and seed; what is there is not redone.
 
-`python benchmarks/quality/compare.py [NAME ...]` takes the options that `choose.py` found (`space.CHOSEN`). What depends
-on chance is made with five seeds: of the samples that are drawn, or of the elements that DARE keeps.
+`python benchmarks/quality/compare.py [NAME ...]` takes the options that `choose.py` found (`space.CHOSEN`). What
+depends on chance is made with five seeds: of the samples that are drawn, or of the elements that DARE keeps.
 """
 
 from __future__ import annotations

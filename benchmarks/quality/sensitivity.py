@@ -1,7 +1,7 @@
 """What the number of samples, the budget, κ and the number of experts do to Expert Merging++, on the validation split.
 
-`python benchmarks/quality/sensitivity.py [samples budget kappa experts]` varies one of them at a time around the options
-of `space.CHOSEN_LEARNED`, a line of `results/sensitivity.jsonl` a point; what is there is not redone.
+`python benchmarks/quality/sensitivity.py [samples budget kappa experts]` varies one of them at a time around the
+options of `space.CHOSEN_LEARNED`, a line of `results/sensitivity.jsonl` a point; what is there is not redone.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ ABOUT = {
     "temperature": "T of the logit loss",
     "loss_tokens": "whose losses count: all, text (no image), or response (from what predicts its first token)",
     "regularization": "γ, the pull back to the prior",
-    "regularization_scale": "γ's unit: absolute, or relative to the mean size of the alignment's own gradient",
     "learning_rate": "of AdamW on a, α = σ(a)",
     "weight_decay": "of AdamW",
     "max_grad_norm": "the gradient's norm is clipped to it",

@@ -281,31 +281,6 @@ def test_the_regularisation_pulls_back_to_the_prior() -> None:
     assert (np.abs(learner.coefficients.values - stage.start) < np.abs(away - stage.start)).all()
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
-def test_a_relative_pull_is_a_part_of_the_alignment_s_own_size(size: float) -> None:
-    """Whatever the unit of the losses, γ is what part of an average slope pulls back."""
-    options = Parameters(regularization=0.5, regularization_scale="relative", weight_decay=0.0, learning_rate=0.1)
-    stage = first_stage(plan())
-    learner = Learner(options, stage)
-    learner.step(np.where(np.arange(3) == 0, -size, 1e-3 * size) * np.ones((2, 3)))
-    moved = learner.coefficients.values - stage.start
-    assert (moved[:, 0] > 0).all()
-    # The next pull is against what moved: three columns of slope ∓ε, and γ times their mean size.
-    again = Learner(options, stage)
-    again.restore(learner.state())
-    before = again.coefficients.values
-    metrics = again.step(np.zeros((2, 3)))
-    assert metrics.grad_norm == 0.0, "without an alignment gradient there is nothing to be relative to"
-    slopes = np.full((2, 3), 0.1 * size)
-    held = Learner(options, stage)
-    held.restore(learner.state())
-    got = held.step(slopes)
-    alpha = before
-    pull = 0.5 * 0.1 * size * np.sign(alpha - np.array(WEIGHTS)[:, None])
-    expected = np.linalg.norm(alpha * (1 - alpha) * (slopes + pull))
-    assert got.grad_norm == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_prior_that_is_to_be_found_is_the_same_for_all_that_have_none(llama_merge: Path) -> None:
     made = plan_of(
         llama_merge, "parameters.weight=auto", "models.0.parameters.weight=null", "models.1.parameters.weight=0.25"
