@@ -134,12 +134,17 @@ def check_ids(ids: Sequence[int], vocabulary: int | None, where: str) -> None:
 
 
 def _uncounted(loss_tokens: str, encoded: Encoded, length: int, generate: int, where: str) -> Spans:
-    """Spans of positions whose losses do not count: images, or all before the one that predicts the response."""
+    """Spans of positions whose losses do not count: images, or all before the one that predicts the response.
+
+    `auto` is `response` where there is any of it, else `text`.
+    """
     if loss_tokens == "all":
         return ()
     if loss_tokens == "text":
         return encoded.images
     start = length if generate and encoded.response is None else encoded.response
+    if loss_tokens == "auto" and (start is None or start - 1 >= length):
+        return encoded.images
     if start is None:
         raise CalibrationError(
             "the record has no response, and `loss_tokens: response` counts nothing else",

@@ -120,7 +120,7 @@ class Parameters(_Section):
     hidden_loss: Literal["mse", "relative"] = "mse"
     hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
     temperature: Annotated[Float, Field(gt=0)] = 1.0
-    loss_tokens: Literal["all", "text", "response"] = "all"
+    loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
     regularization: Annotated[Float, Field(ge=0)] = 5.0
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5

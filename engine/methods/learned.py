@@ -19,7 +19,7 @@ ABOUT = {
     "hidden_loss": "of hidden states: mse, or relative to the expert's own variance",
     "hidden_weight": "λ_hid, what the hidden loss counts",
     "temperature": "T of the logit loss",
-    "loss_tokens": "whose losses count: all, text (no image), or response (from what predicts its first token)",
+    "loss_tokens": "whose losses count: all, text (no image), response (from what predicts its first token), or auto",
     "regularization": "γ, the pull back to the prior",
     "learning_rate": "of AdamW on a, α = σ(a)",
     "weight_decay": "of AdamW",

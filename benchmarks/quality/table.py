@@ -1,0 +1,87 @@
+"""Tables of the results, in Markdown: the comparison on the test split, and with `--validation` every try of options.
+
+`normalised` is the mean over skills of a model's exact match divided by that of the skill's own expert. Where there are
+several seeds: their mean ± standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import click
+import tasks
+from choose import RESULTS
+from fine_tune import MIXTURE
+from space import CHOSEN, CHOSEN_LEARNED
+
+Line = dict[str, Any]
+
+
+def read(name: str) -> list[Line]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def own_scores(lines: Sequence[Line]) -> dict[str, float]:
+    """What each skill's own expert reaches, in per cent."""
+    models = {line["key"].get("model"): line["exact_match"] for line in lines}
+    return {skill: models[skill][skill] for skill in tasks.SKILLS}
+
+
+def normalised(line: Line, own: dict[str, float]) -> float:
+    return statistics.mean(line["exact_match"][skill] / own[skill] for skill in line["exact_match"])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    several = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{several}"
+
+
+def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
+    """Rows of the table: a name, and its lines of one or several seeds."""
+    for model in ("base", *tasks.SKILLS, MIXTURE):
+        found = [line for line in lines if line["key"] == {"model": model}]
+        yield (model if model in ("base", MIXTURE) else f"expert {model}"), found
+    for method, (options, scale) in CHOSEN.items():
+        key = {"method": method, "options": options, "scale": scale}
+        yield method, [line for line in lines if key.items() <= line["key"].items()]
+    for name, (method, options) in CHOSEN_LEARNED.items():
+        yield name, [line for line in lines if {"method": method, "options": options}.items() <= line["key"].items()]
+
+
+def print_test() -> None:
+    lines = read("test")
+    own = own_scores(lines)
+    print("| model | " + " | ".join(tasks.SKILLS) + " | mean | normalised | loss | seeds |")
+    print("|---" * (len(tasks.SKILLS) + 5) + "|")
+    for name, found in groups(lines):
+        if not found:
+            continue
+        skills = [spread([line["exact_match"][skill] for line in found], 1) for skill in tasks.SKILLS]
+        means = [statistics.mean(line["exact_match"].values()) for line in found]
+        losses = [statistics.mean(line["loss"].values()) for line in found]
+        cells = [*skills, spread(means, 1), spread([normalised(line, own) for line in found], 3), spread(losses, 3)]
+        print(f"| {name} | " + " | ".join([*cells, str(len(found))]) + " |")
+
+
+def print_tries(name: str) -> None:
+    print("| method | options | mean exact match | loss |\n|---|---|---|---|")
+    for line in read(name):
+        key = dict(line["key"])
+        what = key.pop("method", None) or key.pop("model")
+        options = {**key.pop("options", {}), **key}
+        told = ", ".join(f"{option} {value}" for option, value in options.items())
+        mean, loss = statistics.mean(line["exact_match"].values()), statistics.mean(line["loss"].values())
+        print(f"| {what} | {told} | {mean:.1f} | {loss:.3f} |")
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["test", "validation", "sensitivity"]), default="test")
+def main(what: str) -> None:
+    print_test() if what == "test" else print_tries(what)
+
+
+if __name__ == "__main__":
+    main()
