@@ -17,6 +17,7 @@ import click
 import tasks
 from bench import Bench
 from fine_tune import WORKDIR
+from safetensors.torch import load_model, save_model
 from space import LEARNED, SCALED, WEIGHT_SPACE
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,11 +53,16 @@ def score_into(log: Log, bench: Bench, split: str, key: dict[str, Any], **more: 
 
 
 def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...]) -> Iterator[float]:
-    """The model as the method merges it with each of the scales in turn; the merge is computed once."""
-    bench.combine(bench.plan(method, options))
-    merged = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
+    """The model as the method merges it with each of the scales in turn; the merge is computed once, and kept."""
+    path = bench.workdir / "merges" / f"{method} {json.dumps(options)}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        bench.combine(bench.plan(method, options))
+        save_model(bench.model, path)
     bench.load("base")
     base = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
+    load_model(bench.model, path)
+    merged = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
     for scale in scales:
         for name, parameter in bench.model.named_parameters():
             parameter.data.copy_(base[name]).add_(merged[name] - base[name], alpha=scale)

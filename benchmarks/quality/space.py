@@ -20,8 +20,8 @@ WEIGHT_SPACE: dict[str, list[Options]] = {
     "wudi": [{}],
     "wudi2": [{}],
 }
-SUMS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-MEANS = (0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.0)
+SUMS = (0.2, 0.3, 0.4, 0.5, 0.6)
+MEANS = (0.7, 1.0, 1.3, 1.6, 2.0)
 SCALED = {
     "weight_average": (1.0,),
     "task_arithmetic": SUMS,
@@ -30,7 +30,7 @@ SCALED = {
     "iso": MEANS,
     "svd": MEANS,
 }
-SCALED |= {"wudi": SUMS, "wudi2": SUMS}
+SCALED |= {"wudi": (0.3, 0.5, 0.7, 1.0, 1.3), "wudi2": (0.3, 0.5, 0.7, 1.0, 1.3)}
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}
