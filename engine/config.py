@@ -111,26 +111,26 @@ class ModelParameters(_Section):
 
 
 class Parameters(_Section):
-    """Options of the method, by the names and with the defaults of the method's page."""
+    """Options of the method, by the paper's names; the defaults are what `benchmarks/quality` found, see also PAPER."""
 
-    weight: Float | Literal["auto"] = 0.1
+    weight: Float | Literal["auto"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0)] = 1.0
-    samples_per_model: Annotated[Int, Field(ge=1)] = 5
+    samples_per_model: Annotated[Int, Field(ge=1)] = 8
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
-    hidden_loss: Literal["mse", "relative"] = "mse"
-    hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
+    hidden_loss: Literal["mse", "relative"] = "relative"
+    hidden_weight: Annotated[Float, Field(ge=0)] = 0.3
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
-    regularization: Annotated[Float, Field(ge=0)] = 5.0
+    regularization: Annotated[Float, Field(ge=0)] = 0.0
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     gradient_accumulation: Annotated[Int, Field(ge=1)] = 8
-    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 1
+    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 4
     budget: Annotated[Float, Field(gt=0, le=1e6)] = 1.1
     kappa: Annotated[Float, Field(ge=0)] = 1.0
-    fixed: Literal["prior", "stage1"] = "prior"
-    start: Literal["prior", "stage1"] = "prior"
+    fixed: Literal["prior", "stage1"] = "stage1"
+    start: Literal["prior", "stage1"] = "stage1"
     granularity: Literal["layer", "task"] = "layer"
 
 
@@ -166,7 +166,7 @@ class Calibration(_Section):
 
     max_length: Annotated[Int, Field(ge=2)] = 2048
     shuffle: bool = False
-    generate_responses: Annotated[Int, Field(ge=0)] = 0
+    generate_responses: Annotated[Int, Field(ge=0)] = 64
     image_options: ImageOptions = {}
     # Where images are looked for that are not beside their data file; None: in the config's folder.
     image_folder: Annotated[str, Field(min_length=1)] | None = None
@@ -239,6 +239,7 @@ class Recipe(_Section):
 # paper's prior, no pull back to it, and prompts as they are, since no expert answers them.
 PAPER: dict[str, Any] = {
     "weight": 0.1,
+    "samples_per_model": 5,
     "hidden_loss": "mse",
     "hidden_weight": 1.0,
     "loss_tokens": "all",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from engine.config import ADAMERGING, ModelParameters, Parameters
 from engine.methods.spec import Method, Option
@@ -36,14 +37,14 @@ SECOND_STAGE = ("budget", "kappa", "fixed", "start")
 ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
 
 
-def _options(without: tuple[str, ...], defaults: Mapping[str, float] = MappingProxyType({})) -> tuple[Option, ...]:
+def _options(without: tuple[str, ...], defaults: Mapping[str, Any] = MappingProxyType({})) -> tuple[Option, ...]:
     return tuple(
         Option(
             name,
             defaults.get(name, field.default),
             ABOUT[name],
             "expert" if name in ModelParameters.model_fields else "merge",
-            kind=type(field.default),
+            kind=type(defaults.get(name, field.default)),
         )
         for name, field in Parameters.model_fields.items()
         if name not in without

@@ -13,7 +13,7 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config import INTERNAL, Config, Rates
+from engine.config import INTERNAL, PAPER, Config, Rates
 from engine.config_file import load_config, parse_config
 from engine.errors import ConfigError
 from engine.record import resolved_config
@@ -57,7 +57,7 @@ def line_of(text: str, marker: str = "# here") -> int:
 
 
 def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
-    config = load(path, HEAD + MODELS)
+    config = load(path, HEAD + MODELS, "preset=paper")
     expert = config.models[0]
     assert (config.weight(expert), config.loss_weight(expert), config.samples_per_model(expert)) == (0.1, 1.0, 5)
     assert config.parameters.model_dump() == {
@@ -65,6 +65,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
         "loss_weight": 1.0,
         "samples_per_model": 5,
         "hidden_layers": "middle",
+        "hidden_loss": "mse",
         "hidden_weight": 1.0,
         "temperature": 1.0,
         "loss_tokens": "all",
@@ -82,11 +83,32 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
     }
     assert " ".join(config.exclude) == ".*vision.* .*visual.* .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*"
     assert (config.calibration.max_length, config.calibration.shuffle) == (2048, False)
+    assert config.calibration.generate_responses == 0
     assert (config.seed, config.dtype, config.out_dtype) == (0, None, None)
     assert (config.cluster.shards, config.cluster.wait) == ("auto", 600)
     assert config.cluster.expert.num_gpus == config.cluster.trainer.num_gpus == "auto"
     assert (config.gradients, config.gradient_checkpointing) == ("accumulate", False)
     assert set(config.cluster.rates.model_dump().values()) == {None}
+
+
+def test_a_preset_gives_defaults_and_no_more(path: Path) -> None:
+    ours, papers = (load(path, HEAD + MODELS, *preset) for preset in ([], ["preset=paper"]))
+    assert ours.preset is None and papers.preset == "paper"
+    assert ours.weight(ours.models[0]) is None, "ours is found on the samples"
+    differ = {name for name, value in papers.parameters if value != getattr(ours.parameters, name)}
+    assert differ <= set(PAPER) and "weight" in differ
+    assert {name: getattr(papers.parameters, name) for name in PAPER} == PAPER
+    own = load(path, HEAD + MODELS, "preset=paper", "parameters.epochs=7", "calibration.generate_responses=3")
+    assert (own.parameters.epochs, own.parameters.weight, own.calibration.generate_responses) == (7, 0.1, 3)
+    with pytest.raises(ConfigError, match="preset"):
+        load(path, HEAD + MODELS, "preset=papers")
+
+
+def test_adamerging_asks_no_expert_whatever_the_preset(path: Path) -> None:
+    for preset in ([], ["preset=paper"]):
+        config = load(path, HEAD + MODELS, "merge_method=adamerging", *preset)
+        assert (config.parameters.weight, config.parameters.regularization) == (0.3, 0.0)
+        assert config.calibration.generate_responses == 0
 
 
 @pytest.mark.parametrize(("method", "stages"), [("expert_merging", 1), ("expert_merging_pp", 2)])
