@@ -268,7 +268,7 @@ def test_the_regularisation_does_not_pull_at_the_prior(weights: tuple[float, ...
 
 def test_the_regularisation_pulls_back_to_the_prior() -> None:
     stage = first_stage(plan())
-    learner, width = Learner(Parameters(learning_rate=0.05), stage), stage.layout.width
+    learner, width = Learner(Parameters(regularization=5.0, learning_rate=0.05), stage), stage.layout.width
     learner.step(np.full((2, width), -1.0))
     away = learner.coefficients.values
     assert (away > stage.start).all()
