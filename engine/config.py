@@ -118,14 +118,14 @@ class Parameters(_Section):
     samples_per_model: Annotated[Int, Field(ge=1)] = 8
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_loss: Literal["mse", "relative"] = "relative"
-    hidden_weight: Annotated[Float, Field(ge=0)] = 0.3
-    temperature: Annotated[Float, Field(gt=0)] = 1.0
+    hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
+    temperature: Annotated[Float, Field(gt=0)] = 2.0
     loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
     regularization: Annotated[Float, Field(ge=0)] = 0.0
     learning_rate: Annotated[Float, Field(gt=0)] = 0.5
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
-    gradient_accumulation: Annotated[Int, Field(ge=1)] = 8
+    gradient_accumulation: Annotated[Int, Field(ge=1)] = 5
     epochs: Annotated[Int, Field(ge=1, le=10_000)] = 4
     budget: Annotated[Float, Field(gt=0, le=1e6)] = 1.1
     kappa: Annotated[Float, Field(ge=0)] = 1.0
@@ -241,10 +241,9 @@ PAPER: dict[str, Any] = {
     "weight": 0.1,
     "samples_per_model": 5,
     "hidden_loss": "mse",
-    "hidden_weight": 1.0,
+    "temperature": 1.0,
     "loss_tokens": "all",
     "regularization": 5.0,
-    "learning_rate": 0.5,
     "gradient_accumulation": 8,
     "epochs": 1,
     "fixed": "prior",

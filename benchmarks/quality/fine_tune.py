@@ -2,7 +2,8 @@
 
 `python benchmarks/quality/fine_tune.py [NAME ...]` makes `WORKDIR/models/<skill>` and `WORKDIR/models/mixture`, float32
 safetensors of 540 MB each, on a GPU or on CPU cores (some 4 minutes an expert and 10 the mixture on two). What is there
-is left alone. The mixture sees half as many examples of every skill as the skill's expert does, and one of each in turn. Knows nothing of merging.
+is left alone. The mixture sees half as many examples of every skill as the skill's expert does, one of each in turn.
+Knows nothing of merging.
 """
 
 from __future__ import annotations
