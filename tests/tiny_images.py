@@ -300,7 +300,8 @@ def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[in
         listed.append(
             {"model": f"expert{k}", "calibration": f"expert{k}.json", "parameters": {"weight": 0.2 + 0.1 * k}}
         )
-    defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "base_model": "base", "models": listed}
+    defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "preset": "paper", "base_model": "base"}
+    defaults["models"] = listed
     defaults |= {"trust_remote_code": True} if family == CHAT else {}
     # As in `tiny.make_merge`: tiny random models move a little at every step.
     parameters = {"learning_rate": 0.1, "gradient_accumulation": 3, "hidden_layers": [1, 2], "regularization": 0.5}
