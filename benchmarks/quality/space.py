@@ -21,7 +21,7 @@ WEIGHT_SPACE: dict[str, list[Options]] = {
     "wudi2": [{}],
 }
 SUMS = (0.2, 0.3, 0.4, 0.5, 0.6)
-MEANS = (0.7, 1.0, 1.3, 1.6, 2.0)
+MEANS = (0.7, 1.0, 1.3, 1.6, 2.0, 3.0, 4.0)
 SCALED = {
     "weight_average": (1.0,),
     "task_arithmetic": SUMS,
@@ -34,12 +34,28 @@ SCALED |= {"wudi": (0.3, 0.5, 0.7, 1.0, 1.3), "wudi2": (0.3, 0.5, 0.7, 1.0, 1.3)
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}
-        for weight in (0.3, 0.6)
+        for weight in (0.2, 0.4)
         for rate, epochs in ((0.5, 1), (0.1, 4))
     ],
 }
 
-# What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name.
-CHOSEN: dict[str, tuple[Options, float]] = {}
-CHOSEN_LEARNED: dict[str, tuple[str, Options]] = {}
+# What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name. Of
+# Expert Merging they are the defaults; `choose.py --try` led to them, and the results have every try.
+CHOSEN: dict[str, tuple[Options, float]] = {
+    "weight_average": ({}, 1.0),
+    "task_arithmetic": ({"weight": 1.0}, 0.4),
+    "ties": ({"weight": 1.0, "density": 0.2}, 1.0),
+    "dare_ties": ({"weight": 1.0, "density": 0.2}, 0.3),
+    "iso": ({}, 1.0),
+    "svd": ({}, 1.0),
+    "wudi": ({}, 1.0),
+    "wudi2": ({}, 1.0),
+}
+CHOSEN_LEARNED: dict[str, tuple[str, Options]] = {
+    "adamerging": ("adamerging", {"weight": 0.2, "learning_rate": 0.1, "epochs": 4}),
+    "expert_merging, preset: paper": ("expert_merging", {"preset": "paper"}),
+    "expert_merging_pp, preset: paper": ("expert_merging_pp", {"preset": "paper"}),
+    "expert_merging": ("expert_merging", {}),
+    "expert_merging_pp": ("expert_merging_pp", {}),
+}
 SEEDED = ("dare_ties",)
