@@ -122,12 +122,12 @@ class Parameters(_Section):
     temperature: Annotated[Float, Field(gt=0)] = 2.0
     loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
     regularization: Annotated[Float, Field(ge=0)] = 0.0
-    learning_rate: Annotated[Float, Field(gt=0)] = 0.5
+    learning_rate: Annotated[Float, Field(gt=0)] = 1.0
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     gradient_accumulation: Annotated[Int, Field(ge=1)] = 5
     epochs: Annotated[Int, Field(ge=1, le=10_000)] = 4
-    budget: Annotated[Float, Field(gt=0, le=1e6)] = 1.1
+    budget: Annotated[Float, Field(gt=0, le=1e6)] = 3.0
     kappa: Annotated[Float, Field(ge=0)] = 1.0
     fixed: Literal["prior", "stage1"] = "stage1"
     start: Literal["prior", "stage1"] = "stage1"
@@ -244,8 +244,10 @@ PAPER: dict[str, Any] = {
     "temperature": 1.0,
     "loss_tokens": "all",
     "regularization": 5.0,
+    "learning_rate": 0.5,
     "gradient_accumulation": 8,
     "epochs": 1,
+    "budget": 1.1,
     "fixed": "prior",
     "start": "prior",
 }
