@@ -126,8 +126,8 @@ class Parameters(_Section):
     weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
     gradient_accumulation: Annotated[Int, Field(ge=1)] = 5
-    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 4
-    budget: Annotated[Float, Field(gt=0, le=1e6)] = 3.0
+    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 8
+    budget: Annotated[Float, Field(gt=0, le=1e6)] = 8.0
     kappa: Annotated[Float, Field(ge=0)] = 1.0
     fixed: Literal["prior", "stage1"] = "stage1"
     start: Literal["prior", "stage1"] = "stage1"

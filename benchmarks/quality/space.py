@@ -46,8 +46,8 @@ CHOSEN: dict[str, tuple[Options, float]] = {
     "task_arithmetic": ({"weight": 1.0}, 0.4),
     "ties": ({"weight": 1.0, "density": 0.2}, 1.0),
     "dare_ties": ({"weight": 1.0, "density": 0.2}, 0.3),
-    "iso": ({}, 1.0),
-    "svd": ({}, 1.0),
+    "iso": ({}, 3.0),
+    "svd": ({}, 1.6),
     "wudi": ({}, 1.0),
     "wudi2": ({}, 1.0),
 }
