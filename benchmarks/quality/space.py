@@ -45,7 +45,7 @@ CHOSEN: dict[str, tuple[Options, float]] = {
     "weight_average": ({}, 1.0),
     "task_arithmetic": ({"weight": 1.0}, 0.4),
     "ties": ({"weight": 1.0, "density": 0.2}, 1.0),
-    "dare_ties": ({"weight": 1.0, "density": 0.2}, 0.3),
+    "dare_ties": ({"weight": 1.0, "density": 0.2}, 0.4),
     "iso": ({}, 3.0),
     "svd": ({}, 1.6),
     "wudi": ({}, 1.0),
