@@ -70,7 +70,7 @@ def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[flo
 
 
 def try_learned(
-    log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int, samples: int
+    log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int = 0, samples: int = 8
 ) -> None:
     """Learn, and score after each stage that is not there yet."""
     plan = bench.plan(method, options, seed, samples)
