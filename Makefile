@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow chaos bench check clean
+.PHONY: install demo test test-slow chaos bench quality check clean
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ bench: install
 	$(BIN)/python benchmarks/traffic.py
 	$(BIN)/python benchmarks/scaling.py check
 	$(BIN)/python benchmarks/weight_space.py
+
+# Does it merge better? Hours on two cores; what is there is not made again. See benchmarks/quality/README.md.
+quality: install
+	$(BIN)/python benchmarks/quality/fine_tune.py
+	$(BIN)/python benchmarks/quality/compare.py
+	$(BIN)/python benchmarks/quality/sensitivity.py
+	$(BIN)/python benchmarks/quality/table.py
 
 check: install
 	$(BIN)/ruff format --check .
