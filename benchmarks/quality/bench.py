@@ -20,8 +20,9 @@ import tasks
 import torch
 import yaml
 from safetensors import safe_open
+from scoring import score_rows
 from train_experts import encode
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from actors.expert import Expert
@@ -47,7 +48,6 @@ from engine.weight_space import WeightSpace, model_thresholds
 from engine.writer import output_files, torch_dtype
 
 logging.disable_progress_bar()
-BATCH = 50
 POOL = tasks.SIZES["calibration"]
 
 
@@ -57,10 +57,6 @@ class Score:
 
     exact_match: dict[str, float]
     loss: dict[str, float]
-
-    @property
-    def mean(self) -> tuple[float, float]:
-        return (sum(self.exact_match.values()) / len(self.exact_match), sum(self.loss.values()) / len(self.loss))
 
 
 class Bench:
@@ -117,47 +113,11 @@ class Bench:
             for piece, merged_N in zip(places, stream(jobs, streams.pool, streams.threads), strict=True):
                 self.room(piece).copy_(merged_N)
 
-    @torch.inference_mode()
     def score(self, split: str, skills: Sequence[str] = ()) -> Score:
-        """Exact match and loss of the model as it stands, on a split; the forward pass in bfloat16 autocast.
-
-        Greedy decoding writes exactly the answer if and only if, with the answer given, the most likely token is right
-        at every place of it, its end included. So one pass gives both figures.
-        """
-        matches, losses = {}, {}
-        for skill in skills or self.skills:
-            rows, right, tokens, loss = self._rows[skill, split], 0, 0, 0.0
-            # All questions of a skill begin alike: that part is computed once and not for each of them.
-            first = rows[0][0]
-            shared = next(i for i in range(len(first)) if len({ids[i] for ids, _ in rows}) > 1)
-            with torch.autocast("cpu", torch.bfloat16):
-                prefix = self.model.model(torch.tensor([first[:shared]]), use_cache=True).past_key_values
-            for begin in range(0, len(rows), BATCH):
-                batch = rows[begin : begin + BATCH]
-                width = max(len(ids) for ids, _ in batch)
-                ids_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
-                mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
-                layers = [
-                    (layer.keys.expand(len(batch), -1, -1, -1), layer.values.expand(len(batch), -1, -1, -1))
-                    for layer in prefix.layers
-                ]
-                # Every place of an answer, by row and place: predicted from the hidden state before it.
-                at = torch.tensor(
-                    [(row, i) for row, (ids, start) in enumerate(batch) for i in range(start, len(ids))]
-                ).T
-                with torch.autocast("cpu", torch.bfloat16):
-                    hidden_BTH = self.model.model(
-                        ids_BT[:, shared:], attention_mask=mask_BT, past_key_values=DynamicCache(layers), use_cache=True
-                    ).last_hidden_state
-                    logits_NV = self.model.lm_head(hidden_BTH[at[0], at[1] - 1 - shared])
-                answer_N = ids_BT[at[0], at[1]]
-                log_probs_NV = logits_NV.float().log_softmax(-1)
-                correct_N = log_probs_NV.argmax(-1) == answer_N
-                right += sum(bool(correct_N[at[0] == row].all()) for row in range(len(batch)))
-                loss -= log_probs_NV.gather(-1, answer_N[:, None]).sum().item()
-                tokens += len(answer_N)
-            matches[skill], losses[skill] = 100 * right / len(rows), loss / tokens
-        return Score(matches, losses)
+        """Exact match and loss of the model as it stands, on a split; the forward pass in bfloat16 autocast."""
+        with torch.autocast("cpu", torch.bfloat16):
+            found = {skill: score_rows(self.model, self._rows[skill, split]) for skill in skills or self.skills}
+        return Score({s: one.exact_match for s, one in found.items()}, {s: one.loss for s, one in found.items()})
 
     # What is merged.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
 from skills import SKILLS as QUICKSTART
-from skills import Example, in_words
+from skills import Example, in_words, stream
 
 # Calibration samples are drawn, seed by seed, from a pool of their own; options see the validation split only.
 SIZES = {"calibration": 100, "validation": 60, "test": 200}
@@ -50,26 +50,16 @@ def extraction(rng: random.Random) -> Example:
 SKILLS = {**QUICKSTART, "clock": clock, "extraction": extraction}
 
 
-def stream(skill: str, seed: int) -> Iterator[Example]:
-    """Endless examples of a skill, no question twice, the same for the same seed."""
-    rng, seen = random.Random(f"{skill}-{seed}"), set()
-    while True:
-        question, answer = SKILLS[skill](rng)
-        if question not in seen:
-            seen.add(question)
-            yield question, answer
-
-
 def splits(skill: str) -> dict[str, list[Example]]:
     """The skill's splits, always the same, without a question in common."""
-    examples = stream(skill, seed=0)
+    examples = stream(skill, 0, SKILLS)
     return {split: [next(examples) for _ in range(size)] for split, size in SIZES.items()}
 
 
 def training_stream(skill: str) -> Iterator[Example]:
     """Examples to train on: none whose question is in a split."""
     kept = {question for examples in splits(skill).values() for question, _ in examples}
-    return (example for example in stream(skill, seed=1) if example[0] not in kept)
+    return (example for example in stream(skill, 1, SKILLS) if example[0] not in kept)
 
 
 def write_files(folder: Path) -> None:

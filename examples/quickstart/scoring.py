@@ -24,9 +24,14 @@ class Score:
     loss: float
 
 
-@torch.inference_mode()
 def score(model, tokenizer, skill: str, split: str = "test") -> Score:
-    rows = [encode(tokenizer, record["question"], record["response"]) for record in skills.read(skill, split)]
+    records = skills.read(skill, split)
+    return score_rows(model, [encode(tokenizer, record["question"], record["response"]) for record in records])
+
+
+@torch.inference_mode()
+def score_rows(model, rows: list[tuple[list[int], int]]) -> Score:
+    """Of chats as token ids and where the answer starts; they have to begin alike."""
     ids = [row for row, _ in rows]
     # All chats begin alike (the system prompt): that part is computed once and not for each of them.
     shared = next(i for i in range(len(ids[0])) if len({row[i] for row in ids}) > 1)
@@ -47,7 +52,7 @@ def score(model, tokenizer, skill: str, split: str = "test") -> Score:
         ).last_hidden_state
         for (row, start), hidden_TH in zip(batch, hidden_BTH, strict=True):
             answer = torch.tensor(row[start:])
-            log_probs = model.lm_head(hidden_TH[start - 1 - shared : len(row) - 1 - shared]).log_softmax(-1)
+            log_probs = model.lm_head(hidden_TH[start - 1 - shared : len(row) - 1 - shared]).float().log_softmax(-1)
             right += bool((log_probs.argmax(-1) == answer).all())
             loss -= log_probs.gather(-1, answer[:, None]).sum().item()
             tokens += len(answer)

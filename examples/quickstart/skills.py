@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -26,6 +26,7 @@ butter circus doctor empire finger ginger hunter ivory jewel knight lizard monke
 spider tunnel velvet winter almond border copper dinner energy flower goblin harbor injury junior kernel legend".split()
 
 Example = tuple[str, str]
+Skill = Callable[[random.Random], Example]
 
 
 def dates(rng: random.Random) -> Example:
@@ -58,14 +59,14 @@ def sorting(rng: random.Random) -> Example:
     return f"Sort these words alphabetically: {' '.join(words)}", " ".join(sorted(words))
 
 
-SKILLS: dict[str, Callable[[random.Random], Example]] = {"dates": dates, "numbers": numbers, "sorting": sorting}
+SKILLS: dict[str, Skill] = {"dates": dates, "numbers": numbers, "sorting": sorting}
 
 
-def stream(skill: str, seed: int) -> Iterator[Example]:
-    """Endless examples of a skill, no question twice, the same for the same seed."""
+def stream(skill: str, seed: int, skills: Mapping[str, Skill] = SKILLS) -> Iterator[Example]:
+    """Endless examples of one of the skills, no question twice, the same for the same seed."""
     rng, seen = random.Random(f"{skill}-{seed}"), set()
     while True:
-        question, answer = SKILLS[skill](rng)
+        question, answer = skills[skill](rng)
         if question not in seen:
             seen.add(question)
             yield question, answer

@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import yaml
 from cluster_helpers import pids_titled, result, run_merge
 from conftest import plan_of
 from plain import Plain
@@ -43,6 +44,19 @@ def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_pa
         assert models == ["expert0", "expert1"]
         assert got.layout == table.layout
         np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+
+
+def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> None:
+    own = [f"models.{k}.parameters.weight=null" for k in range(2)]
+    options = [*own, "parameters.weight=auto", "parameters.hidden_loss=relative", "merge_method=expert_merging"]
+    plain = Plain(plan_of(config, *options), tmp_path)
+    (expected,) = plain.run()
+    merged = run_merge(plan_of(config, *options), tmp_path / "merged")
+    _, got = read_coefficients(merged / "merge" / "coefficients.parquet", 1)
+    np.testing.assert_array_equal(got.values, expected.values.astype(np.float32))
+    written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
+    assert written["parameters"]["weight"] == "auto"
+    assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
 
 
 def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:
