@@ -140,6 +140,8 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 
 def _coefficients(merge: Merged) -> list[Section]:
     """Of each stage, how far the experts' coefficients are from their priors."""
+    if not merge.stages:
+        return []
     names = [expert.name for expert in merge.config.models]
     priors = np.array([merge.prior(name) for name in names])
     text = (
