@@ -99,6 +99,7 @@ class Models:
         ]
         config = {
             "merge_method": "expert_merging",
+            "preset": "paper",
             "base_model": str(self.base()),
             "models": entries,
             "parameters": {"samples_per_model": samples, **(parameters or {})},

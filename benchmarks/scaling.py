@@ -232,7 +232,7 @@ def _paper_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv:
     for index in range(k):
         (folder / f"expert{index}").symlink_to(base, target_is_directory=True)
         entries.append({"model": f"expert{index}", "name": f"expert{index}", "calibration": "samples.jsonl"})
-    whole = {"merge_method": "expert_merging_pp", "base_model": "base", "models": entries}
+    whole = {"merge_method": "expert_merging_pp", "preset": "paper", "base_model": "base", "models": entries}
     (folder / "merge.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return folder / "merge.yaml"
 
