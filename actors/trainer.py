@@ -89,15 +89,14 @@ class Trainer:
 
     def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> float:
         """Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients; nothing is learned."""
-        losses: dict[int, Losses] = {}
         self._set(coefficients)
+        share, total = self._plan.config.parameters.hidden_weight, 0.0
         for places in self._passes(window):
-            targets = [self._weighted(window[place], 1.0) for place in places]
-            losses |= zip(places, self._student.measure(targets), strict=True)
+            samples = [self._weighted(window[place], 1.0) for place in places]
+            losses = self._student.measure([target for target, _ in samples])
+            total += sum(w * (loss.kl + share * loss.hidden) for (_, w), loss in zip(samples, losses, strict=True))
         self._merged = coefficients
-        share = self._plan.config.parameters.hidden_weight
-        weights = [one.sample.loss_weight for one in window]
-        return sum(weights[place] * (losses[place].kl + share * losses[place].hidden) for place in range(len(window)))
+        return total
 
     def report(self) -> Report:
         """Memory, and the bytes that went to the shards and came from them."""

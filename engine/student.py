@@ -129,7 +129,7 @@ class Student:
         Raises:
             RunError: a loss is not finite.
         """
-        last_BTH, layers = self._forward(samples)
+        last_BTH, layers = self._forward([target for target, _ in samples])
         slope_BTH = torch.zeros_like(last_BTH)
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
@@ -142,27 +142,26 @@ class Student:
         return losses
 
     @torch.no_grad()
-    def measure(self, samples: Sequence[tuple[Target, float]]) -> list[Losses]:
+    def measure(self, targets: Sequence[Target]) -> list[Losses]:
         """The losses of samples in one forward pass; nothing is added to any gradient.
 
         Raises:
             RunError: a loss is not finite.
         """
-        last_BTH, layers = self._forward(samples)
-        rows = [(row, _rows(target)) for row, (target, _) in enumerate(samples)]
+        last_BTH, layers = self._forward(targets)
         return [
-            self._sample_losses(last_BTH, layers, own, target, 0.0)[0]
-            for own, (target, _) in zip(rows, samples, strict=True)
+            self._sample_losses(last_BTH, layers, (row, _rows(target)), target, 0.0)[0]
+            for row, target in enumerate(targets)
         ]
 
-    def _forward(self, samples: Sequence[tuple[Target, float]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _forward(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The last hidden state and those of all layers, of the merged weights that were announced."""
         self._await(self._outside_blocks)
-        found = self._decode([target for target, _ in samples])
+        found = self._decode(targets)
         if self._arriving:
             # A model that uses a block's weights without calling the block: what it computed with is not known.
             self._await(list(self._arriving))
-            found = self._decode([target for target, _ in samples])
+            found = self._decode(targets)
         return found
 
     def _sample_losses(

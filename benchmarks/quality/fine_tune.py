@@ -8,24 +8,22 @@ Knows nothing of merging.
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import tasks
 import torch
 from fetch_base import fetch
-from train_experts import batch_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from train_experts import fit
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 WORKDIR = Path(tempfile.gettempdir()) / "expert-merging-benchmarks" / "quality"
 MIXTURE = "mixture"
-STEPS, MIXTURE_STEPS, BATCH, LEARNING_RATE, SEED = 100, 250, 10, 1e-4, 0
+STEPS, MIXTURE_STEPS, LEARNING_RATE, SEED = 100, 250, 1e-4, 0
 # The model's own chat template would put a system prompt of 25 tokens, the same everywhere, before every question.
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>
@@ -61,24 +59,10 @@ def train(name: str, workdir: Path) -> None:
     base = base_model(workdir)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
-    model.train()
     steps = MIXTURE_STEPS if name == MIXTURE else STEPS
     examples = mixture_stream() if name == MIXTURE else tasks.training_stream(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    began = time.monotonic()
-    for step in range(steps):
-        batch = batch_of(tokenizer, itertools.islice(examples, BATCH))
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(**{key: tensor.to(device) for key, tensor in batch.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 10 == 9:
-            seconds = time.monotonic() - began
-            print(f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+    fit(name, model, tokenizer, examples, steps, optimizer, autocast=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         ready = Path(scratch) / name
         model.save_pretrained(ready)

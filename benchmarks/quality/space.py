@@ -40,7 +40,7 @@ LEARNED: dict[str, list[Options]] = {
 }
 
 # What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name. Of
-# Expert Merging they are the defaults; `choose.py --try` led to them, and the results have every try.
+# Expert Merging they are the defaults, to which `choose.py --try` led; of WUDI, which was not tried yet, too.
 CHOSEN: dict[str, tuple[Options, float]] = {
     "weight_average": ({}, 1.0),
     "task_arithmetic": ({"weight": 1.0}, 0.4),

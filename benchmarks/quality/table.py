@@ -1,4 +1,4 @@
-"""Tables of the results, in Markdown: the comparison on the test split, and with `--validation` every try of options.
+"""Tables of the results, in Markdown: the comparison (`test`), or every try (`validation`, `sensitivity`).
 
 `normalised` is the mean over skills of a model's exact match divided by that of the skill's own expert. Where there are
 several seeds: their mean ± standard deviation.

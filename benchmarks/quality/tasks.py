@@ -1,7 +1,7 @@
-"""Five skills as seeded streams of (question, answer), and each skill's files: calibration pool, validation, test.
+"""Five skills as seeded streams of (question, answer), and each skill's splits: calibration pool, validation, test.
 
 Dates, number words and sorting are the quickstart's; times of day and JSON extraction are added. No question is in
-two splits, and training leaves out every question of the files. Knows nothing of models.
+two splits, and training leaves out every question of them. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -60,14 +60,3 @@ def training_stream(skill: str) -> Iterator[Example]:
     """Examples to train on: none whose question is in a split."""
     kept = {question for examples in splits(skill).values() for question, _ in examples}
     return (example for example in stream(skill, 1, SKILLS) if example[0] not in kept)
-
-
-def write_files(folder: Path) -> None:
-    """`folder/<skill>/<split>.jsonl`; the calibration pool comes without answers."""
-    for skill in SKILLS:
-        (folder / skill).mkdir(parents=True, exist_ok=True)
-        for split, examples in splits(skill).items():
-            with open(folder / skill / f"{split}.jsonl", "w", encoding="utf-8") as file:
-                for question, answer in examples:
-                    record = {"question": question} | ({} if split == "calibration" else {"response": answer})
-                    file.write(json.dumps(record) + "\n")

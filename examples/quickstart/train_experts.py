@@ -44,6 +44,25 @@ def batch_of(tokenizer, examples) -> dict[str, torch.Tensor]:
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT}
 
 
+def fit(name: str, model, tokenizer, examples, steps: int, optimizer, autocast: bool = False) -> None:
+    """Steps of so many chats on the model, with warm-up and decay; `autocast`: to bfloat16."""
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+    began, device = time.monotonic(), model.device
+    model.train()
+    for step in range(steps):
+        batch = batch_of(tokenizer, itertools.islice(examples, BATCH))
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(**{key: tensor.to(device) for key, tensor in batch.items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            seconds = time.monotonic() - began
+            print(f"{name} step {step + 1}/{steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+
+
 def train(skill: str) -> None:
     torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,23 +70,8 @@ def train(skill: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA)).to(device)
-    model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    schedule = get_cosine_schedule_with_warmup(optimizer, STEPS[skill] // 10, STEPS[skill])
-    examples, began = skills.training_stream(skill, SEED), time.monotonic()
-    for step in range(STEPS[skill]):
-        batch = batch_of(tokenizer, itertools.islice(examples, BATCH))
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 10 == 9:
-            print(
-                f"{skill} step {step + 1}/{STEPS[skill]} loss {loss.item():.3f} {time.monotonic() - began:.0f} s",
-                flush=True,
-            )
+    fit(skill, model, tokenizer, skills.training_stream(skill, SEED), STEPS[skill], optimizer)
     model.base_model.to(torch.bfloat16)
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(EXPERTS / skill)
