@@ -19,6 +19,7 @@ from engine.coefficients import Array, TensorCoefficients
 from engine.disk import digest
 from engine.methods.selection import Counts, Threshold
 from engine.methods.sparse import counts
+from engine.orthogonal import orthogonalise, with_orthogonal
 from engine.plan import Plan
 from engine.storage import Folder, fetch, is_uri
 from engine.streaming import Job, copy_of, stream
@@ -34,17 +35,23 @@ def _digest(file: str) -> str:
 class Shard:
     """Task vectors of the tensors that it is asked for, on the CPU."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: Plan, index: int, state: Folder | None = None) -> None:
         self._process = Process(f"shard {index}")
-        self._plan = plan
+        self._plan, self._state = plan, state
 
     def inspect(self, names: Sequence[str]) -> dict[str, Inspection]:
-        """Read the tensors once: magnitudes of their task vectors; a weight that is not finite is an error."""
+        """Read the models' tensors once: magnitudes of their task vectors; a weight that is not finite is an error."""
+        return self._models.inspect(names)
+
+    def orthogonalise(self, names: Sequence[str]) -> dict[str, Inspection]:
+        """Store the task vectors of matrices as they are made orthogonal, and say their magnitudes."""
+        assert self._state is not None
+        orthogonalise(self._plan, self._models, self._state, names)
         return self._task_vectors.inspect(names)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:
         """SHA-256 of files, by path or URI, as `sha256sum` prints it."""
-        return dict(zip(files, self._task_vectors.pool.map(_digest, files), strict=True))
+        return dict(zip(files, self._models.pool.map(_digest, files), strict=True))
 
     def merge(self, pieces: Sequence[Piece], coefficients: Mapping[str, TensorCoefficients]) -> dict[Piece, Packed]:
         """Merged pieces in the run's dtype."""
@@ -96,14 +103,18 @@ class Shard:
     def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], Job]) -> None:
         if folder.exists(file.name):
             return  # by an earlier try of the same call
-        parts = stream([job(entry) for entry in file.tensors], self._task_vectors.pool, self._task_vectors.threads)
+        parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads)
         write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
 
     @cached_property
-    def _task_vectors(self) -> TaskVectors:
+    def _models(self) -> TaskVectors:
         # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
         return open_task_vectors(self._plan, usable_cpus())
 
     @cached_property
+    def _task_vectors(self) -> TaskVectors:
+        return with_orthogonal(self._plan, self._models, self._state)
+
+    @cached_property
     def _recipe(self) -> WeightSpace:
-        return WeightSpace(self._plan, self._task_vectors)
+        return WeightSpace(self._plan, self._models)

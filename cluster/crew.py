@@ -30,7 +30,7 @@ from engine.storage import Folder
 # How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
 RESTARTS = 3
 
-Arguments = Callable[[Plan], tuple[Any, ...]]
+Arguments = Callable[[Plan, Folder], tuple[Any, ...]]
 
 
 class Crew:
@@ -50,7 +50,7 @@ class Crew:
     def __enter__(self) -> Crew:
         self._group = self._reservation.__enter__()
         for index, (seat, name) in enumerate(zip(self.layout.shards, self._shard_names, strict=True)):
-            self.shards.append(self._spawn(Shard, seat, index, _with_index(index), name))
+            self.shards.append(self._spawn(Shard, seat, index, _shard(index), name))
         return self
 
     def __exit__(
@@ -70,14 +70,14 @@ class Crew:
         layout, home = self.layout, len(self.layout.shards)
         # Beside the trainer, the first has a seat that is reserved; the others wait for theirs by themselves.
         place = (home + 1 if index == 0 else None) if layout.beside else home
-        return self._spawn(Expert, layout.experts[index], place, _with_index(index))
+        return self._spawn(Expert, layout.experts[index], place, lambda plan, _: (plan, index))
 
     def trainer(self) -> Any:
         """The trainer, in its home; the shards must be there."""
         assert self.layout.trainer is not None
         # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
-        arguments: Arguments = lambda plan: (plan, _shards_named(plan, names), ray.get)  # noqa: E731
+        arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get)  # noqa: E731
         return self._spawn(Trainer, self.layout.trainer, len(self.layout.shards), arguments)
 
     def dismiss(self, actor: Any) -> None:
@@ -113,20 +113,20 @@ def _planned(kind: type) -> type:
     """
 
     def start(self: Any, state: Folder, arguments: Arguments) -> None:
-        kind.__init__(self, *arguments(load_plan(state)))  # type: ignore[misc]
+        kind.__init__(self, *arguments(load_plan(state), state))  # type: ignore[misc]
 
     return type(kind.__name__, (kind,), {"__init__": start})
 
 
-def _shards_named(plan: Plan, names: Sequence[str]) -> Shards:
+def _shards_named(plan: Plan, state: Folder, names: Sequence[str]) -> Shards:
     """The shards of those names; without names, the task vectors in this process."""
     if not names:
-        return LocalShards(plan, usable_cpus(), overlap=torch.cuda.is_available())
+        return LocalShards(plan, usable_cpus(), overlap=torch.cuda.is_available(), state=state)
     return RemoteShards(plan, [ray.get_actor(name) for name in names])
 
 
-def _with_index(index: int) -> Arguments:
-    """Plan and index. A closure, which travels by value: by name it would make a shard import this module and, with
-    it, all that experts and trainer need.
+def _shard(index: int) -> Arguments:
+    """A shard's. A closure, which travels by value: by name it would make a shard import this module and, with it, all
+    that experts and trainer need.
     """
-    return lambda plan: (plan, index)
+    return lambda plan, state: (plan, index, state)

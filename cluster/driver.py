@@ -30,6 +30,8 @@ from engine.training import first_stage, second_stage
 from engine.writer import OutputFile
 
 Samples = Sequence[Sequence[Sample]]
+# Matrices of which a shard makes the task vectors orthogonal in one call.
+TOGETHER = 8
 
 
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
@@ -135,13 +137,21 @@ class Merge(Run):
         return waves
 
     def _magnitudes(self, crew: Crew) -> Array:
-        """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite."""
+        """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite.
+
+        Where task vectors are to be orthogonal they are made so here, and it is these that are measured.
+        """
         kept = self.folder.kept("magnitudes")
         if kept is not None:
             return kept
         names = list(self.plan.base_header.tensors)
         ask = lambda shard, mine: shard.inspect.remote(mine)  # noqa: E731
         found: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
+        matrices = self.plan.orthogonal
+        some = [matrices[first : first + TOGETHER] for first in range(0, len(matrices), TOGETHER)]
+        make = lambda shard, names: shard.orthogonalise.remote(names)  # noqa: E731
+        for made in self.spread("orthogonal task vectors", crew.shards, some, make) if some else ():
+            found |= made
         magnitudes = np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
         self.folder.keep("magnitudes", magnitudes)
         return magnitudes

@@ -38,7 +38,7 @@ class Run:
         under = [replace(file, name=f"{expert}/{file.name}") if expert else file for file in files]
         there = self.folder.written()
         missing = [file for file in under if file.name not in there]
-        self._spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
+        self.spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
         folder.mkdir(exist_ok=True)
@@ -92,22 +92,25 @@ class Run:
             "seconds": self.progress.seconds,
         }
 
-    def _spread(
+    def spread(
         self,
         phase: str,
         workers: Sequence[Any],
         tasks: Sequence[Task],
         ask: Callable[[Any, Task], Any],
-        done_before: int,
-    ) -> None:
-        """Ask the workers to do all tasks, each the next one when it is done with one."""
+        done_before: int = 0,
+    ) -> list[Any]:
+        """Ask the workers to do all tasks, each the next one when it is done with one; what they say, in any order."""
         self.progress.phase(phase, len(tasks) + done_before, done_before)
         waiting, free = deque(tasks), deque(workers)
         busy: dict[Any, Any] = {}
+        answers: list[Any] = []
         while waiting or busy:
             while waiting and free:
                 worker = free.popleft()
                 busy[ask(worker, waiting.popleft())] = worker
-            done, _ = self.watch.first(busy, phase)
+            done, said = self.watch.first(busy, phase)
+            answers.append(said)
             free.append(busy.pop(done))
             self.progress.advance(phase, done_before + len(tasks) - len(waiting) - len(busy))
+        return answers

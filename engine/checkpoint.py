@@ -128,7 +128,7 @@ class AdapterExpert:
         # Copies of the small factors, so that the product reads aligned float32 memory whatever the file's layout.
         a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
         left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
-        return _Product(left.mul_(pair.scaling), right)
+        return Product(left.mul_(pair.scaling), right)
 
     def stored(self, name: str) -> Tensor | None:
         """See `Expert`."""
@@ -153,6 +153,23 @@ class _Difference:
             torch.sub(expert_N, base_N, out=out_N)
         else:
             out_N.copy_(expert_N).sub_(base_N)
+
+
+class Stored:
+    """τ as it stands in memory or a file, flattened, float32 or bfloat16."""
+
+    minus_base = False
+
+    def __init__(self, tau_N: Tensor) -> None:
+        self._tau_N = tau_N
+
+    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        """See `TaskVector`."""
+        return as_operand(self._tau_N[start:stop])
+
+    def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        """See `TaskVector`."""
+        out_N.copy_(self._tau_N[start:stop])
 
 
 class _FromOperand:
@@ -211,17 +228,21 @@ class CheckpointWithAdapter:
         return self._checkpoint.stored(name)
 
 
-class _Product:
+class Product:
+    """τ as a product of two factors, [m, r] and [r, n] in float32, computed in blocks."""
+
     minus_base = False
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
 
     def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+        """See `TaskVector`."""
         self.block(start, stop, room_N, room_N)
         return as_operand(room_N)
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        """See `TaskVector`."""
         columns = self._right.shape[1]
         first, last = start // columns, -(-stop // columns)
         if start == first * columns and stop == last * columns:

@@ -116,6 +116,7 @@ class Parameters(_Section):
     weight: Float | Literal["auto"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1)] = 8
+    task_vectors: Literal["orthogonal", "whole"] = "orthogonal"
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_loss: Literal["mse", "relative"] = "relative"
     hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
@@ -240,6 +241,7 @@ class Recipe(_Section):
 PAPER: dict[str, Any] = {
     "weight": 0.1,
     "samples_per_model": 5,
+    "task_vectors": "whole",
     "hidden_loss": "mse",
     "temperature": 1.0,
     "loss_tokens": "all",

@@ -23,7 +23,7 @@ from engine.matching import NO_EXCEPTIONS, Match, match
 from engine.methods.registry import NATIVE, check_inputs
 from engine.storage import fetch, is_uri
 from engine.untrusted import in_time
-from engine.vocabulary import with_rows_of
+from engine.vocabulary import has_tokens_for_rows, is_matrix, with_rows_of
 
 SAFETENSORS = {name: code for code, name in FLOATS.items()}
 
@@ -112,6 +112,14 @@ class Plan:
             name: 0.0 if not place else int(place[2]) / (count - 1) if (count := counts[place[1]]) > 1 else 1.0
             for name, place in places.items()
         }
+
+    @cached_property
+    def orthogonal(self) -> tuple[str, ...]:
+        """The merged tensors whose task vectors are made orthogonal: matrices, where the config asks for it."""
+        if not self.config.learned or self.config.parameters.task_vectors != "orthogonal":
+            return ()
+        header = self.base_header
+        return tuple(n for n in self.merged if is_matrix(header.tensors[n].shape, has_tokens_for_rows(header, n)))
 
     @property
     def merged_bytes(self) -> int:

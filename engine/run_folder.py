@@ -186,7 +186,7 @@ class RunFolder:
     def standing(self) -> object:
         """How far the run has come, to be compared with what it was before."""
         steps = [state.steps for state in map(self.load_stage, (1, 2)) if state]
-        return len(self.stored_targets()), steps, len(self.written())
+        return len(self.stored_targets()), len(self.state.names("orthogonal")), steps, len(self.written())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all steps, in their order. A step that had to be done again has overwritten its first try."""
@@ -259,9 +259,8 @@ class RunFolder:
     def computed(self) -> bool:
         """Whether there is anything to go on from."""
         names = self.state.names()
-        return (
-            any(name.startswith(("targets/", "stage-")) for name in names) or WRITING in names or bool(self.written())
-        )
+        kept = ("targets/", "orthogonal/", "stage-")
+        return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def may_use_output(self) -> bool:
         """Whether nothing is in the output's place, unless it be what a run that is not at its end has put there."""

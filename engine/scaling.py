@@ -11,10 +11,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from engine.calibration import passes, training_order, windows
 from engine.config import Config
+from engine.flops import kept_elements, orthogonal_flops, sample_flops
 from engine.headers import BYTES, FLOATS, ModelHeader
 from engine.lora import AdapterHeader
 from engine.plan import SAFETENSORS, ExpertPlan, Plan
@@ -38,6 +39,7 @@ START_SECONDS = 6.0
 # a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach. Streaming is that of a core
 # of a full node, whose cores share its memory; two cores alone reach 11.8 GB/s each.
 CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
+CORE_FLOPS = CPU_FLOPS / 2
 CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
 STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
@@ -198,7 +200,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
     weights = elements * item - mapped
     bucket = bucket_bytes(shards, item)
     gradient = min(plan.merged_bytes, WINDOW_BYTES) if plan.config.gradients == "stream" else plan.merged_bytes
-    activations = work.pass_tokens * _activations(plan) * (4 if item == 4 else 2)
+    activations = work.pass_tokens * kept_elements(plan) * (4 if item == 4 else 2)
     logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
     scratch = 4 * BLOCK * (3 + GROUP) * machines.cpus
     return Memory(
@@ -216,7 +218,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
 
 def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Step:
     rates, samples = plan.config.cluster.rates, _window(plan)
-    flops, (forward, backward) = _flop_rate(plan, machines), _flops(plan, work.tokens)
+    flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
     # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others
     # where it stays.
     weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
@@ -255,47 +257,20 @@ def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
     whole = sum(tensor.nbytes for tensor in plan.base_header.tensors.values())
     reading = _read_bytes(plan) / (disk * machines.nodes)
     targets = (
-        len(plan.experts) * whole / disk + work.samples * _flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
+        len(plan.experts) * whole / disk
+        + work.samples * sample_flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
     ) / slots
     if not plan.config.labelled:
         targets = 0.0
+    orthogonal = orthogonal_flops(plan) / (CORE_FLOPS * machines.cpus * machines.nodes)
+    orthogonal += sum(plan.numels[name] for name in plan.orthogonal) * len(plan.experts) * _item(plan) / disk
     stages = plan.config.stages * work.steps * step.total
-    return 3 * START_SECONDS + reading + targets + stages + whole / disk
+    return 3 * START_SECONDS + reading + targets + orthogonal + stages + whole / disk
 
 
 def _flop_rate(plan: Plan, machines: Machines) -> float:
     given = plan.config.cluster.rates.compute_tflops
     return given * 1e12 if given else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
-
-
-def _flops(plan: Plan, tokens: float) -> tuple[float, float]:
-    """FLOP of one sample forward and backward, targets' logits included; a gradient of weights only where merged."""
-    header, config = plan.base_header, plan.base_header.text_config
-    hidden, layers = int(config.get("hidden_size") or 0), header.num_layers or 0
-    # What only looks rows up, or adds and scales, multiplies nothing to speak of; the head does, tied or not.
-    share = _share(config)
-    every = {name: tensor.numel for name, tensor in header.tensors.items() if len(tensor.shape) in (2, 3)}
-    seen = {name: numel * share if ".experts." in name else numel for name, numel in every.items()}
-    body = sum(numel for name, numel in seen.items() if "embed" not in name and "head" not in name)
-    merged = sum(seen[name] for name in plan.merged if name in seen)
-    head, attention = hidden * (header.vocab_size or 0), 2 * layers * hidden * tokens
-    forward = tokens * (2 * body + 4 * head + 2 * attention)
-    return forward, tokens * (2 * body + 2 * merged + 2 * head + 4 * attention)
-
-
-def _share(config: dict[str, Any]) -> float:
-    """The part of a mixture's experts that a token goes through."""
-    count, chosen = config.get("num_experts", config.get("num_local_experts")), config.get("num_experts_per_tok")
-    return chosen / count if type(chosen) is int and type(count) is int and count else 1.0
-
-
-def _activations(plan: Plan) -> float:
-    """Elements a token that a Llama-like model keeps for its backward pass; a block's alone with checkpointing."""
-    config = plan.base_header.text_config
-    hidden, layers = int(config.get("hidden_size") or 0), plan.base_header.num_layers or 0
-    inner = int(config.get("intermediate_size") or 4 * hidden)
-    block = 12 * hidden + 5 * inner
-    return layers * hidden + block if plan.config.gradient_checkpointing else layers * block
 
 
 def _streamed(plan: Plan) -> float:

@@ -17,8 +17,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from engine.coefficients import Coefficients, Layout
+from engine.orthogonal import with_orthogonal
 from engine.plan import Plan, in_order_of_use
 from engine.sizes import WINDOW_BYTES
+from engine.storage import Folder
 from engine.task_vectors import Piece, TaskVectors, open_task_vectors, pieces
 
 Array = npt.NDArray[np.float64]
@@ -103,8 +105,8 @@ class LocalShards:
     task vectors take turns: on the same cores each would only be in the other's way (twice the time, measured).
     """
 
-    def __init__(self, plan: Plan, threads: int, overlap: bool) -> None:
-        self._plan, self._threads, self._overlap = plan, threads, overlap
+    def __init__(self, plan: Plan, threads: int, overlap: bool, state: Folder | None = None) -> None:
+        self._plan, self._threads, self._overlap, self._state = plan, threads, overlap, state
 
     def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
         """See `Shards.merge`."""
@@ -134,7 +136,7 @@ class LocalShards:
     @cached_property
     def _task_vectors(self) -> TaskVectors:
         # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
-        return open_task_vectors(self._plan, self._threads)
+        return with_orthogonal(self._plan, open_task_vectors(self._plan, self._threads), self._state)
 
 
 class _LocalGradients:

@@ -8,6 +8,7 @@ and tokenizer files alone.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ def has_tokens_for_rows(model: ModelHeader, tensor: str) -> bool:
     """Whether each row of a tensor belongs to a token: the embedding, and the head."""
     shape = model.tensors[tensor].shape
     return bool(shape) and (shape[0] == model.vocab_size or bool(EMBEDDINGS.match(tensor) or HEADS.match(tensor)))
+
+
+def is_matrix(shape: Sequence[int], is_vocabulary: bool) -> bool:
+    """Whether it maps features to features: two dimensions, and no row a token, as those of embeddings and heads."""
+    return len(shape) == 2 and min(shape) > 1 and not is_vocabulary
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:

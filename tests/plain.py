@@ -16,6 +16,7 @@ from engine.codec import pack_all
 from engine.coefficients import Coefficients
 from engine.expert import unlabelled
 from engine.importance import stage_2_layout
+from engine.orthogonal import orthogonalise, with_orthogonal
 from engine.plan import Plan
 from engine.preparation import check_inputs, prepare
 from engine.run_folder import RunFolder
@@ -65,9 +66,11 @@ class Plain:
                     files.append(run.target(sample))
                 said = shard.target(run.state, *files) if files else pack_all(unlabelled(sample).tensors())
                 self.targets[k, sample.index] = said
-        inspected = streams.inspect(plan.merged)
+        orthogonalise(plan, streams, run.state, plan.orthogonal)
+        inspected = with_orthogonal(plan, streams, run.state).inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
-        self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)
+        self.shards = LocalShards(plan, threads=1, overlap=False, state=run.state)
+        self.trainer = Trainer(plan, self.shards, lambda target: target)
         self.rows: list[dict[str, object]] = []
 
     def learn(self, stage: Stage) -> Coefficients:

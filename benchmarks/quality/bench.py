@@ -36,11 +36,12 @@ from engine.config_file import load_config
 from engine.expert import unlabelled
 from engine.importance import stage_2_layout
 from engine.methods.learned import SECOND_STAGE
+from engine.orthogonal import file_name, orthogonalise, with_orthogonal
 from engine.plan import Plan, make_plan
 from engine.preparation import encoder
 from engine.records import read_records
 from engine.shards import LocalShards
-from engine.storage import open_folder
+from engine.storage import Folder, open_folder
 from engine.streaming import stream
 from engine.task_vectors import Piece, open_task_vectors, pieces
 from engine.training import PRIORS, Learner, Stage, common_prior, first_stage, needs_prior, second_stage, with_prior
@@ -89,7 +90,7 @@ class Bench:
     def merge(self, plan: Plan, coefficients: Coefficients) -> None:
         """The model becomes the base with task vectors by these coefficients."""
         self.load("base")
-        shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
+        shards = LocalShards(plan, torch.get_num_threads(), overlap=False, state=self.state(plan))
         for arriving in shards.merge(coefficients, self).values():
             for arrival in arriving:
                 arrival.result()
@@ -149,6 +150,14 @@ class Bench:
         path.write_text("".join(json.dumps({"question": pool[i][0]}) + "\n" for i in chosen))
         return path
 
+    def state(self, plan: Plan) -> Folder:
+        """Where the plan's orthogonal task vectors are, if it has any; made once for every set of experts."""
+        folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}"))
+        missing = [name for name in plan.orthogonal if not folder.exists(file_name(name))]
+        if missing:
+            orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, missing)
+        return folder
+
     # What is learned.
 
     def learn(self, plan: Plan) -> tuple[Plan, list[Coefficients], list[dict[str, Any]]]:
@@ -176,9 +185,10 @@ class Bench:
 
     def magnitudes(self, plan: Plan) -> Any:
         """sₖ,ₗ [K, L]."""
-        key = tuple(expert.name for expert in plan.experts), plan.merged
+        key = len(plan.experts), plan.merged, plan.config.parameters.task_vectors
         if key not in self._magnitudes:
-            inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
+            streams = open_task_vectors(plan, torch.get_num_threads())
+            inspected = with_orthogonal(plan, streams, self.state(plan)).inspect(plan.merged)
             self._magnitudes[key] = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
         return self._magnitudes[key]
 
@@ -192,7 +202,8 @@ class Lesson:
         records = read_records(plan)
         self.samples = make_samples(records, encoder(plan, records), plan)
         self._targets = {(s.expert, s.index): self._target(bench.workdir, s) for mine in self.samples for s in mine}
-        self._trainer = Trainer(plan, LocalShards(plan, torch.get_num_threads(), overlap=False), lambda target: target)
+        shards = LocalShards(plan, torch.get_num_threads(), overlap=False, state=bench.state(plan))
+        self._trainer = Trainer(plan, shards, lambda target: target)
 
     def find_prior(self) -> None:
         if needs_prior(self.plan):

@@ -30,7 +30,7 @@ SCALED = {
     "iso": MEANS,
     "svd": MEANS,
 }
-SCALED |= {"wudi": (0.3, 0.5, 0.7, 1.0, 1.3), "wudi2": (0.3, 0.5, 0.7, 1.0, 1.3)}
+SCALED |= {"wudi": (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0), "wudi2": (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0)}
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}

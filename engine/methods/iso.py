@@ -30,9 +30,10 @@ def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: one singular value decomposition, of the sum."""
     import torch
 
-    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
+    from engine.vocabulary import is_matrix
 
-    if not is_matrix(tensor):
+    if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
     total = torch.zeros(tensor.shape)
     for tau in changed(tensor):

@@ -16,6 +16,7 @@ ABOUT = {
     "weight": "ᾱₖ, the prior: where learning starts, and what it is pulled back to",
     "loss_weight": "βₖ, what the expert's losses count",
     "samples_per_model": "calibration samples of an expert",
+    "task_vectors": "whole, or their leading singular parts made orthogonal (TSV-M), times 4",
     "hidden_layers": "S, the hidden states that are compared: middle, all, or indices",
     "hidden_loss": "of hidden states: mse, or relative to the expert's own variance",
     "hidden_weight": "λ_hid, what the hidden loss counts",

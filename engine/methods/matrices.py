@@ -1,4 +1,4 @@
-"""What the methods of singular values share: which tensors are matrices to them, and what becomes of the others."""
+"""What the methods of singular values share: the matrices of the experts, and what becomes of other tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from engine.task_vectors import Piece
 if TYPE_CHECKING:
     from engine.methods.tensor import MergeTensor
     from engine.streaming import Fill
-
-
-def is_matrix(tensor: MergeTensor) -> bool:
-    """Whether it maps features to features: two dimensions, and no row a token, as those of embeddings and heads."""
-    return len(tensor.shape) == 2 and min(tensor.shape) > 1 and not tensor.is_vocabulary
 
 
 def mean_of_task_vectors(tensor: MergeTensor) -> Fill:

@@ -48,44 +48,50 @@ def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: K singular value decompositions, and two of what is left of them."""
     import torch
 
-    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
+    from engine.vocabulary import is_matrix
 
-    if not is_matrix(tensor):
+    if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
-    parts = [_leading(tensor, tau, len(tensor.task_vectors)) for tau in changed(tensor)]
+    parts = [leading(tau, _rank(tensor, len(tensor.task_vectors))) for tau in changed(tensor)]
     if not parts:
         return mean_of_task_vectors(tensor)
     left, values, right = (torch.cat(some) for some in zip(*((u.T, s, vt) for u, s, vt in parts), strict=True))
-    return add_to_base(tensor, (_orthogonal(left.T) * values) @ _orthogonal(right))
+    return add_to_base(tensor, (nearest_orthogonal(left.T) * values) @ nearest_orthogonal(right))
 
 
 def prepare_intermediate(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed, of a merge that has one expert: its own output."""
-    from engine.methods.matrices import add_to_base, changed, is_matrix, mean_of_task_vectors
+    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
+    from engine.vocabulary import is_matrix
 
     assert len(tensor.task_vectors) == 1
-    if not is_matrix(tensor):
+    if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
     for tau in changed(tensor):
-        u, s, vt = _leading(tensor, tau, tensor.experts_in_all)
+        u, s, vt = leading(tau, _rank(tensor, tensor.experts_in_all))
         return add_to_base(tensor, (u * s) @ vt)
     return mean_of_task_vectors(tensor)
 
 
-def _leading(tensor: MergeTensor, tau: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], Σ [r], Vᵀ [r, n] of the leading parts."""
+def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U [m, r], Σ [r], Vᵀ [r, n] of at most `rank` leading parts: without those that are zero but for rounding."""
     import torch
 
     u, s, vt = torch.linalg.svd(tau, full_matrices=False)
-    part = float(tensor.values["rank"])
-    rank = max(1, int(len(s) * part) if part else len(s) // experts)
+    rank = min(rank, int((s > s[0] * max(tau.shape) * torch.finfo(s.dtype).eps).sum()))
     return u[:, :rank], s[:rank], vt[:rank]
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
+def nearest_orthogonal(matrix: Tensor) -> Tensor:
     """P·Qᵀ of P·D·Qᵀ = matrix: the nearest with orthogonal columns or rows."""
     import torch
 
     p, _, qt = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = p @ qt
     return nearest
+
+
+def _rank(tensor: MergeTensor, experts: int) -> int:
+    smaller, part = min(tensor.shape), float(tensor.values["rank"])
+    return max(1, int(smaller * part) if part else smaller // experts)

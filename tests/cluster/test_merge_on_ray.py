@@ -17,7 +17,7 @@ import torch
 import yaml
 from cluster_helpers import pids_titled, result, run_merge
 from conftest import plan_of
-from plain import Plain
+from plain import Plain, Received
 from transformers import AutoModelForCausalLM
 
 from engine.coefficients import read_coefficients
@@ -57,6 +57,20 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
     assert written["parameters"]["weight"] == "auto"
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
+
+
+def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_path: Path) -> None:
+    plan = plan_of(config, "parameters.task_vectors=orthogonal", "cluster.shards=2")
+    plain = Plain(plan, tmp_path)
+    tables = plain.run()
+    merged = run_merge(plan, tmp_path / "merged")
+    for stage, table in enumerate(tables, start=1):
+        _, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
+        assert got.layout == table.layout, "cut by the magnitudes of what is learned over"
+        np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+    written, received = safetensors.torch.load_file(merged / "model.safetensors"), Received(plan)
+    for name, tensor in received.all_of(plain.shards.merge(tables[-1], received)).items():
+        assert torch.equal(written[name].flatten(), tensor)
 
 
 def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:

@@ -12,8 +12,9 @@ from conftest import plan_of
 from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
 from engine.config import Cluster
 from engine.errors import ClusterError
+from engine.flops import SVD_FLOPS, sample_flops
 from engine.plan import Plan
-from engine.scaling import GB, Machines, Work, _flops, choose, predict, shortages
+from engine.scaling import CORE_FLOPS, DISK, GB, Machines, Work, choose, predict, shortages
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 NO_GPUS = Devices(0, 0)
@@ -60,6 +61,19 @@ def test_a_streamed_gradient_moves_once_a_pass_and_is_not_held(make_merge: Calla
     one, other = (predict(plan, WORK, ONE, "node") for plan in (kept, streamed))
     assert other.moved == one.moved / 2 * (WORK.passes + 1)
     assert other.memory.trainer < one.memory.trainer
+
+
+def test_orthogonal_task_vectors_cost_decompositions_once_and_nothing_a_step(make_merge: Callable[..., Path]) -> None:
+    config = make_merge()
+    kinds = ("orthogonal", "whole")
+    cluster = Machines(nodes=3, cpus=8, gpus=1)
+    plans = [plan_of(config, f"parameters.task_vectors={kind}") for kind in kinds]
+    one, other = (predict(plan, WORK, cluster, "nodes") for plan in plans)
+    assert (one.step, one.memory) == (other.step, other.memory)
+    shapes = [plans[0].base_header.tensors[name].shape for name in plans[0].merged]
+    flops = SVD_FLOPS * 4 * sum(m * n * min(m, n) for m, n in shapes)
+    wanted = flops / (CORE_FLOPS * 24) + 2 * plans[0].merged_bytes / DISK
+    assert one.run_seconds - other.run_seconds == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_cpu_waits_for_everything_and_a_gpu_only_for_what_is_longer(plans: list[Plan]) -> None:
@@ -176,6 +190,6 @@ def test_of_a_mixture_the_experts_that_a_token_meets_compute(make_merge: Callabl
     dense = replace(
         plan, base=replace(plan.base, header=replace(plan.base_header, config=config | {"num_experts_per_tok": 4}))
     )
-    (some, some_backward), (every, every_backward) = _flops(plan, 8), _flops(dense, 8)
+    (some, some_backward), (every, every_backward) = sample_flops(plan, 8), sample_flops(dense, 8)
     # Two of four, of two operations a weight and token; backward too the weights' own gradient.
     assert every - some == 8 * 2 * numel / 2 and every_backward - some_backward == 8 * 4 * numel / 2

@@ -1,0 +1,171 @@
+"""Orthogonal task vectors: closed forms, TSV-Merge as their sum, what stays as it was, and what is kept."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import peft
+import pytest
+import torch
+from conftest import plan_of
+from plain import Received, task_vectors
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from weight_space import combine, read
+
+from engine.coefficients import Coefficients, Layout
+from engine.disk import LocalFolder
+from engine.orthogonal import REACH, file_name, orthogonalise, with_orthogonal
+from engine.plan import Plan
+from engine.shards import LocalShards
+
+Array = npt.NDArray[np.float64]
+ORTHOGONAL = "parameters.task_vectors=orthogonal"
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def dense(plan: Plan, state: LocalFolder | None, name: str) -> list[Array | None]:
+    """Each expert's task vector as the streams have it; of the experts' own without a state."""
+    own = task_vectors(plan)
+    streams = own if state is None else with_orthogonal(plan, own, state)
+    base = own.base.read(name)
+    found: list[Array | None] = []
+    for task_vector in streams.of(name):
+        out = torch.empty(base.numel())
+        if task_vector is not None:
+            task_vector.block(0, base.numel(), base.reshape(-1).float(), out)
+        found.append(None if task_vector is None else out.view(base.shape).double().numpy())
+    return found
+
+
+def stored(plan: Plan, folder: Path) -> LocalFolder:
+    state = LocalFolder(folder / "state")
+    orthogonalise(plan, task_vectors(plan), state, plan.orthogonal)
+    return state
+
+
+def closed_form(taus: list[Array]) -> list[Array]:
+    """REACH · U⊥ₖ·Σₖ·V⊥ₖᵀ in float64, by inverse square roots instead of singular value decompositions."""
+    rank = min(taus[0].shape) // len(taus)
+    parts = [
+        (u[:, :rank], s[:rank], v[:rank].T) for u, s, v in (np.linalg.svd(tau, full_matrices=False) for tau in taus)
+    ]
+
+    def nearest(matrix: Array) -> Array:
+        values, vectors = np.linalg.eigh(matrix.T @ matrix)
+        near: Array = matrix @ (vectors / np.sqrt(values)) @ vectors.T
+        return near
+
+    left, right = (nearest(np.concatenate(some, axis=1)) for some in ([u for u, _, _ in parts], [v for *_, v in parts]))
+    own = [slice(k * rank, (k + 1) * rank) for k in range(len(taus))]
+    return [REACH * (left[:, mine] * parts[k][1]) @ right[:, mine].T for k, mine in enumerate(own)]
+
+
+@pytest.mark.parametrize("experts", [2, 3])
+def test_each_is_its_closed_form_and_orthogonal_to_the_others(
+    make_merge: Callable[..., Path], tmp_path: Path, experts: int
+) -> None:
+    plan = plan_of(make_merge(experts=experts), ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    assert set(plan.orthogonal) == plan.merged_set, "all of them are matrices"
+    for name in plan.merged:
+        found = [tau for tau in dense(plan, state, name) if tau is not None]
+        own = [tau for tau in dense(plan, None, name) if tau is not None]
+        for mine, wanted in zip(found, closed_form(own), strict=True):
+            np.testing.assert_allclose(mine, wanted, atol=2e-5 * np.abs(wanted).max())
+        for a, b in pairwise(found):
+            size = np.linalg.norm(a) * np.linalg.norm(b)
+            assert np.linalg.norm(a.T @ b) < 1e-5 * size
+            assert np.linalg.norm(a @ b.T) < 1e-5 * size
+
+
+def test_with_one_common_weight_their_sum_is_tsv_merge(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(experts=3)
+    plan = plan_of(config, ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    received = Received(plan)
+    shards = LocalShards(plan, threads=1, overlap=False, state=state)
+    merged = received.all_of(shards.merge(Coefficients.constant(layout, [1.6 / REACH] * 3), received))
+    of_svd = read(combine(plan_of(config, "merge_method=svd", "parameters.lambda=1.6"), tmp_path / "svd"))
+    base = load_file(config.parent / "base" / "model.safetensors")
+    for name, tensor in merged.items():
+        moved = (of_svd[name] - base[name]).abs().max()
+        torch.testing.assert_close(tensor, of_svd[name].flatten(), atol=1e-5 * float(moved) + 1e-7, rtol=0)
+
+
+def test_vectors_and_tokens_keep_their_own(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    plan = plan_of(make_merge(exclude=[]), ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    others = plan.merged_set - set(plan.orthogonal)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= others
+    for name in others:
+        for a, b in zip(dense(plan, state, name), dense(plan, None, name), strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
+def test_an_expert_that_has_the_base_s_matrix_takes_no_part(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(experts=3)
+    path = config.parent / "expert1" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[Q] = load_file(config.parent / "base" / "model.safetensors")[Q]
+    save_file(tensors, path, metadata={"format": "pt"})
+    plan = plan_of(config, ORTHOGONAL)
+    first, second, third = dense(plan, stored(plan, tmp_path), Q)
+    assert second is None and first is not None and third is not None
+    rank = min(first.shape) // 3
+    assert np.linalg.matrix_rank(first, tol=1e-5 * np.linalg.norm(first)) == rank, "experts count, whoever changes it"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing:FutureWarning"
+)  # peft asks by a name that goes out of use
+def test_an_adapter_stays_two_factors_of_its_own_rank(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(experts=3)
+    rank, target = 4, config.parent / "expert1"
+    shutil.rmtree(target)
+    torch.manual_seed(0)
+    options = peft.LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(config.parent / "base"), options).save_pretrained(target)
+    plan = plan_of(config, ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    kept = load_file(tmp_path / "state" / file_name(Q))
+    assert set(kept) == {"0", "1.left", "1.right", "2"} and kept["1.left"].shape[1] == rank
+    own = [tau for tau in dense(plan, None, Q) if tau is not None]
+    assert np.linalg.matrix_rank(own[1], tol=1e-5) == rank
+    taus = dense(plan, state, Q)
+    assert taus[0] is not None and taus[1] is not None
+    assert np.linalg.norm(taus[0].T @ taus[1]) < 1e-5 * np.linalg.norm(taus[0]) * np.linalg.norm(taus[1])
+
+
+def test_models_of_16_bits_keep_them_in_bfloat16(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(dtype=torch.bfloat16)
+    plan = plan_of(config, ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    assert load_file(tmp_path / "state" / file_name(Q))["0"].dtype == torch.bfloat16
+    own = [tau for tau in dense(plan, None, Q) if tau is not None]
+    for mine, wanted in zip(dense(plan, state, Q), closed_form(own), strict=True):
+        assert mine is not None
+        np.testing.assert_allclose(mine, wanted, rtol=2**-8, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_what_is_there_is_not_made_again(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    plan = plan_of(make_merge(), ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    before = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
+    assert set(before) == {file_name(name) for name in plan.merged}
+    (tmp_path / "state" / file_name(Q)).unlink()
+    stored(plan, tmp_path)
+    after = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
+    assert {name for name in before if before[name] != after[name]} == {file_name(Q)}
+
+
+def test_whole_task_vectors_are_the_streams_themselves(llama_merge: Path) -> None:
+    plan = plan_of(llama_merge)
+    streams = task_vectors(plan)
+    assert plan.orthogonal == () and with_orthogonal(plan, streams, None) is streams
