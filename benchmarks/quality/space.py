@@ -40,7 +40,7 @@ LEARNED: dict[str, list[Options]] = {
 }
 
 # What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name. Of
-# Expert Merging they are the defaults, to which `choose.py --try` led; of WUDI, which was not tried yet, too.
+# Expert Merging they are the defaults, to which `choose.py --try` led.
 CHOSEN: dict[str, tuple[Options, float]] = {
     "weight_average": ({}, 1.0),
     "task_arithmetic": ({"weight": 1.0}, 0.4),
@@ -48,13 +48,15 @@ CHOSEN: dict[str, tuple[Options, float]] = {
     "dare_ties": ({"weight": 1.0, "density": 0.2}, 0.4),
     "iso": ({}, 3.0),
     "svd": ({}, 1.6),
-    "wudi": ({}, 1.0),
-    "wudi2": ({}, 1.0),
+    "wudi": ({}, 1.6),
+    "wudi2": ({}, 1.6),
 }
 CHOSEN_LEARNED: dict[str, tuple[str, Options]] = {
     "adamerging": ("adamerging", {"weight": 0.2, "learning_rate": 0.1, "epochs": 4}),
     "expert_merging, preset: paper": ("expert_merging", {"preset": "paper"}),
     "expert_merging_pp, preset: paper": ("expert_merging_pp", {"preset": "paper"}),
+    "expert_merging, task_vectors: whole": ("expert_merging", {"task_vectors": "whole"}),
+    "expert_merging_pp, task_vectors: whole": ("expert_merging_pp", {"task_vectors": "whole"}),
     "expert_merging": ("expert_merging", {}),
     "expert_merging_pp": ("expert_merging_pp", {}),
 }
