@@ -156,6 +156,12 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
     config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     what = "One model an expert, each in a folder of its name" if method.outputs == "experts" else "One model"
+    orthogonal = (
+        "\nCoefficients of matrices multiply task vectors that were made orthogonal to each other\n"
+        "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4."
+        if plan.orthogonal
+        else ""
+    )
     path.write_text(
         f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
@@ -186,6 +192,23 @@ def _loading(plan: Plan) -> str:
     return "\n".join([f"from transformers import {', '.join(names.values())}", "", *lines])
 
 
+def _aim(plan: Plan) -> str:
+    """What coefficients are learned for, and what they multiply where that is not the experts' own task vectors."""
+    if not plan.config.labelled:
+        aim = "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
+    else:
+        aim = (
+            "the merged model's hidden states and logits match the expert's\n"
+            "([Expert Merging](https://arxiv.org/abs/2509.25712))"
+        )
+    if plan.orthogonal:
+        aim += (
+            "; those of matrices multiply task vectors\nthat were made orthogonal to each other "
+            "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4"
+        )
+    return aim
+
+
 def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     """README.md: what was merged, how, and how to load it."""
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
@@ -207,12 +230,6 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     tied = plan.config.merge_method == "adamerging" and plan.config.parameters.granularity == "task"
     total = 1 if tied else int(np.sum(learned.layout.learned_columns))
-    aim = (
-        "the merged model's hidden states and logits match the expert's\n"
-        "([Expert Merging](https://arxiv.org/abs/2509.25712))"
-        if plan.config.labelled
-        else "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
-    )
     path.write_text(
         f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
@@ -220,7 +237,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
 # A merge of {len(plan.experts)} experts by {method}
 
 {len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
-learned on unlabelled samples, so that {aim}. {len(plan.merged)} tensors are merged; all others are the base's.
+learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all others are the base's.
 
 | expert | given as | prior | mean learned coefficient | range |
 |---|---|---|---|---|

@@ -149,6 +149,8 @@ def _coefficients(merge: Merged) -> list[Section]:
         "Where a tensor has several chunks, the colour is their mean, and all values show when the cell is pointed at. "
         "A fixed coefficient was given no chunk."
     )
+    if merge.config.parameters.task_vectors == "orthogonal":
+        text += " Of a matrix, coefficients multiply the orthogonal task vector, which is four times as long."
     return [
         Section(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
         for stage, table in merge.stages.items()

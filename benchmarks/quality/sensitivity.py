@@ -18,10 +18,12 @@ from space import CHOSEN_LEARNED
 
 POINTS = {
     "samples": (2, 5, 8, 10, 20),
-    "budget": (0.9, 1.1, 1.5, 2.0, 3.0),
+    "budget": (0.9, 1.1, 2.0, 3.0, 8.0),
     "kappa": (0.0, 0.5, 1.0, 2.0),
     "experts": (2, 3, 4, 5),
 }
+# Where the others stand while one of them is varied.
+AROUND = {"samples": 8, "budget": 8.0, "kappa": 1.0, "experts": len(tasks.SKILLS)}
 
 
 @click.command()
@@ -37,7 +39,8 @@ def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
             experts = int(value) if name == "experts" else len(tasks.SKILLS)
             if experts not in benches:
                 benches[experts] = Bench(workdir, list(tasks.SKILLS)[:experts])
-            varied = options | ({name: value} if name in ("budget", "kappa") else {})
+            # What is as it is anyway goes unsaid, so that it is one try and not one of each kind.
+            varied = options | ({name: value} if name in ("budget", "kappa") and value != AROUND[name] else {})
             samples = int(value) if name == "samples" else 8
             for seed in seeds:
                 try_learned(log, benches[experts], "validation", method, varied, seed, samples)

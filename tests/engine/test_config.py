@@ -79,7 +79,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
         "kappa": 1.0,
         "fixed": "prior",
         "start": "prior",
-            "task_vectors": "whole",
+        "task_vectors": "whole",
         "granularity": "layer",
     }
     assert " ".join(config.exclude) == ".*vision.* .*visual.* .*lm_head.* .*norm.* .*embed_tokens.* .*bias.*"
