@@ -156,12 +156,6 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
     config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     what = "One model an expert, each in a folder of its name" if method.outputs == "experts" else "One model"
-    orthogonal = (
-        "\nCoefficients of matrices multiply task vectors that were made orthogonal to each other\n"
-        "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4."
-        if plan.orthogonal
-        else ""
-    )
     path.write_text(
         f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
