@@ -25,13 +25,12 @@ from engine.preparation import Records, check_inputs, prepare
 from engine.record import write_record
 from engine.run_folder import RunFolder, check_output, identity, open_run
 from engine.scaling import Work
+from engine.sizes import TOGETHER
 from engine.task_vectors import Inspection
 from engine.training import first_stage, second_stage
 from engine.writer import OutputFile
 
 Samples = Sequence[Sequence[Sample]]
-# Matrices of which a shard makes the task vectors orthogonal in one call.
-TOGETHER = 8
 
 
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:

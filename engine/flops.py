@@ -9,9 +9,12 @@ import math
 from typing import Any
 
 from engine.plan import Plan
+from engine.sizes import TOGETHER
 
 # Of a singular value decomposition with its vectors, an element and singular value: LAPACK's, measured on one core.
 SVD_FLOPS = 21
+# Matrices of the same size that one holds at its height, its own and its results among them; measured.
+SVD_COPIES = 8
 
 
 def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
@@ -27,6 +30,13 @@ def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
     head, attention = hidden * (header.vocab_size or 0), 2 * layers * hidden * tokens
     forward = tokens * (2 * body + 4 * head + 2 * attention)
     return forward, tokens * (2 * body + 2 * merged + 2 * head + 4 * attention)
+
+
+def orthogonal_bytes(plan: Plan, cpus: float) -> float:
+    """What a shard needs meanwhile: at each core a decomposition, and the parts of all that it was asked for."""
+    largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
+    experts = len(plan.experts)
+    return 4 * largest * (SVD_COPIES * min(cpus, TOGETHER * experts) + 2 * TOGETHER)
 
 
 def _share(config: dict[str, Any]) -> float:

@@ -10,7 +10,7 @@ with one λ; here a coefficient is learned for each. Letters: N elements of a fl
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 # What λ multiplies: a coefficient lies between 0 and 1, and λ is best above 1 (1.6 for five experts, measured).
 REACH = 4.0
 
+# U [m, r], Σ [r], Vᵀ [r, n].
+Parts = tuple[Tensor, Tensor, Tensor]
+
 
 def file_name(name: str) -> str:
     """Where a tensor's are in the state of a run."""
@@ -37,18 +40,39 @@ def file_name(name: str) -> str:
 
 
 def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str]) -> None:
-    """Store REACH · τ⊥ₖ of these tensors, as far as they are not there; `streams` have the experts' own."""
+    """Store REACH · τ⊥ₖ of these tensors, as far as they are not there; `streams` have the experts' own.
+
+    Experts and tensors are decomposed side by side; the factors of all that are asked for stand in memory.
+    """
     missing = [name for name in names if not state.exists(file_name(name))]
-    for _ in streams.pool.map(partial(_store, plan, streams, state), missing):
-        pass
+    decompose = partial(_decompose, streams, len(plan.experts))
+    begun = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
+    parts = ({k: part for k, one in enumerate(mine) if (part := one.result())} for mine in begun)
+    ended = [streams.pool.submit(_store, plan, state, name, mine) for name, mine in zip(missing, parts, strict=True)]
+    for one in ended:
+        one.result()
 
 
-def _store(plan: Plan, streams: TaskVectors, state: Folder, name: str) -> None:
+def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts | None:
+    """The leading parts of one expert's matrix; None where it is the base's."""
+    task_vector, base = streams.experts[k][1].task_vector(name), streams.base.read(name)
+    if task_vector is None:
+        return None
+    tau = torch.empty(base.shape)
+    task_vector.block(0, base.numel(), base.reshape(-1).float(), tau.view(-1))
+    if not tau.any():
+        return None
+    u, s, vt = leading(tau, max(1, min(tau.shape) // experts))
+    return u.clone(), s.clone(), vt.clone()  # parts of larger tensors, which can go
+
+
+def _store(plan: Plan, state: Folder, name: str, found: Mapping[int, Parts]) -> None:
+    """One file: of each expert that changes the matrix its part of the orthogonal ones."""
     shape = plan.base_header.tensors[name].shape
-    experts, parts = _parts(streams, name, len(plan.experts))
     code = "F32" if SAFETENSORS[plan.dtype] == "F32" else "BF16"
+    factors = dict(zip(found, _orthogonal(list(found.values())), strict=True)) if found else {}
     entries: list[OutputTensor] = []
-    for k, (left, _) in zip(experts, parts, strict=True):
+    for k, (left, _) in factors.items():
         rank = left.shape[1]
         if plan.experts[k].kind == "adapter":
             # As it came: two factors, where K whole matrices would take many times the room.
@@ -58,9 +82,8 @@ def _store(plan: Plan, streams: TaskVectors, state: Folder, name: str) -> None:
 
     def part(entry: OutputTensor) -> Iterator[Tensor]:
         k, _, side = entry.name.partition(".")
-        left, right = parts[experts.index(int(k))]
-        dtype = torch_dtype(entry.dtype)
-        yield {"left": left, "right": right}[side] if side else (left @ right).to(dtype)
+        left, right = factors[int(k)]
+        yield {"left": left, "right": right}[side] if side else (left @ right).to(torch_dtype(entry.dtype))
 
     write_file(state, OutputFile(file_name(name), tuple(entries)), part)
 
@@ -69,25 +92,13 @@ def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
     return OutputTensor(name, shape, code, shape[0] * shape[1] * BYTES[code])
 
 
-def _parts(streams: TaskVectors, name: str, experts: int) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-    """The experts that change a matrix, and for each the factors REACH · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n]."""
-    base = streams.base.read(name)
-    base_N, tau = base.reshape(-1).float(), torch.empty(base.shape)
-    changing, found = [], []
-    for k, task_vector in enumerate(streams.of(name)):
-        if task_vector is not None:
-            task_vector.block(0, base.numel(), base_N, tau.view(-1))
-            if tau.any():
-                changing.append(k)
-                found.append(leading(tau, max(1, min(tau.shape) // experts)))
-    if not found:
-        return [], []
+def _orthogonal(found: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each expert the factors REACH · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n]."""
+    ranks = [len(s) for _, s, _ in found]
     left = nearest_orthogonal(torch.cat([u for u, _, _ in found], dim=1))
     right = nearest_orthogonal(torch.cat([vt for _, _, vt in found]))
-    ranks = [len(s) for _, s, _ in found]
-    lefts, rights = torch.split(left, ranks, dim=1), torch.split(right, ranks)
-    values = (REACH * s for _, s, _ in found)
-    return changing, [(u * s, vt) for u, s, vt in zip(lefts, values, rights, strict=True)]
+    for u, (_, s, _), vt in zip(torch.split(left, ranks, dim=1), found, torch.split(right, ranks), strict=True):
+        yield u * (REACH * s), vt
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
@@ -100,7 +111,7 @@ def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> T
         return streams
     assert state is not None
     files = _Files(state)
-    experts = [(model, _Orthogonal(own, k, names, files)) for k, (model, own) in enumerate(streams.experts)]
+    experts = [(model, _OrthogonalExpert(own, k, names, files)) for k, (model, own) in enumerate(streams.experts)]
     return TaskVectors(streams.base, experts, streams.dtype, streams.threads)
 
 
@@ -126,7 +137,7 @@ class _Files:
         return None
 
 
-class _Orthogonal:
+class _OrthogonalExpert:
     """See `engine.checkpoint.Expert`: its own task vectors, but for the matrices."""
 
     def __init__(self, own: Expert, k: int, names: frozenset[str], files: _Files) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from engine.calibration import passes, training_order, windows
 from engine.config import Config
-from engine.flops import kept_elements, orthogonal_flops, sample_flops
+from engine.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.headers import BYTES, FLOATS, ModelHeader
 from engine.lora import AdapterHeader
 from engine.plan import SAFETENSORS, ExpertPlan, Plan
@@ -210,7 +210,9 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
         + elements * item * (1 if on_gpu else 0)
         + work.tokens * (header.vocab_size or 0) * item * 3,
         # A bucket that came and one that goes.
-        shard=SHARD_BYTES + scratch + (0 if where == "trainer" else 2 * bucket),
+        shard=SHARD_BYTES
+        + scratch
+        + max(0 if where == "trainer" else 2 * bucket, orthogonal_bytes(plan, machines.cpus)),
         store=0 if where == "trainer" else IN_FLIGHT * shards * bucket,
         page_cache=_read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1),
     )

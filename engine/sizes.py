@@ -17,6 +17,8 @@ WINDOW_BYTES = 128 << 20
 IN_FLIGHT = 2
 # Bytes of the float32 logits that stand at one time: those of all tokens would be a trainer's largest tensor.
 LOGIT_BYTES = 32 << 20
+# Matrices of which a shard makes the task vectors orthogonal in one call.
+TOGETHER = 8
 
 
 def bucket_bytes(shards: int, item: int) -> int:

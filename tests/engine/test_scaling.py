@@ -69,7 +69,8 @@ def test_orthogonal_task_vectors_cost_decompositions_once_and_nothing_a_step(mak
     cluster = Machines(nodes=3, cpus=8, gpus=1)
     plans = [plan_of(config, f"parameters.task_vectors={kind}") for kind in kinds]
     one, other = (predict(plan, WORK, cluster, "nodes") for plan in plans)
-    assert (one.step, one.memory) == (other.step, other.memory)
+    assert one.step == other.step
+    assert one.memory == replace(other.memory, shard=one.memory.shard)
     shapes = [plans[0].base_header.tensors[name].shape for name in plans[0].merged]
     flops = SVD_FLOPS * 4 * sum(m * n * min(m, n) for m, n in shapes)
     wanted = flops / (CORE_FLOPS * 24) + 2 * plans[0].merged_bytes / DISK
