@@ -40,10 +40,10 @@ SYSTEM = {
     "health_check_failure_threshold": 4,
 }
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
-PHASES = ("targets", "stage 1", "importance", "stage 2", "writing")
+PHASES = ("targets", "orthogonal task vectors", "stage 1", "importance", "stage 2", "writing")
 ROLES = ("Expert", "Trainer", "Shard")
 # Which phases a victim lives to see: experts are gone when their targets are stored, the trainer before the output.
-LIVES = {"Expert": PHASES[:1], "Trainer": PHASES[:4], "Shard": PHASES}
+LIVES = {"Expert": PHASES[:1], "Trainer": PHASES[:5], "Shard": PHASES}
 CELLS = [(victim, phase) for role in ROLES for victim in (role, f"node of {role}") for phase in LIVES[role]]
 CELLS += [("driver", phase) for phase in PHASES]
 LINE = re.compile(r"\[ *[\d.]+ s\] ([a-z][a-z0-9 ]*?)(?:: (\d+)| (\d+)/(\d+))(?: |$)")
@@ -154,7 +154,7 @@ class Driver:
 def merges(folder: Path) -> Iterator[Given]:
     """What the cells share."""
     options = {"max_shard_size": 30_000, "cluster": {"shards": 3, "wait": 60}}
-    parameters = {"budget": 1.5, "gradient_accumulation": 2}
+    parameters = {"budget": 1.5, "gradient_accumulation": 2, "task_vectors": "orthogonal"}
     config = tiny.make_merge(
         folder / "merge", experts=3, samples=(8, 8, 8), sharded=True, parameters=parameters, **options
     )

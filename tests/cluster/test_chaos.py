@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 SEED = 20260
 CELLS = [
     ("node of Expert", "targets"),
+    ("node of Shard", "orthogonal task vectors"),
     ("Trainer", "stage 1"),
     ("node of Trainer", "stage 2"),
     ("Shard", "importance"),
