@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from engine.checkpoint import Expert, Product, Stored, TaskVector
 from engine.headers import BYTES
 from engine.methods.svd import leading, nearest_orthogonal
 from engine.plan import SAFETENSORS, Plan
-from engine.storage import Folder, fetch, is_uri
+from engine.storage import Folder, borrowed
 from engine.task_vectors import TaskVectors
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
@@ -126,8 +125,8 @@ class _Files:
         """τ⊥ₖ of a matrix; None where the expert does not change it."""
         with self._lock:
             if name not in self._open:
-                where = f"{self._state.where}/{file_name(name)}"
-                self._open[name] = safe_open(fetch(where) if is_uri(where) else Path(where), framework="pt")
+                with borrowed(self._state, file_name(name)) as path:
+                    self._open[name] = safe_open(path, framework="pt")
             file = self._open[name]
             keys = file.keys()
             if str(k) in keys:

@@ -238,6 +238,24 @@ def fetch(uri: str, patterns: Sequence[str] | None = None, kind: type[InputError
     return target
 
 
+@contextmanager
+def borrowed(folder: Folder, name: str) -> Iterator[Path]:
+    """A file of a folder as a path on this machine; of one in object storage a copy of the caller's own.
+
+    The copy's name goes when the context ends; its memory, mapped meanwhile, goes with the map. Raises InputError.
+    """
+    if isinstance(folder, LocalFolder):
+        yield folder.path / name
+        return
+    address, room = Address.of(folder.where) / name, cache_folder() / "borrowed"
+    (fact,) = _facts(address, None, InputError).values()
+    with storing(room):
+        room.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=room) as own:
+        _copy(address, fact, Path(own) / "file", InputError, Event())
+        yield Path(own) / "file"
+
+
 def _facts(address: Address, patterns: Sequence[str] | None, kind: type[InputError]) -> dict[str, Any]:
     """What pyarrow tells of the objects to copy, by their names from the address; of the one object by ''."""
     found: list[Any] = []

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from conftest import plan_of
+from object_store import Store
 from plain import Received, task_vectors
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -23,13 +24,14 @@ from engine.disk import LocalFolder
 from engine.orthogonal import REACH, file_name, orthogonalise, with_orthogonal
 from engine.plan import Plan
 from engine.shards import LocalShards
+from engine.storage import Folder, ObjectFolder
 
 Array = npt.NDArray[np.float64]
 ORTHOGONAL = "parameters.task_vectors=orthogonal"
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
-def dense(plan: Plan, state: LocalFolder | None, name: str) -> list[Array | None]:
+def dense(plan: Plan, state: Folder | None, name: str) -> list[Array | None]:
     """Each expert's task vector as the streams have it; of the experts' own without a state."""
     own = task_vectors(plan)
     streams = own if state is None else with_orthogonal(plan, own, state)
@@ -163,6 +165,19 @@ def test_what_is_there_is_not_made_again(make_merge: Callable[..., Path], tmp_pa
     stored(plan, tmp_path)
     after = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
     assert {name for name in before if before[name] != after[name]} == {file_name(Q)}
+
+
+def test_in_object_storage_they_are_read_without_leaving_copies(
+    make_merge: Callable[..., Path], store: Store, tmp_path: Path
+) -> None:
+    plan = plan_of(make_merge(), ORTHOGONAL)
+    on_disk = stored(plan, tmp_path)
+    there = ObjectFolder(f"{store.root}/a run{store.options}")
+    orthogonalise(plan, task_vectors(plan), there, plan.orthogonal)
+    for name in plan.merged:
+        for a, b in zip(dense(plan, there, name), dense(plan, on_disk, name), strict=True):
+            np.testing.assert_array_equal(np.array(a), np.array(b))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_whole_task_vectors_are_the_streams_themselves(llama_merge: Path) -> None:
