@@ -18,8 +18,8 @@ from space import CHOSEN_LEARNED
 
 POINTS = {
     "samples": (2, 5, 8, 10, 20),
-    "budget": (0.9, 1.1, 2.0, 3.0, 8.0),
-    "kappa": (0.0, 0.5, 1.0, 2.0),
+    "budget": (0.9, 1.1, 3.0, 8.0),
+    "kappa": (0.0, 1.0, 2.0),
     "experts": (2, 3, 4, 5),
 }
 # Where the others stand while one of them is varied.
