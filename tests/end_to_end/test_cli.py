@@ -132,6 +132,7 @@ def test_no_cluster_at_an_address(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge"]
 
 
+@pytest.mark.slow
 def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", merge_method="expert_merging", parameters={"epochs": 8})
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out"]

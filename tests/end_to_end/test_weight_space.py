@@ -26,6 +26,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     llama_merge: Path, tmp_path: Path
 ) -> None:
