@@ -9,6 +9,7 @@ with one λ; here a coefficient is learned for each. Letters: N elements of a fl
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -34,8 +35,8 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def file_name(name: str) -> str:
-    """Where a tensor's are in the state of a run."""
-    return f"orthogonal/{name}.safetensors"
+    """Where a tensor's are in the state of a run: a name of ours, as a checkpoint's may be any text (`../..`)."""
+    return f"orthogonal/{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
 
 
 def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -178,6 +179,11 @@ def test_in_object_storage_they_are_read_without_leaving_copies(
         for a, b in zip(dense(plan, there, name), dense(plan, on_disk, name), strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(b))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a\0b", "x" * 10_000])
+def test_a_tensor_s_name_leads_nowhere(name: str) -> None:
+    assert re.fullmatch(r"orthogonal/[0-9a-f]{64}\.safetensors", file_name(name))
 
 
 def test_whole_task_vectors_are_the_streams_themselves(llama_merge: Path) -> None:
