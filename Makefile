@@ -40,6 +40,7 @@ quality: install
 	$(BIN)/python benchmarks/quality/fine_tune.py
 	$(BIN)/python benchmarks/quality/compare.py
 	$(BIN)/python benchmarks/quality/sensitivity.py
+	$(BIN)/python benchmarks/quality/sensitivity_figure.py benchmarks/quality/sensitivity.png
 	$(BIN)/python benchmarks/quality/table.py
 
 check: install
