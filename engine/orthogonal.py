@@ -13,7 +13,6 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from engine.checkpoint import Expert, Product, Stored, TaskVector
 from engine.headers import BYTES
-from engine.methods.svd import leading, nearest_orthogonal
-from engine.plan import SAFETENSORS, Plan
+from engine.methods.svd import leading, orthogonal_parts
+from engine.plan import Plan
 from engine.storage import Folder, borrowed
-from engine.task_vectors import TaskVectors
+from engine.task_vectors import TaskVectors, whole
 from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
 
+# The folder in the state of a run.
+FOLDER = "orthogonal"
 # What λ multiplies: a coefficient lies between 0 and 1, and λ is best above 1 (1.6 for five experts, measured).
 REACH = 4.0
 
@@ -36,7 +37,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 def file_name(name: str) -> str:
     """Where a tensor's are in the state of a run: a name of ours, as a checkpoint's may be any text (`../..`)."""
-    return f"orthogonal/{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
+    return f"{FOLDER}/{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
 
 
 def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str]) -> None:
@@ -55,11 +56,10 @@ def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterab
 
 def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts | None:
     """The leading parts of one expert's matrix; None where it is the base's."""
-    task_vector, base = streams.experts[k][1].task_vector(name), streams.base.read(name)
+    task_vector = streams.experts[k][1].task_vector(name)
     if task_vector is None:
         return None
-    tau = torch.empty(base.shape)
-    task_vector.block(0, base.numel(), base.reshape(-1).float(), tau.view(-1))
+    tau = whole(task_vector, streams.base.read(name))
     if not tau.any():
         return None
     u, s, vt = leading(tau, max(1, min(tau.shape) // experts))
@@ -69,7 +69,7 @@ def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts |
 def _store(plan: Plan, state: Folder, name: str, found: Mapping[int, Parts]) -> None:
     """One file: of each expert that changes the matrix its part of the orthogonal ones."""
     shape = plan.base_header.tensors[name].shape
-    code = "F32" if SAFETENSORS[plan.dtype] == "F32" else "BF16"
+    code = "F32" if plan.dtype == "float32" else "BF16"
     factors = dict(zip(found, _orthogonal(list(found.values())), strict=True)) if found else {}
     entries: list[OutputTensor] = []
     for k, (left, _) in factors.items():
@@ -94,11 +94,9 @@ def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
 
 def _orthogonal(found: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each expert the factors REACH · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n]."""
+    left, values, right = orthogonal_parts(found)
     ranks = [len(s) for _, s, _ in found]
-    left = nearest_orthogonal(torch.cat([u for u, _, _ in found], dim=1))
-    right = nearest_orthogonal(torch.cat([vt for _, _, vt in found]))
-    for u, (_, s, _), vt in zip(torch.split(left, ranks, dim=1), found, torch.split(right, ranks), strict=True):
-        yield u * (REACH * s), vt
+    yield from zip(torch.split(left * (REACH * values), ranks, dim=1), torch.split(right, ranks), strict=True)
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
@@ -112,29 +110,35 @@ def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> T
     assert state is not None
     files = _Files(state)
     experts = [(model, _OrthogonalExpert(own, k, names, files)) for k, (model, own) in enumerate(streams.experts)]
-    return TaskVectors(streams.base, experts, streams.dtype, streams.threads)
+    return streams.over(experts)
 
 
 class _Files:
-    """The stored files, opened once."""
+    """What is stored, each file opened once and its tensors kept as views: every piece of every step asks for them."""
 
     def __init__(self, state: Folder) -> None:
         self._state, self._lock = state, threading.Lock()
-        self._open: dict[str, Any] = {}
+        self._opened: dict[str, dict[int, TaskVector]] = {}
 
-    def task_vector(self, k: int, name: str) -> TaskVector | None:
-        """τ⊥ₖ of a matrix; None where the expert does not change it."""
+    def of(self, name: str) -> Mapping[int, TaskVector]:
+        """τ⊥ₖ of a matrix by k, of the experts that change it."""
         with self._lock:
-            if name not in self._open:
-                with borrowed(self._state, file_name(name)) as path:
-                    self._open[name] = safe_open(path, framework="pt")
-            file = self._open[name]
-            keys = file.keys()
-            if str(k) in keys:
-                return Stored(file.get_tensor(str(k)).reshape(-1))
-            if f"{k}.left" in keys:
-                return Product(file.get_tensor(f"{k}.left"), file.get_tensor(f"{k}.right"))
-        return None
+            if name not in self._opened:
+                with borrowed(self._state, file_name(name)) as path, safe_open(path, framework="pt") as file:
+                    self._opened[name] = _stored({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+            return self._opened[name]
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[int, TaskVector]:
+    """What a file holds, by expert; see `_store`."""
+    found: dict[int, TaskVector] = {}
+    for key, tensor in tensors.items():
+        k, _, side = key.partition(".")
+        if side == "left":
+            found[int(k)] = Product(tensor, tensors[f"{k}.right"])
+        elif not side:
+            found[int(k)] = Stored(tensor.reshape(-1))
+    return found
 
 
 class _OrthogonalExpert:
@@ -144,7 +148,7 @@ class _OrthogonalExpert:
         self._own, self._k, self._names, self._files = own, k, names, files
 
     def task_vector(self, name: str) -> TaskVector | None:
-        return self._files.task_vector(self._k, name) if name in self._names else self._own.task_vector(name)
+        return self._files.of(name).get(self._k) if name in self._names else self._own.task_vector(name)
 
     def stored(self, name: str) -> Tensor | None:
         return self._own.stored(name)

@@ -31,6 +31,7 @@ from engine.checkpoint import weight_files
 from engine.disk import LocalFolder, digest, storing, sweep
 from engine.errors import OutputError, StorageError
 from engine.objects import Address
+from engine.orthogonal import FOLDER
 from engine.plan import ModelPlan, Plan
 from engine.storage import Folder, cache_folder, is_uri, open_folder
 
@@ -186,7 +187,7 @@ class RunFolder:
     def standing(self) -> object:
         """How far the run has come, to be compared with what it was before."""
         steps = [state.steps for state in map(self.load_stage, (1, 2)) if state]
-        return len(self.stored_targets()), len(self.state.names("orthogonal")), steps, len(self.written())
+        return len(self.stored_targets()), len(self.state.names(FOLDER)), steps, len(self.written())
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of all steps, in their order. A step that had to be done again has overwritten its first try."""
@@ -259,7 +260,7 @@ class RunFolder:
     def computed(self) -> bool:
         """Whether there is anything to go on from."""
         names = self.state.names()
-        kept = ("targets/", "orthogonal/", "stage-")
+        kept = ("targets/", f"{FOLDER}/", "stage-")
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def may_use_output(self) -> bool:

@@ -10,6 +10,7 @@ Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from bisect import bisect_right
@@ -137,6 +138,12 @@ class TaskVectors:
                 raise CheckpointError(f"the tensor {name!r} has a weight that is NaN or infinite", owner)
         return Inspection(magnitudes)
 
+    def over(self, experts: Sequence[tuple[str, Expert]]) -> TaskVectors:
+        """Streams over other experts of the same base, on the same pool."""
+        others = copy.copy(self)
+        others.experts = experts
+        return others
+
     def of(self, name: str) -> list[TaskVector | None]:
         """τₖ of a tensor, of each expert; None where it is the base's."""
         return [expert.task_vector(name) for _, expert in self.experts]
@@ -147,6 +154,13 @@ def open_task_vectors(plan: Plan, threads: int) -> TaskVectors:
     base = open_base(plan)
     experts = [(expert.name, open_expert(expert, base)) for expert in plan.experts]
     return TaskVectors(base, experts, getattr(torch, plan.dtype), threads)
+
+
+def whole(task_vector: TaskVector, base: Tensor) -> Tensor:
+    """τ of one tensor as it stands, float32 in the base's shape: for what takes matrices apart."""
+    out_N = torch.empty(base.numel())
+    task_vector.block(0, base.numel(), base.reshape(-1).float(), out_N)
+    return out_N.view(base.shape)
 
 
 def merge_piece(

@@ -36,7 +36,7 @@ from engine.config_file import load_config
 from engine.expert import unlabelled
 from engine.importance import stage_2_layout
 from engine.methods.learned import SECOND_STAGE
-from engine.orthogonal import file_name, orthogonalise, with_orthogonal
+from engine.orthogonal import orthogonalise, with_orthogonal
 from engine.plan import Plan, make_plan
 from engine.preparation import encoder
 from engine.records import read_records
@@ -153,9 +153,7 @@ class Bench:
     def state(self, plan: Plan) -> Folder:
         """Where the plan's orthogonal task vectors are, if it has any; made once for every set of experts."""
         folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}"))
-        missing = [name for name in plan.orthogonal if not folder.exists(file_name(name))]
-        if missing:
-            orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, missing)
+        orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, plan.orthogonal)
         return folder
 
     # What is learned.

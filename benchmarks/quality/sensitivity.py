@@ -16,6 +16,8 @@ from choose import RESULTS, Log, try_learned
 from fine_tune import WORKDIR
 from space import CHOSEN_LEARNED
 
+from engine.config import Parameters
+
 POINTS = {
     "samples": (2, 5, 8, 10, 20),
     "budget": (0.9, 1.1, 3.0, 8.0),
@@ -23,7 +25,13 @@ POINTS = {
     "experts": (2, 3, 4, 5),
 }
 # Where the others stand while one of them is varied.
-AROUND = {"samples": 8, "budget": 8.0, "kappa": 1.0, "experts": len(tasks.SKILLS)}
+DEFAULTS = Parameters()
+AROUND = {
+    "samples": DEFAULTS.samples_per_model,
+    "budget": DEFAULTS.budget,
+    "kappa": DEFAULTS.kappa,
+    "experts": len(tasks.SKILLS),
+}
 
 
 @click.command()
@@ -36,12 +44,12 @@ def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
     benches: dict[int, Bench] = {}
     for name in what or POINTS:
         for value in POINTS[name]:
-            experts = int(value) if name == "experts" else len(tasks.SKILLS)
+            experts = int(value if name == "experts" else AROUND["experts"])
             if experts not in benches:
                 benches[experts] = Bench(workdir, list(tasks.SKILLS)[:experts])
             # What is as it is anyway goes unsaid, so that it is one try and not one of each kind.
             varied = options | ({name: value} if name in ("budget", "kappa") and value != AROUND[name] else {})
-            samples = int(value) if name == "samples" else 8
+            samples = int(value if name == "samples" else AROUND["samples"])
             for seed in seeds:
                 try_learned(log, benches[experts], "validation", method, varied, seed, samples)
 

@@ -12,6 +12,7 @@ are the expert's, θ₀ + λ·τₖ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.methods.spec import LAMBDA, Method, Option
@@ -46,8 +47,6 @@ INTERMEDIATE = Method(
 
 def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: K singular value decompositions, and two of what is left of them."""
-    import torch
-
     from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
     from engine.vocabulary import is_matrix
 
@@ -56,8 +55,8 @@ def prepare(tensor: MergeTensor) -> Fill:
     parts = [leading(tau, _rank(tensor, len(tensor.task_vectors))) for tau in changed(tensor)]
     if not parts:
         return mean_of_task_vectors(tensor)
-    left, values, right = (torch.cat(some) for some in zip(*((u.T, s, vt) for u, s, vt in parts), strict=True))
-    return add_to_base(tensor, (nearest_orthogonal(left.T) * values) @ nearest_orthogonal(right))
+    left, values, right = orthogonal_parts(parts)
+    return add_to_base(tensor, (left * values) @ right)
 
 
 def prepare_intermediate(tensor: MergeTensor) -> Fill:
@@ -83,7 +82,15 @@ def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return u[:, :rank], s[:rank], vt[:rank]
 
 
-def nearest_orthogonal(matrix: Tensor) -> Tensor:
+def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts, side by side in their order."""
+    import torch
+
+    left, values, right = zip(*parts, strict=True)
+    return _nearest_orthogonal(torch.cat(left, dim=1)), torch.cat(values), _nearest_orthogonal(torch.cat(right))
+
+
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """P·Qᵀ of P·D·Qᵀ = matrix: the nearest with orthogonal columns or rows."""
     import torch
 

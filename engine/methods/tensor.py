@@ -29,7 +29,7 @@ from engine.methods.sparse import Sparse
 from engine.methods.spec import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
 from engine.streaming import Fill, all_finite, in_order
-from engine.task_vectors import Piece, merge_piece, pieces
+from engine.task_vectors import Piece, merge_piece, pieces, whole
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -117,12 +117,10 @@ class MergeTensor:
         Raises:
             CheckpointError: it has an element that is not finite.
         """
-        out_N = torch.zeros(self.numel)
         task_vector = self.task_vectors[k]
-        if task_vector is not None:
-            task_vector.block(0, self.numel, self.base.reshape(-1).float(), out_N)
-        self._check_finite(k, out_N)
-        return out_N.view(self.shape)
+        tau = torch.zeros(self.shape) if task_vector is None else whole(task_vector, self.base)
+        self._check_finite(k, tau)
+        return tau
 
     def sum_of_task_vectors(self, factors: Sequence[float]) -> Fill:
         """θ₀ + Σₖ factorₖ·τₖ."""
