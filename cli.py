@@ -16,19 +16,26 @@ from typing import Any, NoReturn
 
 import click
 
-from engine.config_file import load_config
+from engine.config.reader import load_config
 from engine.errors import ConfigError, MergeError, RunError
-from engine.headers import locate
-from engine.plan import Plan, make_plan
-from engine.storage import is_uri
+from engine.planning.plan import Plan
+from engine.planning.planner import make_plan
+from engine.storage.paths import is_uri, locate
 
 QUICKSTART = Path(__file__).resolve().parent / "examples" / "quickstart"
+
+
 INTERRUPTED = 130
 
+
 _config = click.argument("config", required=False, type=click.Path(path_type=Path))
+
+
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config."
 )
+
+
 _debug = click.option("--debug", is_flag=True, help="Show tracebacks and the actors' own output.")
 
 
@@ -79,10 +86,10 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
     """Check CONFIG and its inputs from their headers alone, and say what a merge would do and take."""
 
     def run() -> None:
-        from engine.calibration import about_tokens
-        from engine.records import read_records
-        from engine.scaling import GB, Machines
-        from engine.summary import print_plan, print_weight_space_plan
+        from engine.calibration.records import read_records
+        from engine.calibration.samples import about_tokens
+        from engine.planning.scaling import GB, Machines
+        from engine.planning.summary import print_plan, print_weight_space_plan
 
         made = _plan(config, overrides)
         if not made.config.learned:
@@ -158,15 +165,15 @@ def _evaluate(
     trust_remote_code: bool,
 ) -> None:
     signal.signal(signal.SIGTERM, _stop)
-    from engine.items import read_data
-    from engine.results import print_results, results_file, save_results
+    from engine.evaluation.items import read_data
+    from engine.evaluation.results import print_results, results_file, save_results
 
     folder, name = results_file(out)
     data = read_data(files, limit)
     from cluster.evaluate import evaluate as evaluate_by
     from cluster.evaluate import make_jobs
-    from engine.harness import Tasks
-    from engine.subject import Options
+    from engine.evaluation.lm_eval_harness import Tasks
+    from engine.evaluation.subject import Options
 
     options = Options(batch_size, max_new_tokens, max_length, dtype, trust_remote_code)
     jobs = make_jobs(models, data, experts, Tasks(tuple(tasks), task_path, limit), options)
@@ -191,7 +198,7 @@ def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debu
     """Show what the merge in each RUN, its output folder or URI, learned and took: one page of HTML, for a browser."""
 
     def run() -> None:
-        from engine.report import write_report
+        from engine.report.page import write_report
 
         write_report(runs, out, evaluations)
         click.echo(f"wrote {out}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from actors.process import Process, Report
-from engine.calibration import Sample
-from engine.expert import FrozenExpert, load_target, save_target
-from engine.plan import Plan
-from engine.storage import Folder
+from engine.calibration.samples import Sample
+from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.targets import load_target, save_target
+from engine.planning.plan import Plan
+from engine.storage.folder import Folder
 
 
 class Expert:

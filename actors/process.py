@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.memory import PeakMemory
+from actors.memory import PeakMemory
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,22 @@ import numpy as np
 import safetensors.torch
 
 from actors.process import Process, Report, usable_cpus
+from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
-from engine.coefficients import Array, TensorCoefficients
-from engine.disk import digest
-from engine.methods.selection import Counts, Threshold
-from engine.methods.sparse import counts
-from engine.orthogonal import orthogonalise, with_orthogonal
-from engine.plan import Plan
-from engine.storage import Folder, fetch, is_uri
-from engine.streaming import Job, copy_of, stream
-from engine.task_vectors import Inspection, Piece, TaskVectors, open_task_vectors, pieces
-from engine.weight_space import WeightSpace
-from engine.writer import OutputFile, OutputTensor, torch_dtype, write_file
+from engine.methods.arithmetic.selection import Counts, Threshold
+from engine.methods.arithmetic.sparse import counts
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan
+from engine.shards.orthogonal import orthogonalise, with_orthogonal
+from engine.shards.weight_space import WeightSpace
+from engine.storage.cache import fetch
+from engine.storage.folder import Folder
+from engine.storage.local_folder import digest
+from engine.storage.paths import is_uri
+from engine.task_vectors.coefficients import Array, TensorCoefficients
+from engine.task_vectors.pieces import Piece, pieces
+from engine.task_vectors.pipeline import Job, copy_of, stream
+from engine.task_vectors.streams import Inspection, TaskVectors
 
 
 def _digest(file: str) -> str:

@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any
 
 from actors.process import Process, Report
-from engine.calibration import Sample, passes
+from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
-from engine.coefficients import Coefficients
-from engine.expert import Target
-from engine.plan import Plan
-from engine.shards import Shards
-from engine.student import Losses, Student
-from engine.training import Learner, Stage
+from engine.learning.learner import Learner, Stage
+from engine.learning.student import Losses, Student
+from engine.learning.targets import Target
+from engine.planning.plan import Plan
+from engine.planning.schedule import passes
+from engine.shards.protocol import Shards
+from engine.task_vectors.coefficients import Coefficients
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from engine.memory import PeakMemory, anonymous_bytes
+from actors.memory import PeakMemory, anonymous_bytes
 
 transformers.utils.logging.disable_progress_bar()
 

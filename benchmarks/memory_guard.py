@@ -28,7 +28,7 @@ GROWTH = 1.02
 def trainer(config: Path, gradients: str) -> int:
     from step_time import Bench
 
-    from engine.memory import PeakMemory
+    from actors.memory import PeakMemory
 
     bench = Bench(config, WINDOW, config.parent, [f"gradients={gradients}"])  # the expert's own memory is given back
     gauge = PeakMemory()
@@ -38,14 +38,14 @@ def trainer(config: Path, gradients: str) -> int:
 
 
 def shard(config: Path) -> int:
+    from actors.memory import PeakMemory
     from actors.shard import Shard
     from engine.codec import pack_all, unpack_all
-    from engine.coefficients import Coefficients
-    from engine.config_file import load_config
-    from engine.memory import PeakMemory
-    from engine.plan import make_plan
-    from engine.task_vectors import pieces
-    from engine.training import first_stage
+    from engine.config.reader import load_config
+    from engine.learning.learner import first_stage
+    from engine.planning.planner import make_plan
+    from engine.task_vectors.coefficients import Coefficients
+    from engine.task_vectors.pieces import pieces
 
     plan = make_plan(load_config(config), config.parent)
     actor, layout = Shard(plan, 0), first_stage(plan).layout

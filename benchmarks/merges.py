@@ -18,7 +18,7 @@ from typing import Any
 import click
 import pyarrow.parquet
 
-from engine.config import Config
+from engine.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 # A merge of ours on its own Ray, whatever cluster the shell knows; and models are folders, so no hub is asked.

@@ -23,9 +23,9 @@ import yaml
 from models import Models
 from report import Report, Target, console, in_mb, print_table
 
-from engine.config_file import load_config
-from engine.plan import make_plan
-from engine.scaling import GB, Machines, Prediction, Where, Work, predict
+from engine.config.reader import load_config
+from engine.planning.planner import make_plan
+from engine.planning.scaling import GB, Machines, Prediction, Where, Work, predict
 
 WINDOW, STEPS = 8, 5
 # How far a prediction may be from what was measured.

@@ -31,7 +31,7 @@ from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 from report import Report, Target, console, in_mb, print_table
 
 import cli
-from engine.calibration import passes
+from engine.planning.schedule import passes
 
 INTERVAL_SECONDS = 0.02
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

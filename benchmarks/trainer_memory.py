@@ -42,7 +42,7 @@ class Idle:
 
     def __init__(self) -> None:
         import actors.shard  # noqa: F401
-        import engine.task_vectors  # noqa: F401
+        import engine.task_vectors.streams  # noqa: F401
         from actors.process import Process
 
         self.process: Any = Process("idle")

@@ -18,17 +18,19 @@ from actors.expert import Expert
 from actors.process import usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer
-from cluster.exchange import RemoteShards
 from cluster.placement import Layout, Seat
+from cluster.remote_shards import RemoteShards
 from cluster.session import reserved
 from cluster.watch import Watch
-from engine.plan import Plan
-from engine.run_folder import load_plan
-from engine.shards import LocalShards, Shards
-from engine.storage import Folder
+from engine.planning.plan import Plan
+from engine.run.run_folder import load_plan
+from engine.shards.local_shards import LocalShards
+from engine.shards.protocol import Shards
+from engine.storage.folder import Folder
 
 # How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
 RESTARTS = 3
+
 
 Arguments = Callable[[Plan, Folder], tuple[Any, ...]]
 

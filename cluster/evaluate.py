@@ -16,15 +16,14 @@ from cluster.placement import Node
 from cluster.progress import Progress
 from cluster.session import connect, nodes
 from cluster.watch import Watch, until_done
+from engine.checkpoints.find import find_model, portable
 from engine.errors import ClusterError, ConfigError, RunError
-from engine.evaluation import Evaluation
-from engine.harness import Tasks, check_tasks, run_tasks
-from engine.headers import find_model
-from engine.items import DataSet, unique
-from engine.model import load_tokenizer
-from engine.plan import portable
-from engine.results import Row
-from engine.subject import Options, Reader, Subject
+from engine.evaluation.items import DataSet, unique
+from engine.evaluation.lm_eval_harness import Tasks, check_tasks, run_tasks
+from engine.evaluation.measure import Evaluation
+from engine.evaluation.results import Row
+from engine.evaluation.subject import Options, Reader, Subject
+from engine.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ClusterError
-from engine.plan import Plan, slices
-from engine.scaling import GB, Machines, Where, Work, choose
+from engine.planning.plan import Plan, slices
+from engine.planning.scaling import GB, Machines, Where, Work, choose
 
 Bundle = dict[str, float]
+
+
 MORE = "add nodes, or ask for less: num_gpus, labels or shards in the config's `cluster`"
 
 

@@ -20,6 +20,8 @@ from cluster.watch import Lost
 from engine.errors import ClusterError
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
+
+
 # glibc would keep large buffers that were freed for itself, and a trainer would seem to grow. Those below 4 MiB it may
 # keep, 128 MiB at most: memory that is asked for anew at every operation costs a step a part of its time (a seventh at
 # 2 MiB, nothing to be seen at 4, measured).
@@ -28,9 +30,16 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
 TOKEN = "see that the head is up; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
+
+
 SAY_EVERY = 5.0
+
+
 KNOCK_SECONDS = 10.0
+
 
 Found = TypeVar("Found")
 

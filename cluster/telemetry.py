@@ -20,22 +20,32 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ray.util.metrics import Gauge
 
-from engine.config import Config
+from engine.config.schema import Config
 from engine.errors import ConfigError, RunError
-from engine.storage import as_path, is_uri
+from engine.storage.paths import as_path, is_uri
 
 PROJECT = "expert-merging"
+
+
 WRITE_FILES = ("aim", "dvclive", "tensorboard")
+
+
 # Ray forgets a gauge that was not set within two of its intervals of ten seconds, and a step may take longer.
 REPEAT_SECONDS = 5.0
+
+
 # Of a row of merge/metrics.parquet: what is each sample's own, and what is the whole step's.
 OF_SAMPLES = ("kl", "hidden", "entropy")
+
+
 OF_STEP = {
     "regularization": "regularization",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "step_seconds",
 }
+
+
 GAUGES = {
     "step": ("stage", "Optimiser step of a stage that was taken last, from 0."),
     "kl": ("stage", "Logit loss, mean over the samples of the last step."),

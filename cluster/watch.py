@@ -25,10 +25,15 @@ from ray.exceptions import (
 from engine.errors import MergeError, RunError
 
 HEARTBEAT = 30.0
+
+
 # How often the nodes are looked at; a node that is gone takes nothing along but what was on it.
 LOOK_EVERY = 1.0
+
+
 # How often a run goes on from its state without getting any further, before that is its end.
 TRIES = 3
+
 
 Result = TypeVar("Result")
 

@@ -21,12 +21,20 @@ from engine.errors import InputError
 
 # A file of JSON; 100,000 tensors have an index of 10 MB. Vocabularies are larger.
 JSON_BYTES, TOKENIZER_BYTES = 32 << 20, 128 << 20
+
+
 # Lists and mappings of one JSON text, and how deep they may stand in each other.
 CONTAINERS, DEPTH = 4_000_000, 100
+
+
 # Characters of a value in a message.
 SHOWN = 80
+
+
 # Of the processor, so that a busy machine changes nothing; memory beyond what the process has.
 SECONDS, MEMORY = 3, 512 << 20
+
+
 # What other people's code raises over input that it cannot take.
 FAULTS: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,

@@ -10,9 +10,10 @@ from typing import Any
 
 from cluster.driver import attempt
 from cluster.progress import Progress
-from engine.plan import Plan
-from engine.preparation import check_inputs, prepare
-from engine.run_folder import identity, open_run
+from engine.planning.plan import Plan
+from engine.run.identity import identity
+from engine.run.preparation import check_inputs, prepare
+from engine.run.run_folder import open_run
 
 
 def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = None) -> Path:

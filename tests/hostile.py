@@ -26,7 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SECONDS, MEMORY, LONG = 10, 1 << 30, 100
 
 # What the process has that forks.
-PLAN = ("cli", "engine.calibration", "engine.scaling", "engine.summary", "pyarrow.parquet", "safetensors")
+PLAN = (
+    "cli",
+    "engine.calibration.samples",
+    "engine.planning.scaling",
+    "engine.planning.summary",
+    "pyarrow.parquet",
+    "safetensors",
+)
 MERGE = ("cluster.driver", "ray", "transformers.models.llama.modeling_llama")
 
 

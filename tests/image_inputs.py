@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from engine.processors import load_processor
+from engine.models.loading import load_processor
 
 CONTEXT = "<IMG_CONTEXT>"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])

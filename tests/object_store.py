@@ -96,13 +96,13 @@ def serving() -> Iterator[str]:
 
 def new_store(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Store:
     """A bucket that this process finds by its environment, and a cache of its own."""
-    import engine.objects
+    import engine.storage.address
 
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     monkeypatch.setenv("EXPERT_MERGING_CACHE", str(cache))
-    engine.objects._file_system.cache_clear()
+    engine.storage.address._file_system.cache_clear()
     store = Store(url, f"bucket-{uuid.uuid4().hex}")
     store.ask("PUT", store.bucket)
     return store

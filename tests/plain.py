@@ -11,18 +11,30 @@ from torch import Tensor
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import training_order, windows
 from engine.codec import pack_all
-from engine.coefficients import Coefficients
-from engine.expert import unlabelled
-from engine.importance import stage_2_layout
-from engine.orthogonal import orthogonalise, with_orthogonal
-from engine.plan import Plan
-from engine.preparation import check_inputs, prepare
-from engine.run_folder import RunFolder
-from engine.shards import Arrivals, LocalShards
-from engine.task_vectors import Piece, TaskVectors, open_task_vectors
-from engine.training import PRIORS, Learner, Stage, common_prior, first_stage, needs_prior, second_stage, with_prior
+from engine.learning.importance import stage_2_layout
+from engine.learning.learner import (
+    PRIORS,
+    Learner,
+    Stage,
+    common_prior,
+    first_stage,
+    needs_prior,
+    second_stage,
+    with_prior,
+)
+from engine.learning.targets import unlabelled
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan
+from engine.planning.schedule import training_order, windows
+from engine.run.preparation import check_inputs, prepare
+from engine.run.run_folder import RunFolder
+from engine.shards.local_shards import LocalShards
+from engine.shards.orthogonal import orthogonalise, with_orthogonal
+from engine.shards.protocol import Arrivals
+from engine.task_vectors.coefficients import Coefficients
+from engine.task_vectors.pieces import Piece
+from engine.task_vectors.streams import TaskVectors
 
 
 def task_vectors(plan: Plan, threads: int = 1) -> TaskVectors:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.coefficients import Coefficients, Layout
-from engine.importance import stage_2_layout
-from engine.plan import Plan
-from engine.record import write_record
+from engine.learning.importance import stage_2_layout
+from engine.output.merge_record import write_record
+from engine.planning.plan import Plan
+from engine.task_vectors.coefficients import Coefficients, Layout
 
 # (stage, step, expert, sample) → kl: two steps a stage, in which the second expert has one sample, seen twice.
 SEEN = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 1, 0, 1), (1, 1, 1, 0), (2, 0, 0, 0), (2, 0, 1, 0), (2, 1, 0, 1), (2, 1, 1, 0))

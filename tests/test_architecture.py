@@ -16,12 +16,20 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {"engine": 0, "actors": 1, "cluster": 2, "cli": 3}
 HEAVY = {"torch", "transformers", "ray"}
 # These are read by `plan` and `--help`, which a person waits for.
+# The sub-packages of engine/, from the ground up: each imports only those before it.
+ORDER = (
+    *("errors", "sizes", "codec", "fields", "untrusted", "storage", "checkpoints", "task_vectors", "models"),
+    *("methods", "config", "planning", "calibration", "shards", "learning", "run", "evaluation", "output", "report"),
+)
 LIGHT = [
     f"engine.{name}"
     for name in (
-        *("config", "config_file", "headers", "lora", "plan", "errors", "summary", "calibration"),
-        *("matching", "vocabulary", "mergekit_yaml", "methods.registry", "methods.catalog"),
-        *("untrusted", "storage", "disk", "objects", "lease", "report", "items", "metrics", "results"),
+        *("fields", "errors", "untrusted", "storage.folder", "storage.paths", "storage.cache", "storage.lease"),
+        *("checkpoints.headers", "checkpoints.find", "checkpoints.adapters", "checkpoints.vocabulary"),
+        *("methods.registry", "methods.catalog", "config.schema", "config.reader", "config.mergekit_yaml"),
+        *("planning.plan", "planning.planner", "planning.matching", "planning.scaling", "planning.summary"),
+        *("calibration.records", "calibration.samples", "report.page", "evaluation.items", "evaluation.metrics"),
+        "evaluation.results",
     )
 ] + ["cli"]
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]
@@ -160,3 +168,11 @@ def test_a_function_stays_small(module: str) -> None:
     functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     sizes = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
     assert {name: size for name, size in sizes.items() if size > FUNCTION_LINES} == {}
+
+
+@each_module
+def test_sub_packages_import_downwards(module: str) -> None:
+    _, part, *_ = f"{module}..".split(".")
+    if root(module) == "engine" and part:
+        parts = {name.split(".")[1] for name in imported(ast.walk(tree(module)), module) if name.startswith("engine.")}
+        assert not {one for one in parts if ORDER.index(one) > ORDER.index(part)}

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.shard import Shard
-from engine.checkpoint import open_base, open_expert
-from engine.disk import LocalFolder
-from engine.methods.selection import Counts, Threshold
-from engine.plan import Plan, slices
-from engine.weight_space import model_thresholds
-from engine.writer import output_files
+from engine.methods.arithmetic.selection import Counts, Threshold
+from engine.output.model_folder import output_files
+from engine.planning.open_models import open_base, open_expert
+from engine.planning.plan import Plan, slices
+from engine.shards.weight_space import model_thresholds
+from engine.storage.local_folder import LocalFolder
 
 Tensors = dict[str, Tensor]
 _numbers = count()

@@ -28,25 +28,39 @@ from transformers.utils import logging
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import make_samples, training_order, windows
+from engine.calibration.encoder import encoder
+from engine.calibration.records import read_records
+from engine.calibration.samples import make_samples
+from engine.checkpoints.writer import torch_dtype
 from engine.codec import pack_all
-from engine.coefficients import Coefficients
-from engine.config import Config
-from engine.config_file import load_config
-from engine.expert import unlabelled
-from engine.importance import stage_2_layout
+from engine.config.reader import load_config
+from engine.config.schema import Config
+from engine.learning.importance import stage_2_layout
+from engine.learning.learner import (
+    PRIORS,
+    Learner,
+    Stage,
+    common_prior,
+    first_stage,
+    needs_prior,
+    second_stage,
+    with_prior,
+)
+from engine.learning.targets import unlabelled
 from engine.methods.learned import SECOND_STAGE
-from engine.orthogonal import orthogonalise, with_orthogonal
-from engine.plan import Plan, make_plan
-from engine.preparation import encoder
-from engine.records import read_records
-from engine.shards import LocalShards
-from engine.storage import Folder, open_folder
-from engine.streaming import stream
-from engine.task_vectors import Piece, open_task_vectors, pieces
-from engine.training import PRIORS, Learner, Stage, common_prior, first_stage, needs_prior, second_stage, with_prior
-from engine.weight_space import WeightSpace, model_thresholds
-from engine.writer import output_files, torch_dtype
+from engine.output.model_folder import output_files
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan
+from engine.planning.planner import make_plan
+from engine.planning.schedule import training_order, windows
+from engine.shards.local_shards import LocalShards
+from engine.shards.orthogonal import orthogonalise, with_orthogonal
+from engine.shards.weight_space import WeightSpace, model_thresholds
+from engine.storage.folder import Folder
+from engine.storage.paths import open_folder
+from engine.task_vectors.coefficients import Coefficients
+from engine.task_vectors.pieces import Piece, pieces
+from engine.task_vectors.pipeline import stream
 
 logging.disable_progress_bar()
 POOL = tasks.SIZES["calibration"]
@@ -96,7 +110,7 @@ class Bench:
                 arrival.result()
 
     def room(self, piece: Piece) -> torch.Tensor:
-        """See `engine.shards.Model`."""
+        """See `engine.shards.protocol.Model`."""
         return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
 
     def put(self, piece: Piece, merged_N: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from choose import RESULTS, Log, try_learned
 from fine_tune import WORKDIR
 from space import CHOSEN_LEARNED
 
-from engine.config import Parameters
+from engine.methods.learned import Parameters
 
 POINTS = {
     "samples": (2, 5, 8, 10, 20),

@@ -14,8 +14,8 @@ import rich.table
 
 from engine.methods.mergekit_library import INSTALL
 from engine.methods.mergekit_library import NAMES as MERGEKIT
+from engine.methods.options import Method, Option
 from engine.methods.registry import LEARNED, NATIVE, find_method, has_mergekit
-from engine.methods.spec import Method, Option
 
 HEAD = """# Methods
 

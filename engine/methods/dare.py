@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
+from engine.methods.options import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
 from engine.methods.task_arithmetic import scale
 from engine.methods.ties import DIVIDE_BY
 
 if TYPE_CHECKING:
-    from engine.methods.sparse import Sparse
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor, Sparse
+    from engine.task_vectors.pipeline import Fill
+
 
 RESCALE_BY = Option(
     "rescale_by",
@@ -29,8 +29,13 @@ RESCALE_BY = Option(
     kind=str,
     choices=("l1", "density"),
 )
+
+
 OPTIONS = (WEIGHT, DENSITY, rescale(True), RESCALE_BY, normalize(False), LAMBDA, INT8_MASK)
+
+
 SOURCE = "Yu et al., Language Models are Super Mario, arXiv 2311.03099"
+
 
 LINEAR = Method(
     "dare_linear",
@@ -40,6 +45,8 @@ LINEAR = Method(
     OPTIONS,
     aliases=("dare_ta",),
 )
+
+
 TIES = Method(
     "dare_ties",
     "task vectors thinned at random, then the signs of TIES",
@@ -61,7 +68,7 @@ def prepare_ties(tensor: MergeTensor) -> Fill:
 
 
 def _thinned(tensor: MergeTensor) -> Sparse:
-    from engine.methods.sparse import Dense, Thinned
+    from engine.methods.arithmetic.sparse import Dense, Thinned
 
     densities = [float(density) for density in tensor.each_own("density")]
     if all(density >= 1 for density in densities):

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import LAMBDA, Method
+from engine.methods.options import LAMBDA, Method
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
 
 METHOD = Method(
     "iso",
@@ -30,8 +31,8 @@ def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: one singular value decomposition, of the sum."""
     import torch
 
-    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
-    from engine.vocabulary import is_matrix
+    from engine.checkpoints.vocabulary import is_matrix
+    from engine.methods.arithmetic.matrices import add_to_base, changed, mean_of_task_vectors
 
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)

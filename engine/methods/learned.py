@@ -1,16 +1,76 @@
 """The methods that learn coefficients, as a user sees them; what they do is the driver's and the trainer's.
 
-Options and defaults are those of `engine.config.Parameters`.
+Options and defaults are those of `engine.methods.learned.Parameters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from engine.config import ADAMERGING, ModelParameters, Parameters
-from engine.methods.spec import Method, Option
+from pydantic import (
+    Field,
+)
+
+from engine.fields import Float, Int, _Section
+from engine.methods.options import Method, Option
+
+
+class ModelParameters(_Section):
+    """Options that an expert may have of its own; None: the top level's."""
+
+    weight: Float | Literal["auto"] | None = None
+    loss_weight: Annotated[Float, Field(ge=0)] | None = None
+    samples_per_model: Annotated[Int, Field(ge=1)] | None = None
+
+
+class Parameters(_Section):
+    """Options of the method, by the paper's names; the defaults are what `benchmarks/quality` found, see also PAPER."""
+
+    weight: Float | Literal["auto"] = "auto"
+    loss_weight: Annotated[Float, Field(ge=0)] = 1.0
+    samples_per_model: Annotated[Int, Field(ge=1)] = 8
+    task_vectors: Literal["orthogonal", "whole"] = "orthogonal"
+    hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
+    hidden_loss: Literal["mse", "relative"] = "relative"
+    hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
+    temperature: Annotated[Float, Field(gt=0)] = 2.0
+    loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
+    regularization: Annotated[Float, Field(ge=0)] = 0.0
+    learning_rate: Annotated[Float, Field(gt=0)] = 1.0
+    weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
+    max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
+    gradient_accumulation: Annotated[Int, Field(ge=1)] = 5
+    epochs: Annotated[Int, Field(ge=1, le=10_000)] = 8
+    budget: Annotated[Float, Field(gt=0, le=1e6)] = 8.0
+    kappa: Annotated[Float, Field(ge=0)] = 1.0
+    fixed: Literal["prior", "stage1"] = "stage1"
+    start: Literal["prior", "stage1"] = "stage1"
+    granularity: Literal["layer", "task"] = "layer"
+
+
+# Defaults of the published command line, where ours are others; and of AdaMerging: its
+# paper's prior, no pull back to it, and prompts as they are, since no expert answers them.
+PAPER: dict[str, Any] = {
+    "weight": 0.1,
+    "samples_per_model": 5,
+    "task_vectors": "whole",
+    "hidden_loss": "mse",
+    "temperature": 1.0,
+    "loss_tokens": "all",
+    "regularization": 5.0,
+    "learning_rate": 0.5,
+    "gradient_accumulation": 8,
+    "epochs": 1,
+    "budget": 1.1,
+    "fixed": "prior",
+    "start": "prior",
+}
+
+
+ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
+
 
 ABOUT = {
     "weight": "ᾱₖ, the prior: where learning starts, and what it is pulled back to",
@@ -34,7 +94,11 @@ ABOUT = {
     "start": "where stage 2 starts: prior or stage1",
     "granularity": "one coefficient an expert and tensor (layer), or one an expert (task)",
 }
+
+
 SECOND_STAGE = ("budget", "kappa", "fixed", "start")
+
+
 ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
-from engine.methods.spec import Method, Option, normalize
+from engine.methods.options import Method, Option, normalize
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
 
 METHOD = Method(
     "linear",

@@ -12,16 +12,19 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from engine.methods.spec import Method, Option
+from engine.methods.options import Method, Option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
-    from engine.task_vectors import Piece
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pieces import Piece
+    from engine.task_vectors.pipeline import Fill
+
 
 INSTALL = 'pip install ".[mergekit]"'
+
+
 # What mergekit 0.1.5 has beside ours, with a line for those who have not installed it.
 NAMES = {
     "slerp": "spherical interpolation between two models",
@@ -40,8 +43,12 @@ NAMES = {
     "ramplus_tl": "ram, scaled up by how much is shared",
     "passthrough": "one model, scaled",
 }
+
+
 # The base among the inputs; no expert's name has such a sign.
 BASE = "\0base"
+
+
 # Some draw random numbers from torch's one generator: one tensor at a time, from a seed of its own.
 _generator = threading.Lock()
 

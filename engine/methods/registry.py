@@ -22,13 +22,14 @@ from engine.methods import (
     weight_average,
     wudi,
 )
-from engine.methods.spec import Method, Option
+from engine.methods.options import Method, Option
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
 
     Prepare = Callable[[MergeTensor], Fill]
+
 
 _NATIVE: dict[str, tuple[Method, Prepare]] = {
     method.name: (method, prepare)
@@ -46,10 +47,20 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (wudi.SECOND, wudi.prepare),
     )
 }
+
+
 LEARNED = {method.name: method for method in learned.METHODS}
+
+
 NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
+
+
 MERGEKIT, INSTALL = mergekit_library.NAMES, mergekit_library.INSTALL
+
+
 ALIASES = {alias: method.name for method in NATIVE.values() for alias in method.aliases}
+
+
 # Every name that a config may give, as far as it is known without mergekit's library.
 NAMES = (*LEARNED, *NATIVE, *ALIASES, *MERGEKIT)
 

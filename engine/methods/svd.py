@@ -12,19 +12,20 @@ are the expert's, θ₀ + λ·τₖ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Method, Option
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
 
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
 
 RANK = Option("rank", 0.0, "r as a part of min(m, n); 0: 1/K", low=0, high=1)
+
+
 SOURCE = "Gargiulo et al., Task Singular Vectors, arXiv 2412.00081"
+
 
 METHOD = Method(
     "svd",
@@ -34,6 +35,8 @@ METHOD = Method(
     (RANK, LAMBDA),
     whole=True,
 )
+
+
 INTERMEDIATE = Method(
     "svd_intermediate",
     "each expert with its task vector cut to its leading singular values: one model an expert",
@@ -47,8 +50,8 @@ INTERMEDIATE = Method(
 
 def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: K singular value decompositions, and two of what is left of them."""
-    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
-    from engine.vocabulary import is_matrix
+    from engine.checkpoints.vocabulary import is_matrix
+    from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors, orthogonal_parts
 
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
@@ -61,8 +64,8 @@ def prepare(tensor: MergeTensor) -> Fill:
 
 def prepare_intermediate(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed, of a merge that has one expert: its own output."""
-    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
-    from engine.vocabulary import is_matrix
+    from engine.checkpoints.vocabulary import is_matrix
+    from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors
 
     assert len(tensor.task_vectors) == 1
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
@@ -71,32 +74,6 @@ def prepare_intermediate(tensor: MergeTensor) -> Fill:
         u, s, vt = leading(tau, _rank(tensor, tensor.experts_in_all))
         return add_to_base(tensor, (u * s) @ vt)
     return mean_of_task_vectors(tensor)
-
-
-def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], Σ [r], Vᵀ [r, n] of at most `rank` leading parts: without those that are zero but for rounding."""
-    import torch
-
-    u, s, vt = torch.linalg.svd(tau, full_matrices=False)
-    rank = min(rank, int((s > s[0] * max(tau.shape) * torch.finfo(s.dtype).eps).sum()))
-    return u[:, :rank], s[:rank], vt[:rank]
-
-
-def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts, side by side in their order."""
-    import torch
-
-    left, values, right = zip(*parts, strict=True)
-    return _nearest_orthogonal(torch.cat(left, dim=1)), torch.cat(values), _nearest_orthogonal(torch.cat(right))
-
-
-def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """P·Qᵀ of P·D·Qᵀ = matrix: the nearest with orthogonal columns or rows."""
-    import torch
-
-    p, _, qt = torch.linalg.svd(matrix, full_matrices=False)
-    nearest: Tensor = p @ qt
-    return nearest
 
 
 def _rank(tensor: MergeTensor, experts: int) -> int:

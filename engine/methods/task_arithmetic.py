@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import INT8_MASK, LAMBDA, WEIGHT, Method, normalize
+from engine.methods.options import INT8_MASK, LAMBDA, WEIGHT, Method, normalize
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
 
 # mergekit divides by no sum that is smaller.
 LEAST_SUM = 1e-8
+
 
 METHOD = Method(
     "task_arithmetic",

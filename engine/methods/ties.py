@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
+from engine.methods.options import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
 
 if TYPE_CHECKING:
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
 
 TRIM = Option(
     "trim",
@@ -28,6 +29,8 @@ TRIM = Option(
     kind=str,
     choices=("tensor", "model"),
 )
+
+
 DIVIDE_BY = Option(
     "divide_by",
     "weight",
@@ -35,6 +38,7 @@ DIVIDE_BY = Option(
     kind=str,
     choices=("weight", "count"),
 )
+
 
 METHOD = Method(
     "ties",
@@ -47,7 +51,8 @@ METHOD = Method(
 
 def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed: two passes that count, where density is below 1, and one that merges."""
-    from engine.methods.sparse import Dense, Sparse, Trimmed
+    from engine.methods.arithmetic.sparse import Dense, Trimmed
+    from engine.methods.arithmetic.tensor import Sparse
 
     densities = [float(density) for density in tensor.each_own("density")]
     sparse: Sparse

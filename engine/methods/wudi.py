@@ -17,21 +17,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.spec import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Method, Option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.methods.tensor import MergeTensor
-    from engine.streaming import Fill
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
 
 STEPS = Option("steps", 300, "steps of gradient descent a tensor", kind=int, low=0)
+
+
 LEARNING_RATE = Option("learning_rate", 1e-5, "of the optimiser", low=0)
+
+
 CENTER = Option("center", True, "cut τₖ − τ̄ to its leading parts, not τₖ", kind=bool)
+
+
 START = Option(
     "start", "sum", "where τ begins: the sum of the task vectors, or their mean", kind=str, choices=("sum", "mean")
 )
+
+
 OPTIMIZER = Option("optimizer", "adam", "adam, or sgd with a momentum of 0.9", kind=str, choices=("adam", "sgd"))
+
 
 METHOD = Method(
     "wudi",
@@ -41,6 +51,8 @@ METHOD = Method(
     (STEPS, LEARNING_RATE, LAMBDA),
     whole=True,
 )
+
+
 SECOND = Method(
     "wudi2",
     "wudi against the leading parts of the task vectors (WUDI v2)",
@@ -55,8 +67,8 @@ def prepare(tensor: MergeTensor) -> Fill:
     """How the tensor's pieces are computed, of wudi and of wudi2."""
     import torch
 
-    from engine.methods.matrices import add_to_base, changed, mean_of_task_vectors
-    from engine.vocabulary import is_matrix
+    from engine.checkpoints.vocabulary import is_matrix
+    from engine.methods.arithmetic.matrices import add_to_base, changed, mean_of_task_vectors
 
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)

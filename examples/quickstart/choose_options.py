@@ -19,15 +19,16 @@ from skills import SKILLS
 from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import make_samples, training_order, windows
-from engine.config_file import load_config
-from engine.encoding import TextEncoder
-from engine.importance import stage_2_layout
-from engine.plan import make_plan
-from engine.records import read_records
-from engine.storage import open_folder
-from engine.task_vectors import open_task_vectors
-from engine.training import Learner, first_stage, second_stage
+from engine.calibration.records import read_records
+from engine.calibration.samples import make_samples
+from engine.calibration.text_encoder import TextEncoder
+from engine.config.reader import load_config
+from engine.learning.importance import stage_2_layout
+from engine.learning.learner import Learner, first_stage, second_stage
+from engine.planning.open_models import open_task_vectors
+from engine.planning.planner import make_plan
+from engine.planning.schedule import training_order, windows
+from engine.storage.paths import open_folder
 
 CONFIG = Path(__file__).resolve().parent / "merge.yaml"
 WEIGHTS = (0.4, 0.6, 0.8)

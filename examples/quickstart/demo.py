@@ -25,9 +25,9 @@ from skills import SKILLS
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from engine.coefficients import read_coefficients
-from engine.config_file import load_config
-from engine.plan import make_plan
+from engine.config.reader import load_config
+from engine.planning.planner import make_plan
+from engine.task_vectors.coefficients import read_coefficients
 
 HERE = Path(__file__).resolve().parent
 CLI = HERE.parent.parent / "cli.py"

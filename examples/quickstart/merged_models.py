@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.checkpoint import open_base
-from engine.coefficients import Coefficients
-from engine.plan import Plan
-from engine.shards import LocalShards
-from engine.task_vectors import Piece
-from engine.training import first_stage
+from engine.learning.learner import first_stage
+from engine.planning.open_models import open_base
+from engine.planning.plan import Plan
+from engine.shards.local_shards import LocalShards
+from engine.task_vectors.coefficients import Coefficients
+from engine.task_vectors.pieces import Piece
 
 
 class MergedModels:
-    """It is where merged pieces go, too: `engine.shards.Model`."""
+    """It is where merged pieces go, too: `engine.shards.protocol.Model`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, folder = plan, open_base(plan).folder

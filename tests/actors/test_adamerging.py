@@ -15,18 +15,18 @@ from torch import Tensor
 from torch.func import functional_call
 
 from actors.trainer import Trainer
-from engine.calibration import make_samples
-from engine.checkpoint import open_base
+from engine.calibration.records import read_records
+from engine.calibration.samples import make_samples
+from engine.calibration.text_encoder import TextEncoder
 from engine.codec import pack_all, unpack_all
-from engine.coefficients import Coefficients
-from engine.disk import LocalFolder
-from engine.encoding import TextEncoder
-from engine.expert import Target, load_target, save_target
-from engine.model import load_tokenizer
-from engine.plan import Plan
-from engine.records import read_records
-from engine.shards import LocalShards
-from engine.training import first_stage
+from engine.learning.learner import first_stage
+from engine.learning.targets import Target, load_target, save_target
+from engine.models.loading import load_tokenizer
+from engine.planning.open_models import open_base
+from engine.planning.plan import Plan
+from engine.shards.local_shards import LocalShards
+from engine.storage.local_folder import LocalFolder
+from engine.task_vectors.coefficients import Coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
@@ -139,7 +139,7 @@ def test_options_mean_what_the_method_says(tmp_path: Path, parameters: dict[str,
 def test_head_and_embedding_may_be_merged_some_tokens_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str
 ) -> None:
-    monkeypatch.setattr("engine.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    monkeypatch.setattr("engine.learning.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     config = tiny.make_merge(
         tmp_path / "merge", merge_method="adamerging", exclude=[], parameters={"granularity": granularity}
     )

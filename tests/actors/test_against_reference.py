@@ -13,7 +13,7 @@ from conftest import cut_small, plan_of
 from plain import Plain
 from reference import Reference, Result
 
-from engine.coefficients import Coefficients
+from engine.task_vectors.coefficients import Coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
@@ -91,7 +91,7 @@ def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
 ) -> None:
     # Several blocks, pieces of tensors and of logits: what is large in real models.
     cut_small(monkeypatch, block=200, piece=500)
-    monkeypatch.setattr("engine.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    monkeypatch.setattr("engine.learning.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     parameters = {"epochs": 2, "budget": 1.5}
     config = tiny.make_merge(tmp_path / "merge", family, tied=tied, parameters=parameters, **options)
     stages = Plain(plan_of(config), tmp_path).run()
@@ -122,7 +122,7 @@ def move_heads(folder: Path, experts: int = 2) -> None:
 def test_head_and_embedding_may_be_merged_some_tokens_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, exclude: list[str], gradients: str
 ) -> None:
-    monkeypatch.setattr("engine.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    monkeypatch.setattr("engine.learning.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     config = tiny.make_merge(tmp_path / "merge", tied=tied, exclude=exclude, gradients=gradients)
     move_heads(config.parent)
     plan = plan_of(config)

@@ -17,8 +17,8 @@ from reference import Reference, Result
 from torch.func import functional_call
 from torch.nn.functional import pad
 
-from engine.expert import load_target
-from engine.run_folder import RunFolder
+from engine.learning.targets import load_target
+from engine.run.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # As for language models.

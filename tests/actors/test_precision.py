@@ -21,10 +21,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from actors.trainer import WindowSample
-from engine.checkpoint import FullExpert, open_base, open_expert
 from engine.codec import unpack_all
-from engine.expert import Target
-from engine.training import Learner, first_stage
+from engine.learning.learner import Learner, first_stage
+from engine.learning.targets import Target
+from engine.planning.open_models import open_base, open_expert
+from engine.task_vectors.experts import FullExpert
 
 K, TOKENS = 8, 200
 

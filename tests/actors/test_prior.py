@@ -12,7 +12,7 @@ from plain import Plain
 
 from actors.trainer import WindowSample
 from engine.errors import ConfigError
-from engine.training import PRIORS, common_prior, first_stage
+from engine.learning.learner import PRIORS, common_prior, first_stage
 
 AUTO = "parameters.weight=auto"
 OWN = [f"models.{k}.parameters.weight=null" for k in range(2)]

@@ -11,11 +11,11 @@ from conftest import plan_of
 import actors.shard
 from actors.expert import Expert
 from actors.shard import Shard
-from engine.calibration import Sample
+from engine.calibration.samples import Sample
 from engine.codec import unpack_all
-from engine.disk import LocalFolder
-from engine.expert import load_target
-from engine.writer import output_files
+from engine.learning.targets import load_target
+from engine.output.model_folder import output_files
+from engine.storage.local_folder import LocalFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLE, NAME = Sample(0, 0, (5, 9, 33, 12), "here"), "targets/0-0.safetensors"

@@ -25,17 +25,19 @@ from hypothesis import strategies as st
 from plain import Plain, Received
 from torch import Tensor
 
-import cluster.exchange
+import cluster.remote_shards
 import engine.sizes
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
-from cluster.exchange import IN_FLIGHT, RemoteShards
+from cluster.remote_shards import IN_FLIGHT, RemoteShards
 from engine.codec import Packed, pack, pack_all, unpack_all
-from engine.coefficients import Coefficients, Layout
-from engine.plan import Plan, in_order_of_use, slices
-from engine.shards import LocalShards, Shards
-from engine.task_vectors import Piece, open_task_vectors, pieces
-from engine.training import first_stage
+from engine.learning.learner import first_stage
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan, in_order_of_use, slices
+from engine.shards.local_shards import LocalShards
+from engine.shards.protocol import Shards
+from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.pieces import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -118,7 +120,7 @@ def throw(error: Exception) -> None:
 @pytest.fixture
 def line(monkeypatch: pytest.MonkeyPatch) -> Line:
     made = Line()
-    monkeypatch.setattr(cluster.exchange, "ray", SimpleNamespace(get=made.get, wait=made.wait))
+    monkeypatch.setattr(cluster.remote_shards, "ray", SimpleNamespace(get=made.get, wait=made.wait))
     return made
 
 
@@ -126,7 +128,7 @@ def confine(monkeypatch: pytest.MonkeyPatch, bucket: int, shards: int, piece: in
     """Buckets of so many bytes at most, pieces of so many elements."""
     cut_small(monkeypatch, min(piece, 1 << 10), piece)
     monkeypatch.setattr(engine.sizes, "PIECE", 1)
-    for module in (engine.sizes, cluster.exchange):
+    for module in (engine.sizes, cluster.remote_shards):
         monkeypatch.setattr(module, "WINDOW_BYTES", bucket * IN_FLIGHT * shards)
 
 
@@ -176,7 +178,7 @@ def test_every_piece_travels_once_each_way_in_a_bucket_of_its_shard(
 ) -> None:
     plan, line, size = plan_like(numels, dtype), Line(), SIZES[dtype]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cluster.exchange, "ray", SimpleNamespace(get=line.get, wait=line.wait))
+        monkeypatch.setattr(cluster.remote_shards, "ray", SimpleNamespace(get=line.get, wait=line.wait))
         confine(monkeypatch, limit, shards, piece)
         remote = exchange_all(plan, shards, line)
         cut = {name: list(pieces(name, (numel,))) for name, numel in plan.numels.items()}
@@ -220,7 +222,7 @@ def test_a_bucket_is_never_too_small_for_a_piece_nor_the_buckets_together_too_la
         piece = engine.sizes.PIECE * 4
         assert remote.bucket_bytes >= piece
         assert remote.bucket_bytes * IN_FLIGHT * shards <= max(
-            cluster.exchange.WINDOW_BYTES, piece * IN_FLIGHT * shards
+            cluster.remote_shards.WINDOW_BYTES, piece * IN_FLIGHT * shards
         )
 
 

@@ -16,8 +16,8 @@ from conftest import plan_of
 from plain import Plain
 from safetensors import safe_open
 
-from engine.coefficients import read_coefficients
-from engine.image_encoding import ImageEncoder
+from engine.calibration.image_encoder import ImageEncoder
+from engine.task_vectors.coefficients import read_coefficients
 
 pytestmark = pytest.mark.slow
 # Of transformers' own the one with the most inputs beside tokens and pixels.

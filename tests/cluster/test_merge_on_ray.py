@@ -20,7 +20,7 @@ from conftest import plan_of
 from plain import Plain, Received
 from transformers import AutoModelForCausalLM
 
-from engine.coefficients import read_coefficients
+from engine.task_vectors.coefficients import read_coefficients
 
 pytestmark = pytest.mark.usefixtures("small_ray")
 

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.placement import Devices, Layout, Node, Seat, arrange, check_memory, lay_out, lay_out_shards
-from engine.config import Config
-from engine.config_file import parse_config
+from engine.config.reader import parse_config
+from engine.config.schema import Config
 from engine.errors import ClusterError
-from engine.plan import Plan, slices
-from engine.scaling import Where, Work
+from engine.planning.plan import Plan, slices
+from engine.planning.scaling import Where, Work
 
 WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
 

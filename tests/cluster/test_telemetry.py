@@ -22,9 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cluster.telemetry
 from cluster.telemetry import Telemetry, check_trackers
-from engine.config import TRACKERS, Config
+from engine.config.schema import TRACKERS, Config
 from engine.errors import ConfigError, RunError
-from engine.run_folder import identity
+from engine.run.identity import identity
 
 Logged = list[tuple[int, dict[str, float]]]
 

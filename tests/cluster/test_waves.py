@@ -12,10 +12,10 @@ import pytest
 
 import cluster.watch
 from actors.process import Report
+from cluster.targets import Waves
 from cluster.watch import Watch
-from cluster.waves import Waves
-from engine.calibration import Sample
-from engine.run_folder import RunFolder
+from engine.calibration.samples import Sample
+from engine.run.run_folder import RunFolder
 
 WANTED = [[Sample(k, i, (1, 2), "here") for i in range(2)] for k in range(5)]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet
 from transformers import AutoModelForCausalLM
 
-from engine.coefficients import read_coefficients
+from engine.task_vectors.coefficients import read_coefficients
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -19,12 +19,12 @@ from hostile import Server, refused
 
 from cluster.evaluate import Job, spread, task_cpus
 from cluster.placement import Node
+from engine.calibration.records import Record
 from engine.errors import ClusterError, ConfigError
-from engine.harness import Tasks, check_tasks, rows_of
-from engine.items import DataSet, make_item
-from engine.records import Record
-from engine.results import Row
-from engine.subject import Options
+from engine.evaluation.items import DataSet, make_item
+from engine.evaluation.lm_eval_harness import Tasks, check_tasks, rows_of
+from engine.evaluation.results import Row
+from engine.evaluation.subject import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -32,8 +32,8 @@ from safetensors.torch import load_file
 from test_cli import cli
 from torch import Tensor
 
-from engine.coefficients import read_coefficients
-from engine.processors import load_processor
+from engine.models.loading import load_processor
+from engine.task_vectors.coefficients import read_coefficients
 
 MIXTURES = ("qwen3_moe", "mixtral")
 BY_COMMAND = ("internvl", tiny_images.CHAT)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import plan_of
 
-from engine.checkpoint import open_base, open_expert
+from engine.planning.open_models import open_base, open_expert
 
 QUICKSTART = Path(__file__).parent.parent.parent / "examples" / "quickstart"
 

@@ -14,7 +14,7 @@ from conftest import plan_of
 from recorded_merges import write_merge
 
 from benchmarks.quality.picture import browser, find_browser
-from engine.report import write_report
+from engine.report.page import write_report
 
 HOSTILE = "</script><script>alert(1)</script>"
 # What plotly has of each chart, and how much of that it has drawn.

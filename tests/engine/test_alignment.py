@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from engine.alignment import (
+from engine.learning.losses import (
     entropy_loss,
     hidden_loss,
     logit_loss,

@@ -17,13 +17,14 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.calibration import Sample, make_samples, passes, training_order, windows
-from engine.encoding import TextEncoder
+from engine.calibration.encoder import encoder
+from engine.calibration.records import read_records
+from engine.calibration.samples import Sample, make_samples
+from engine.calibration.text_encoder import TextEncoder
 from engine.errors import CalibrationError, CheckpointError
-from engine.model import load_tokenizer
-from engine.plan import Plan
-from engine.preparation import encoder
-from engine.records import read_records
+from engine.models.loading import load_tokenizer
+from engine.planning.plan import Plan
+from engine.planning.schedule import passes, training_order, windows
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 FUZZ = settings(max_examples=300, deadline=None, derandomize=True)

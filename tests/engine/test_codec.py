@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.codec import Packed, pack, pack_all, to_cpu, unpack, unpack_all
-from engine.task_vectors import Piece
+from engine.task_vectors.pieces import Piece
 
 DTYPES = [
     torch.float32,

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.coefficients import (
+from engine.errors import RunError
+from engine.task_vectors.coefficients import (
     Coefficients,
     Layout,
     chunk_edges,
@@ -22,7 +23,6 @@ from engine.coefficients import (
     sigmoid,
     write_coefficients,
 )
-from engine.errors import RunError
 
 QUICK = settings(deadline=None, max_examples=200)
 

@@ -13,10 +13,11 @@ from conftest import plan_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config import INTERNAL, PAPER, Config, Rates
-from engine.config_file import load_config, parse_config
+from engine.config.reader import load_config, parse_config
+from engine.config.schema import INTERNAL, Config, Rates
 from engine.errors import ConfigError
-from engine.record import resolved_config
+from engine.methods.learned import PAPER
+from engine.output.resolved_config import resolved_config
 
 HEAD = """\
 merge_method: expert_merging_pp

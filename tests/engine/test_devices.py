@@ -9,19 +9,20 @@ import pytest
 import torch
 from conftest import plan_of
 
-import engine.expert
-import engine.student
+import engine.learning.frozen_expert
+import engine.learning.student
 from actors.trainer import Trainer, WindowSample
-from engine.calibration import Sample
-from engine.checkpoint import open_base
+from engine.calibration.samples import Sample
 from engine.codec import pack_all
-from engine.devices import device_map, device_of
 from engine.errors import RunError
-from engine.expert import FrozenExpert
-from engine.model import build_skeleton, load_model_config
-from engine.plan import Plan
-from engine.shards import LocalShards
-from engine.training import first_stage
+from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.learner import first_stage
+from engine.models.devices import device_map, device_of
+from engine.models.loading import load_model_config
+from engine.models.skeleton import build_skeleton
+from engine.planning.open_models import open_base
+from engine.planning.plan import Plan
+from engine.shards.local_shards import LocalShards
 
 CPU = torch.device("cpu")
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb")
@@ -46,7 +47,7 @@ def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPa
     partners = [place.parameter for place in places.values()]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     room = {0: 80_000, 1: 120_000, "cpu": 0}
-    monkeypatch.setattr("engine.devices.get_balanced_memory", lambda *args, **kwargs: room)
+    monkeypatch.setattr("engine.models.devices.get_balanced_memory", lambda *args, **kwargs: room)
     devices = device_map(model, torch.float32, torch.device("cuda"))
     used = {device_of(partner, devices) for partner in partners}
     assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
@@ -75,7 +76,7 @@ def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monk
     one = computed()
     assert not dispatched
     parts = dict.fromkeys((*PARTS, "lm_head"), CPU)
-    for module in (engine.expert, engine.student):
+    for module in (engine.learning.frozen_expert, engine.learning.student):
         monkeypatch.setattr(module, "device_map", lambda *args: parts)
     several = computed()
     assert len(dispatched) == 2, "the expert's and the trainer's"

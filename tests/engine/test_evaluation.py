@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.calibration.records import Record
 from engine.errors import CalibrationError, CheckpointError, OutputError
-from engine.evaluation import Evaluation, score
-from engine.items import DataSet, make_item, read_data, unique
-from engine.metrics import chosen, exact_match, f1
-from engine.records import Record
-from engine.results import Row, print_results, results_file, save_results
-from engine.subject import Options, Reader, Subject
+from engine.evaluation.items import DataSet, make_item, read_data, unique
+from engine.evaluation.measure import Evaluation, score
+from engine.evaluation.metrics import chosen, exact_match, f1
+from engine.evaluation.results import Row, print_results, results_file, save_results
+from engine.evaluation.subject import Options, Reader, Subject
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -308,7 +308,7 @@ def test_a_batch_changes_nothing(learnt: Path, tmp_path: Path, family: str) -> N
 def test_logits_some_tokens_at_a_time(learnt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = measured(learnt / "model", texts(), learnt / "expert")
     answers = measured(learnt / "model", asked(LEARNT))
-    monkeypatch.setattr("engine.evaluation.LOGIT_BYTES", 3 * 4 * tiny.VOCAB)
+    monkeypatch.setattr("engine.evaluation.measure.LOGIT_BYTES", 3 * 4 * tiny.VOCAB)
     for metric, value in measured(learnt / "model", texts(), learnt / "expert").items():
         assert value == pytest.approx(whole[metric], rel=1e-5), metric
     for metric, value in measured(learnt / "model", asked(LEARNT)).items():

@@ -12,14 +12,17 @@ import torch
 from conftest import plan_of
 from transformers import AutoModelForCausalLM
 
-from engine.calibration import Sample
-from engine.disk import LocalFolder
+from engine.calibration.samples import Sample
+from engine.checkpoints.headers import read_model_header
 from engine.errors import CheckpointError
-from engine.expert import FrozenExpert, load_target, save_target
-from engine.headers import read_model_header
-from engine.model import build_skeleton, fill, load_model_config, rebuild_logits
-from engine.names import Place, match_names
-from engine.student import Student
+from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.student import Student
+from engine.learning.targets import load_target, save_target
+from engine.models.forward import rebuild_logits
+from engine.models.loading import load_model_config
+from engine.models.names import Place, match_names
+from engine.models.skeleton import build_skeleton, fill
+from engine.storage.local_folder import LocalFolder
 
 CPU = torch.device("cpu")
 SAMPLE = Sample(0, 0, (5, 9, 33, 12, 7, 41), "here")

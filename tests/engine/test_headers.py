@@ -18,8 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoints.find import find_model
+from engine.checkpoints.headers import BYTES, FLOATS, read_file_header, read_json, read_model_header
 from engine.errors import CheckpointError
-from engine.headers import BYTES, FLOATS, find_model, read_file_header, read_json, read_model_header
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 INDEX = "model.safetensors.index.json"

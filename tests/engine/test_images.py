@@ -19,8 +19,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from engine.calibration.images import BYTES, CHUNKS, SCANS, SIDE, read_image
 from engine.errors import CalibrationError
-from engine.images import BYTES, CHUNKS, SCANS, SIDE, read_image
 
 FUZZ = settings(max_examples=250, deadline=None, derandomize=True)
 WHERE = "a.jsonl:3"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.coefficients import Coefficients, Layout
 from engine.errors import ConfigError
-from engine.importance import allocate_chunks, importance, stage_2_layout, write_importance
+from engine.learning.importance import allocate_chunks, importance, stage_2_layout, write_importance
+from engine.task_vectors.coefficients import Coefficients, Layout
 
 Array = npt.NDArray[np.float64]
 

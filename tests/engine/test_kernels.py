@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoint import as_operand
-from engine.kernels import SPAN, add_differences, inner_products
+from engine.task_vectors.kernels import SPAN, add_differences, inner_products
+from engine.task_vectors.kinds import as_operand
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -21,10 +21,11 @@ from reference import module_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import AdapterExpert, Checkpoint
+from engine.checkpoints.adapters import CONFIG, PREFIX, WEIGHTS, AdapterHeader, is_adapter, read_adapter_header
+from engine.checkpoints.headers import read_model_header
+from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
-from engine.headers import read_model_header
-from engine.lora import CONFIG, PREFIX, WEIGHTS, AdapterHeader, is_adapter, read_adapter_header
+from engine.task_vectors.experts import AdapterExpert
 
 Q = "model.layers.1.self_attn.q_proj"
 FACTOR = f"{PREFIX}{Q}.lora_A.weight"

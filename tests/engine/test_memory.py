@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engine.memory
-from engine.memory import PeakMemory, anonymous_bytes
+import actors.memory
+from actors.memory import PeakMemory, anonymous_bytes
 
 MIB = 1 << 20
 
@@ -85,7 +85,7 @@ def test_a_system_that_does_not_tell_gives_zero(
     status = tmp_path / "status"
     if content is not None:
         status.write_text(content)
-    monkeypatch.setattr(engine.memory, "STATUS", status)
+    monkeypatch.setattr(actors.memory, "STATUS", status)
     assert anonymous_bytes() == 0
     sampler = PeakMemory()
     assert sampler.peak == 0

@@ -10,11 +10,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import Config
-from engine.config_file import load_config, parse_config
+from engine.config.mergekit_yaml import as_yaml
+from engine.config.reader import load_config, parse_config
+from engine.config.schema import Config
 from engine.errors import ConfigError
-from engine.mergekit_yaml import as_yaml
-from engine.methods.spec import DENSITY, Option
+from engine.methods.options import DENSITY, Option
 
 HEAD = {"merge_method": "ties", "base_model": "b"}
 MODELS: list[dict[str, Any]] = [{"model": "x", "parameters": {"weight": 0.3}}, {"model": "y"}]

@@ -27,9 +27,9 @@ from weight_space import (
     write_config,
 )
 
-import engine.methods.tensor
+import engine.methods.arithmetic.tensor
 from engine.errors import InputError, RunError
-from engine.methods.sparse import Thinned
+from engine.methods.arithmetic.sparse import Thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -393,8 +393,8 @@ def test_a_mask_does_not_depend_on_blocks_and_pieces(
     models = entries({"density": 0.3, "weight": 1})
     whole = masks(ones, models=models)
     cut_small(monkeypatch, block, piece)
-    monkeypatch.setattr(engine.methods.tensor, "ROOM", room)
-    monkeypatch.setattr(engine.methods.tensor, "SMALLEST_BLOCK", room // 8)
+    monkeypatch.setattr(engine.methods.arithmetic.tensor, "ROOM", room)
+    monkeypatch.setattr(engine.methods.arithmetic.tensor, "SMALLEST_BLOCK", room // 8)
     assert all(torch.equal(mask, whole[name]) for name, mask in masks(ones, models=models).items())
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
-import engine.names
+import engine.models.names
+from engine.checkpoints.headers import TensorHeader, read_model_header
 from engine.errors import CheckpointError
-from engine.headers import TensorHeader, read_model_header
-from engine.model import build_skeleton, fill, load_model_config, part_of
-from engine.names import Place, Places, check_filled, match_names
+from engine.models.loading import load_model_config
+from engine.models.names import Place, Places, check_filled, match_names
+from engine.models.skeleton import build_skeleton, fill, part_of
 
 MIXTURES = ("qwen3_moe", "mixtral")
 EXPERTS = 4
@@ -227,7 +228,7 @@ def test_any_other_operation_than_stacking_is_told(
     name = "model.layers.0.mlp.experts.0.down_proj.weight"
     converter = WeightConverter("mlp.experts.*.down_proj.weight", "mlp.experts.down_proj", operations=[Transpose(0, 1)])
     converter.operations = operations
-    monkeypatch.setattr(engine.names, "get_model_conversion_mapping", lambda model: [converter])
+    monkeypatch.setattr(engine.models.names, "get_model_conversion_mapping", lambda model: [converter])
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tensors = {name: TensorHeader(name, (32, 24), "F32", "model.safetensors")}
     assert name in told(lambda: match_names(model, tensors, tmp_path))

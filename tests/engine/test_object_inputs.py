@@ -10,13 +10,15 @@ from conftest import plan_of
 from object_store import Store
 
 from actors.shard import Shard
-from engine.checkpoint import open_base
-from engine.config_file import load_config
+from engine.checkpoints.find import find_model
+from engine.config.reader import load_config
 from engine.errors import CalibrationError, CheckpointError, InputError
-from engine.headers import find_model, locate
-from engine.plan import make_plan
-from engine.record import input_files, resolved_config, write_config
-from engine.run_folder import identity
+from engine.output.merge_record import input_files, write_config
+from engine.output.resolved_config import resolved_config
+from engine.planning.open_models import open_base
+from engine.planning.planner import make_plan
+from engine.run.identity import identity
+from engine.storage.paths import locate
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from weight_space import combine, read
 
-from engine.coefficients import Coefficients, Layout
-from engine.disk import LocalFolder
-from engine.orthogonal import REACH, file_name, orthogonalise, with_orthogonal
-from engine.plan import Plan
-from engine.shards import LocalShards
-from engine.storage import Folder, ObjectFolder
+from engine.planning.plan import Plan
+from engine.shards.local_shards import LocalShards
+from engine.shards.orthogonal import REACH, file_name, orthogonalise, with_orthogonal
+from engine.storage.folder import Folder
+from engine.storage.local_folder import LocalFolder
+from engine.storage.object_folder import ObjectFolder
+from engine.task_vectors.coefficients import Coefficients, Layout
 
 Array = npt.NDArray[np.float64]
 ORTHOGONAL = "parameters.task_vectors=orthogonal"

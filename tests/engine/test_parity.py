@@ -27,11 +27,11 @@ from weight_space import (
     write_config,
 )
 
-import engine.methods.tensor
+import engine.methods.arithmetic.tensor
 from engine.errors import ConfigError
-from engine.methods.sparse import Thinned
-from engine.task_vectors import open_task_vectors
-from engine.weight_space import WeightSpace
+from engine.methods.arithmetic.sparse import Thinned
+from engine.planning.open_models import open_task_vectors
+from engine.shards.weight_space import WeightSpace
 
 pytest.importorskip("mergekit")
 pytestmark = [
@@ -508,8 +508,8 @@ def test_the_size_of_blocks_and_pieces_does_not_count(
     )
     whole = ours(config)
     cut_small(monkeypatch, 128, 512)
-    monkeypatch.setattr(engine.methods.tensor, "ROOM", 512)
-    monkeypatch.setattr(engine.methods.tensor, "SMALLEST_BLOCK", 64)
+    monkeypatch.setattr(engine.methods.arithmetic.tensor, "ROOM", 512)
+    monkeypatch.setattr(engine.methods.arithmetic.tensor, "SMALLEST_BLOCK", 64)
     cut = read(combine(plan_of(config), config.with_suffix(".cut")))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.config import Config
+from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.config.schema import Config
 from engine.errors import CalibrationError, CheckpointError, ConfigError, MergeError
-from engine.headers import ModelHeader, TensorHeader
-from engine.plan import ModelPlan, Plan, in_order_of_use, slices
+from engine.planning.plan import ModelPlan, Plan, in_order_of_use, slices
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 LINEAR = [

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from image_inputs import tiles
 from PIL import Image
 
-import engine.processors
+import engine.models.loading
+from engine.calibration.internvl_encoder import ChatEncoder
+from engine.calibration.records import Record
 from engine.errors import CheckpointError
-from engine.internvl_chat import ChatEncoder
-from engine.model import load_model_config, load_tokenizer
-from engine.processors import load_processor
-from engine.records import Record
+from engine.models.loading import load_model_config, load_processor, load_tokenizer
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True)
 SIDE = tiny_images.SIDE
@@ -70,7 +69,7 @@ def test_with_torchvision_a_processor_is_transformers_own(
     base: Path, monkeypatch: pytest.MonkeyPatch, code: bool
 ) -> None:
     asked: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(engine.processors, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(engine.models.loading, "is_torchvision_available", lambda: True)
     monkeypatch.setattr(
         transformers.AutoProcessor, "from_pretrained", lambda *args, **options: asked.append((args, options)) or "made"
     )

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from engine.calibration import Encoded, Sample, make_samples
+from engine.calibration.encoder import encoder
+from engine.calibration.records import IMAGES, read_records
+from engine.calibration.samples import Encoded, Sample, make_samples
 from engine.errors import CalibrationError
-from engine.plan import Plan
-from engine.preparation import encoder
-from engine.records import IMAGES, read_records
+from engine.planning.plan import Plan
 
 FUZZ = settings(max_examples=120, deadline=None, derandomize=True)
 QWEN, INTERN, CHAT = "qwen2_vl", "internvl", tiny_images.CHAT

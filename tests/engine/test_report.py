@@ -18,16 +18,16 @@ from object_store import Store
 from recorded_merges import MEMORY, write_merge
 
 import cli
-from engine import report_sections
-from engine.charts import Blocks, ends, labels
-from engine.coefficients import Coefficients, Layout, read_coefficients, write_coefficients
-from engine.comparison import comparison
-from engine.disk import LocalFolder
 from engine.errors import ConfigError
-from engine.recorded import Merged
-from engine.report import report_html
-from engine.report_sections import coefficient_charts, sections_of
-from engine.results import Row, save_results
+from engine.evaluation.results import Row, save_results
+from engine.report import sections as report_sections
+from engine.report.charts import Blocks, ends, labels
+from engine.report.comparison import comparison
+from engine.report.merge_folder import Merged
+from engine.report.page import report_html
+from engine.report.sections import coefficient_charts, sections_of
+from engine.storage.local_folder import LocalFolder
+from engine.task_vectors.coefficients import Coefficients, Layout, read_coefficients, write_coefficients
 
 HOSTILE = "</script><script>alert(1)</script>"
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -310,7 +310,7 @@ def test_coefficients_of_other_experts_are_refused(merged: Path) -> None:
 
 
 def test_a_merge_in_object_storage(store: Store, merged: Path) -> None:
-    from engine.storage import open_folder
+    from engine.storage.paths import open_folder
 
     there = open_folder(f"{store.root}/merged")
     for file in (merged / "merge").iterdir():

@@ -16,12 +16,15 @@ import pytest
 import torch
 from conftest import plan_of
 
-import engine.lease
-from engine.calibration import Sample
-from engine.disk import LocalFolder
+import engine.storage.lease
+from engine.calibration.samples import Sample
 from engine.errors import OutputError, StorageError
-from engine.run_folder import RECORD, RunFolder, StageState, check_output, identity, load_plan, open_run
-from engine.storage import Folder, ObjectFolder, open_folder
+from engine.run.identity import identity
+from engine.run.run_folder import RECORD, RunFolder, StageState, check_output, load_plan, open_run
+from engine.storage.folder import Folder
+from engine.storage.local_folder import LocalFolder
+from engine.storage.object_folder import ObjectFolder
+from engine.storage.paths import open_folder
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
 RECORD_OF_THIS = "record: {identity: this}"
@@ -54,15 +57,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     parent.mkdir()
     if request.param == "disk":
         return Place(str(parent / "merged"), LocalFolder(parent))
-    monkeypatch.setattr(engine.lease, "RENEWAL", 0.1)
-    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    monkeypatch.setattr(engine.storage.lease, "RENEWAL", 0.1)
+    monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
     store = object_store.new_store(request.getfixturevalue("server"), monkeypatch, tmp_path / "cache")
     return Place(f"{store.root}/parent/merged", ObjectFolder(f"{store.root}/parent"))
 
 
 @pytest.fixture
 def objects(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
-    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
     store = object_store.new_store(server, monkeypatch, tmp_path / "cache")
     return Place(f"{store.root}/merged", ObjectFolder(store.root))
 
@@ -254,7 +257,7 @@ def try_to_open(out: str, fresh: bool) -> None:
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine the first one may not be heard of for a while.
-    monkeypatch.setattr(engine.lease, "PATIENCE", 200)
+    monkeypatch.setattr(engine.storage.lease, "PATIENCE", 200)
     with open_run(place.out, "this", fresh=False) as run:
         computed(run)
         try_to_open(place.out, fresh)
@@ -277,9 +280,9 @@ def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monk
 # Without what a run's folder imports, which takes seconds.
 HOLD = """
 import sys
-import engine.lease, engine.storage
-engine.lease.RENEWAL, engine.lease.SETTLING = 0.1, 0
-state = engine.storage.open_folder(sys.argv[1])
+import engine.storage.lease, engine.storage.object_folder
+engine.storage.lease.RENEWAL, engine.storage.lease.SETTLING = 0.1, 0
+state = engine.storage.paths.open_folder(sys.argv[1])
 with state.locked():
     state.write("identity", b"this")
     state.write("targets/0-0.safetensors", b"a target")
@@ -297,7 +300,7 @@ def hold(place: Place) -> subprocess.Popen[str]:
 
 
 def test_a_run_of_another_process_is_not_joined_until_it_ends(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.lease, "PATIENCE", 200)
+    monkeypatch.setattr(engine.storage.lease, "PATIENCE", 200)
     with hold(place) as other:
         for fresh in (False, True):
             try_to_open(place.out, fresh)
@@ -307,7 +310,7 @@ def test_a_run_of_another_process_is_not_joined_until_it_ends(place: Place, monk
 
 
 def test_the_run_of_a_killed_process_is_taken_over(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.lease, "PATIENCE", 3)
+    monkeypatch.setattr(engine.storage.lease, "PATIENCE", 3)
     with hold(place) as other:
         other.kill()
     with open_run(place.out, "this", fresh=False) as run:
@@ -346,7 +349,7 @@ def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None
 def test_a_storage_that_refuses_is_an_output_error(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.lease, "SETTLING", 0)
+    monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
     store = object_store.new_store(server, monkeypatch, tmp_path)
     with store.fault("refuse-all"), pytest.raises(OutputError, match="ACCESS_DENIED"):
         check_output(f"{store.root}/merged", "this", fresh=False)

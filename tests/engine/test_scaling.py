@@ -10,11 +10,11 @@ import pytest
 from conftest import plan_of
 
 from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
-from engine.config import Cluster
+from engine.config.schema import Cluster
 from engine.errors import ClusterError
-from engine.flops import SVD_FLOPS, sample_flops
-from engine.plan import Plan
-from engine.scaling import CORE_FLOPS, DISK, GB, Machines, Work, choose, predict, shortages
+from engine.planning.flops import SVD_FLOPS, sample_flops
+from engine.planning.plan import Plan
+from engine.planning.scaling import CORE_FLOPS, DISK, GB, Machines, Work, choose, predict, shortages
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 NO_GPUS = Devices(0, 0)

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
 from torch import Tensor
 
-import engine.methods.tensor
-from engine.checkpoint import FullExpert, TaskVector
-from engine.methods.selection import ALL, NONE, Counts, Threshold, select
-from engine.methods.sparse import TOGETHER, Trimmed, counts, kept_of
-from engine.methods.tensor import MergeTensor
-from engine.task_vectors import pieces
+import engine.methods.arithmetic.tensor
+from engine.methods.arithmetic.selection import ALL, NONE, Counts, Threshold, select
+from engine.methods.arithmetic.sparse import TOGETHER, Trimmed, counts, kept_of
+from engine.methods.arithmetic.tensor import MergeTensor
+from engine.task_vectors.experts import FullExpert
+from engine.task_vectors.kinds import TaskVector
+from engine.task_vectors.pieces import pieces
 
 Array = npt.NDArray[np.float32]
 # The smallest number that is not zero, and others without an exponent of their own.
@@ -199,8 +200,8 @@ def test_trimmed_over_pieces_and_blocks(
     wanted = data.draw(st.lists(densities, min_size=len(taus), max_size=len(taus)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         cut_small(monkeypatch, block, block * blocks_of_a_piece)
-        monkeypatch.setattr(engine.methods.tensor, "ROOM", room)
-        monkeypatch.setattr(engine.methods.tensor, "SMALLEST_BLOCK", 1)
+        monkeypatch.setattr(engine.methods.arithmetic.tensor, "ROOM", room)
+        monkeypatch.setattr(engine.methods.arithmetic.tensor, "SMALLEST_BLOCK", 1)
         tensor = tensor_of(taus, pool, shape)
         assert len(list(pieces("tensor", shape))) == -(-60 // next(pieces("tensor", shape)).numel)
         results = trimmed(tensor, wanted)

@@ -20,12 +20,13 @@ from hypothesis import strategies as st
 from plain import Received, task_vectors
 from torch import Tensor
 
-import engine.shards
-from engine.coefficients import Coefficients, Layout
+import engine.shards.local_shards
 from engine.errors import CheckpointError
-from engine.plan import Plan, in_order_of_use
-from engine.shards import LocalShards, Window, coefficient_gradient
-from engine.task_vectors import Piece, pieces
+from engine.planning.plan import Plan, in_order_of_use
+from engine.shards.local_shards import LocalShards
+from engine.shards.protocol import Window, coefficient_gradient
+from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.pieces import Piece, pieces
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -154,7 +155,7 @@ def test_files_are_opened_at_the_first_call(llama_merge: Path, monkeypatch: pyte
     def fault(*_: object) -> None:
         raise CheckpointError("unreadable")
 
-    monkeypatch.setattr(engine.shards, "open_task_vectors", fault)
+    monkeypatch.setattr(engine.shards.local_shards, "open_task_vectors", fault)
     shards = LocalShards(plan_of(llama_merge), 1, overlap)
     with pytest.raises(CheckpointError, match="unreadable"):
         shards.gradients(table_of(plan_of(llama_merge)).layout)
@@ -184,7 +185,7 @@ def test_gradients_wait_until_there_is_room_for_them(
 ) -> None:
     slopes, names = slopes_of(plan), plan.merged[:2]
     nbytes = [slopes[name].nbytes for name in names]
-    monkeypatch.setattr(engine.shards, "WINDOW_BYTES", sum(nbytes) - 1)
+    monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", sum(nbytes) - 1)
     leaving, go = LocalShards(plan, 2, overlap).gradients(table_of(plan).layout), threading.Event()
 
     def fetch() -> Tensor:
@@ -207,7 +208,7 @@ def test_a_gradient_larger_than_the_window_leaves_all_the_same(
     plan = plan_of(llama_merge)
     layout, slopes = table_of(plan).layout, slopes_of(plan)
     free = collected(LocalShards(plan, 1, overlap=False), layout, slopes)
-    monkeypatch.setattr(engine.shards, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", 1)
     confined = begun(lambda: collected(LocalShards(plan, 2, overlap), layout, slopes)).result(LONG)
     np.testing.assert_array_equal(confined, free)
 
@@ -218,7 +219,7 @@ def test_no_more_gradients_are_held_than_the_window_has_room_for(
 ) -> None:
     plan = plan_of(llama_merge)
     limit = 3 * max(plan.numels.values()) * 4
-    monkeypatch.setattr(engine.shards, "WINDOW_BYTES", limit)
+    monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", limit)
     leaving, held = LocalShards(plan, 2, overlap).gradients(table_of(plan).layout), []
 
     def alive() -> int:

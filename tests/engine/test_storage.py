@@ -25,12 +25,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from object_store import Store
 
-import engine.lease
-import engine.storage
+import engine.storage.lease
+import engine.storage.object_folder
 from engine.errors import CheckpointError, InputError, OutputError, StorageError
-from engine.lease import Lease
-from engine.objects import Address
-from engine.storage import Folder, LocalFolder, ObjectFolder, as_path, fetch, is_uri, open_folder
+from engine.storage.address import Address
+from engine.storage.cache import fetch
+from engine.storage.folder import Folder
+from engine.storage.lease import Lease
+from engine.storage.object_folder import LocalFolder, ObjectFolder
+from engine.storage.paths import as_path, is_uri, open_folder
 
 MIB = 1 << 20
 
@@ -175,7 +178,7 @@ def check_all(folder: Folder, files: dict[str, bytes]) -> None:
 
 WRITER = """
     import sys, time
-    from engine.storage import open_folder
+    from engine.storage.object_folder import open_folder
     with open_folder(sys.argv[1]).create("name") as out:
         out.write(b"half" * 1000)
         print("there", flush=True)
@@ -229,7 +232,7 @@ def test_what_a_disk_refuses_is_told_and_leaves_what_was_there_before(
         if act == "fsync":
             patched.setattr(os, "fsync", faulty(number))
         else:
-            patched.setattr(engine.disk.RawFile, "__getattribute__", refusing(number))
+            patched.setattr(engine.storage.folder.RawFile, "__getattribute__", refusing(number))
         with pytest.raises(StorageError) as caught:
             folder.write("name", b"new")
     assert caught.value.where == str(tmp_path / "name") and caught.value.exit_code == 4
@@ -248,7 +251,7 @@ FULL = """
     import sys
     from pathlib import Path
     from engine.errors import StorageError
-    from engine.storage import open_folder
+    from engine.storage.object_folder import open_folder
     folder = open_folder(sys.argv[1])
     folder.write("state", b"earlier" * 1000)
     try:
@@ -279,7 +282,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.storage, "PART", 6 * MIB)
+    monkeypatch.setattr(engine.storage.object_folder, "PART", 6 * MIB)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -308,10 +311,10 @@ def test_what_the_storage_refuses_is_told_and_leaves_what_was_there_before(store
 
 SENDER = """
     import sys, threading
-    import engine.storage
-    engine.storage.PART = 6 << 20
+    import engine.storage.object_folder
+    engine.storage.object_folder.PART = 6 << 20
     threading.Timer(0.8, lambda: print("there", flush=True)).start()
-    engine.storage.open_folder(sys.argv[1]).write("name", b"x" * (60 << 20))
+    engine.storage.paths.open_folder(sys.argv[1]).write("name", b"x" * (60 << 20))
     assert False, "the parts should have been slow"
 """
 
@@ -396,10 +399,10 @@ def test_an_address_at_fault(uri: str, told: str) -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.lease, "RENEWAL", 0.05)
-    monkeypatch.setattr(engine.lease, "SETTLING", 0.05)
+    monkeypatch.setattr(engine.storage.lease, "RENEWAL", 0.05)
+    monkeypatch.setattr(engine.storage.lease, "SETTLING", 0.05)
     # Whoever is alive is seen at once; on a busy machine it may not be for long.
-    monkeypatch.setattr(engine.lease, "PATIENCE", 200)
+    monkeypatch.setattr(engine.storage.lease, "PATIENCE", 200)
 
 
 class Flaky(LocalFolder):
@@ -434,7 +437,7 @@ def test_a_lease_is_one_s_until_it_ends(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_lease_that_nobody_renews_is_taken_over_and_its_holder_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine.lease, "PATIENCE", 3)
+    monkeypatch.setattr(engine.storage.lease, "PATIENCE", 3)
     (tmp_path / "lock").write_bytes(b"of one that died")
     lease = Lease(LocalFolder(tmp_path))
     assert lease.take()
@@ -446,8 +449,8 @@ def test_a_lease_that_nobody_renews_is_taken_over_and_its_holder_told(
 
 
 def test_of_two_that_take_a_lease_at_once_the_last_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.lease, "SETTLING", 0)
-    monkeypatch.setattr(engine.lease.time, "sleep", lambda _: (tmp_path / "lock").write_bytes(b"another's"))
+    monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
+    monkeypatch.setattr(engine.storage.lease.time, "sleep", lambda _: (tmp_path / "lock").write_bytes(b"another's"))
     assert not Lease(LocalFolder(tmp_path)).take()
     assert (tmp_path / "lock").read_bytes() == b"another's"
 
@@ -500,7 +503,7 @@ def test_a_folder_is_copied_once_and_what_changed_again(store: Store, tmp_path: 
 
 
 def test_one_object_is_copied(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.storage, "CHUNK", 7)
+    monkeypatch.setattr(engine.storage.object_folder, "CHUNK", 7)
     store.put("data/math.jsonl", b"lines" * 10)
     store.put("data/more/code.jsonl", b"")
     for patterns in (None, ()):
@@ -556,24 +559,24 @@ def test_what_cannot_be_copied_is_told(store: Store, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("change", ["gone", "longer"])
 def test_an_object_that_changes_meanwhile_is_told(store: Store, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     store.put("model/config.json", b"{}")
-    facts = engine.storage._facts
+    facts = engine.storage.cache._facts
 
     def then_change(*arguments: Any) -> dict[str, Any]:
         found = facts(*arguments)
         store.delete("model/config.json") if change == "gone" else store.put("model/config.json", b"{   }")
         return found
 
-    monkeypatch.setattr(engine.storage, "_facts", then_change)
+    monkeypatch.setattr(engine.storage.object_folder, "_facts", then_change)
     with pytest.raises(InputError, match="changed while it was copied"):
         fetch(f"{store.root}/model")
-    target = engine.storage.cache_folder() / "s3" / store.bucket
+    target = engine.storage.cache.cache_folder() / "s3" / store.bucket
     assert not [path for path in target.rglob("*") if path.is_file()]
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("EXPERT_MERGING_CACHE", raising=False)
-    assert engine.storage.cache_folder() == tmp_path / ".cache" / "expert-merging"
+    assert engine.storage.cache.cache_folder() == tmp_path / ".cache" / "expert-merging"
     monkeypatch.setenv("EXPERT_MERGING_CACHE", "~/mine")
-    assert engine.storage.cache_folder() == tmp_path / "mine"
+    assert engine.storage.cache.cache_folder() == tmp_path / "mine"
     assert shutil.disk_usage(tmp_path).free > 0

@@ -12,8 +12,8 @@ from conftest import cut_small
 from torch import Tensor
 
 from engine.errors import ConfigError, RunError
-from engine.streaming import Fill, Job, copy_of, stream
-from engine.task_vectors import Piece, pieces
+from engine.task_vectors.pieces import Piece, pieces
+from engine.task_vectors.pipeline import Fill, Job, copy_of, stream
 
 SHAPES = {"a": (7, 5), "scalar": (), "b": (300,), "none": (0, 4), "c": (11, 13)}
 

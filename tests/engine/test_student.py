@@ -23,17 +23,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine.student
-from engine.alignment import entropy_loss, logit_loss
+import engine.learning.student
 from engine.codec import unpack_all
-from engine.coefficients import Coefficients, Layout
 from engine.errors import RunError
-from engine.expert import Target
-from engine.model import blocks_of
-from engine.plan import Plan, in_order_of_use
-from engine.shards import LocalShards
-from engine.student import Losses, Student
-from engine.task_vectors import Piece, pieces
+from engine.learning.losses import entropy_loss, logit_loss
+from engine.learning.student import Losses, Student
+from engine.learning.targets import Target
+from engine.models.forward import blocks_of
+from engine.planning.plan import Plan, in_order_of_use
+from engine.shards.local_shards import LocalShards
+from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.pieces import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -388,7 +388,7 @@ def test_blocks_that_are_never_called_are_waited_for_all_the_same(
         never.extend(torch.nn.ModuleList([block]) for block in blocks_of(model)[1:])
         return [blocks_of(model)[0], *never]
 
-    monkeypatch.setattr(engine.student, "blocks_of", uncalled)
+    monkeypatch.setattr(engine.learning.student, "blocks_of", uncalled)
     student = Student(plan_of(config, f"gradient_checkpointing={checkpointing}".lower()), CPU)
     assert len(never) == 2
     late, end = Late(plan, coefficients), threading.Event()
@@ -432,7 +432,7 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
     options = {} if exclude is None else {"exclude": exclude}
     plan = plan_of(tiny.make_merge(tmp_path / "merge", family, samples=(1, 2), tied=tied, **options))
     # Several pieces of the logits: the head's gradient is a sum of several.
-    monkeypatch.setattr(engine.student, "LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
+    monkeypatch.setattr(engine.learning.student, "LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     student, targets = filled(plan), targets_of(plan, tmp_path)
     embedding = [name for name in plan.merged if "embed_tokens" in name or "lm_head" in name]
     assert len(embedding) == (0 if exclude is None else 1 if tied else 2)
@@ -520,9 +520,9 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
         taken.append(tuple(student_PV.shape))
         return (logit_loss if labelled else entropy_loss)(student_PV, *others)
 
-    monkeypatch.setattr(engine.student, "logit_loss" if labelled else "entropy_loss", recorded)
+    monkeypatch.setattr(engine.learning.student, "logit_loss" if labelled else "entropy_loss", recorded)
     # A byte less than another row would need; one row even where there is room for none.
-    monkeypatch.setattr(engine.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
+    monkeypatch.setattr(engine.learning.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
     (found,), left = student.accumulate([(target, 0.75)]), standing(student)
     full, rest = divmod(tokens, rows)
     assert taken == [(rows, tiny.VOCAB)] * full + [(rest, tiny.VOCAB)] * bool(rest)
@@ -542,8 +542,8 @@ def test_the_logits_of_all_tokens_never_stand_at_once(
     tokens = len(target.input_ids_T)
     assert target.logits_CV is None and tokens < tiny.COMMON["hidden_size"]
     seen = []
-    for nbytes in (engine.student.LOGIT_BYTES, 2 * 4 * tiny.VOCAB):
-        monkeypatch.setattr(engine.student, "LOGIT_BYTES", nbytes)
+    for nbytes in (engine.learning.student.LOGIT_BYTES, 2 * 4 * tiny.VOCAB):
+        monkeypatch.setattr(engine.learning.student, "LOGIT_BYTES", nbytes)
         with Shapes() as shapes:
             student.accumulate([(target, 1.0)])
         seen.append(shapes.seen)

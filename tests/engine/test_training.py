@@ -16,9 +16,7 @@ from conftest import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.coefficients import Coefficients, Layout
-from engine.config import Parameters
-from engine.training import (
+from engine.learning.learner import (
     Learner,
     Stage,
     StepMetrics,
@@ -28,6 +26,8 @@ from engine.training import (
     second_stage,
     with_prior,
 )
+from engine.methods.learned import Parameters
+from engine.task_vectors.coefficients import Coefficients, Layout
 
 Array = npt.NDArray[np.float64]
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 
 import engine.untrusted
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
-from engine.expert import FrozenExpert, check_models
-from engine.model import load_generation_config, load_tokenizer
-from engine.run_folder import identity
-from engine.student import Student
+from engine.learning.frozen_expert import FrozenExpert, check_models
+from engine.learning.student import Student
+from engine.models.loading import load_generation_config, load_tokenizer
+from engine.output.model_folder import output_files, write_companions
+from engine.run.identity import identity
 from engine.untrusted import check_regular, foreign, in_memory, in_time, open_regular, parse_json, read_text, shown
-from engine.writer import output_files, write_companions
 
 CPU = torch.device("cpu")
 FAULT = CheckpointError("too much", "here")

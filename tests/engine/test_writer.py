@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.config_file import parse_config
-from engine.disk import LocalFolder
-from engine.headers import BYTES, FLOATS, ModelHeader, TensorHeader, read_model_header
-from engine.plan import ModelPlan, Plan
-from engine.writer import OutputFile, OutputTensor, output_files, torch_dtype, write_companions, write_file
+from engine.checkpoints.headers import BYTES, FLOATS, ModelHeader, TensorHeader, read_model_header
+from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
+from engine.config.reader import parse_config
+from engine.output.model_folder import output_files, write_companions
+from engine.planning.plan import ModelPlan, Plan
+from engine.storage.local_folder import LocalFolder
 
 TORCH = {
     "F64": torch.float64,

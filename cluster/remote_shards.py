@@ -1,0 +1,138 @@
+"""What the trainer's process says to the shards over Ray: buckets of bounded size, a bounded number in flight.
+
+A step moves one gradient out and one set of merged tensors in, whatever the number of experts and shards; what waits in
+the object store is a few buckets, not a model. A thread of its own does the talking, while the model computes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from engine.checkpoints.headers import BYTES, SAFETENSORS
+from engine.codec import Packed, pack_all, unpack_all
+from engine.planning.plan import Plan, in_order_of_use, slices
+from engine.shards.protocol import Arrivals, Gradients, Model, Window, coefficient_gradient
+from engine.sizes import IN_FLIGHT, WINDOW_BYTES, bucket_bytes
+from engine.task_vectors.coefficients import Array, Coefficients, Layout
+from engine.task_vectors.pieces import Piece, pieces
+
+Bucket = tuple[Piece, ...]
+
+
+class RemoteShards:
+    """`engine.shards.protocol.Shards` over shard actors, each with its slice of the merged tensors."""
+
+    def __init__(self, plan: Plan, handles: Sequence[Any]) -> None:
+        self.handles = list(handles)
+        self.experts = len(plan.experts)
+        owned = slices(plan, len(self.handles))
+        self.owner = {name: shard for shard, names in enumerate(owned) for name in names}
+        self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in plan.merged}
+        item = BYTES[SAFETENSORS[plan.dtype]]
+        self.bucket_bytes = bucket_bytes(len(self.handles), item)
+        # The shards in turn, so that all of them are at work.
+        turns = zip_longest(*(self._buckets(names, item) for names in owned))
+        self._merged = [(shard, bucket) for turn in turns for shard, bucket in enumerate(turn) if bucket]
+        self.thread = ThreadPoolExecutor(1, "exchange")
+        self.sent = self.received = 0
+
+    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
+        """See `Shards.merge`."""
+        asked: list[Any] = []
+
+        def receive(number: int) -> None:
+            while len(asked) < min(len(self._merged), number + IN_FLIGHT * len(self.handles)):
+                shard, bucket = self._merged[len(asked)]
+                wanted = {piece.name: coefficients.of(piece.name) for piece in bucket}
+                asked.append(self.handles[shard].merge.remote(bucket, wanted))
+            packed: Mapping[Piece, Packed] = ray.get(asked[number])
+            asked[number] = None
+            self.received += sum(one.nbytes for one in packed.values())
+            for piece, tensor in unpack_all(packed).items():
+                room = model.room(piece)
+                room.copy_(tensor)
+                model.put(piece, room)
+
+        arrivals = defaultdict(list)
+        for number, (_, bucket) in enumerate(self._merged):
+            arrived = self.thread.submit(receive, number)
+            for name in dict.fromkeys(piece.name for piece in bucket):
+                arrivals[name].append(arrived)
+        return arrivals
+
+    def gradients(self, layout: Layout) -> Gradients:
+        """See `Shards.gradients`."""
+        return _RemoteGradients(self, layout)
+
+    def traffic(self) -> dict[str, int]:
+        """See `Shards.traffic`."""
+        return {"bytes_to_shards": self.sent, "bytes_from_shards": self.received}
+
+    def _buckets(self, names: Sequence[str], item: int) -> Iterator[Bucket]:
+        bucket: list[Piece] = []
+        filled = 0
+        for piece in (piece for name in in_order_of_use(names) for piece in self.pieces[name]):
+            if bucket and filled + piece.numel * item > self.bucket_bytes:
+                yield tuple(bucket)
+                bucket, filled = [], 0
+            bucket.append(piece)
+            filled += piece.numel * item
+        if bucket:
+            yield tuple(bucket)
+
+
+class _RemoteGradients:
+    def __init__(self, shards: RemoteShards, layout: Layout) -> None:
+        self._shards, self._layout = shards, layout
+        self._window = Window(WINDOW_BYTES)
+        self._posted: list[Future[None]] = []
+        self._open: dict[int, dict[Piece, Tensor]] = defaultdict(dict)
+        self._asked: dict[int, list[Any]] = defaultdict(list)
+
+    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
+        self._window.enter(nbytes)
+        posted = self._shards.thread.submit(self._post, name, fetch)
+        posted.add_done_callback(lambda _: self._window.leave(nbytes))
+        self._posted.append(posted)
+
+    def collect(self) -> Array:
+        for posted in self._posted:
+            posted.result()
+        for shard in range(len(self._shards.handles)):
+            self._ship(shard)
+        # A tensor belongs to one shard, and its pieces are shipped in order.
+        answers = (answer for asked in self._asked.values() for answer in asked)
+        parts = ((piece.name, part) for answer in answers for piece, part in ray.get(answer).items())
+        return coefficient_gradient(self._layout, self._shards.experts, parts)
+
+    def _post(self, name: str, fetch: Callable[[], Tensor]) -> None:
+        gradient_N, shard = fetch().reshape(-1), self._shards.owner[name]
+        limit = self._shards.bucket_bytes
+        for piece in self._shards.pieces[name]:
+            part_N = gradient_N[piece.start : piece.stop]
+            if (
+                piece in self._open[shard]
+                or sum(one.nbytes for one in self._open[shard].values()) + part_N.nbytes > limit
+            ):
+                self._ship(shard)
+            self._open[shard][piece] = part_N
+        if gradient_N.nbytes > limit:
+            # What is left over would keep the whole gradient until the next one comes.
+            self._ship(shard)
+
+    def _ship(self, shard: int) -> None:
+        bucket = pack_all(self._open.pop(shard, {}))
+        if not bucket:
+            return
+        if len(self._asked[shard]) >= IN_FLIGHT:
+            ray.wait([self._asked[shard][-IN_FLIGHT]])
+        edges = {piece.name: self._layout.edges_of[piece.name] for piece in bucket}
+        self._asked[shard].append(self._shards.handles[shard].gradients.remote(bucket, edges))
+        self._shards.sent += sum(one.nbytes for one in bucket.values())

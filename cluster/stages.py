@@ -1,0 +1,93 @@
+"""A trainer actor's lessons: the prior where it is to be found, and the optimiser steps of a stage; all of it is kept.
+
+Asks the trainer, a window of samples at a time, as soon as its targets are stored. What is computed is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.trainer import WindowSample
+from cluster.crew import Crew
+from cluster.progress import Progress
+from cluster.targets import Waves
+from cluster.watch import Watch
+from engine.calibration.samples import Sample
+from engine.codec import pack_all
+from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_prior, with_prior
+from engine.learning.targets import unlabelled
+from engine.planning.plan import Plan
+from engine.planning.schedule import training_order, windows
+from engine.run.run_folder import RunFolder, StageState
+from engine.task_vectors.coefficients import Coefficients
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Of one attempt at a merge, with the trainer and the targets that it has."""
+
+    plan: Plan
+    samples: Sequence[Sequence[Sample]]
+    folder: RunFolder
+    progress: Progress
+    watch: Watch
+    crew: Crew
+    trainer: Any
+    targets: Waves
+
+    def find_prior(self) -> Plan:
+        """The plan with every prior: where it is `auto`, the common weight of the smallest loss over all samples."""
+        if not needs_prior(self.plan):
+            return self.plan
+        kept = self.folder.kept("prior")
+        losses = [] if kept is None else kept.tolist()
+        once = windows(
+            training_order([len(mine) for mine in self.samples], 1), self.plan.config.parameters.gradient_accumulation
+        )
+        self.progress.phase("prior", len(PRIORS), len(losses))
+        for weight in PRIORS[len(losses) :]:
+            coefficients = ray.put(common_prior(self.plan, weight))
+            asked = [self.trainer.measure.remote(coefficients, self._window(window)) for window in once]
+            losses.append(sum(self.watch.answer(one, "measuring a prior") for one in asked))
+            self.folder.keep("prior", np.array(losses))
+            self.progress.advance("prior", len(losses))
+        return with_prior(self.plan, PRIORS[int(np.argmin(losses))])
+
+    def stage(self, stage: Stage) -> Coefficients:
+        """One stage: an optimiser step a window, as soon as its targets are stored; its state is kept after each."""
+        parameters = self.plan.config.parameters
+        order = training_order([len(mine) for mine in self.samples], parameters.epochs)
+        steps = windows(order, parameters.gradient_accumulation)
+        state = self.folder.load_stage(stage.number) or StageState(0, None)
+        phase = f"stage {stage.number}"
+        self.progress.phase(phase, len(steps), state.steps)
+        reference = ray.put(stage)
+        for number in range(state.steps, len(steps)):
+            asked = self.trainer.step.remote(reference, state.learner, number, self._window(steps[number]))
+            step = self.watch.answer(asked, "taking a step")
+            state = StageState(number + 1, step.state)
+            self.folder.save_stage(stage.number, state, step.rows)
+            self.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
+        learner = Learner(parameters, stage)
+        assert state.learner is not None
+        learner.restore(state.learner)
+        return learner.coefficients
+
+    def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
+        """The samples of a window, their targets stored."""
+        self.targets.stored(places)
+        return [WindowSample(self.samples[k][i], self._target(self.samples[k][i])) for k, i in places]
+
+    def _target(self, sample: Sample) -> Any:
+        """A reference to a target, which Ray can have read again from its file when a node is lost."""
+        files = [self.folder.inputs(sample)] if sample.inputs else []
+        files += [self.folder.target(sample)] if self.plan.config.labelled else []
+        if not files:
+            return ray.put(pack_all(unlabelled(sample).tensors()))
+        shard = self.crew.shards[(sample.expert + sample.index) % len(self.crew.shards)]
+        return shard.target.remote(self.folder.state, *files)

@@ -1,0 +1,60 @@
+"""A merge that learns nothing, over the cluster: the shards combine base and experts, file by file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.attempt import Run
+from cluster.crew import Crew
+from cluster.placement import lay_out_shards
+from cluster.session import await_layout, nodes
+from engine.methods.arithmetic.selection import Counts, Threshold
+from engine.methods.registry import get_method
+from engine.output.merge_record import write_weight_space_record
+from engine.planning.plan import slices
+from engine.shards.weight_space import model_thresholds
+
+
+class Combine(Run):
+    """One attempt at a merge by a weight-space method."""
+
+    def run(self, plan_identity: str) -> None:
+        """The whole algorithm: thresholds over the whole model where the method asks for them, and then every file."""
+        method = get_method(self.plan.config.merge_method)
+        wait = self.plan.config.cluster.wait
+        layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
+        with Crew(self.plan, self.folder.state, layout, self.watch) as crew:
+            self.answers("starting", [shard.report.remote() for shard in crew.shards])
+            thresholds = self._thresholds(crew.shards)
+            self.folder.start_output()
+            if method.outputs == "experts":
+                for k, expert in enumerate(self.plan.experts):
+                    self._write(crew.shards, thresholds, k, expert.name)
+            else:
+                self._write(crew.shards, thresholds)
+            digests = self.digests(crew.shards)
+            for shard in crew.shards:
+                self.report(shard)
+        write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests)
+        self.finish()
+
+    def _write(
+        self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None = None, expert: str = ""
+    ) -> None:
+        weights = self.folder.weights
+        self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, thresholds, only), expert)
+
+    def _thresholds(self, shards: Sequence[Any]) -> list[Threshold] | None:
+        """Of each expert's whole task vector, where `trim` says so: counted by the shards, each over its tensors."""
+        owned = [names for names in slices(self.plan, len(shards)) if names]
+
+        def count(high: Counts | None) -> Counts:
+            asked = [shard.count.remote(names, high) for shard, names in zip(shards, owned, strict=False)]
+            parts: list[Counts] = self.answers("counting by size" if high is None else "counting again", asked)
+            total: Counts = np.stack(parts).sum(axis=0)
+            return total
+
+        return model_thresholds(self.plan, count)

@@ -1,0 +1,1 @@
+"""Calibration records and how they become samples."""

@@ -1,0 +1,312 @@
+"""Calibration records: read from .json, .jsonl and .parquet files within bounds, each with one usable field.
+
+A record has `input_ids`, or `messages` (chat), or `question` (and `response`, used when present), or `text`; for models
+that take images `image_path` or `image_paths` too, or paths in the parts of its messages. Other fields are kept and
+ignored. Looks at no image, and needs no torch and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+from engine.config.schema import CalibrationFile
+from engine.errors import CalibrationError
+from engine.planning.plan import ExpertPlan, Plan
+from engine.storage.paths import locate
+from engine.untrusted import JSON_BYTES, SHOWN, foreign, in_memory, open_regular, parse_json, read_text, shown
+
+# In the order of precedence: the first that a record has decides what is made of it.
+FIELDS = ("input_ids", "messages", "question", "text")
+
+
+# Columns of a table that are read; the last two are what an evaluation asks for.
+READ = {*FIELDS, "response", "image_path", "image_paths", "choices", "answer"}
+
+
+# Bytes of a record, records of an expert, images of a record, and how many rows of a table are read at a time.
+RECORD_BYTES, RECORDS, IMAGES, ROWS = 2 << 20, 1_000_000, 64, 64
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its `fields`, its place (`where`: file and number), and what its file says of it.
+
+    `images` are the files of its images in the order of their places in the text.
+    """
+
+    where: str
+    fields: Mapping[str, Any]
+    loss_weight: float
+    images: tuple[Path, ...] = ()
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def field(self) -> str:
+        """Which of FIELDS is used."""
+        found = _field(self.fields)
+        assert found is not None
+        return found
+
+
+def read_records(plan: Plan) -> list[list[Record]]:
+    """For each expert its calibration records: those that its files name a number of, and `samples_per_model` of the
+    other files' together.
+
+    One of each file, then the next of each. With `shuffle`, each file is permuted with the seed before that.
+
+    Raises:
+        CalibrationError: a file that cannot be read or is empty, or a record without a usable field.
+    """
+    return [_of_expert(plan, number) for number in range(len(plan.experts))]
+
+
+def read_file(path: Path, limit: int | None = None) -> list[Record]:
+    """The records of one file, or the first `limit` of them, in its order; images are looked for beside it.
+
+    Raises:
+        CalibrationError: see `read_records`.
+    """
+    records = []
+    for where, fields in islice(_checked(path), limit):
+        images = tuple(_image([path.parent], name, where) for name in _image_names(fields, where))
+        records.append(Record(where, fields, 1.0, images))
+    if not records:
+        raise CalibrationError("the file has no records", str(path))
+    return records
+
+
+def text_of(fields: Mapping[str, Any]) -> str:
+    """All that a record says in words, to estimate its length."""
+    return "".join(str(fields[field]) for field in (*FIELDS, "response") if fields.get(field))
+
+
+def _of_expert(plan: Plan, number: int) -> list[Record]:
+    expert, sources = plan.experts[number], plan.config.models[number].calibration
+    budget, chosen = expert.samples, []
+    files = [
+        [_record(plan, expert, source, path, where, fields) for where, fields in _chosen(plan, expert, place, source)]
+        for place, (source, path) in enumerate(zip(sources, expert.calibration, strict=True))
+    ]
+    if not any(files):
+        raise CalibrationError(f"expert {expert.name!r} has no calibration records", str(expert.calibration[0]))
+    shared = {id(mine) for mine, source in zip(files, sources, strict=True) if source.samples is None}
+    for turn in zip_longest(*files):
+        for mine, record in zip(files, turn, strict=True):
+            if record is None:
+                continue
+            if id(mine) in shared:
+                if not budget:
+                    continue
+                budget -= 1
+            chosen.append(record)
+    return chosen
+
+
+def _chosen(plan: Plan, expert: ExpertPlan, place: int, source: CalibrationFile) -> list[tuple[str, Any]]:
+    """The first records of a file with their places, as many as may be needed, in the order of the seed."""
+    path, wanted = expert.calibration[place], source.samples or expert.samples
+    count, kept = 0, []
+    for one in _checked(path):
+        count += 1
+        if count <= wanted:
+            kept.append(one)
+    if plan.config.calibration.shuffle:
+        order = list(range(count))
+        # Seeded per expert and file, so that adding one does not change the samples of the others.
+        seed = f"{plan.config.seed}-{plan.experts.index(expert)}"
+        random.Random(f"{seed}-{place}" if place else seed).shuffle(order)
+        turns = {number: turn for turn, number in enumerate(order[:wanted])}
+        found = {turns[i]: one for i, one in enumerate(_checked(path)) if i in turns}
+        kept = [found[turn] for turn in sorted(found)]
+    return kept
+
+
+def _record(
+    plan: Plan, expert: ExpertPlan, source: CalibrationFile, path: Path, where: str, fields: Mapping[str, Any]
+) -> Record:
+    names = _image_names(fields, where)
+    check_seen(names, plan.base_header.takes_images, where)
+    assert plan.config.calibration.image_folder is not None
+    folders = [path.parent, Path(plan.config.calibration.image_folder)]
+    return Record(
+        where=where,
+        fields=fields,
+        loss_weight=expert.loss_weight if source.loss_weight is None else source.loss_weight,
+        images=tuple(_image(folders, name, where) for name in names),
+        image_options=plan.config.calibration.image_options | source.image_options,
+    )
+
+
+def check_seen(images: Sequence[Any], takes_images: bool, where: str) -> None:
+    """Whether a record's images are for a model that takes them.
+
+    Raises:
+        CalibrationError: they are not.
+    """
+    if images and not takes_images:
+        raise CalibrationError("the record has images, and this is a language model without them", where)
+
+
+def _image_names(fields: Mapping[str, Any], where: str) -> list[str]:
+    """Paths of a record's images as it has them: its own, or those in the parts of its messages."""
+    given = [fields[name] for name in ("image_path", "image_paths") if fields.get(name) is not None]
+    names = list(chain.from_iterable(one if isinstance(one, list) else [one] for one in given))
+    parts = [part for part in _parts(fields) if part.get("type") == "image"]
+    named = [part[key] for part in parts for key in ("path", "image", "url") if part.get(key) is not None]
+    if len(given) > 1 or (named and (names or len(named) < len(parts))):
+        raise CalibrationError(
+            "the record gives its images in two ways", where, "all by `image_paths`, or all by parts"
+        )
+    names = names or named
+    if not all(isinstance(name, str) and name for name in names) or len(names) > IMAGES:
+        raise CalibrationError("its images are no paths", where, f"at most {IMAGES} paths of files")
+    if names and _field(fields) in ("input_ids", "text"):
+        raise CalibrationError(f"the record has images beside `{_field(fields)}`", where, "`question` or `messages`")
+    return names
+
+
+def _parts(fields: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+    """The parts of the messages' contents, where they have parts."""
+    messages = fields.get("messages") if _field(fields) == "messages" else None
+    contents = [message["content"] for message in messages or () if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if isinstance(part, dict)]
+
+
+def _image(folders: Sequence[Path], name: str, where: str) -> Path:
+    """An image's file: relative to the data file's folder, else to the config's."""
+    if "://" in name:
+        raise CalibrationError(f"an image by address: {shown(repr(name))}", where, "the path of a file")
+    try:
+        found = [locate(name, folder, CalibrationError) for folder in folders]
+    except CalibrationError as error:
+        raise CalibrationError(f"{shown(repr(name))} is {error.what}", where, "the path of a file") from error
+    # False, not an error, for a name that no file can have.
+    there = next((one for one in found if os.path.isfile(one)), None)  # noqa: PTH113
+    if there is None:
+        looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
+        raise CalibrationError(f"there is no image {shown(repr(name))}", where, f"a file; looked for it from {looked}")
+    return there
+
+
+def _checked(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a file with their places, each looked at: one usable field."""
+    for count, (where, record) in enumerate(_read_file(path), start=1):
+        if count > RECORDS:
+            raise _too_many(path)
+        _check(record, where)
+        yield where, record
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of one file with their places; `FILE:LINE` in .jsonl, `FILE record N` elsewhere, from 1."""
+    if path.suffix == ".jsonl":
+        yield from _lines(path)
+        return
+    if path.suffix == ".json":
+        rows = parse_json(read_text(path, JSON_BYTES, CalibrationError), str(path), CalibrationError)
+        if not isinstance(rows, list):
+            raise CalibrationError("the file does not hold a list of records", str(path))
+    elif path.suffix == ".parquet":
+        rows = _rows(path)
+    else:
+        raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
+    for number, row in enumerate(rows, start=1):
+        where = f"{path} record {number}"
+        if len(repr(row)) > RECORD_BYTES:
+            raise _too_long(where)
+        yield where, row
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with open_regular(path, None, CalibrationError) as file:
+        number = 0
+        while line := file.readline(RECORD_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if number > RECORDS:
+                raise _too_many(path)
+            if len(line) > RECORD_BYTES:
+                raise _too_long(where)
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError("the file is not UTF-8 text", str(path)) from error
+            if text.strip():
+                yield where, parse_json(text, where, CalibrationError)
+
+
+def _rows(path: Path) -> Iterator[Any]:
+    """Rows of a parquet file, a few at a time. A small file may stand for a large table: see `in_memory`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    too_large = CalibrationError("its records take too much memory", str(path), do="give only those that are needed")
+    unread = foreign(lambda told: CalibrationError(f"not a parquet file: {told}", str(path)))
+    with open_regular(path, None, CalibrationError) as file:
+        with unread, in_memory(too_large):
+            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+            names = table.schema_arrow.names
+            batches = table.iter_batches(ROWS, columns=[name for name in names if name in READ], use_threads=False)
+        if not any(name in READ for name in names):
+            raise _no_field(names, f"{path} record 1")
+        if len(set(names)) < len(names):
+            raise CalibrationError("two of its columns have one name", str(path))
+        if table.metadata.num_rows > RECORDS:
+            raise _too_many(path)
+        rows: list[Any] | None = []
+        while rows is not None:
+            yield from rows
+            wrong = foreign(lambda told: CalibrationError(f"its records cannot be read: {told}", str(path)))
+            with wrong, in_memory(too_large):
+                batch = next(batches, None)
+                rows = None if batch is None else batch.to_pylist()
+
+
+def _too_many(path: Path) -> CalibrationError:
+    return CalibrationError(f"more than {RECORDS:,} records or lines", str(path), "5–10 of the expert's domain")
+
+
+def _too_long(where: str) -> CalibrationError:
+    return CalibrationError("the record is too long", where, f"at most {RECORD_BYTES:,} bytes")
+
+
+def _no_field(fields: Sequence[str], where: str) -> CalibrationError:
+    has = shown(", ".join(fields), 4 * SHOWN)
+    return CalibrationError(
+        f"the record has no usable field; it has {has or 'none'}", where, f"one of {', '.join(FIELDS)}"
+    )
+
+
+def _field(record: Mapping[str, Any]) -> str | None:
+    return next((field for field in FIELDS if record.get(field) is not None), None)
+
+
+def _check(record: Any, where: str) -> None:
+    """One usable field, of the type that it must have."""
+    if not isinstance(record, dict):
+        raise CalibrationError("the record is not a mapping of fields to values", where)
+    field = _field(record)
+    if field is None:
+        raise _no_field(list(map(str, record)), where)
+    value, response = record[field], record.get("response")
+    if field == "input_ids" and not (isinstance(value, list) and all(type(token) is int for token in value)):
+        raise CalibrationError("`input_ids` is not a list of integers", where)
+    if field == "messages" and not (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    ):
+        raise CalibrationError("`messages` is not a list of {role, content}", where)
+    if field in ("question", "text") and not (isinstance(value, str) and value.strip()):
+        raise CalibrationError(f"`{field}` is not a text, or an empty one", where)
+    if field == "question" and not (response is None or isinstance(response, str)):
+        raise CalibrationError("`response` is not a text", where)
+
+
+Records = Sequence[Sequence[Record]]

@@ -1,0 +1,104 @@
+"""Encode text records as token ids with a tokenizer and its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jinja2
+from huggingface_hub.errors import StrictDataclassError
+
+from engine.calibration.records import RECORD_BYTES, Record
+from engine.calibration.samples import Encoded
+from engine.errors import CalibrationError
+from engine.untrusted import foreign, in_memory, in_time
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class TextEncoder:
+    """Text by a tokenizer of transformers; None does for records that are token ids."""
+
+    def __init__(self, tokenizer: Any, of_images: Set[int] = frozenset()) -> None:
+        self._tokenizer, self._of_images = tokenizer, of_images
+
+    def encode(self, record: Record) -> Encoded:
+        """See `Encoder`; a token `of_images` stands for what the record does not have."""
+        encoded = self._checked(record)
+        check_no_image(encoded, self._of_images, record)
+        return encoded
+
+    def _checked(self, record: Record) -> Encoded:
+        if record.field == "input_ids":
+            return Encoded(list(record.fields["input_ids"]))
+        who = "tokenizer" if record.field == "text" or not self._tokenizer.chat_template else "chat template"
+        with taking(who, record):
+            return self._encode(record)
+
+    def _encode(self, record: Record) -> Encoded:
+        tokenizer, question = self._tokenizer, record.fields.get("question")
+        if record.field == "text":
+            return Encoded(list(tokenizer(record.fields["text"]).input_ids))
+        if not tokenizer.chat_template:
+            if record.field == "messages":
+                raise CalibrationError(
+                    "the record is a chat, and the base's tokenizer has no chat template", record.where
+                )
+            answer = record.fields.get("response")
+            asked = list(tokenizer(question).input_ids)
+            ids = list(tokenizer(f"{question}\n{answer}").input_ids) if answer else asked
+            return Encoded(ids, not answer, in_common(asked, ids) if answer else None)
+        whole, prompt = rendered(messages_of(record), tokenizer.apply_chat_template, record.where)
+        ids = list(tokenizer(whole, add_special_tokens=False).input_ids)
+        if prompt is None:
+            return Encoded(ids, True)
+        return Encoded(ids, False, in_common(tokenizer(prompt, add_special_tokens=False).input_ids, ids))
+
+
+def check_no_image(encoded: Encoded, of_images: Set[int], record: Record) -> None:
+    """Whether a record without images has none of the tokens that stand for them.
+
+    Raises:
+        CalibrationError: it has one.
+    """
+    if not of_images.isdisjoint(encoded.input_ids):
+        raise CalibrationError("the record has the token of an image, and no image", record.where)
+
+
+def messages_of(record: Record) -> Messages:
+    """The chat that a record is: its messages, or its question and response."""
+    if record.field == "messages":
+        messages: Messages = record.fields["messages"]
+        return messages
+    asked, answer = {"role": "user", "content": record.fields["question"]}, record.fields.get("response")
+    return [asked, {"role": "assistant", "content": answer}] if answer else [asked]
+
+
+def rendered(messages: Messages, template: Callable[..., str], where: str) -> tuple[str, str | None]:
+    """The text that a chat template makes of a chat, and the part of it before the last answer; None: it has none."""
+    is_prompt = messages[-1]["role"] != "assistant"
+    endless = CalibrationError("the chat template takes too long, or too much memory", where)
+    with in_time(endless), in_memory(endless):
+        text = template(messages, add_generation_prompt=is_prompt, tokenize=False)
+        asked = messages[:-1]
+        prompt = None if is_prompt else template(asked, add_generation_prompt=True, tokenize=False) if asked else ""
+    if len(text) > RECORD_BYTES:
+        raise CalibrationError(f"the chat template makes {len(text):,} characters", where, f"at most {RECORD_BYTES:,}")
+    return text, prompt
+
+
+def in_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def taking(who: str, record: Record) -> AbstractContextManager[None]:
+    """What a tokenizer, template or processor raises over a record, as a fault of the record."""
+    return foreign(
+        lambda told: CalibrationError(f"the {who} does not take this record: {told}", record.where),
+        jinja2.TemplateError,
+        StrictDataclassError,
+        MemoryError,
+    )

@@ -1,0 +1,1 @@
+"""Model folders: config, tensor headers, adapters, vocabularies, tensors, and the safetensors writer."""

@@ -1,0 +1,53 @@
+"""A part of the house that has no words of its own yet."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.checkpoints.vocabulary import rows_in
+
+
+class Checkpoint:
+    """Tensors of one model folder by their names in its files."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorHeader]) -> None:
+        self.folder, self.tensors = folder, tensors
+        self._files: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as a view of the file's memory, on the CPU, in the file's dtype. Never write to it."""
+        file = self.tensors[name].file
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+            tensor: Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+
+class BaseWithRows(Checkpoint):
+    """The base with the tokens of another model: rows that it lacks are that model's, rows beyond them are cut."""
+
+    def __init__(self, base: Checkpoint, donor: Checkpoint, donor_header: ModelHeader) -> None:
+        super().__init__(base.folder, base.tensors)
+        self._donor, self._donor_header = donor, donor_header
+        self._filled: dict[str, Tensor] = {}
+        self._filling = threading.Lock()
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint`; a tensor that is filled up is a copy of its own, made once."""
+        tensor, shape = super().read(name), self.tensors[name].shape
+        if tensor.shape == shape:
+            return tensor
+        with self._filling:
+            if name not in self._filled:
+                more = self._donor.read(rows_in(self._donor_header, name))[len(tensor) :].to(tensor.dtype)
+                self._filled[name] = torch.cat([tensor, more])[: shape[0]]
+            return self._filled[name]

@@ -1,0 +1,1 @@
+"""The YAML as typed, frozen data."""

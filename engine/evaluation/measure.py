@@ -1,0 +1,221 @@
+"""A model on data: answers that it writes, tokens that it expects, and how near it is to an expert. Batch by batch.
+
+What is filled up to a batch's longest record never counts. Model and expert stand in memory together, so that nothing
+of either is kept. Knows no Ray and no files but the models'. Letters in tensor names: B batch, T tokens, N those of
+all records that are asked for, P some of these, H hidden features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional
+
+from engine.calibration.records import Record
+from engine.calibration.samples import Encoded
+from engine.calibration.text_encoder import TextEncoder
+from engine.errors import CheckpointError
+from engine.evaluation.items import DataSet, Item
+from engine.evaluation.metrics import chosen, exact_match, f1
+from engine.evaluation.results import Row
+from engine.evaluation.subject import Reader, Subject, ended, stop_tokens
+from engine.learning.losses import hidden_loss, logit_loss
+from engine.models.forward import arguments, decode, rebuild_logits, speaker, written
+from engine.sizes import LOGIT_BYTES
+
+
+class Evaluation:
+    """A loaded model, put to data."""
+
+    def __init__(self, subject: Subject, device: torch.device) -> None:
+        self.subject, self.device, self._batch = subject, device, subject.options.batch_size
+
+    @torch.inference_mode()
+    def measure(self, name: str, data: DataSet, expert: Subject | None) -> list[Row]:
+        """The figures of the model, called `name`, on the data; texts against the expert, if there is one.
+
+        Raises:
+            CheckpointError: its logits are not finite.
+        """
+        reader = Reader(self.subject, data)
+        sums = defaultdict[str, float](float)
+        items = sorted(data.items, key=lambda item: item.length)
+        for some in _slices(items, self._batch):
+            if data.kind == "text":
+                encoded = [reader.whole(item, item.wholes[0]) for item in some]
+                found = [self._compared(one, expert) for one in _passes(encoded)]
+            else:
+                found = [self._answered(some, reader)]
+            for one in found:
+                for metric, value in one.items():
+                    sums[metric] += value
+            if not np.isfinite(sums["loss"]):
+                raise CheckpointError("the model's logits are not finite", f"{name}, on {some[0].wholes[0].where}")
+        return [Row(name, data.name, *figure) for figure in _figures(data, sums, expert is not None)]
+
+    def _answered(self, items: Sequence[Item], reader: Reader) -> dict[str, float]:
+        """Sums over records that are to be answered, or chosen from."""
+        wholes = [reader.whole(item, record) for item in items for record in item.wholes]
+        scores = iter([one for some in _slices(wholes, self._batch) for one in forced(self.subject.model, some)])
+        sums = defaultdict[str, float](float)
+        for item, text in zip(items, self._written([reader.prompt(item) for item in items], reader), strict=True):
+            mine = [next(scores) for _ in item.wholes]
+            sums["loss"] += mine[item.answer].loss
+            sums["predicted"] += mine[item.answer].tokens
+            sums["exact_match"] += exact_match(text, item.response)
+            sums["f1"] += f1(text, item.response)
+            if item.choices:
+                means = [one.loss / one.tokens for one in mine]
+                sums["accuracy"] += chosen(text, item.choices) == item.answer
+                sums["accuracy_likelihood"] += means.index(min(means)) == item.answer
+        return sums
+
+    def _written(self, prompts: Sequence[Encoded], reader: Reader) -> list[str]:
+        """What the model writes behind the prompts, up to its end, as text."""
+        model, texts = self.subject.model, []
+        # Nothing but the likeliest token, whatever a checkpoint's own way to write is (penalties, beams, …).
+        own, stops = speaker(model).generation_config, reader.stops
+        plain = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=stops or None)
+        plain.pad_token_id = own.pad_token_id if own.pad_token_id is not None else (stops or [0])[0]
+        speaker(model).generation_config = plain
+        for some in _passes(prompts):
+            width = max(len(one.input_ids) for one in some)
+            rows = [[0] * (width - len(one.input_ids)) + list(one.input_ids) for one in some]
+            marks = [[0] * (width - len(one.input_ids)) + [1] * len(one.input_ids) for one in some]
+            ids_BT, mask_BT = (torch.tensor(one, device=self.device) for one in (rows, marks))
+            given = arguments(ids_BT, mask_BT, some[0].inputs)
+            for row in written(model, given, self.subject.options.max_new_tokens).tolist():
+                end = next((place for place, token in enumerate(row) if token in stops), len(row))
+                texts.append(reader.tokenizer.decode(row[:end], skip_special_tokens=True))
+        speaker(model).generation_config = own
+        return texts
+
+    def _compared(self, encoded: Sequence[Encoded], expert: Subject | None) -> dict[str, float]:
+        """Sums over the tokens of texts: how the model expects them, and how far it is from the expert."""
+        model, sums = self.subject.model, defaultdict[str, float](float)
+        ids_BT, mask_BT, last_BTH, hidden = _forward(model, encoded)
+        at = mask_BT.bool()
+        # Nothing is expected behind the last token of a record, nor for the first, nor of an image.
+        expected_BT = ids_BT.masked_fill(~at, -100)
+        for row_T, one in zip(expected_BT, encoded, strict=True):
+            for start, stop in one.images:
+                row_T[start:stop] = -100
+        following_BT = functional.pad(expected_BT[:, 1:], (0, 1), value=-100)
+        following_N, last_NH, middle = following_BT[at], last_BTH[at], (len(hidden) - 1) // 2
+        sums["tokens"], sums["predicted"] = len(following_N), int((following_N >= 0).sum())
+        other_NH = None
+        if expert is not None:
+            _, _, other_BTH, others = _forward(expert.model, encoded)
+            other_NH = other_BTH[at]
+            # Layers may be on several devices.
+            mine_BTH, its_BTH = (states[middle].to(at.device).float() for states in (hidden, others))
+            sums["distance"] = float(hidden_loss({0: mine_BTH[at]}, {0: its_BTH[at]})) * sums["tokens"]
+            sums["spread"] = sum(
+                float((rows_TH - rows_TH.mean(dim=0)).square().mean(dim=1).sum())
+                for rows_TH in (its_TH[mine_T] for its_TH, mine_T in zip(its_BTH, at, strict=True))
+            )
+        for some in _pieces(model, len(following_N)):
+            logits_PV = rebuild_logits(model, last_NH[None, some])[0].float()
+            loss = functional.cross_entropy(logits_PV, following_N[some], ignore_index=-100, reduction="sum")
+            sums["loss"] += float(loss)
+            if expert is not None and other_NH is not None:
+                expert_PV = rebuild_logits(expert.model, other_NH[None, some])[0].to(logits_PV.device)
+                sums["kl"] += float(logit_loss(logits_PV, expert_PV, 1.0)[0])
+                sums["top1_agreement"] += int((logits_PV.argmax(-1) == expert_PV.argmax(-1)).sum())
+        return sums
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Of one response: Σ −ln p of its tokens, in nats, how many they are, and whether each is the likeliest one."""
+
+    loss: float
+    tokens: int
+    right: bool
+
+
+@torch.inference_mode()
+def forced(model: Any, encoded: Sequence[Encoded]) -> list[Forced]:
+    """What a model makes of responses that it is given; see `score`."""
+    found = []
+    for some in _passes(encoded):
+        ids_BT, _, last_BTH, _ = _forward(model, some)
+        starts = [one.response for one in some if one.response]
+        assert len(starts) == len(some)
+        lengths = [len(one.input_ids) - start for one, start in zip(some, starts, strict=True)]
+        places = [(row, start + i) for row, start in enumerate(starts) for i in range(lengths[row])]
+        row_N, place_N = torch.tensor(places, device=ids_BT.device).T
+        response_N, last_NH = ids_BT[row_N, place_N], last_BTH[row_N, place_N - 1]
+        losses, rights = [], []
+        for piece in _pieces(model, len(places)):
+            logits_PV = rebuild_logits(model, last_NH[None, piece])[0].float()
+            losses.append(functional.cross_entropy(logits_PV, response_N[piece], reduction="none"))
+            rights.append(logits_PV.argmax(-1) == response_N[piece])
+        split = zip(*(torch.split(torch.cat(parts), lengths) for parts in (losses, rights)), strict=True)
+        found += [Forced(float(loss.double().sum()), len(loss), bool(right.all())) for loss, right in split]
+    return found
+
+
+def score(model: Any, tokenizer: Any, records: Sequence[Record], batch: int) -> tuple[float, float]:
+    """Exact match, 0 to 1, and loss in nats a token of the responses of records, without a word being written.
+
+    Greedy decoding writes exactly the response if and only if, with it given, the likeliest token is right at every
+    place of it, its end included. So one forward pass of a batch gives both. `model` is one of transformers.
+    """
+    encoder, stops = TextEncoder(tokenizer), stop_tokens(model, tokenizer)
+    encoded = [ended(encoder.encode(record), stops, record.where) for record in records]
+    found = [one for some in _slices(encoded, batch) for one in forced(model, some)]
+    loss, tokens = sum(one.loss for one in found), sum(one.tokens for one in found)
+    return sum(one.right for one in found) / len(found), loss / tokens
+
+
+def _figures(data: DataSet, sums: Mapping[str, float], compared: bool) -> Iterator[tuple[str, float, int]]:
+    """Metric, value and count, from sums over all records."""
+    records, tokens, predicted = len(data.items), int(sums["tokens"]), int(sums["predicted"])
+    names = {"text": (), "response": ("exact_match", "f1"), "choice": ("accuracy", "accuracy_likelihood")}[data.kind]
+    for name in names:
+        yield name, sums[name] / records, records
+    if data.kind == "response":
+        yield "loss", sums["loss"] / predicted, predicted
+    if data.kind != "choice":
+        with np.errstate(over="ignore"):
+            yield "perplexity", float(np.exp(sums["loss"] / predicted)), predicted
+    if data.kind == "text" and compared:
+        yield "kl", sums["kl"] / tokens, tokens
+        yield "top1_agreement", sums["top1_agreement"] / tokens, tokens
+        yield "hidden_distance", sums["distance"] / tokens, tokens
+        yield "hidden_relative", sums["distance"] / max(sums["spread"], 1e-12), tokens
+
+
+def _forward(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Token ids and mask [B, T], filled up at the end, the last hidden state, and those of all layers [B, T, H]."""
+    width, device = max(len(one.input_ids) for one in encoded), model.device
+    ids_BT = torch.tensor([list(one.input_ids) + [0] * (width - len(one.input_ids)) for one in encoded], device=device)
+    lengths_B = torch.tensor([len(one.input_ids) for one in encoded], device=device)
+    mask_BT = (torch.arange(width, device=device) < lengths_B[:, None]).long()
+    last_BTH, hidden = decode(model, arguments(ids_BT, mask_BT, encoded[0].inputs))
+    return ids_BT, mask_BT, last_BTH.to(device), hidden
+
+
+def _passes(encoded: Sequence[Encoded]) -> list[Sequence[Encoded]]:
+    """Which of a batch go through a model together: all, but where they have images, which each family lays out in its
+    own way, one by one.
+    """
+    return [[one] for one in encoded] if any(one.inputs for one in encoded) else [encoded]
+
+
+def _slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _pieces(model: Any, tokens: int) -> list[slice]:
+    """Of so many tokens those whose float32 logits may stand at one time."""
+    rows = max(1, LOGIT_BYTES // (4 * speaker(model).get_output_embeddings().weight.shape[0]))
+    return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]

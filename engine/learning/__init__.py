@@ -1,0 +1,1 @@
+"""Targets, losses, the student, the optimiser step and the importance of tensors."""

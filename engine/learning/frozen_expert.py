@@ -1,0 +1,128 @@
+"""A frozen expert: calibration sample in, target out. One forward pass a sample, and nothing is kept.
+
+Letters in tensor names: B batch (1), T tokens, C those whose losses count, H hidden features, V vocabulary. Knows no
+merging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from engine.calibration.samples import Sample
+from engine.checkpoints.tensors import Checkpoint
+from engine.errors import CheckpointError
+from engine.learning.targets import Target, _counted
+from engine.models.devices import device_map
+from engine.models.forward import arguments, head_names, rebuild_logits, speaker, written
+from engine.models.internvl import tell_context
+from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
+from engine.models.names import Places
+from engine.models.skeleton import build_skeleton, fill
+from engine.planning.open_models import open_base, open_expert
+from engine.planning.plan import Plan
+from engine.task_vectors.experts import Expert, FullExpert
+from engine.task_vectors.pieces import blocks
+
+
+def check_models(plan: Plan) -> None:
+    """Whether transformers takes the base and every expert that runs forward; reads no weight.
+
+    Raises:
+        CheckpointError: see `build_skeleton`.
+    """
+    base, dtype = open_base(plan).folder, getattr(torch, plan.dtype)
+    own = load_model_config(base, plan.config.trust_remote_code)
+    build_skeleton(own, plan.base_header.tensors, dtype, base)
+    load_generation_config(base)
+    for expert in plan.experts if plan.config.labelled else ():
+        source = open_expert(expert)
+        if isinstance(source, FullExpert):
+            folder = source.checkpoint.folder
+            load_generation_config(folder)
+            config = load_config_like(own, folder)
+            if not computes_alike(own, config):
+                build_skeleton(config, plan.base_header.tensors, dtype, folder)
+
+
+class FrozenExpert:
+    """Expert `index` of the plan with its weights on a device; its merged form is never made of any other model."""
+
+    def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+        expert, base = plan.experts[index], open_base(plan)
+        self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
+        folder = base.folder
+        source = open_expert(expert)
+        if isinstance(source, FullExpert):
+            folder = source.checkpoint.folder
+        own = load_model_config(base.folder, plan.config.trust_remote_code)
+        config = load_config_like(own, folder)
+        # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
+        alike = computes_alike(own, config)
+        self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, folder)
+
+        def weight(name: str) -> Tensor:
+            tensor = _weight(base, source, name)
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+        fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
+        tell_context(self.model, base.folder)
+        if (generation := load_generation_config(folder)) is not None:
+            speaker(self.model).generation_config = generation
+        self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
+
+    def _head_is_the_base_s(self, base: Checkpoint, source: Expert, places: Places) -> bool:
+        """Whether the trainer's head is bit for bit this expert's: equal to the base's, and not merged."""
+        heads = set(head_names(self.model))
+        names = [name for name, place in places.items() if place.parameter in heads]
+        return not any(name in self.plan.merged_set for name in names) and all(
+            torch.equal(_weight(base, source, name).to(self.dtype), base.read(name).to(self.dtype)) for name in names
+        )
+
+    @torch.no_grad()
+    def target(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
+        """Run forward once on one sample (with the response that the expert writes first, where that is asked for).
+
+        `inputs` are what the sample has beside its tokens.
+
+        Raises:
+            CheckpointError: the expert's hidden states or logits are not finite.
+        """
+        inputs = inputs or {}
+        ids_BT = torch.tensor([sample.input_ids], device=self.device)
+        if sample.generate:
+            prompt = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+            ids_BT = torch.cat([ids_BT, written(self.model, prompt, sample.generate)], dim=1)
+        given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+        output = self.model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
+        if not output.logits.isfinite().all():
+            raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
+        last_BTH = output.hidden_states[-1]
+        # Asked for and checked: what lies between the last hidden state and the logits is the model's affair.
+        rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)
+        counted_C = _counted(sample, ids_BT.shape[1])
+        rows = slice(None) if counted_C is None else counted_C
+        return Target(
+            input_ids_T=ids_BT[0].cpu(),
+            hidden_CH={index: output.hidden_states[index][0].cpu()[rows] for index in self.plan.hidden_layers},
+            last_hidden_CH=last_BTH[0].cpu()[rows] if rebuilt else None,
+            logits_CV=None if rebuilt else output.logits[0].cpu()[rows],
+            counted_C=counted_C,
+        )
+
+
+def _weight(base: Checkpoint, source: Expert, name: str) -> Tensor:
+    """θₖ of one tensor: as the expert's files have it, or θ₀ + τₖ in float32 where an adapter changes it."""
+    if isinstance(source, FullExpert):
+        return source.checkpoint.read(name)
+    weight, task_vector = base.read(name), source.task_vector(name)
+    if task_vector is None:
+        return weight
+    adapted = weight.to(torch.float32, copy=True)
+    for start, stop in blocks(adapted.shape):
+        block, tau = adapted.view(-1)[start:stop], torch.empty(stop - start)
+        task_vector.block(start, stop, block, tau)
+        block.add_(tau)
+    return adapted

@@ -1,0 +1,158 @@
+"""Learning the coefficients: one optimiser step from one window's gradient. Knows no model and no cluster.
+
+Source: Expert Merging, arXiv 2509.25712; the optimiser and its defaults are those of its published command line. Tied
+coefficients are AdaMerging's task-wise ones, arXiv 2310.02575.
+Letters in array names: K experts, C learned coefficients of one expert.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.learning.losses import regularization, regularization_gradient
+from engine.methods.learned import Parameters
+from engine.planning.plan import Plan
+from engine.task_vectors.coefficients import Coefficients, Layout, logit, sigmoid
+
+Array = npt.NDArray[np.float64]
+
+
+# Cosine annealing with warm restarts: the first period, its growth, and the floor as a part of the learning rate.
+PERIOD, GROWTH, FLOOR = 50, 2, 0.1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage learns: `prior` ᾱₖ [K]; `start` and `fixed` [K, layout.width], for learned and fixed columns.
+
+    `tied`: one coefficient an expert in all its learned columns, which start alike; so C is 1.
+    """
+
+    number: int
+    layout: Layout
+    prior: Array
+    start: Array
+    fixed: Array
+    tied: bool = False
+
+
+# The common weights among which `weight: auto` chooses.
+PRIORS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
+
+
+def with_prior(plan: Plan, weight: float) -> Plan:
+    """The plan with this prior for every expert whose own is to be found."""
+    return replace(
+        plan, experts=tuple(replace(e, weight=weight if e.weight is None else e.weight) for e in plan.experts)
+    )
+
+
+def needs_prior(plan: Plan) -> bool:
+    """Whether an expert's prior is still to be found."""
+    return any(expert.weight is None for expert in plan.experts)
+
+
+def common_prior(plan: Plan, weight: float) -> Coefficients:
+    """Task Arithmetic with this prior for every expert whose own is to be found."""
+    filled = with_prior(plan, weight)
+    return Coefficients.constant(first_stage(filled).layout, filled.priors)
+
+
+def first_stage(plan: Plan) -> Stage:
+    """One coefficient per (expert, merged tensor), from the prior: Expert Merging, and AdaMerging layer by layer.
+
+    AdaMerging task by task: one per expert.
+    """
+    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    weights = plan.priors
+    prior = Coefficients.constant(layout, weights).values
+    config = plan.config
+    tied = config.merge_method == "adamerging" and config.parameters.granularity == "task"
+    return Stage(1, layout, np.array(weights), prior, prior, tied)
+
+
+def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
+    """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
+    weights = plan.priors
+    values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}
+    parameters = plan.config.parameters
+    return Stage(2, layout, np.array(weights), values[parameters.start], values[parameters.fixed])
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step saw, before it moved."""
+
+    regularization: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Learner:
+    """The coefficients of one stage, α = σ(a), with AdamW and its schedule on a."""
+
+    def __init__(self, parameters: Parameters, stage: Stage) -> None:
+        self._parameters, self._stage = parameters, stage
+        self._learned = stage.layout.learned_columns
+        start = stage.start[:, self._learned]
+        if stage.tied:
+            start = start[:, :1]
+        # The prior takes the same way through the sigmoid as α, so that both are equal to the last bit at the start.
+        self._prior = sigmoid(logit(np.repeat(stage.prior[:, None], start.shape[1], axis=1)))
+        self._a = torch.nn.Parameter(torch.from_numpy(logit(start)))
+        self._optimizer = torch.optim.AdamW(
+            [self._a], lr=parameters.learning_rate, betas=(0.9, 0.999), weight_decay=parameters.weight_decay
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+            self._optimizer, T_0=PERIOD, T_mult=GROWTH, eta_min=FLOOR * parameters.learning_rate
+        )
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """The table as it stands, [K, layout.width] also where coefficients are tied."""
+        values = self._stage.fixed.copy()
+        values[:, self._learned] = self._alpha()
+        return Coefficients(self._stage.layout, values)
+
+    def step(self, gradient: Array) -> StepMetrics:
+        """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
+
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped. Of a tied coefficient, ∂L/∂α is
+        the sum over its columns.
+        """
+        parameters, alpha = self._parameters, self._alpha()
+        slope = gradient[:, self._learned]
+        if self._stage.tied:
+            slope = slope.sum(axis=1, keepdims=True)
+        pull = parameters.regularization * regularization_gradient(alpha, self._prior)
+        self._a.grad = torch.from_numpy(alpha * (1 - alpha) * (slope + pull))
+        norm = torch.nn.utils.clip_grad_norm_([self._a], parameters.max_grad_norm).item()
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        metrics = StepMetrics(regularization(alpha, self._prior), norm, learning_rate)
+        self._optimizer.step()
+        self._schedule.step()
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed stage needs, a few kilobytes; for `torch.save`, and `torch.load` with weights_only."""
+        return {
+            "a": self._a.detach().clone(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, bit for bit as if there had been no stop."""
+        with torch.no_grad():
+            self._a.copy_(state["a"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._schedule.load_state_dict(state["schedule"])
+
+    def _alpha(self) -> Array:
+        return sigmoid(self._a.detach().numpy())

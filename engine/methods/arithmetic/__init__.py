@@ -1,0 +1,1 @@
+"""The arithmetic that weight-space methods share."""

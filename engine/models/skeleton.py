@@ -1,0 +1,102 @@
+"""A transformers model without its weights, filled with them, and run with and without its head.
+
+A model is built on the meta device and filled tensor by tensor, so that nothing is allocated twice. Knows no merging.
+Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
+from engine.models.devices import DeviceMap, device_of, dispatch
+from engine.models.loading import _is_remote, reading
+from engine.models.names import Place, Places, check_filled, match_names, tied_weights
+
+transformers.logging.set_verbosity_error()
+
+
+def build_skeleton(
+    config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
+) -> tuple[Any, Places]:
+    """A model that writes text, and maybe sees, on the meta device, and file tensor name → its place in the module.
+
+    Where the config ties the head to the embedding and the files hold both, the model is built untied, as both count.
+    `folder` is that of config and tensors, for the messages.
+
+    Raises:
+        CheckpointError: no such architecture, a tensor without a partner in the module or of another shape, or a
+        parameter without a tensor.
+    """
+    model = _build(config, dtype, folder)
+    places = match_names(model, tensors, folder)
+    if {place.parameter for place in places.values()} & set(tied_weights(model)):
+        # In composite models the whole's and the language model's config say it, and either may decide.
+        for section in (config, *(getattr(config, key, config) for key in TEXT_SECTIONS)):
+            section.tie_word_embeddings = False
+        model = _build(config, dtype, folder)
+        places = match_names(model, tensors, folder)
+    check_filled(model, places, tensors, folder)
+    return model.eval(), places
+
+
+def fill(
+    model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, weight: Callable[[str], Tensor | None]
+) -> None:
+    """Give the module its parameters and buffers, without a copy where none is needed.
+
+    `weight`: file tensor name → the tensor, its floats of `dtype`; None: a float that is filled in later.
+    """
+    state, parts = model.state_dict(), defaultdict[str, list[str]](list)
+    for name, place in places.items():
+        parts[place.parameter].append(name)
+    tensors = {}
+    for parameter, names in parts.items():
+        device, empty = device_of(parameter, devices), state[parameter]
+        found = {name: weight(name) for name in names}
+        only = found[names[0]]
+        if only is not None and only.shape == empty.shape:
+            tensors[parameter] = only.to(device)
+            continue
+        # Not the module's own type: code that came with a checkpoint may have built a part of it in another.
+        whole = torch.empty(empty.shape, dtype=dtype, device=device)
+        for name, tensor in found.items():
+            if tensor is not None:
+                part_of(whole, places[name], tensor.shape).copy_(tensor)
+        tensors[parameter] = whole
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if tied_weights(model):
+        model.tie_weights()
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not unfilled, f"not filled: {unfilled}"
+    model.requires_grad_(False)
+    dispatch(model, devices)
+
+
+def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
+    """What of a parameter is a tensor of a file: a view of the tensor's shape."""
+    return whole.view(-1)[place.start : place.start + math.prod(shape)].view(*shape)
+
+
+def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
+    remote = _is_remote(config)
+    if remote:
+        kind = transformers.AutoModelForCausalLM
+        kind = kind if kind.__name__ in config.auto_map else transformers.AutoModel
+    elif type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind = transformers.AutoModelForImageTextToText
+    else:
+        kind = transformers.AutoModelForCausalLM
+    # Buffers (rotary frequencies) are in no file: they are computed here, not left on the meta device.
+    with reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
+        return kind.from_config(config, dtype=dtype, trust_remote_code=remote)

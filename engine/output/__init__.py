@@ -1,0 +1,1 @@
+"""The output: the model folder, the record of the merge, the model card."""

@@ -1,0 +1,122 @@
+"""A part of the house that has no words of its own yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from engine.methods.options import Method
+from engine.output.resolved_config import resolved_config, versions
+from engine.planning.plan import Plan
+from engine.task_vectors.coefficients import Coefficients
+
+
+def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
+    """README.md of a merge that learned nothing: what was merged, how, and the config to do it again."""
+    front = {
+        "base_model": list(dict.fromkeys([plan.base.model, *(expert.model for expert in plan.experts)])),
+        "library_name": "transformers",
+        "tags": ["merge", method.name],
+    }
+    config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
+    what = "One model an expert, each in a folder of its name" if method.outputs == "experts" else "One model"
+    path.write_text(
+        f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# A merge of {len(plan.experts)} models by {method.name}
+
+{what}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all others are
+those of `{plan.base.model}`.
+
+```yaml
+{config}```
+
+`merge/` holds the same config with the hashes of the inputs, and the memory of every process. Made with {made_with}.
+""",
+        encoding="utf-8",
+    )
+
+
+def _loading(plan: Plan) -> str:
+    """The lines of Python that load the merged model and what makes its inputs."""
+    own = plan.config.trust_remote_code and "auto_map" in plan.base_header.config
+    if plan.base_header.takes_images and not own:
+        names = {"model": "AutoModelForImageTextToText", "processor": "AutoProcessor"}
+    else:
+        names = {"model": "AutoModel" if own else "AutoModelForCausalLM", "tokenizer": "AutoTokenizer"}
+    code = ", trust_remote_code=True" if own else ""
+    lines = [f'{name} = {kind}.from_pretrained("PATH-OF-THIS-FOLDER"{code})' for name, kind in names.items()]
+    return "\n".join([f"from transformers import {', '.join(names.values())}", "", *lines])
+
+
+def _aim(plan: Plan) -> str:
+    """What coefficients are learned for, and what they multiply where that is not the experts' own task vectors."""
+    if not plan.config.labelled:
+        aim = "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
+    else:
+        aim = (
+            "the merged model's hidden states and logits match the expert's\n"
+            "([Expert Merging](https://arxiv.org/abs/2509.25712))"
+        )
+    if plan.orthogonal:
+        aim += (
+            "; those of matrices multiply task vectors\nthat were made orthogonal to each other "
+            "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4"
+        )
+    return aim
+
+
+def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
+    """README.md: what was merged, how, and how to load it."""
+    method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
+        plan.config.merge_method, "Expert Merging"
+    )
+    front = {
+        "base_model": [plan.base.model, *(expert.model for expert in plan.experts)],
+        "library_name": "transformers",
+        "tags": ["merge", plan.config.merge_method],
+    }
+    rows = [
+        f"| {expert.name} | {expert.kind} | {prior:g} | {values.mean():.3f} "
+        f"| {values.min():.3f} to {values.max():.3f} |"
+        for expert, prior, values in zip(
+            plan.experts, plan.priors, learned.values[:, learned.layout.learned_columns], strict=True
+        )
+    ]
+    options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
+    made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
+    tied = plan.config.merge_method == "adamerging" and plan.config.parameters.granularity == "task"
+    total = 1 if tied else int(np.sum(learned.layout.learned_columns))
+    path.write_text(
+        f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# A merge of {len(plan.experts)} experts by {method}
+
+{len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
+learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all others are the base's.
+
+| expert | given as | prior | mean learned coefficient | range |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Load it
+
+```python
+{_loading(plan)}
+```
+
+## Options
+
+```yaml
+{options}```
+
+`merge/` holds the whole config with the hashes of the inputs, every coefficient, the importance of every tensor, the
+losses of every step, and the memory of every process. Made with {made_with}.
+""",
+        encoding="utf-8",
+    )

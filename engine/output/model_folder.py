@@ -1,0 +1,75 @@
+"""The merged model as a folder that `from_pretrained` loads: files of tensors, written one tensor at a time.
+
+How tensors are spread over files depends on the base alone, so the bytes are the same whoever writes them. Knows no
+Ray; the driver decides which shard writes which file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from engine.checkpoints.headers import BYTES
+from engine.checkpoints.writer import OutputFile, OutputTensor
+from engine.planning.plan import Plan
+
+# What a model folder holds beside weights and config.json, as transformers' tokenizers and processors name it.
+TOKENIZER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+)  # fmt: skip
+
+
+COMPANIONS = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "LICENSE*",
+)  # fmt: skip
+
+
+def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
+    """The base's tensors in their order, in files of at most `limit` (else `max_shard_size`) bytes, or one tensor."""
+    limit = limit or plan.config.max_shard_size
+    groups: list[list[OutputTensor]] = [[]]
+    filled = 0
+    for tensor in plan.base_header.tensors.values():
+        dtype = plan.out_dtype(tensor.name)
+        nbytes = tensor.numel * BYTES.get(dtype, 1)
+        if groups[-1] and filled + nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(OutputTensor(tensor.name, tensor.shape, dtype, nbytes))
+        filled += nbytes
+    if len(groups) == 1:
+        return [OutputFile("model.safetensors", tuple(groups[0]))]
+    names = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    return [OutputFile(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def write_companions(
+    folder: Path, plan: Plan, base_folder: Path, files: list[OutputFile], tokenizer_folder: Path | None = None
+) -> None:
+    """config.json with the output's dtype, the index where there are several files, and the base's other files; those
+    of a tokenizer are of `tokenizer_folder` where it is given.
+    """
+    config = dict(plan.base_header.config)
+    chosen = plan.config.out_dtype or plan.config.dtype
+    if chosen:
+        config.pop("torch_dtype", None)
+        config["dtype"] = chosen
+    write_json(folder / "config.json", config)
+    if len(files) > 1:
+        weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+        total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    companions = (*COMPANIONS, "*.py") if plan.config.trust_remote_code else COMPANIONS
+    for patterns, source in ((companions, base_folder), (TOKENIZER, tokenizer_folder or base_folder)):
+        for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+            if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+                shutil.copyfile(path, folder / path.name)
+
+
+def write_json(path: Path, data: object) -> None:
+    """Readable JSON with a newline at its end."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

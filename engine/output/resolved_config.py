@@ -1,0 +1,41 @@
+"""A part of the house that has no words of its own yet."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+from engine.config.mergekit_yaml import as_yaml
+from engine.config.schema import CalibrationFile, Expert
+from engine.planning.plan import ExpertPlan, Plan
+from engine.storage.paths import is_uri
+
+PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """What computed the result."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def resolved_config(plan: Plan) -> dict[str, Any]:
+    """The config with every default filled in and every path absolute; it runs from anywhere."""
+    paths = {"base_model": plan.base.model, "models": []}
+    experts = [
+        given.model_copy(
+            update={
+                "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
+                "calibration": _located(given, expert),
+            }
+        )
+        for given, expert in zip(plan.config.models, plan.experts, strict=True)
+    ]
+    tokenizer = {"tokenizer_source": plan.tokenizer} if plan.tokenizer else {}
+    return as_yaml(plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer))
+
+
+def _located(given: Expert, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:
+    """The files of an expert's samples, as another node finds them. A method that learns nothing reads none."""
+    pairs = zip(given.calibration, expert.calibration, strict=False)
+    return tuple(file if is_uri(file.path) else file.model_copy(update={"path": str(path)}) for file, path in pairs)

@@ -1,0 +1,1 @@
+"""The plan of a merge, from config and headers alone, and what it will cost."""

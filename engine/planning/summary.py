@@ -1,0 +1,131 @@
+"""What a merge would do and what it would take, as tables for a person. Knows plans and the scaling model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import rich.box
+import rich.console
+import rich.filesize
+import rich.table
+
+from engine.planning.plan import Plan
+from engine.planning.scaling import GB, Machines, Prediction, Where, Work, choose, predict, shortages
+
+PLACES: dict[Where, str] = {
+    "trainer": "within the trainer",
+    "node": "actors on the trainer's node",
+    "nodes": "actors on every node",
+}
+
+
+def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> None:
+    """Print base, experts, tensors, bytes and steps, and what they take on the machines.
+
+    `tokens` are those of each expert's samples, about.
+    """
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    work = Work.of(plan.config, tokens)
+    console.print(_facts(plan, work))
+    console.print(_experts(plan, [len(mine) for mine in tokens]))
+    chosen = choose(plan, work, machines)
+    places: list[Where] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
+    if plan.config.cluster.shards != "auto":
+        places = [chosen.where]
+    console.print(_predictions([predict(plan, work, machines, where) for where in places], chosen))
+    console.print(
+        f"on {machines.nodes} x {machines.cpus:g} CPUs, {machines.gpus:g} GPUs, "
+        f"{_gigabytes(machines.memory)} a node, {_gigabytes(machines.gpu_memory)} a GPU; "
+        f"about {work.tokens:.0f} tokens a sample. Times are estimates: docs/scaling.md, `cluster.rates`"
+    )
+    for line in shortages(plan, chosen, machines):
+        console.print(f"does not fit: {line}")
+
+
+def print_weight_space_plan(plan: Plan) -> None:
+    """Print base, experts, tensors and bytes of a merge that learns nothing."""
+    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    facts = _tensors(plan)
+    headers = [model.header for model in (plan.base, *plan.experts)]
+    read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())
+    facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, once to three times by method")
+    if plan.config.unused:
+        facts.add_row("not used", ", ".join(plan.config.unused))
+    console.print(facts)
+    experts = rich.table.Table(box=rich.box.SIMPLE)
+    for column in ("expert", "given as", "parameters", "from"):
+        experts.add_column(column, overflow="fold")
+    assert plan.config.recipe is not None
+    for expert, settings in zip(plan.experts, plan.config.recipe.models, strict=True):
+        told = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
+        experts.add_row(expert.name, expert.kind, told or "the top level's", expert.model)
+    console.print(experts)
+    for expert in plan.experts:
+        for what, names in (("the base stands for", expert.match.absent), ("not used:", expert.match.ignored)):
+            if names:
+                console.print(f"{expert.name}: {what} {', '.join(sorted(names))}", markup=False)
+
+
+def _tensors(plan: Plan) -> rich.table.Table:
+    header = plan.base_header
+    elements = sum(tensor.numel for tensor in header.tensors.values())
+    facts = rich.table.Table(box=rich.box.SIMPLE, show_header=False)
+    facts.add_column()
+    facts.add_column(overflow="fold")
+    facts.add_row("method", plan.config.merge_method)
+    facts.add_row("base", f"{plan.base.model}: {header.architecture}, {header.num_layers} blocks")
+    facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the others stay the base's")
+    facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
+    facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")
+    return facts
+
+
+def _facts(plan: Plan, work: Work) -> rich.table.Table:
+    parameters, facts = plan.config.parameters, _tensors(plan)
+    if plan.config.labelled:
+        facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
+        facts.add_row("expert forwards", f"{work.samples}, once for all stages")
+    facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")
+    if plan.config.stages == 2:
+        facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} an expert in stage 2")
+    facts.add_row("optimiser steps", f"{work.steps} a stage, {plan.config.stages} stages")
+    return facts
+
+
+def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:
+    experts = rich.table.Table(box=rich.box.SIMPLE)
+    for column in ("expert", "given as", "prior", "loss weight", "samples", "from"):
+        experts.add_column(column, overflow="fold")
+    for expert, count in zip(plan.experts, samples, strict=True):
+        prior = "auto" if expert.weight is None else f"{expert.weight:g}"
+        experts.add_row(expert.name, expert.kind, prior, f"{expert.loss_weight:g}", str(count), expert.model)
+    return experts
+
+
+def _predictions(ways: Sequence[Prediction], chosen: Prediction) -> rich.table.Table:
+    """A column a way to place the task vectors, the chosen one marked."""
+    table = rich.table.Table(box=rich.box.SIMPLE)
+    table.add_column("task vectors")
+    for way in ways:
+        table.add_column(f"{PLACES[way.where]}{' (chosen)' if way.where == chosen.where else ''}", justify="right")
+
+    def row(name: str, *cells: str) -> None:
+        table.add_row(name, *cells)
+
+    row("shards", *(str(way.shards) for way in ways))
+    row("trainer", *(_gigabytes(way.memory.trainer) for way in ways))
+    row("an expert", *(_gigabytes(way.memory.expert) for way in ways))
+    row("a shard", *(_gigabytes(way.memory.shard) for way in ways))
+    row("object store", *(_gigabytes(way.memory.store) for way in ways))
+    row("page cache, a node", *(_gigabytes(way.memory.page_cache) for way in ways))
+    row("moved by a step", *(_gigabytes(way.moved) for way in ways))
+    row("a step: computing", *(f"{way.step.compute:.3g} s" for way in ways))
+    row("a step: streaming", *(f"{way.step.stream:.3g} s" for way in ways))
+    row("a step: moving", *(f"{way.step.exchange:.3g} s" for way in ways))
+    row("a step", *(f"{way.step.total:.3g} s" for way in ways))
+    row("the whole run", *(f"{way.run_seconds:.3g} s" for way in ways))
+    return table
+
+
+def _gigabytes(nbytes: float | None) -> str:
+    return "not known" if nbytes is None else f"{nbytes / GB:.2f} GB"

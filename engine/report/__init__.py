@@ -1,0 +1,1 @@
+"""A finished merge as one HTML page."""

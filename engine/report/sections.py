@@ -1,0 +1,282 @@
+"""What one merge has to show, as tables and charts in sections. Knows no page, and no other merges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.filesize import decimal
+
+from engine.config.mergekit_yaml import as_yaml
+from engine.report import charts
+from engine.report.charts import Array, Axis, Blocks, Scale
+from engine.report.merge_folder import Importance, Memory, Merged
+from engine.task_vectors.coefficients import Coefficients
+
+# An expert has a chart of its own while they are so few, and its tensors so many.
+FACETS, TENSORS = 12, 40
+
+
+TOP = 20
+
+
+# Values of chunks in a line of what is shown of a cell, and in all.
+CHUNK_LINE, CHUNKS = 8, 64
+
+
+LOSS_NAMES = {"kl": "KL divergence", "hidden": "hidden loss", "entropy": "entropy"}
+
+
+Cell = str | int | float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; a row's first cell says what it is about."""
+
+    rows: Sequence[Sequence[Cell]]
+    head: Sequence[str] = ()
+    title: str = ""
+
+    def numeric(self, column: int) -> bool:
+        """Whether a column has numbers only."""
+        return all(isinstance(row[column], int | float) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of plotly's; a wide one has the page's width."""
+
+    title: str
+    figure: Any
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; `folded` is there when it is asked for."""
+
+    title: str
+    text: str = ""
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = ()
+    folded: Table | None = None
+
+
+def sections_of(merge: Merged) -> list[Section]:
+    """All that one merge has to show but its options."""
+    sections = [Section("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
+    sections += _coefficients(merge)
+    if merge.importance is not None:
+        sections.append(_importance(merge.importance))
+    if merge.losses():
+        sections.append(_losses(merge))
+    if merge.memory is not None:
+        sections.append(_memory(merge.memory))
+    return sections
+
+
+def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
+    """What a merge is in a few words, each with what it is about."""
+    config, memory = merge.config, merge.memory
+    yield "method", config.merge_method
+    yield "base", config.base_model
+    yield "experts", f"{len(config.models):,}"
+    if merge.stages:
+        layout = next(iter(merge.stages.values())).layout
+        elements = sum(edges[-1] for edges in layout.edges)
+        yield "merged", f"{len(layout.tensors):,} tensors of {elements:,} elements"
+        learned = (f"{table.layout.learned_columns.sum():,} in stage {stage}" for stage, table in merge.stages.items())
+        yield "coefficients an expert", ", ".join(learned)
+    if losses := merge.losses():
+        steps = ((stage, len(merge.mean_curve(stage, found[0]).steps)) for stage, found in losses.items() if found)
+        yield "optimiser steps", ", ".join(f"{count:,} in stage {stage}" for stage, count in steps)
+    if memory is not None:
+        yield "largest process", decimal(max(actor.peak_anonymous_bytes for actor in memory.actors))
+        yield "time", f"{sum(memory.seconds.values()):,.1f} s in all phases"
+    if merge.record.date:
+        yield "written", merge.record.date
+    yield "made with", ", ".join(f"{name} {number}" for name, number in merge.record.versions.items())
+
+
+def _experts(merge: Merged) -> Section:
+    """A row an expert: its prior, what was learned of it and lost on its samples; or its settings."""
+    rows: list[list[Cell]] = []
+    losses = list(last_losses(merge))
+    for k, expert in enumerate(merge.config.models):
+        row: list[Cell] = [expert.name]
+        for table in list(merge.stages.values())[-1:]:
+            values = table.values[k, table.layout.learned_columns]
+            row += [merge.prior(expert.name), *map(float, (values.mean(), values.min(), values.max()))]
+        for _, found in losses:
+            row += found.get(expert.name, (float("nan"),) * 2)
+        if merge.config.recipe is not None:
+            given = merge.config.recipe.models[k]
+            row.append(", ".join(f"{key}: {value}" for key, value in given.items()) or "those of the whole merge")
+        rows.append([*row, expert.model])
+    head = ["expert", *(["prior", "mean coefficient", "least", "largest"] if merge.stages else [])]
+    head += [f"{name}, {when}" for name, _ in losses for when in ("first", "last")]
+    head += [*([] if merge.config.learned else ["options"]), "from"]
+    told = "A loss is the mean over the expert's samples, when each was seen first and when last, in the last stage."
+    return Section("Experts", told if losses else "", [Table(rows, head)])
+
+
+def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, float]]]]:
+    """Of each loss of the last stage its name, and each expert's first and last value."""
+    for stage, losses in list(merge.losses().items())[-1:]:
+        for loss in losses:
+            yield LOSS_NAMES[loss], merge.first_and_last(stage, loss)
+
+
+def options_of(merge: Merged) -> Section:
+    """Every option, to be unfolded."""
+    keys = {key: value for key, value in as_yaml(merge.config).items() if key != "models"}
+    rows = sorted((key, str(value)) for key, value in flat(keys).items())
+    return Section("Options", folded=Table(rows, title="Every option, with the defaults"))
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, Mapping):
+        return {key: value}
+    parts = (flat(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
+    return {name: inner for part in parts for name, inner in part.items()}
+
+
+def _coefficients(merge: Merged) -> list[Section]:
+    """Of each stage, how far the experts' coefficients are from their priors."""
+    if not merge.stages:
+        return []
+    names = [expert.name for expert in merge.config.models]
+    priors = np.array([merge.prior(name) for name in names])
+    text = (
+        "Colour is a coefficient's distance from its expert's prior: red above, blue below, white where it stayed. "
+        "Where a tensor has several chunks, the colour is their mean, and all values show when the cell is pointed at. "
+        "A fixed coefficient was given no chunk."
+    )
+    if merge.config.parameters.task_vectors == "orthogonal":
+        text += " Of a matrix, coefficients multiply the orthogonal task vector, which is four times as long."
+    return [
+        Section(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
+        for stage, table in merge.stages.items()
+    ]
+
+
+def coefficient_charts(table: Coefficients, names: Sequence[str], priors: Array) -> list[Chart]:
+    """Heatmaps of one stage: an expert each by block and kind, or, of many experts or few tensors, all in one."""
+    away = table.per_tensor() - priors[:, None]
+    limit = float(np.abs(away).max()) or 1.0
+    scale = Scale("α − prior", limit, -limit, "+.2~f")
+    texts = [_coefficient_texts(table, k) for k in range(len(names))]
+    blocks = Blocks.of(table.layout.tensors)
+    if len(names) > FACETS or len(table.layout.tensors) <= TENSORS or not blocks.blocks:
+        figure = _by_expert(table.layout.tensors, away, texts, names, blocks, scale)
+        return [Chart("Experts and tensors", figure, wide=True)]
+    across, down = Axis("block", list(map(str, blocks.blocks))), Axis("kind", charts.labels(blocks.kinds))
+    facets = [
+        Chart(
+            f"{name}, prior {prior:g}",
+            charts.heatmap(blocks.spread(away[k]), blocks.spread_texts(texts[k]), across, down, scale),
+        )
+        for k, (name, prior) in enumerate(zip(names, priors, strict=True))
+    ]
+    if blocks.outside:
+        tensors = [table.layout.tensors[place] for place in blocks.outside]
+        mine = [[row[place] for place in blocks.outside] for row in texts]
+        figure = _by_expert(tensors, away[:, blocks.outside], mine, names, Blocks.of(tensors), scale)
+        facets.append(Chart("Tensors outside the blocks", figure, wide=True))
+    return facets
+
+
+def _by_expert(
+    tensors: Sequence[str],
+    values_KL: Array,
+    texts: Sequence[Sequence[str]],
+    names: Sequence[str],
+    blocks: Blocks,
+    scale: Scale,
+) -> Any:
+    """A heatmap of experts × tensors, these by block, by kind, and those of no block last."""
+    places, names_L = blocks.in_order(), charts.labels(blocks.names(tensors))
+    across = [names_L[place] for place in places]
+    columns = zip(blocks.blocks, blocks.cells.T, strict=True)
+    begins = {names_L[next(place for place in column if place >= 0)]: str(block) for block, column in columns}
+    ticks = begins if len(places) > 60 else {}
+    mine = [[row[place] for place in places] for row in texts]
+    axis = Axis("block" if ticks else "tensor", across, ticks)
+    return charts.heatmap(values_KL[:, places], mine, axis, Axis("expert", charts.labels(names)), scale)
+
+
+def _coefficient_texts(table: Coefficients, k: int) -> list[str]:
+    """Of each tensor, the coefficients of expert k."""
+    texts = []
+    for tensor, learned in zip(table.layout.tensors, table.layout.learned, strict=True):
+        values = table.values[k, table.layout.columns[tensor]]
+        told = [f"{value:.4f}" for value in values[:CHUNKS]]
+        if len(values) == 1:
+            texts.append(f"α = {told[0]}{'' if learned else ', fixed'}")
+            continue
+        rows = ["  ".join(told[at : at + CHUNK_LINE]) for at in range(0, len(told), CHUNK_LINE)]
+        more = [f"and {len(values) - CHUNKS} more"] if len(values) > CHUNKS else []
+        texts.append("<br>".join([f"mean α = {values.mean():.4f} of {len(values)} chunks:", *rows, *more]))
+    return texts
+
+
+def _importance(found: Importance) -> Section:
+    """How much the merge relies on each tensor, and what it earned by that."""
+    blocks = Blocks.of(found.tensors)
+    shares, chunks = found.importance, np.array(found.chunks, dtype=np.float64)
+    facts = zip(shares, found.numel, found.chunks, strict=True)
+    texts = [f"{share:.3%} of the importance<br>{n:,} elements, chunks: {m}" for share, n, m in facts]
+    drawn = []
+    if blocks.blocks:
+        across, down = Axis("block", list(map(str, blocks.blocks))), Axis("kind", charts.labels(blocks.kinds))
+        for title, values, form in (("Importance", shares, ".1%"), ("Chunks", chunks, "d")):
+            scale = Scale(title.lower(), float(values.max()) or 1.0, format=form)
+            figure = charts.heatmap(blocks.spread(values), blocks.spread_texts(texts), across, down, scale)
+            drawn.append(Chart(f"{title} by block and kind", figure))
+    top = np.argsort(-shares, kind="stable")[:TOP]
+    names = [blocks.names(found.tensors)[place] for place in top]
+    told = [f"{shares[place]:.2%}, chunks: {found.chunks[place]}" for place in top]
+    figure = charts.bars({"importance": 100 * shares[top]}, names, "% of the importance", told, flat=True)
+    drawn.append(Chart(f"The {len(names)} most important tensors", figure, wide=True))
+    fixed = sum(not number for number in found.chunks)
+    text = (
+        "What stage 1 learned, times the size of the task vectors: how much the merge relies on a tensor. It decides "
+        f"the chunks of stage 2: {sum(found.chunks):,} over {len(found.tensors):,} tensors, of which {fixed:,} keep a "
+        "fixed coefficient."
+    )
+    return Section("Importance and chunks", text, charts=drawn)
+
+
+def _losses(merge: Merged) -> Section:
+    drawn = []
+    for stage, losses in merge.losses().items():
+        for loss in losses:
+            curves = {name: (curve.steps, curve.values) for name, curve in merge.curves(stage, loss).items()}
+            drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}", charts.lines(curves, LOSS_NAMES[loss])))
+    text = "Of each expert, the mean over its samples in an optimiser step. A step sees some samples, not all of them."
+    return Section("Losses", text, charts=drawn)
+
+
+def _memory(memory: Memory) -> Section:
+    roles = [actor.role for actor in memory.actors]
+    if len(set(roles)) < len(roles):
+        roles = [f"{actor.role}, process {actor.pid}" for actor in memory.actors]
+    peaks = np.array([actor.peak_anonymous_bytes for actor in memory.actors], dtype=np.float64)
+    sizes = [decimal(actor.peak_anonymous_bytes) for actor in memory.actors]
+    phases, seconds = list(memory.seconds), np.array(list(memory.seconds.values()), dtype=np.float64)
+    drawn = [
+        Chart("Peak anonymous memory", charts.bars({"memory": peaks / 1e9}, roles, "GB", sizes, flat=True)),
+        Chart("Seconds by phase", charts.bars({"s": seconds}, phases, "s", [f"{s:.1f} s" for s in seconds], flat=True)),
+    ]
+    rows = [
+        ("from trainer to shards", decimal(memory.bytes_trainer_to_shards)),
+        ("from shards to trainer", decimal(memory.bytes_shards_to_trainer)),
+        ("merged tensors, once", decimal(memory.bytes_merged)),
+        ("targets", decimal(memory.bytes_targets)),
+        ("forward passes of experts", f"{memory.expert_forwards:,}"),
+    ]
+    return Section("Memory and traffic", "Phases may overlap.", [Table(rows)], drawn)

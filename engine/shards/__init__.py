@@ -1,0 +1,1 @@
+"""Streams over the experts' files: what shards do, wherever they run."""

@@ -1,0 +1,100 @@
+"""What a trainer asks of the task vectors, wherever they are, and the way to ask those of its own process.
+
+Merged pieces arrive while the model is already computing with others; gradients leave while it still computes others; a
+bounded number of bytes is under way. Knows no Ray: `cluster/exchange.py` asks shards of other processes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from functools import cached_property
+
+from torch import Tensor
+
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan, in_order_of_use
+from engine.shards.orthogonal import with_orthogonal
+from engine.shards.protocol import Array, Arrivals, Gradients, Model, coefficient_gradient
+from engine.sizes import WINDOW_BYTES
+from engine.storage.folder import Folder
+from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.pieces import Piece, pieces
+from engine.task_vectors.streams import TaskVectors
+
+
+class LocalShards:
+    """Task vectors in the trainer's own process: nothing travels.
+
+    With `overlap` they are at work while the model computes, as is right where it computes on a GPU. Without, model and
+    task vectors take turns: on the same cores each would only be in the other's way (twice the time, measured).
+    """
+
+    def __init__(self, plan: Plan, threads: int, overlap: bool, state: Folder | None = None) -> None:
+        self._plan, self._threads, self._overlap, self._state = plan, threads, overlap, state
+
+    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
+        """See `Shards.merge`."""
+        streams = self._task_vectors
+
+        def one(piece: Piece) -> None:
+            room = model.room(piece)
+            streams.merge(piece, coefficients.of(piece.name), room)
+            model.put(piece, room)
+
+        arrivals = {
+            name: [streams.pool.submit(one, piece) for piece in pieces(name, streams.base.tensors[name].shape)]
+            for name in in_order_of_use(coefficients.layout.tensors)
+        }
+        if not self._overlap:
+            wait(arrival for arriving in arrivals.values() for arrival in arriving)
+        return arrivals
+
+    def gradients(self, layout: Layout) -> Gradients:
+        """See `Shards.gradients`."""
+        return _LocalGradients(self._task_vectors, layout, self._overlap)
+
+    def traffic(self) -> dict[str, int]:
+        """See `Shards.traffic`."""
+        return {"bytes_to_shards": 0, "bytes_from_shards": 0}
+
+    @cached_property
+    def _task_vectors(self) -> TaskVectors:
+        # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
+        return with_orthogonal(self._plan, open_task_vectors(self._plan, self._threads), self._state)
+
+
+class _LocalGradients:
+    def __init__(self, task_vectors: TaskVectors, layout: Layout, overlap: bool) -> None:
+        self._streams, self._layout, self._overlap = task_vectors, layout, overlap
+        self._parts: list[tuple[str, Future[Array]]] = []
+        self._held: list[tuple[str, Callable[[], Tensor]]] = []
+        self._bytes = 0
+
+    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
+        if self._bytes and self._bytes + nbytes > WINDOW_BYTES:
+            self._finish()
+        self._bytes += nbytes
+        self._held.append((name, fetch))
+        if self._overlap:
+            self._start()
+
+    def collect(self) -> Array:
+        self._finish()
+        parts = ((name, future.result()) for name, future in self._parts)
+        return coefficient_gradient(self._layout, len(self._streams.experts), parts)
+
+    def _start(self) -> None:
+        for name, fetch in self._held:
+            for piece in pieces(name, self._streams.base.tensors[name].shape):
+                self._parts.append((name, self._streams.pool.submit(self._one, piece, fetch)))
+        self._held.clear()
+
+    def _finish(self) -> None:
+        self._start()
+        wait(future for _, future in self._parts)
+        self._bytes = 0
+
+    def _one(self, piece: Piece, fetch: Callable[[], Tensor]) -> Array:
+        gradient_N = fetch().reshape(-1)[piece.start : piece.stop]
+        return self._streams.gradients(piece, gradient_N, self._layout.edges_of[piece.name])

@@ -1,0 +1,127 @@
+"""Folders on a disk: a file is there under its name whole, or not at all, whoever dies when.
+
+Knows no object storage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import filelock
+
+from engine.errors import OutputError
+from engine.storage.folder import LOCK, RawFile, in_use, storing
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on a disk; see `storage.Folder`. Each who writes a file has a temporary name of its own for it."""
+
+    path: Path
+
+    @property
+    def where(self) -> str:
+        """See `storage.Folder`."""
+        return str(self.path)
+
+    def read(self, name: str) -> bytes:
+        """See `storage.Folder`."""
+        return (self.path / name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        """See `storage.Folder`."""
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        """See `storage.Folder`."""
+        return (self.path / name).stat().st_size
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `storage.Folder`."""
+        with self.create(name) as out:
+            out.write(data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[RawFile]:
+        """See `storage.Folder`; the folders above it are made."""
+        path = self.path / name
+        temporary = path.with_name(f".{uuid4().hex}.part")
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(temporary, "xb", buffering=0)  # noqa: SIM115 - closed below
+        try:
+            with file:
+                yield RawFile(file, path)
+                with storing(path):
+                    os.fsync(file.fileno())
+            with storing(path):
+                temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):  # what came first is what is to be told
+                temporary.unlink()
+            raise
+
+    def names(self, under: str = "") -> set[str]:
+        """See `storage.Folder`."""
+        found = (path for path in (self.path / under).rglob("*") if path.is_file() and not is_temporary(path))
+        return {path.relative_to(self.path).as_posix() for path in found}
+
+    def remove(self, name: str) -> None:
+        """See `storage.Folder`."""
+        path = self.path / name
+        with storing(path):
+            if not name:
+                for one in path.iterdir() if path.is_dir() else ():
+                    if one.name != LOCK:
+                        self.remove(one.name)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def child(self, name: str) -> LocalFolder:
+        """See `storage.Folder`."""
+        return LocalFolder(self.path / name)
+
+    @contextmanager
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """See `storage.Folder`; the system gives the lock of a process that died to the next."""
+        lock = filelock.FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise in_use(self.where) from error
+        except OSError as error:
+            raise OutputError(f"the output folder cannot be made: {error.strerror}", self.where) from error
+        try:
+            sweep(self.path)
+            yield lambda: None
+        finally:
+            if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
+                shutil.rmtree(self.path)
+            lock.release()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether this is what a LocalFolder writes to before a file is whole."""
+    return path.name.startswith(".") and path.name.endswith(".part")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that died have left; one that is still at it fails at its end."""
+    for path in list(folder.rglob(".*.part")):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Task vectors, their coefficients, and the streamed sums over them."""

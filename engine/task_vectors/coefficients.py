@@ -1,0 +1,178 @@
+"""The table of coefficients αₖ,ₗ,ₛ, how it is cut into chunks, its sigmoid parametrisation and its parquet form.
+
+Values are float64 in the trainer (a few thousand numbers) and float32 wherever they meet weights and files. Knows no
+weights. Letters in array names: K experts, C coefficients of one expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from engine.errors import RunError
+
+Array = npt.NDArray[np.float64]
+
+
+SCHEMA = pa.schema(
+    [
+        ("stage", pa.int8()),
+        ("model", pa.string()),
+        ("tensor", pa.string()),
+        ("chunk", pa.int32()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("value", pa.float32()),
+        ("learned", pa.bool_()),
+    ]
+)
+
+
+def chunk_edges(numel: int, chunks: int) -> tuple[int, ...]:
+    """Where the chunks of a flattened tensor of `numel` elements begin, and `numel` at the end.
+
+    Contiguous pieces of ⌈nₗ/mₗ⌉ elements, the last one shorter; fewer than `chunks` where that yields fewer.
+    """
+    assert numel > 0 and chunks > 0
+    size = math.ceil(numel / chunks)
+    return (*range(0, numel, size), numel)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the merged tensors are cut: for each, its edges, and whether its coefficients are learned or fixed.
+
+    The columns of one expert's coefficients run over the tensors in order, and within each over its chunks.
+    """
+
+    tensors: tuple[str, ...]
+    edges: tuple[tuple[int, ...], ...]
+    learned: tuple[bool, ...]
+
+    @classmethod
+    def make(cls, numels: Mapping[str, int], chunks: Mapping[str, int]) -> Layout:
+        """A layout from the number of chunks mₗ of each tensor; 0 means one coefficient that is fixed."""
+        tensors = tuple(numels)
+        edges = tuple(chunk_edges(numels[name], max(1, chunks[name])) for name in tensors)
+        return cls(tensors, edges, tuple(chunks[name] > 0 for name in tensors))
+
+    @cached_property
+    def columns(self) -> dict[str, slice]:
+        """The columns of each tensor's coefficients."""
+        starts = np.concatenate([[0], np.cumsum([len(edges) - 1 for edges in self.edges])]).tolist()
+        return {name: slice(starts[i], starts[i + 1]) for i, name in enumerate(self.tensors)}
+
+    @cached_property
+    def learned_columns(self) -> npt.NDArray[np.bool_]:
+        """Which columns are learned, [C]."""
+        return np.repeat(np.array(self.learned), [len(edges) - 1 for edges in self.edges])
+
+    @cached_property
+    def edges_of(self) -> dict[str, tuple[int, ...]]:
+        """The edges of each tensor by its name."""
+        return dict(zip(self.tensors, self.edges, strict=True))
+
+    @property
+    def width(self) -> int:
+        """Coefficients of one expert, fixed ones included."""
+        return sum(len(edges) - 1 for edges in self.edges)
+
+
+@dataclass(frozen=True)
+class TensorCoefficients:
+    """What one merged tensor needs: `edges` of its m chunks and `values` [K, m], float32 as they meet the weights."""
+
+    edges: tuple[int, ...]
+    values: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """A layout and its values [K, C], float64."""
+
+    layout: Layout
+    values: Array
+
+    @classmethod
+    def constant(cls, layout: Layout, weights: Sequence[float]) -> Coefficients:
+        """Every coefficient of expert k at `weights[k]`: Task Arithmetic, and where learning starts."""
+        return cls(layout, np.repeat(np.array(weights, dtype=np.float64)[:, None], layout.width, axis=1))
+
+    def of(self, tensor: str) -> TensorCoefficients:
+        """The coefficients of one merged tensor."""
+        values = self.values[:, self.layout.columns[tensor]].astype(np.float32)
+        return TensorCoefficients(self.layout.edges_of[tensor], values)
+
+    def same_as(self, other: Coefficients) -> bool:
+        """Whether both merge to the same weights, bit for bit."""
+        return self.layout == other.layout and np.array_equal(self.values, other.values)
+
+    def per_tensor(self) -> Array:
+        """Σₛ αₖ,ₗ,ₛ / mₗ, [K, tensors]: the value of the tensor where it has one coefficient."""
+        columns = self.layout.columns
+        return np.stack([self.values[:, columns[name]].mean(axis=1) for name in self.layout.tensors], axis=1)
+
+    def spread(self, layout: Layout) -> Coefficients:
+        """The same value per tensor in another layout: how stage 2 starts from stage 1."""
+        repeats = [len(edges) - 1 for edges in layout.edges]
+        return Coefficients(layout, np.repeat(self.per_tensor(), repeats, axis=1))
+
+
+def sigmoid(a: Array) -> Array:
+    """σ(a) = 1 / (1 + e⁻ᵃ)."""
+    return np.asarray(1.0 / (1.0 + np.exp(-a)))
+
+
+def logit(alpha: Array) -> Array:
+    """a = ln(α / (1 − α)) for 0 < α < 1."""
+    return np.asarray(np.log(alpha) - np.log1p(-alpha))
+
+
+def write_coefficients(path: Path, stages: Sequence[Coefficients], models: Sequence[str]) -> None:
+    """merge/coefficients.parquet: a row a coefficient, of each stage in turn."""
+    rows = [row for stage, table in enumerate(stages, start=1) for row in _rows(stage, table, models)]
+    columns = [pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+    pyarrow.parquet.write_table(pa.table(columns, schema=SCHEMA), path)
+
+
+def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
+    """Models and table of one stage of merge/coefficients.parquet.
+
+    Raises:
+        RunError: the file has no such stage.
+    """
+    table = pyarrow.parquet.read_table(path, schema=SCHEMA, filters=[("stage", "==", stage)])
+    if not table.num_rows:
+        raise RunError(f"no stage {stage} in it", str(path))
+    models = table["model"].unique().to_pylist()
+    first = table.filter(pc.equal(table["model"], models[0])).to_pylist()
+    tensors = tuple(dict.fromkeys(row["tensor"] for row in first))
+    edges: dict[str, list[int]] = {name: [] for name in tensors}
+    learned = {}
+    for row in first:
+        edges[row["tensor"]].append(row["start"])
+        learned[row["tensor"]] = row["learned"]
+    ends = {row["tensor"]: row["end"] for row in first}
+    layout = Layout(
+        tensors, tuple((*edges[name], ends[name]) for name in tensors), tuple(learned[name] for name in tensors)
+    )
+    values = table["value"].to_numpy().astype(np.float64).reshape(len(models), layout.width)
+    return models, Coefficients(layout, values)
+
+
+def _rows(stage: int, table: Coefficients, models: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    for k, model in enumerate(models):
+        values = iter(table.values[k])
+        for name, edges, learned in zip(table.layout.tensors, table.layout.edges, table.layout.learned, strict=True):
+            for chunk, (start, end) in enumerate(pairwise(edges)):
+                yield stage, model, name, chunk, start, end, next(values), learned

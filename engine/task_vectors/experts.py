@@ -1,0 +1,88 @@
+"""Weights, lazily: tensors by name as memory-mapped views, and task vectors of an expert block by block.
+
+What is read is never written to: a view is the file's own memory, shared by all who read it. Knows no models, only
+names. Letters in tensor names: N elements of a flattened tensor, R rank of an adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.checkpoints.adapters import LoraPair
+from engine.checkpoints.match import NO_EXCEPTIONS, Match
+from engine.checkpoints.tensors import Checkpoint
+from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded, _Sum
+
+
+class Expert(Protocol):
+    """The weights of one expert, whatever they are stored as."""
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where it is known to be zero."""
+
+    def stored(self, name: str) -> Tensor | None:
+        """The tensor as its file has it, flattened; None where it has none of its own."""
+
+
+class FullExpert:
+    """An expert that is a full checkpoint: τ = θₖ − θ₀, of the tensors that `match` says are the base's."""
+
+    def __init__(self, checkpoint: Checkpoint, base: Checkpoint | None = None, match: Match = NO_EXCEPTIONS) -> None:
+        self.checkpoint, self.base, self.match = checkpoint, base, match
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`, read from both files as it is asked for; None where it has no such tensor."""
+        expert_N = self.stored(name)
+        if expert_N is None:
+            return None
+        numel = len(expert_N) if self.base is None else self.base.tensors[name].numel
+        if len(expert_N) < numel:
+            assert self.base is not None
+            return _Padded(expert_N, self.base.read(name).reshape(-1))
+        return _Difference(expert_N[:numel])
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        if name in self.match.absent:
+            return None
+        return self.checkpoint.read(self.match.renamed.get(name, name)).reshape(-1)
+
+
+class AdapterExpert:
+    """An expert that is a LoRA adapter of the base: τ = scaling · B·A, never written to a file."""
+
+    def __init__(self, checkpoint: Checkpoint, pairs: dict[str, LoraPair]) -> None:
+        self.checkpoint, self.pairs = checkpoint, pairs
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where the adapter does not change it."""
+        pair = self.pairs.get(name)
+        if pair is None:
+            return None
+        # Copies of the small factors, so that the product reads aligned float32 memory whatever the file's layout.
+        a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
+        left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
+        return Product(left.mul_(pair.scaling), right)
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        return None
+
+
+class CheckpointWithAdapter:
+    """An expert that is a full checkpoint and an adapter of it: τ = θₖ + ΔW − θ₀."""
+
+    def __init__(self, checkpoint: FullExpert, adapter: AdapterExpert) -> None:
+        self._checkpoint, self._adapter = checkpoint, adapter
+
+    def task_vector(self, name: str) -> TaskVector | None:
+        """τ of the tensor `name`; None where neither changes it."""
+        first, second = self._checkpoint.task_vector(name), self._adapter.task_vector(name)
+        return _Sum(first, second) if first is not None and second is not None else first or second
+
+    def stored(self, name: str) -> Tensor | None:
+        """See `Expert`."""
+        return self._checkpoint.stored(name)

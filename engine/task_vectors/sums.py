@@ -1,0 +1,172 @@
+"""A part of the house that has no words of its own yet."""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.sizes import BLOCK, GROUP
+from engine.task_vectors.coefficients import TensorCoefficients
+from engine.task_vectors.kernels import add_differences
+from engine.task_vectors.kernels import inner_products as add_inner_products
+from engine.task_vectors.kinds import Operand, TaskVector, as_operand
+from engine.task_vectors.pieces import Piece, blocks
+
+Array = npt.NDArray[np.float64]
+
+
+# Each thread keeps the memory of its blocks for good, since fresh memory would cost more than the sums.
+_local = threading.local()
+
+
+def whole(task_vector: TaskVector, base: Tensor) -> Tensor:
+    """τ of one tensor as it stands, float32 in the base's shape: for what takes matrices apart."""
+    out_N = torch.empty(base.numel())
+    task_vector.block(0, base.numel(), base.reshape(-1).float(), out_N)
+    return out_N.view(base.shape)
+
+
+def merge_piece(
+    piece: Piece,
+    base: Tensor,
+    task_vectors: Sequence[TaskVector | None],
+    wanted: TensorCoefficients,
+    out_N: Tensor,
+    own: float | None = None,
+) -> None:
+    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`.
+
+    With `own` the sum is own · θ₀ + Σₖ αₖ · θₖ instead, of what is given whole; of what is given as τₖ it is αₖ · τₖ.
+    """
+    groups, base_N = _groups(task_vectors), base.reshape(-1)
+    values_mG = [np.ascontiguousarray(_filled(wanted.values[group]).T) for group in groups]
+    for start, stop in blocks(base.shape, piece.start, piece.stop):
+        room = _room(stop - start)
+        base_B, sum_B = room.float32(base_N[start:stop]), room.other_B
+        # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
+        torch.mul(base_B, 1.0 if own is None else own, out=sum_B)
+        subtracted, sums = as_operand(base_B if own is None else room.zero_B), as_operand(sum_B)
+        for group, values in zip(groups, values_mG, strict=True):
+            operands = room.operands(task_vectors, group, start, stop, subtracted)
+            for chunk, first, last in _chunks_within(wanted.edges, start, stop):
+                add_differences(sums, *operands, values[chunk], first, last)
+        out_N[start - piece.start : stop - piece.start].copy_(sum_B)
+
+
+def inner_products(
+    piece: Piece,
+    gradient_N: Tensor,
+    base: Tensor,
+    task_vectors: Sequence[TaskVector | None],
+    edges: tuple[int, ...],
+) -> Array:
+    """⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m]: products in float32, sums of spans and blocks in float64.
+
+    τ is formed before the product: the difference of ⟨G, θₖ⟩ and ⟨G, θ₀⟩ would cancel.
+    """
+    groups, base_N = _groups(task_vectors), base.reshape(-1)
+    sums_mG = [np.zeros((len(edges) - 1, GROUP)) for _ in groups]
+    for start, stop in blocks(base.shape, piece.start, piece.stop):
+        room = _room(stop - start)
+        base_B, slope_B = room.float32(base_N[start:stop]), room.other_B
+        slope_B.copy_(gradient_N[start - piece.start : stop - piece.start])
+        subtracted, slope = as_operand(base_B), as_operand(slope_B)
+        for group, sums in zip(groups, sums_mG, strict=True):
+            operands = room.operands(task_vectors, group, start, stop, subtracted)
+            for chunk, first, last in _chunks_within(edges, start, stop):
+                add_inner_products(sums[chunk], slope, *operands, first, last)
+    products_Km = np.zeros((len(task_vectors), len(edges) - 1))
+    for group, sums in zip(groups, sums_mG, strict=True):
+        products_Km[group] = sums.T[: len(group)]
+    return products_Km
+
+
+def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
+    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; sums of blocks in float64."""
+    base_sum, sums = 0.0, np.zeros(len(task_vectors))
+    base_N = base.reshape(-1)
+    for start, stop in blocks(base.shape):
+        room = _room(stop - start)
+        base_B = room.float32(base_N[start:stop])
+        base_sum += _sum(torch.abs(base_B, out=room.other_B))
+        for k, task_vector in enumerate(task_vectors):
+            if task_vector is not None:
+                task_vector.block(start, stop, base_B, room.other_B)
+                sums[k] += _sum(room.other_B.abs_())
+    count = max(1, base.numel())
+    return base_sum / count, sums / count
+
+
+def _sum(block_B: Tensor) -> float:
+    """The sum of a block: in float64, which takes a copy of the block, only where float32 overflows."""
+    total = block_B.sum().item()
+    return total if math.isfinite(total) else block_B.sum(dtype=torch.float64).item()
+
+
+def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:
+    """The experts that change the tensor, a few at a time, in their order; those of a group are stored alike."""
+    groups: list[list[int]] = []
+    for k, task_vector in enumerate(task_vectors):
+        if task_vector is None:
+            continue
+        last = task_vectors[groups[-1][0]] if groups and len(groups[-1]) < GROUP else None
+        if last is not None and last.minus_base == task_vector.minus_base:
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return groups
+
+
+def _filled(values_Gm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """With zeros in place of the experts that a group lacks."""
+    return np.concatenate([values_Gm, np.zeros((GROUP - len(values_Gm), values_Gm.shape[1]), np.float32)])
+
+
+def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The chunks that a block meets: number, first and last element as places in the block."""
+    chunk = bisect_right(edges, start) - 1
+    while chunk < len(edges) - 1 and edges[chunk] < stop:
+        yield chunk, max(edges[chunk], start) - start, min(edges[chunk + 1], stop) - start
+        chunk += 1
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory for one block, in float32: of the base, another one, zeros, and one for each expert of a group."""
+
+    base_B: Tensor
+    other_B: Tensor
+    zero_B: Tensor
+    expert_GB: tuple[Tensor, ...]
+
+    def float32(self, base_B: Tensor) -> Tensor:
+        """A block of the base, converted where it has to be."""
+        return base_B if base_B.dtype == torch.float32 else self.base_B.copy_(base_B)
+
+    def operands(
+        self, task_vectors: Sequence[TaskVector | None], group: Sequence[int], start: int, stop: int, base_B: Operand
+    ) -> list[Operand]:
+        """What a kernel subtracts, and what it subtracts it from, four times; a group that lacks some repeats one."""
+        members = [task_vector for k in group if (task_vector := task_vectors[k]) is not None]
+        found = [one.operand(start, stop, room) for one, room in zip(members, self.expert_GB, strict=False)]
+        subtracted = base_B if members[0].minus_base else as_operand(self.zero_B)
+        return [subtracted, *found, *[found[-1]] * (GROUP - len(found))]
+
+
+def _room(count: int) -> _Room:
+    """This thread's room for a block of `count` elements."""
+    if not hasattr(_local, "memory"):
+        _local.memory = torch.zeros(3 + GROUP, BLOCK)
+    if not hasattr(_local, "room") or _local.room.base_B.numel() != count:
+        base_B, other_B, zero_B, *expert_GB = _local.memory[:, :count]
+        _local.room = _Room(base_B, other_B, zero_B, tuple(expert_GB))
+    room: _Room = _local.room
+    return room
