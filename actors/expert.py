@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.process import Process, Report
+from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.targets import load_target, save_target
@@ -14,7 +14,7 @@ class Expert:
     """Whichever expert a sample is of. It keeps nothing that counts, so it may be started again at any time."""
 
     def __init__(self, plan: Plan, index: int) -> None:
-        self._process = Process(f"expert {index}")
+        self._process = ActorProcess(f"expert {index}")
         self._plan, self._forwards = plan, 0
         self._held: tuple[int, FrozenExpert] | None = None
 

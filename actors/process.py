@@ -20,7 +20,7 @@ class Report:
     counts: dict[str, int]
 
 
-class Process:
+class ActorProcess:
     """This process as an actor sees it. `role` is the name under which it appears in merge/memory.json."""
 
     def __init__(self, role: str) -> None:

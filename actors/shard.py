@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from actors.process import Process, Report, usable_cpus
+from actors.process import ActorProcess, Report, usable_cpus
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
 from engine.methods.arithmetic.selection import Counts, Threshold
@@ -28,7 +28,7 @@ from engine.storage.local_folder import digest
 from engine.storage.paths import is_uri
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.pieces import Piece, pieces
-from engine.task_vectors.pipeline import Job, copy_of, stream
+from engine.task_vectors.pipeline import TensorJob, copy_of, stream
 from engine.task_vectors.streams import Inspection, TaskVectors
 
 
@@ -40,7 +40,7 @@ class Shard:
     """Task vectors of the tensors that it is asked for, on the CPU."""
 
     def __init__(self, plan: Plan, index: int, state: Folder | None = None) -> None:
-        self._process = Process(f"shard {index}")
+        self._process = ActorProcess(f"shard {index}")
         self._plan, self._state = plan, state
 
     def inspect(self, names: Sequence[str]) -> dict[str, Inspection]:
@@ -78,14 +78,16 @@ class Shard:
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""
 
-        def job(entry: OutputTensor) -> Job:
+        def job(entry: OutputTensor) -> TensorJob:
             streams = self._task_vectors
             base = streams.base.read(entry.name)
             dtype = torch_dtype(entry.dtype) or base.dtype
             if entry.name not in coefficients:
-                return Job(entry.name, entry.shape, dtype, lambda: copy_of(base))
+                return TensorJob(entry.name, entry.shape, dtype, lambda: copy_of(base))
             wanted = coefficients[entry.name]
-            return Job(entry.name, entry.shape, dtype, lambda: lambda piece, out_N: streams.merge(piece, wanted, out_N))
+            return TensorJob(
+                entry.name, entry.shape, dtype, lambda: lambda piece, out_N: streams.merge(piece, wanted, out_N)
+            )
 
         self._write(folder, file, job)
 
@@ -104,7 +106,7 @@ class Shard:
         """Memory."""
         return self._process.report()
 
-    def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], Job]) -> None:
+    def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], TensorJob]) -> None:
         if folder.exists(file.name):
             return  # by an earlier try of the same call
         parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads)

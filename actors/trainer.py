@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from actors.process import Process, Report
+from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
 from engine.learning.learner import Learner, Stage
@@ -47,7 +47,7 @@ class Trainer:
     """
 
     def __init__(self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]]) -> None:
-        self._process = Process("trainer")
+        self._process = ActorProcess("trainer")
         self._plan, self._shards, self._pull = plan, shards, pull
         self._merged: Coefficients | None = None
 

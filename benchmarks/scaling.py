@@ -25,7 +25,7 @@ from report import Report, Target, console, in_mb, print_table
 
 from engine.config.reader import load_config
 from engine.planning.planner import make_plan
-from engine.planning.scaling import GB, Machines, Prediction, Where, Work, predict
+from engine.planning.scaling import GB, Machines, Prediction, Site, Work, predict
 
 WINDOW, STEPS = 8, 5
 # How far a prediction may be from what was measured.
@@ -102,7 +102,7 @@ class Bench:
             plan = make_plan(load_config(config, [*self._settings(run), *given]), config.parent)
         samples = merges.samples_for(run.k, WINDOW, STEPS)
         work = Work.of(plan.config, [[run.tokens] * samples] * run.k)
-        where: Where = "node" if run.shards else "trainer"
+        where: Site = "node" if run.shards else "trainer"
         return predict(plan, work, self.machines, where)
 
     def rates(self) -> dict[str, float]:

@@ -43,9 +43,9 @@ class Idle:
     def __init__(self) -> None:
         import actors.shard  # noqa: F401
         import engine.task_vectors.streams  # noqa: F401
-        from actors.process import Process
+        from actors.process import ActorProcess
 
-        self.process: Any = Process("idle")
+        self.process: Any = ActorProcess("idle")
 
     def peak(self) -> int:
         time.sleep(1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from actors.process import Process, Report
+from actors.process import ActorProcess, Report
 from cluster.progress import Progress
 from cluster.watch import Watch
 from engine.checkpoints.find import ROOT, find_model
@@ -22,13 +22,13 @@ from engine.run.run_folder import RunFolder
 Task = TypeVar("Task")
 
 
-class Run:
+class Attempt:
     """One attempt at a merge on a connected cluster: its plan, its folder, and what its actors said of themselves."""
 
     def __init__(self, plan: Plan, folder: RunFolder, progress: Progress) -> None:
         self.plan, self.folder, self.progress = plan, folder, progress
         self.watch = Watch(progress.say)
-        self.process = Process("driver")
+        self.process = ActorProcess("driver")
         self.reports: list[Report] = []
 
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:

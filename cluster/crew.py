@@ -18,7 +18,7 @@ from actors.expert import Expert
 from actors.process import usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer
-from cluster.placement import Layout, Seat
+from cluster.placement import Seat, Seating
 from cluster.remote_shards import RemoteShards
 from cluster.session import reserved
 from cluster.watch import Watch
@@ -41,7 +41,7 @@ class Crew:
     `state` is the folder where they find the plan.
     """
 
-    def __init__(self, plan: Plan, state: Folder, layout: Layout, watch: Watch) -> None:
+    def __init__(self, plan: Plan, state: Folder, layout: Seating, watch: Watch) -> None:
         self.layout, self._state, self._watch = layout, state, watch
         self._reservation = reserved(layout.reserved, plan.config.cluster.wait, watch.say)
         run = uuid.uuid4().hex

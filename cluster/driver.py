@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cluster.learned_merge import Merge, Samples
+from cluster.learned_merge import LearnedMerge, Samples
 from cluster.progress import Progress
 from cluster.session import connect
 from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
-from cluster.weight_space_merge import Combine
+from cluster.weight_space_merge import WeightSpaceMerge
 from engine.calibration.records import Records
 from engine.planning.plan import Plan
 from engine.run.identity import identity
@@ -43,11 +43,11 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
             if plan.config.unused:
                 progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
             run.keep_plan(plan)
-            until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.standing, progress.say)
+            until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.progress_marker, progress.say)
     return True
 
 
 def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, plan_identity: str) -> None:
     """The merge from where its state is to its end, on the nodes that there are."""
-    kind = Merge(plan, samples, run, progress) if plan.config.learned else Combine(plan, run, progress)
+    kind = LearnedMerge(plan, samples, run, progress) if plan.config.learned else WeightSpaceMerge(plan, run, progress)
     kind.run(plan_identity)

@@ -27,7 +27,7 @@ from engine.models.loading import load_tokenizer
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What one process does: a model, called `name`, on some data. `model` is as any node finds it."""
 
     name: str
@@ -39,7 +39,7 @@ class Job:
 
 def make_jobs(
     models: Sequence[str], data: Sequence[DataSet], experts: Sequence[str], tasks: Tasks, options: Options
-) -> list[Job]:
+) -> list[EvaluationJob]:
     """A job for each model, everything checked. `experts`: none, one for all data, or one for each.
 
     Raises:
@@ -59,7 +59,7 @@ def make_jobs(
     against *= len(data) if len(against) == 1 else 1
     sets = tuple(replace(one, expert=expert) for one, expert in zip(data, against, strict=True)) if against else data
     named = zip(unique(models), models, strict=True)
-    jobs = [Job(name, _portable(model), tuple(sets), tasks, options) for name, model in named]
+    jobs = [EvaluationJob(name, _portable(model), tuple(sets), tasks, options) for name, model in named]
     others = {one.expert: Subject(one.expert, options) for one in sets if one.expert and one.kind == "text"}
     for job in jobs:
         subject = Subject(job.model, options)
@@ -74,7 +74,7 @@ def make_jobs(
     return jobs
 
 
-def evaluate(jobs: Sequence[Job], address: str | None, debug: bool, num_gpus: int | None = None) -> list[Row]:
+def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, num_gpus: int | None = None) -> list[Row]:
     """The figures of all jobs, each model's together; `num_gpus` are a model's, by default one where there are any.
 
     One model on a machine with one GPU or none is put to its data in this process, more on Ray.
@@ -92,7 +92,7 @@ def evaluate(jobs: Sequence[Job], address: str | None, debug: bool, num_gpus: in
             return _on_ray(spread(jobs, gpus, nodes()), gpus, progress)
 
 
-def _run(job: Job, done: Callable[[int], None] = lambda _: None) -> list[Row]:
+def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> list[Row]:
     """One job, in this process; `done` is told how many of its files and lists of tasks are."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject, rows = Subject(job.model, job.options), list[Row]()
@@ -119,11 +119,11 @@ def _run(job: Job, done: Callable[[int], None] = lambda _: None) -> list[Row]:
     return rows
 
 
-def _parts(job: Job) -> int:
+def _parts(job: EvaluationJob) -> int:
     return len(job.data) + bool(job.tasks.names)
 
 
-def spread(jobs: Sequence[Job], gpus: int, there: Sequence[Node]) -> list[Job]:
+def spread(jobs: Sequence[EvaluationJob], gpus: int, there: Sequence[Node]) -> list[EvaluationJob]:
     """The jobs, a model's files apart where the nodes have GPUs for more of them at a time."""
     shares = max(1, int(sum(node.gpus for node in there) / gpus / len(jobs))) if gpus else 1
     found = []
@@ -135,7 +135,7 @@ def spread(jobs: Sequence[Job], gpus: int, there: Sequence[Node]) -> list[Job]:
     return found
 
 
-def _on_ray(jobs: Sequence[Job], gpus: int, progress: Progress) -> list[Row]:
+def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> list[Row]:
     """A task for each job; the figures in their order."""
     cpus = task_cpus(nodes(), gpus, len(jobs))
     task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
@@ -155,7 +155,7 @@ def _on_ray(jobs: Sequence[Job], gpus: int, progress: Progress) -> list[Row]:
     return [row for place in range(len(jobs)) for row in found[place]]
 
 
-def _task(job: Job) -> list[Row]:
+def _task(job: EvaluationJob) -> list[Row]:
     """A job in a worker of Ray's, on the CPUs that it was given."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, min(int(given), usable_cpus())))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cluster.attempt import Run
+from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.placement import Devices, Layout, arrange, check_memory
+from cluster.placement import Devices, Seating, arrange, check_memory
 from cluster.progress import Progress
 from cluster.session import await_layout, nodes
-from cluster.stages import Learning
-from cluster.targets import Waves
+from cluster.stages import Stages
+from cluster.targets import TargetComputation
 from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
@@ -22,14 +22,14 @@ from engine.output.merge_record import write_record
 from engine.planning.plan import Plan
 from engine.planning.scaling import Work
 from engine.run.run_folder import RunFolder
-from engine.sizes import TOGETHER
+from engine.sizes import MATRICES_PER_CALL
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
 
 Samples = Sequence[Sequence[Sample]]
 
 
-class Merge(Run):
+class LearnedMerge(Attempt):
     """One attempt at a merge by a method that learns coefficients."""
 
     def __init__(self, plan: Plan, samples: Samples, folder: RunFolder, progress: Progress) -> None:
@@ -47,7 +47,7 @@ class Merge(Run):
             if not crew.layout.overlap:
                 targets.all_stored()
             trainer = trainer or crew.trainer()
-            learning = Learning(self.plan, self.samples, self.folder, self.progress, self.watch, crew, trainer, targets)
+            learning = Stages(self.plan, self.samples, self.folder, self.progress, self.watch, crew, trainer, targets)
             self.plan = learning.find_prior()
             stages = [learning.stage(first_stage(self.plan))]
             importance = None
@@ -68,12 +68,12 @@ class Merge(Run):
         self.reports[:0] = targets.reports
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> Seating:
         """Seats on the nodes that there are, or that come within `cluster.wait` seconds."""
         config, kept = self.plan.config, self.folder.kept("devices")
         work = Work.of(config, [[len(sample.input_ids) for sample in mine] for mine in self.samples])
 
-        def find() -> tuple[Devices, Layout]:
+        def find() -> tuple[Devices, Seating]:
             there = nodes()
             devices = Devices.of(there, config) if kept is None else Devices(*map(float, kept))
             return devices, arrange(there, self.plan, work, devices)
@@ -83,13 +83,13 @@ class Merge(Run):
         self.folder.keep("devices", np.array([devices.trainer, devices.expert]))
         return layout
 
-    def _targets(self, crew: Crew) -> Waves:
+    def _targets(self, crew: Crew) -> TargetComputation:
         """The targets, each computed once in the life of a run; experts are at work on those that are not there."""
-        wanted = self.samples if self.plan.config.labelled else []
+        wanted = self.samples if self.plan.config.has_targets else []
         there = self.folder.stored_targets() if wanted else set()
         missing = [[sample for sample in mine if self.folder.target(sample) not in there] for mine in wanted]
         self.progress.phase("targets", sum(map(len, wanted)), len(there))
-        waves = Waves(crew, self.watch, self.folder, missing, len(there), self.progress.advance)
+        waves = TargetComputation(crew, self.watch, self.folder, missing, len(there), self.progress.advance)
         waves.nbytes += sum(map(self.folder.state.size, there))
         return waves
 
@@ -105,7 +105,7 @@ class Merge(Run):
         ask = lambda shard, mine: shard.inspect.remote(mine)  # noqa: E731
         found: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
         matrices = self.plan.orthogonal
-        some = [matrices[first : first + TOGETHER] for first in range(0, len(matrices), TOGETHER)]
+        some = [matrices[first : first + MATRICES_PER_CALL] for first in range(0, len(matrices), MATRICES_PER_CALL)]
         make = lambda shard, names: shard.orthogonalise.remote(names)  # noqa: E731
         for made in self.spread("orthogonal task vectors", crew.shards, some, make) if some else ():
             found |= made

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from engine.config.schema import Config
 from engine.errors import ClusterError
 from engine.planning.plan import Plan, slices
-from engine.planning.scaling import GB, Machines, Where, Work, choose
+from engine.planning.scaling import GB, Machines, Site, Work, choose
 
 Bundle = dict[str, float]
 
@@ -43,7 +43,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Seating:
     """Everybody's seats. `trainer` is None where nothing is learned.
 
     `beside`: experts and trainer have seats of their own. Else the experts take their turns within `home`, which is
@@ -84,7 +84,7 @@ class Devices:
         return cls(there if trainer == "auto" else trainer, there if expert == "auto" else expert)
 
 
-def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> Layout:
+def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> Seating:
     """The layout that the scaling model says is the quickest (docs/scaling.md).
 
     Raises:
@@ -126,8 +126,8 @@ def useful(nodes: Sequence[Node], config: Config) -> list[Node]:
 
 
 def lay_out(
-    nodes: Sequence[Node], plan: Plan, devices: Devices, where: Where = "nodes", shards: int | None = None
-) -> Layout:
+    nodes: Sequence[Node], plan: Plan, devices: Devices, where: Site = "nodes", shards: int | None = None
+) -> Seating:
     """Trainer, experts and shards on their nodes.
 
     As many experts at a time as there are GPUs for beside the trainer, or one a node where they compute on the CPU, as
@@ -142,7 +142,7 @@ def lay_out(
     for role, gpus in (("trainer", devices.trainer), ("expert", devices.expert)):
         if not _candidates(there, config, role, gpus):
             raise _shortage(nodes, config, role, gpus)
-    asked = len(plan.experts) if config.labelled else 0
+    asked = len(plan.experts) if config.has_targets else 0
     homes = _candidates(there, config, "trainer", devices.trainer)
     home = max(homes, key=lambda node: len(_places(there, config, devices, node)))
     places = _places(there, config, devices, home)
@@ -162,7 +162,7 @@ def lay_out(
             max(devices.trainer, devices.expert * len(places)),
         )
     within = config.cluster.shards == 0 or where == "trainer"
-    return Layout(
+    return Seating(
         _shards([home] if where == "node" else there, plan, shards),
         trainer,
         experts,
@@ -174,7 +174,7 @@ def lay_out(
     )
 
 
-def lay_out_shards(nodes: Sequence[Node], plan: Plan) -> Layout:
+def lay_out_shards(nodes: Sequence[Node], plan: Plan) -> Seating:
     """Shards alone, for a merge that learns nothing: one a node, which uses all its cores, or as many as asked for.
 
     Raises:
@@ -183,7 +183,7 @@ def lay_out_shards(nodes: Sequence[Node], plan: Plan) -> Layout:
     there = useful(nodes, plan.config)
     if not there:
         raise _shortage(nodes, plan.config, "shard", 0)
-    return Layout(_shards(there, plan, None))
+    return Seating(_shards(there, plan, None))
 
 
 def _places(there: Sequence[Node], config: Config, devices: Devices, home: Node) -> list[Node]:

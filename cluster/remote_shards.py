@@ -18,9 +18,9 @@ from torch import Tensor
 from engine.checkpoints.headers import BYTES, SAFETENSORS
 from engine.codec import Packed, pack_all, unpack_all
 from engine.planning.plan import Plan, in_order_of_use, slices
-from engine.shards.protocol import Arrivals, Gradients, Model, Window, coefficient_gradient
+from engine.shards.protocol import Arrivals, Gradients, InFlightLimit, PieceSink, coefficient_gradient
 from engine.sizes import IN_FLIGHT, WINDOW_BYTES, bucket_bytes
-from engine.task_vectors.coefficients import Array, Coefficients, Layout
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 
 Bucket = tuple[Piece, ...]
@@ -43,7 +43,7 @@ class RemoteShards:
         self.thread = ThreadPoolExecutor(1, "exchange")
         self.sent = self.received = 0
 
-    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
+    def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
         """See `Shards.merge`."""
         asked: list[Any] = []
 
@@ -56,7 +56,7 @@ class RemoteShards:
             asked[number] = None
             self.received += sum(one.nbytes for one in packed.values())
             for piece, tensor in unpack_all(packed).items():
-                room = model.room(piece)
+                room = model.buffer(piece)
                 room.copy_(tensor)
                 model.put(piece, room)
 
@@ -67,7 +67,7 @@ class RemoteShards:
                 arrivals[name].append(arrived)
         return arrivals
 
-    def gradients(self, layout: Layout) -> Gradients:
+    def gradients(self, layout: ChunkLayout) -> Gradients:
         """See `Shards.gradients`."""
         return _RemoteGradients(self, layout)
 
@@ -89,9 +89,9 @@ class RemoteShards:
 
 
 class _RemoteGradients:
-    def __init__(self, shards: RemoteShards, layout: Layout) -> None:
+    def __init__(self, shards: RemoteShards, layout: ChunkLayout) -> None:
         self._shards, self._layout = shards, layout
-        self._window = Window(WINDOW_BYTES)
+        self._window = InFlightLimit(WINDOW_BYTES)
         self._posted: list[Future[None]] = []
         self._open: dict[int, dict[Piece, Tensor]] = defaultdict(dict)
         self._asked: dict[int, list[Any]] = defaultdict(list)

@@ -15,12 +15,12 @@ import ray
 from actors.trainer import WindowSample
 from cluster.crew import Crew
 from cluster.progress import Progress
-from cluster.targets import Waves
+from cluster.targets import TargetComputation
 from cluster.watch import Watch
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
 from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_prior, with_prior
-from engine.learning.targets import unlabelled
+from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
 from engine.run.run_folder import RunFolder, StageState
@@ -28,7 +28,7 @@ from engine.task_vectors.coefficients import Coefficients
 
 
 @dataclass(frozen=True)
-class Learning:
+class Stages:
     """Of one attempt at a merge, with the trainer and the targets that it has."""
 
     plan: Plan
@@ -38,7 +38,7 @@ class Learning:
     watch: Watch
     crew: Crew
     trainer: Any
-    targets: Waves
+    targets: TargetComputation
 
     def find_prior(self) -> Plan:
         """The plan with every prior: where it is `auto`, the common weight of the smallest loss over all samples."""
@@ -86,8 +86,8 @@ class Learning:
     def _target(self, sample: Sample) -> Any:
         """A reference to a target, which Ray can have read again from its file when a node is lost."""
         files = [self.folder.inputs(sample)] if sample.inputs else []
-        files += [self.folder.target(sample)] if self.plan.config.labelled else []
+        files += [self.folder.target(sample)] if self.plan.config.has_targets else []
         if not files:
-            return ray.put(pack_all(unlabelled(sample).tensors()))
+            return ray.put(pack_all(without_targets(sample).tensors()))
         shard = self.crew.shards[(sample.expert + sample.index) % len(self.crew.shards)]
         return shard.target.remote(self.folder.state, *files)

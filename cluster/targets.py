@@ -16,7 +16,7 @@ from engine.run.run_folder import RunFolder
 WHAT = "computing targets"
 
 
-class Waves:
+class TargetComputation:
     """Computes the targets of `wanted`, the samples of one expert after the other, while other things are waited for.
 
     An actor that is done with an expert takes the next, without a new process. `before` targets were stored by an

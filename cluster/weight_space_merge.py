@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.attempt import Run
+from cluster.attempt import Attempt
 from cluster.crew import Crew
 from cluster.placement import lay_out_shards
 from cluster.session import await_layout, nodes
@@ -18,7 +18,7 @@ from engine.planning.plan import slices
 from engine.shards.weight_space import model_thresholds
 
 
-class Combine(Run):
+class WeightSpaceMerge(Attempt):
     """One attempt at a merge by a weight-space method."""
 
     def run(self, plan_identity: str) -> None:

@@ -12,18 +12,21 @@ from pydantic import (
 )
 
 
-def _not_bool(value: Any) -> Any:
+def not_bool(value: Any) -> Any:
+    """Return `value`, refusing true and false, which pydantic would take for 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("a number is expected, not true or false")
     return value
 
 
-Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
+Int = Annotated[int, BeforeValidator(not_bool), Field(ge=-(2**63), lt=2**63)]
 
 
-Float = Annotated[float, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(not_bool)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Base class of the config's parts: frozen, without unknown keys, without NaN and infinity."""
+
     # protected_namespaces: `model` is mergekit's word for a model's path and must stay ours.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

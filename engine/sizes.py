@@ -32,7 +32,7 @@ LOGIT_BYTES = 32 << 20
 
 
 # Matrices of which a shard makes the task vectors orthogonal in one call.
-TOGETHER = 8
+MATRICES_PER_CALL = 8
 
 
 def bucket_bytes(shards: int, item: int) -> int:

@@ -42,7 +42,7 @@ FAULTS: tuple[type[Exception], ...] = (
 )  # fmt: skip
 
 
-def check_regular(path: Path, limit: int | None, kind: type[InputError], what: str = "the file") -> None:
+def check_regular(path: Path, limit: int | None, error_type: type[InputError], what: str = "the file") -> None:
     """Refuse what is no regular file of at most `limit` bytes: a pipe would wait for ever, a device never end.
 
     Raises:
@@ -51,44 +51,46 @@ def check_regular(path: Path, limit: int | None, kind: type[InputError], what: s
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
-        raise _unreadable(what, path, error, kind) from error
+        raise _unreadable(what, path, error, error_type) from error
     if not stat.S_ISREG(status.st_mode):
         fault = "Is a directory" if stat.S_ISDIR(status.st_mode) else "it is a pipe or a device"
-        raise kind(f"{what} cannot be read: {fault}", str(path), "a regular file")
+        raise error_type(f"{what} cannot be read: {fault}", str(path), "a regular file")
     if limit is not None and status.st_size > limit:
-        raise kind(f"{what} has {status.st_size:,} bytes", str(path), f"at most {limit:,}")
+        raise error_type(f"{what} has {status.st_size:,} bytes", str(path), f"at most {limit:,}")
 
 
 @contextmanager
-def open_regular(path: Path, limit: int | None, kind: type[InputError], what: str = "the file") -> Iterator[BinaryIO]:
+def open_regular(
+    path: Path, limit: int | None, error_type: type[InputError], what: str = "the file"
+) -> Iterator[BinaryIO]:
     """A regular file, for its bytes.
 
     Raises:
         InputError: see `check_regular`, or it cannot be read.
     """
-    check_regular(path, limit, kind, what)
+    check_regular(path, limit, error_type, what)
     try:
         with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise _unreadable(what, path, error, kind) from error
+        raise _unreadable(what, path, error, error_type) from error
 
 
-def read_text(path: Path, limit: int, kind: type[InputError], what: str = "the file") -> str:
+def read_text(path: Path, limit: int, error_type: type[InputError], what: str = "the file") -> str:
     """The UTF-8 text of a regular file.
 
     Raises:
         InputError: see `open_regular`, or it is no such text.
     """
-    with open_regular(path, limit, kind, what) as file:
+    with open_regular(path, limit, error_type, what) as file:
         content = file.read(limit + 1)
     try:
         return content[:limit].decode("utf-8")
     except UnicodeDecodeError as error:
-        raise kind(f"{what} is not UTF-8 text", str(path)) from error
+        raise error_type(f"{what} is not UTF-8 text", str(path)) from error
 
 
-def parse_json(text: str, where: str, kind: type[InputError]) -> Any:
+def parse_json(text: str, where: str, error_type: type[InputError]) -> Any:
     """The value of a JSON text.
 
     Raises:
@@ -97,20 +99,20 @@ def parse_json(text: str, where: str, kind: type[InputError]) -> Any:
     """
     containers = text.count("{") + text.count("[")
     if containers > CONTAINERS:
-        raise kind(f"not valid JSON: {containers:,} lists and mappings", where, f"at most {CONTAINERS:,}")
+        raise error_type(f"not valid JSON: {containers:,} lists and mappings", where, f"at most {CONTAINERS:,}")
     try:
         value = json.loads(text, object_pairs_hook=_mapping)
         if "\\ud" in text or "\\uD" in text:
             # Half of a character, which no file could be written with.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        raise kind(f"not valid JSON: {error}", where) from error
+        raise error_type(f"not valid JSON: {error}", where) from error
     level = [value]
     for _ in range(DEPTH if containers > DEPTH else 0):
         parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
         level = [part for part in parts if isinstance(part, dict | list)]
     if containers > DEPTH and level:
-        raise kind("not valid JSON: it is nested too deeply", where, f"at most {DEPTH} levels")
+        raise error_type("not valid JSON: it is nested too deeply", where, f"at most {DEPTH} levels")
     return value
 
 
@@ -121,7 +123,7 @@ def shown(text: str, most: int = SHOWN) -> str:
 
 
 @contextmanager
-def foreign(fault: Callable[[str], InputError], *more: type[Exception]) -> Iterator[None]:
+def library_errors_as(fault: Callable[[str], InputError], *more: type[Exception]) -> Iterator[None]:
     """Raise `fault` of what other people's code within raises over input that it cannot take.
 
     `more`: exceptions of its own.
@@ -139,7 +141,7 @@ def foreign(fault: Callable[[str], InputError], *more: type[Exception]) -> Itera
 
 
 @contextmanager
-def in_time(fault: InputError) -> Iterator[None]:
+def cpu_limit(fault: InputError) -> Iterator[None]:
     """Raise `fault` where the work within takes longer than SECONDS of the processor.
 
     Only in the main thread, since Python tells no other one of a signal: it is where a command does its checks.
@@ -162,7 +164,7 @@ def in_time(fault: InputError) -> Iterator[None]:
 
 
 @contextmanager
-def in_memory(fault: InputError) -> Iterator[None]:
+def memory_limit(fault: InputError) -> Iterator[None]:
     """Raise `fault` where the work within takes more than MEMORY."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -188,5 +190,5 @@ def _told(error: BaseException) -> str:
     return shown(" ".join(str(error).split()) or type(error).__name__, 4 * SHOWN)
 
 
-def _unreadable(what: str, path: Path, error: OSError | ValueError, kind: type[InputError]) -> InputError:
-    return kind(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}", str(path))
+def _unreadable(what: str, path: Path, error: OSError | ValueError, error_type: type[InputError]) -> InputError:
+    return error_type(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}", str(path))

@@ -23,7 +23,7 @@ from engine.learning.learner import (
     second_stage,
     with_prior,
 )
-from engine.learning.targets import unlabelled
+from engine.learning.targets import without_targets
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
@@ -49,7 +49,7 @@ class Received:
         self.tensors = {name: torch.full((numel,), torch.nan, dtype=dtype) for name, numel in plan.numels.items()}
         self.pieces: list[Piece] = []
 
-    def room(self, piece: Piece) -> Tensor:
+    def buffer(self, piece: Piece) -> Tensor:
         return torch.empty(piece.numel, dtype=self.tensors[piece.name].dtype)
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
@@ -73,10 +73,10 @@ class Plain:
             expert = Expert(plan, k)
             for sample in mine:
                 files = [run.inputs(sample)] if sample.inputs else []
-                if plan.config.labelled:
+                if plan.config.has_targets:
                     expert.target(sample, run.state, run.target(sample), *files)
                     files.append(run.target(sample))
-                said = shard.target(run.state, *files) if files else pack_all(unlabelled(sample).tensors())
+                said = shard.target(run.state, *files) if files else pack_all(without_targets(sample).tensors())
                 self.targets[k, sample.index] = said
         orthogonalise(plan, streams, run.state, plan.orthogonal)
         inspected = with_orthogonal(plan, streams, run.state).inspect(plan.merged)

@@ -12,7 +12,7 @@ import numpy as np
 from engine.learning.importance import stage_2_layout
 from engine.output.merge_record import write_record
 from engine.planning.plan import Plan
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 # (stage, step, expert, sample) → kl: two steps a stage, in which the second expert has one sample, seen twice.
 SEEN = ((1, 0, 0, 0), (1, 0, 1, 0), (1, 1, 0, 1), (1, 1, 1, 0), (2, 0, 0, 0), (2, 0, 1, 0), (2, 1, 0, 1), (2, 1, 1, 0))
@@ -36,7 +36,7 @@ def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coeffi
     """Coefficients of both stages, beside the priors, and the importance between them."""
     generator = np.random.default_rng(seed)
     experts, priors = len(plan.experts), np.array(plan.priors)
-    first = Layout.make(plan.numels, dict.fromkeys(plan.numels, 1))
+    first = ChunkLayout.make(plan.numels, dict.fromkeys(plan.numels, 1))
     noise = generator.normal(0, 0.03, (experts, first.width))
     stage_1 = Coefficients(first, priors[:, None] + noise)
     magnitudes = generator.uniform(0.1, 1, (experts, len(first.tensors)))

@@ -46,7 +46,7 @@ from engine.learning.learner import (
     second_stage,
     with_prior,
 )
-from engine.learning.targets import unlabelled
+from engine.learning.targets import without_targets
 from engine.methods.learned import SECOND_STAGE
 from engine.output.model_folder import output_files
 from engine.planning.open_models import open_task_vectors
@@ -109,7 +109,7 @@ class Bench:
             for arrival in arriving:
                 arrival.result()
 
-    def room(self, piece: Piece) -> torch.Tensor:
+    def buffer(self, piece: Piece) -> torch.Tensor:
         """See `engine.shards.protocol.Model`."""
         return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
 
@@ -126,7 +126,7 @@ class Bench:
         places = (piece for entry in entries for piece in pieces(entry.name, entry.shape))
         with torch.inference_mode():
             for piece, merged_N in zip(places, stream(jobs, streams.pool, streams.threads), strict=True):
-                self.room(piece).copy_(merged_N)
+                self.buffer(piece).copy_(merged_N)
 
     def score(self, split: str, skills: Sequence[str] = ()) -> Score:
         """Exact match and loss of the model as it stands, on a split; the forward pass in bfloat16 autocast."""
@@ -179,7 +179,7 @@ class Bench:
         """
         lesson = Lesson(self, plan)
         options = plan.config.model_dump(exclude={"merge_method": True, "parameters": set(SECOND_STAGE)}, mode="json")
-        said = json.dumps([plan.config.labelled, options], sort_keys=True)
+        said = json.dumps([plan.config.has_targets, options], sort_keys=True)
         path = self.workdir / "stages" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.pickle"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
@@ -238,11 +238,11 @@ class Lesson:
     def _target(self, workdir: Path, sample: Any) -> Any:
         """A sample's target; what an expert said to a prompt is kept for the next time that it is asked."""
         plan, folder = self.plan, workdir / "targets"
-        if not plan.config.labelled:
-            return pack_all(unlabelled(sample).tensors())
+        if not plan.config.has_targets:
+            return pack_all(without_targets(sample).tensors())
         folder.mkdir(exist_ok=True)
         head = any("embed" in name for name in plan.merged)
-        said = f"{sample.input_ids} {sample.generate} {sample.uncounted} {plan.hidden_layers} {head} {plan.dtype}"
+        said = f"{sample.input_ids} {sample.generate} {sample.masked_spans} {plan.hidden_layers} {head} {plan.dtype}"
         name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
         if not (folder / name).exists():
             self._expert.target(sample, open_folder(str(folder)), name)

@@ -25,7 +25,7 @@ from engine.calibration.text_encoder import (
     taking,
 )
 from engine.errors import CalibrationError
-from engine.untrusted import in_memory, in_time, shown
+from engine.untrusted import cpu_limit, memory_limit, shown
 
 PLACE = "<image>"
 
@@ -123,7 +123,7 @@ class ImageEncoder:
             if name not in ANY_NUMBER and not all(map(_is_positive, _values(value))):
                 raise CalibrationError(f"image_options has {name}: {shown(repr(value))}", where, "numbers above 0")
         endless = CalibrationError("the image processor takes too long, or too much memory, by its options", where)
-        with in_time(endless), in_memory(endless):
+        with cpu_limit(endless), memory_limit(endless):
             resizes = options.get("do_resize", getattr(prepare, "do_resize", True))
             images = TRIALS if resizes else TRIALS[:1]
             text = self._rendered([{"role": "user", "content": [{"type": "image"}] * len(images)}], tokenize=False)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.errors import CalibrationError
-from engine.untrusted import foreign, in_memory, in_time, open_regular
+from engine.untrusted import cpu_limit, library_errors_as, memory_limit, open_regular
 
 # No format that runs code or another program (EPS and PDF do), or that few can check.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -45,7 +45,7 @@ def read_image(path: Path, where: str) -> Image.Image:
         CalibrationError: no such picture, a broken one, or one beyond the bounds here; it names file and record.
     """
     place = f"{where}: {path}"
-    broken = foreign(
+    broken = library_errors_as(
         lambda told: CalibrationError(f"the image cannot be read: {told}", place, KNOWN),
         Image.DecompressionBombError,
         EOFError,
@@ -60,9 +60,9 @@ def read_image(path: Path, where: str) -> Image.Image:
         content = file.read(BYTES)
         # Not what comes after: that is bounded by the number of pixels, whatever the machine. But a TIFF's tiles may be
         # larger than its picture.
-        with in_time(costly), in_memory(costly):
+        with cpu_limit(costly), memory_limit(costly):
             image = _opened(content, place)
-        with image, in_memory(costly) if image.format == "TIFF" else nullcontext():
+        with image, memory_limit(costly) if image.format == "TIFF" else nullcontext():
             ImageOps.exif_transpose(image, in_place=True)
             return _in_rgb(image, place)
 

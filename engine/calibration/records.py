@@ -19,7 +19,16 @@ from engine.config.schema import CalibrationFile
 from engine.errors import CalibrationError
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import locate
-from engine.untrusted import JSON_BYTES, SHOWN, foreign, in_memory, open_regular, parse_json, read_text, shown
+from engine.untrusted import (
+    JSON_BYTES,
+    SHOWN,
+    library_errors_as,
+    memory_limit,
+    open_regular,
+    parse_json,
+    read_text,
+    shown,
+)
 
 # In the order of precedence: the first that a record has decides what is made of it.
 FIELDS = ("input_ids", "messages", "question", "text")
@@ -247,9 +256,9 @@ def _rows(path: Path) -> Iterator[Any]:
     import pyarrow.parquet
 
     too_large = CalibrationError("its records take too much memory", str(path), do="give only those that are needed")
-    unread = foreign(lambda told: CalibrationError(f"not a parquet file: {told}", str(path)))
+    unread = library_errors_as(lambda told: CalibrationError(f"not a parquet file: {told}", str(path)))
     with open_regular(path, None, CalibrationError) as file:
-        with unread, in_memory(too_large):
+        with unread, memory_limit(too_large):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             names = table.schema_arrow.names
             batches = table.iter_batches(ROWS, columns=[name for name in names if name in READ], use_threads=False)
@@ -262,8 +271,8 @@ def _rows(path: Path) -> Iterator[Any]:
         rows: list[Any] | None = []
         while rows is not None:
             yield from rows
-            wrong = foreign(lambda told: CalibrationError(f"its records cannot be read: {told}", str(path)))
-            with wrong, in_memory(too_large):
+            wrong = library_errors_as(lambda told: CalibrationError(f"its records cannot be read: {told}", str(path)))
+            with wrong, memory_limit(too_large):
                 batch = next(batches, None)
                 rows = None if batch is None else batch.to_pylist()
 

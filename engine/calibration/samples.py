@@ -26,7 +26,7 @@ class Sample:
     """One calibration sample x ∈ Dₖ: `expert` is k, `index` its place in the list, `where` its file and record.
 
     `cut` is the number of tokens beyond `max_length` that were left out; `generate` the number of new tokens that the
-    expert writes first, as the response to this prompt. `uncounted` are the spans of positions whose losses do not
+    expert writes first, as the response to this prompt. `masked_spans` are the spans of positions whose losses do not
     count, `loss_weight` is βₖ or what its file says instead, and `inputs` whether it has more inputs than its tokens.
     """
 
@@ -36,7 +36,7 @@ class Sample:
     where: str
     cut: int = 0
     generate: int = 0
-    uncounted: Spans = ()
+    masked_spans: Spans = ()
     loss_weight: float = 1.0
     inputs: bool = False
 
@@ -160,11 +160,11 @@ def _uncounted(loss_tokens: str, encoded: Encoded, length: int, generate: int, w
     return ((0, start - 1),) if start > 1 else ()
 
 
-def counted(uncounted: Spans, length: int) -> list[int] | None:
+def loss_positions(masked_spans: Spans, length: int) -> list[int] | None:
     """The positions of a sample of `length` tokens whose losses count; None: all of them."""
-    if not uncounted:
+    if not masked_spans:
         return None
-    left_out = {place for start, stop in uncounted for place in range(start, stop)}
+    left_out = {place for start, stop in masked_spans for place in range(start, stop)}
     return [place for place in range(length) if place not in left_out]
 
 

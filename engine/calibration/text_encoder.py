@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from engine.calibration.records import RECORD_BYTES, Record
 from engine.calibration.samples import Encoded
 from engine.errors import CalibrationError
-from engine.untrusted import foreign, in_memory, in_time
+from engine.untrusted import cpu_limit, library_errors_as, memory_limit
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -79,7 +79,7 @@ def rendered(messages: Messages, template: Callable[..., str], where: str) -> tu
     """The text that a chat template makes of a chat, and the part of it before the last answer; None: it has none."""
     is_prompt = messages[-1]["role"] != "assistant"
     endless = CalibrationError("the chat template takes too long, or too much memory", where)
-    with in_time(endless), in_memory(endless):
+    with cpu_limit(endless), memory_limit(endless):
         text = template(messages, add_generation_prompt=is_prompt, tokenize=False)
         asked = messages[:-1]
         prompt = None if is_prompt else template(asked, add_generation_prompt=True, tokenize=False) if asked else ""
@@ -96,7 +96,7 @@ def in_common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def taking(who: str, record: Record) -> AbstractContextManager[None]:
     """What a tokenizer, template or processor raises over a record, as a fault of the record."""
-    return foreign(
+    return library_errors_as(
         lambda told: CalibrationError(f"the {who} does not take this record: {told}", record.where),
         jinja2.TemplateError,
         StrictDataclassError,

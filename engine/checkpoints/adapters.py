@@ -16,7 +16,7 @@ from typing import Any
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import CONVERT, FLOATS, ModelHeader, TensorHeader, read_file_header, read_json
 from engine.errors import CheckpointError
-from engine.untrusted import in_time, shown
+from engine.untrusted import cpu_limit, shown
 
 CONFIG = "adapter_config.json"
 
@@ -108,7 +108,7 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
     if not factors:
         raise CheckpointError("the adapter has no tensors", str(folder / WEIGHTS))
     slow = "its rank_pattern or alpha_pattern takes too long on the modules' names"
-    with in_time(CheckpointError(slow, str(folder / CONFIG))):
+    with cpu_limit(CheckpointError(slow, str(folder / CONFIG))):
         pairs = dict(_pair(module, names, two, config, tensors, base, folder) for module, two in factors.items())
     return AdapterHeader(folder, pairs, tensors)
 

@@ -16,7 +16,7 @@ from typing import Any
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import TEXT_SECTIONS, ModelHeader
 from engine.errors import CheckpointError
-from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, shown
+from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, shown
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
 
@@ -48,7 +48,7 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     check_regular(file, TOKENIZER_BYTES, CheckpointError)
     from tokenizers import Tokenizer
 
-    with foreign(lambda told: CheckpointError(f"not a tokenizer: {told}", str(file))):
+    with library_errors_as(lambda told: CheckpointError(f"not a tokenizer: {told}", str(file))):
         tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     return tokens
 

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from engine.config.schema import Config, ListedBase, Recipe
+from engine.config.schema import Config, ListedBase, WeightSpaceSettings
 from engine.errors import ConfigError
 from engine.methods.options import Method
 from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
@@ -68,7 +68,9 @@ def drop_others_options(raw: dict[str, Any], method: Method) -> tuple[dict[str, 
     return found, tuple(unused)
 
 
-def read_recipe(raw: dict[str, Any], method: Method, where: Where) -> tuple[dict[str, Any], Recipe, tuple[str, ...]]:
+def read_recipe(
+    raw: dict[str, Any], method: Method, where: Where
+) -> tuple[dict[str, Any], WeightSpaceSettings, tuple[str, ...]]:
     """The config in our keys, without parameters; the recipe that these are; and the keys that the method has no use
     for.
 
@@ -105,7 +107,9 @@ def read_recipe(raw: dict[str, Any], method: Method, where: Where) -> tuple[dict
     top = raw.pop("parameters", None) or {}
     _check(top, method, ("parameters",), where)
     _check(slice_settings, method, ("slices", 0, "parameters"), where)
-    recipe = Recipe(models=tuple(settings), top=top, slice=slice_settings, base=base, baseless=baseless, layers=layers)
+    recipe = WeightSpaceSettings(
+        models=tuple(settings), top=top, slice=slice_settings, base=base, baseless=baseless, layers=layers
+    )
     if baseless and isinstance(models[0], dict):
         raw["base_model"] = models[0].get("model")
     return {"exclude": [], **raw, "models": models} if listed is not None else raw, recipe, unused

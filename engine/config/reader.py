@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
-from engine.config.schema import INTERNAL, UNIONS, Config, Expert, Recipe
+from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig, WeightSpaceSettings
 from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PAPER
 from engine.untrusted import read_text, shown
@@ -139,7 +139,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
     for key in INTERNAL:
         if key in raw:
             raise ConfigError(f"unknown key {key!r}", where((key,)))
-    recipe: Recipe | None = None
+    recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
     method = method_of(raw, where)
     if method is not None:
@@ -198,13 +198,13 @@ def _check(config: Config, where: Any) -> None:
                 "`calibration: FILE` with 5–10 unlabelled records of its domain (.json, .jsonl or .parquet)",
             )
 
-    if not config.labelled and any(config.weight(expert) is None for _, expert in experts):
+    if not config.has_targets and any(config.weight(expert) is None for _, expert in experts):
         raise ConfigError(
             "no expert says what adamerging's prior should be",
             where(("parameters", "weight")),
             "a `weight` above 0 and below 1",
         )
-    if not config.labelled and config.calibration.generate_responses:
+    if not config.has_targets and config.calibration.generate_responses:
         raise ConfigError(
             "no expert answers for adamerging",
             where(("calibration", "generate_responses")),
@@ -295,7 +295,7 @@ def _location(fault: Any) -> Location:
     return next((parts[: i + 1] for i, part in enumerate(parts) if part in UNIONS), parts)
 
 
-def _is_base(config: Config, expert: Expert) -> bool:
+def _is_base(config: Config, expert: ExpertConfig) -> bool:
     """Whether the entry is the base, which mergekit's users list among the models."""
     if config.recipe is not None and config.recipe.baseless:
         return False

@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from engine.fields import Float, Int, _not_bool, _Section
+from engine.fields import Float, Int, Section, not_bool
 from engine.methods.learned import ModelParameters, Parameters
 
 # The trackers that accelerate knows; each is the name of its package too.
@@ -78,7 +78,7 @@ def _bytes(value: Any) -> Any:
     """5GB as in transformers: powers of 1000."""
     if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
         return int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
-    return _not_bool(value)
+    return not_bool(value)
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
@@ -99,7 +99,7 @@ def _last_part(model: str) -> str:
     return (hub[1] if hub else model).rstrip("/").rpartition("/")[2] or model
 
 
-class CalibrationFile(_Section):
+class CalibrationFile(Section):
     """A file of an expert's samples, written as its path where it has no options of its own.
 
     `samples` are taken of this file; files without share the expert's. `loss_weight` counts instead of the expert's,
@@ -117,7 +117,7 @@ class CalibrationFile(_Section):
         return self.path if set(given) == {"path"} else given
 
 
-class Expert(_Section):
+class ExpertConfig(Section):
     """One entry of `models`: a checkpoint or an adapter, by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
@@ -126,7 +126,7 @@ class Expert(_Section):
     parameters: ModelParameters = ModelParameters()
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """How samples are made from records."""
 
     max_length: Annotated[Int, Field(ge=2)] = 2048
@@ -137,14 +137,14 @@ class Calibration(_Section):
     image_folder: Annotated[str, Field(min_length=1)] | None = None
 
 
-class ActorResources(_Section):
+class ActorResources(Section):
     """What one actor asks of the cluster; auto: one GPU where there are any. `labels`: those of Ray's nodes."""
 
     num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
 
 
-class Rates(_Section):
+class Rates(Section):
     """How fast the machines are; None: not known to the user, so a default for the kind of device stands in.
 
     They choose what runs where and what `plan` foretells; they change no result. GB are 1e9 bytes.
@@ -161,7 +161,7 @@ class Rates(_Section):
     disk_gbs: Annotated[Float, Field(gt=0)] | None = None
 
 
-class Cluster(_Section):
+class Cluster(Section):
     """Resources, how fast they are, and how long to wait for them in seconds.
 
     `shards`: 0 keeps the streams over the task vectors in the trainer's process.
@@ -176,14 +176,14 @@ class Cluster(_Section):
     wait: Annotated[Float, Field(ge=0)] = 600
 
 
-class ListedBase(_Section):
+class ListedBase(Section):
     """The base as one of `models`: its place among them and its settings."""
 
     place: int
     settings: dict[str, Any]
 
 
-class Recipe(_Section):
+class WeightSpaceSettings(Section):
     """What a method that learns nothing is told: settings by precedence, the models' first, then the slice's, the
     top's.
 
@@ -200,14 +200,14 @@ class Recipe(_Section):
     layers: int | None = None
 
 
-class Config(_Section):
+class Config(Section):
     """A whole merge, as the user wrote it, with every default filled in."""
 
     merge_method: Annotated[str, Field(min_length=1)]
     base_model: Annotated[str, Field(min_length=1)]
     # Whose defaults the learned methods' options have: those of the published command line, or ours.
     preset: Literal["paper"] | None = None
-    models: Annotated[tuple[Expert, ...], Field(min_length=1)]
+    models: Annotated[tuple[ExpertConfig, ...], Field(min_length=1)]
     parameters: Parameters = Parameters()
     exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES
     calibration: Calibration = Calibration()
@@ -233,21 +233,21 @@ class Config(_Section):
     # What a merge wrote of itself beside its config (versions, hashes); ignored, so that merge/config.yaml runs again.
     record: dict[str, Any] | None = None
     # See INTERNAL: the settings of a method that learns nothing, and the keys that are not the method's.
-    recipe: Recipe | None = None
+    recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
 
-    def weight(self, expert: Expert) -> float | None:
+    def weight(self, expert: ExpertConfig) -> float | None:
         """The prior ᾱₖ: the expert's own weight, else the top level's; None where it is to be found (auto)."""
         own = expert.parameters.weight
         weight = self.parameters.weight if own is None else own
         return None if weight == "auto" else weight
 
-    def loss_weight(self, expert: Expert) -> float:
+    def loss_weight(self, expert: ExpertConfig) -> float:
         """βₖ: the expert's own, else the top level's."""
         own = expert.parameters.loss_weight
         return self.parameters.loss_weight if own is None else own
 
-    def samples_per_model(self, expert: Expert) -> int:
+    def samples_per_model(self, expert: ExpertConfig) -> int:
         """How many calibration samples the expert has."""
         return expert.parameters.samples_per_model or self.parameters.samples_per_model
 
@@ -257,7 +257,7 @@ class Config(_Section):
         return self.recipe is None
 
     @property
-    def labelled(self) -> bool:
+    def has_targets(self) -> bool:
         """Whether experts say what is learned: their targets. Else the merged model's own predictions do."""
         return self.merge_method != "adamerging"
 

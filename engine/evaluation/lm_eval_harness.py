@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.evaluation.results import Row
-from engine.untrusted import foreign
+from engine.untrusted import library_errors_as
 
 
 @dataclass(frozen=True)
@@ -82,4 +82,4 @@ def _manager(tasks: Tasks) -> Any:
 
 
 def _told() -> Any:
-    return foreign(lambda told: ConfigError(f"the harness cannot run this: {told}", "--task"))
+    return library_errors_as(lambda told: ConfigError(f"the harness cannot run this: {told}", "--task"))

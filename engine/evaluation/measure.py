@@ -27,7 +27,7 @@ from engine.evaluation.metrics import chosen, exact_match, f1
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Reader, Subject, ended, stop_tokens
 from engine.learning.losses import hidden_loss, logit_loss
-from engine.models.forward import arguments, decode, rebuild_logits, speaker, written
+from engine.models.forward import arguments, decode, language_model, rebuild_logits, written
 from engine.sizes import LOGIT_BYTES
 
 
@@ -81,10 +81,10 @@ class Evaluation:
         """What the model writes behind the prompts, up to its end, as text."""
         model, texts = self.subject.model, []
         # Nothing but the likeliest token, whatever a checkpoint's own way to write is (penalties, beams, …).
-        own, stops = speaker(model).generation_config, reader.stops
+        own, stops = language_model(model).generation_config, reader.stops
         plain = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=stops or None)
         plain.pad_token_id = own.pad_token_id if own.pad_token_id is not None else (stops or [0])[0]
-        speaker(model).generation_config = plain
+        language_model(model).generation_config = plain
         for some in _passes(prompts):
             width = max(len(one.input_ids) for one in some)
             rows = [[0] * (width - len(one.input_ids)) + list(one.input_ids) for one in some]
@@ -94,7 +94,7 @@ class Evaluation:
             for row in written(model, given, self.subject.options.max_new_tokens).tolist():
                 end = next((place for place, token in enumerate(row) if token in stops), len(row))
                 texts.append(reader.tokenizer.decode(row[:end], skip_special_tokens=True))
-        speaker(model).generation_config = own
+        language_model(model).generation_config = own
         return texts
 
     def _compared(self, encoded: Sequence[Encoded], expert: Subject | None) -> dict[str, float]:
@@ -217,5 +217,5 @@ def _slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 def _pieces(model: Any, tokens: int) -> list[slice]:
     """Of so many tokens those whose float32 logits may stand at one time."""
-    rows = max(1, LOGIT_BYTES // (4 * speaker(model).get_output_embeddings().weight.shape[0]))
+    rows = max(1, LOGIT_BYTES // (4 * language_model(model).get_output_embeddings().weight.shape[0]))
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]

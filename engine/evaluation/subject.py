@@ -22,8 +22,8 @@ from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
 from engine.models.devices import device_map
-from engine.models.forward import speaker
-from engine.models.internvl import tell_context
+from engine.models.forward import language_model
+from engine.models.internvl import set_image_token
 from engine.models.loading import load_generation_config, load_model_config, load_tokenizer
 from engine.models.skeleton import build_skeleton, fill
 
@@ -63,7 +63,7 @@ class Subject:
         config = load_model_config(self.folder, options.remote_code)
         self.model, self._places = build_skeleton(config, self.header.tensors, self._dtype, self.folder)
         if (generation := load_generation_config(self.folder)) is not None:
-            speaker(self.model).generation_config = generation
+            language_model(self.model).generation_config = generation
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -93,7 +93,7 @@ class Subject:
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         fill(self.model, self._places, device_map(self.model, dtype, device), dtype, weight)
-        tell_context(self.model, self.folder)
+        set_image_token(self.model, self.folder)
 
 
 class Reader:
@@ -156,7 +156,7 @@ class Reader:
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: those of the generation config, and the tokenizer's own, which comes first."""
-    told = speaker(model).generation_config.eos_token_id
+    told = language_model(model).generation_config.eos_token_id
     told = [told] if isinstance(told, int) else list(told or ())
     own = getattr(tokenizer, "eos_token_id", None)
     return list(dict.fromkeys(([] if own is None else [own]) + told))

@@ -14,16 +14,16 @@ from torch import Tensor
 from engine.calibration.samples import Sample
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
-from engine.learning.targets import Target, _counted
+from engine.learning.targets import Target, loss_index
 from engine.models.devices import device_map
-from engine.models.forward import arguments, head_names, rebuild_logits, speaker, written
-from engine.models.internvl import tell_context
+from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
+from engine.models.internvl import set_image_token
 from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
 from engine.models.names import Places
 from engine.models.skeleton import build_skeleton, fill
 from engine.planning.open_models import open_base, open_expert
 from engine.planning.plan import Plan
-from engine.task_vectors.experts import Expert, FullExpert
+from engine.task_vectors.experts import ExpertWeights, FullExpert
 from engine.task_vectors.pieces import blocks
 
 
@@ -37,7 +37,7 @@ def check_models(plan: Plan) -> None:
     own = load_model_config(base, plan.config.trust_remote_code)
     build_skeleton(own, plan.base_header.tensors, dtype, base)
     load_generation_config(base)
-    for expert in plan.experts if plan.config.labelled else ():
+    for expert in plan.experts if plan.config.has_targets else ():
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
@@ -68,12 +68,12 @@ class FrozenExpert:
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
         fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
-        tell_context(self.model, base.folder)
+        set_image_token(self.model, base.folder)
         if (generation := load_generation_config(folder)) is not None:
-            speaker(self.model).generation_config = generation
+            language_model(self.model).generation_config = generation
         self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
 
-    def _head_is_the_base_s(self, base: Checkpoint, source: Expert, places: Places) -> bool:
+    def _head_is_the_base_s(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:
         """Whether the trainer's head is bit for bit this expert's: equal to the base's, and not merged."""
         heads = set(head_names(self.model))
         names = [name for name, place in places.items() if place.parameter in heads]
@@ -102,7 +102,7 @@ class FrozenExpert:
         last_BTH = output.hidden_states[-1]
         # Asked for and checked: what lies between the last hidden state and the logits is the model's affair.
         rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)
-        counted_C = _counted(sample, ids_BT.shape[1])
+        counted_C = loss_index(sample, ids_BT.shape[1])
         rows = slice(None) if counted_C is None else counted_C
         return Target(
             input_ids_T=ids_BT[0].cpu(),
@@ -113,7 +113,7 @@ class FrozenExpert:
         )
 
 
-def _weight(base: Checkpoint, source: Expert, name: str) -> Tensor:
+def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
     """θₖ of one tensor: as the expert's files have it, or θ₀ + τₖ in float32 where an adapter changes it."""
     if isinstance(source, FullExpert):
         return source.checkpoint.read(name)

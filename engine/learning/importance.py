@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from engine.errors import ConfigError
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 Array = npt.NDArray[np.float64]
 
@@ -41,7 +41,9 @@ def allocate_chunks(importance_L: Array, budget: float, kappa: float) -> list[in
     return [math.floor(budget * len(share_L) * share + 1e-9) for share in share_L]
 
 
-def stage_2_layout(stage_1: Coefficients, magnitude_KL: Array, budget: float, kappa: float) -> tuple[Layout, Array]:
+def stage_2_layout(
+    stage_1: Coefficients, magnitude_KL: Array, budget: float, kappa: float
+) -> tuple[ChunkLayout, Array]:
     """The layout of stage 2 from what stage 1 learned, and the importance behind it.
 
     Raises:
@@ -55,10 +57,10 @@ def stage_2_layout(stage_1: Coefficients, magnitude_KL: Array, budget: float, ka
         raise ConfigError(
             f"a budget of {budget} gives no tensor a coefficient to learn", "parameters.budget", do="raise `budget`"
         )
-    return Layout.make(numels, dict(zip(numels, chunks, strict=True))), scores_L
+    return ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True))), scores_L
 
 
-def write_importance(path: Path, layout: Layout, importance_L: Array) -> None:
+def write_importance(path: Path, layout: ChunkLayout, importance_L: Array) -> None:
     """merge/importance.parquet: a row a merged tensor; `chunks` 0 where its coefficient is fixed."""
     chunks = [len(edges) - 1 if learned else 0 for edges, learned in zip(layout.edges, layout.learned, strict=True)]
     table = pa.table(

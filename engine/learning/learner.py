@@ -18,7 +18,7 @@ import torch
 from engine.learning.losses import regularization, regularization_gradient
 from engine.methods.learned import Parameters
 from engine.planning.plan import Plan
-from engine.task_vectors.coefficients import Coefficients, Layout, logit, sigmoid
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients, logit, sigmoid
 
 Array = npt.NDArray[np.float64]
 
@@ -35,7 +35,7 @@ class Stage:
     """
 
     number: int
-    layout: Layout
+    layout: ChunkLayout
     prior: Array
     start: Array
     fixed: Array
@@ -69,7 +69,7 @@ def first_stage(plan: Plan) -> Stage:
 
     AdaMerging task by task: one per expert.
     """
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    layout = ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, 1))
     weights = plan.priors
     prior = Coefficients.constant(layout, weights).values
     config = plan.config
@@ -77,7 +77,7 @@ def first_stage(plan: Plan) -> Stage:
     return Stage(1, layout, np.array(weights), prior, prior, tied)
 
 
-def second_stage(plan: Plan, layout: Layout, learned: Coefficients) -> Stage:
+def second_stage(plan: Plan, layout: ChunkLayout, learned: Coefficients) -> Stage:
     """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
     weights = plan.priors
     values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}

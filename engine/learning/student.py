@@ -23,8 +23,8 @@ from engine.errors import RunError
 from engine.learning.losses import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.learning.targets import Target
 from engine.models.devices import device_map
-from engine.models.forward import arguments, blocks_of, decode, rebuild_logits, speaker
-from engine.models.internvl import tell_context
+from engine.models.forward import arguments, blocks_of, decode, language_model, rebuild_logits
+from engine.models.internvl import set_image_token
 from engine.models.loading import load_model_config
 from engine.models.skeleton import build_skeleton, fill, part_of
 from engine.planning.open_models import open_base
@@ -63,7 +63,7 @@ class Student:
             return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
         fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
-        tell_context(self.model, base.folder)
+        set_image_token(self.model, base.folder)
         named = dict(self.model.named_parameters())
         # Parameter → the merged tensors that it is, or that are parts of it.
         self._parts: dict[str, list[str]] = {}
@@ -88,21 +88,21 @@ class Student:
             if self.plan.config.gradient_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self._outside_blocks = sorted(everywhere)
-        self._vocabulary = speaker(self.model).get_output_embeddings().weight.shape[0]
+        self._vocabulary = language_model(self.model).get_output_embeddings().weight.shape[0]
 
     def _watch_gradients(self) -> None:
         """Have each gradient leave when it is final."""
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._leave(name))
 
-    def room(self, piece: Piece) -> Tensor:
-        """See `Model.room`: the model's own memory, or memory from which a GPU can copy."""
+    def buffer(self, piece: Piece) -> Tensor:
+        """See `PieceSink.buffer`: the model's own memory, or memory from which a GPU can copy."""
         if self._slot(piece).is_cuda:
             return torch.empty(piece.numel, dtype=self.dtype, pin_memory=True)
         return self._slot(piece)
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
-        """See `Model.put`."""
+        """See `PieceSink.put`."""
         if self._slot(piece).is_cuda:
             self._slot(piece).copy_(merged_N, non_blocking=True)
 
@@ -172,7 +172,7 @@ class Student:
                 "the loss of the merged model is not finite",
                 do="lower `learning_rate` or the weights, or use float32",
             )
-        kl, entropy = (loss.item(), None) if target.labelled else (0.0, loss.item())
+        kl, entropy = (loss.item(), None) if target.has_expert else (0.0, loss.item())
         return Losses(kl, hidden.item(), entropy), hidden, slope_CH
 
     def _backward(self, roots: Sequence[tuple[Tensor, Tensor]], leaving: Gradients | None) -> None:
@@ -222,7 +222,7 @@ class Student:
             some = slice(start, min(start + rows, tokens))
             hidden_PH = last_CH[some].detach().requires_grad_(torch.is_grad_enabled())
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
-            if target.labelled:
+            if target.has_expert:
                 loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_CH.device), temperature)
             else:
                 loss, slope_PV = entropy_loss(logits_PV)

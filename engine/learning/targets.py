@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.calibration.samples import Sample, counted
+from engine.calibration.samples import Sample, loss_positions
 from engine.storage.folder import Folder
 
 
@@ -31,7 +31,7 @@ class Target:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
-    def labelled(self) -> bool:
+    def has_expert(self) -> bool:
         """Whether an expert said something to the sample."""
         return self.last_hidden_CH is not None or self.logits_CV is not None
 
@@ -64,14 +64,15 @@ class Target:
         )
 
 
-def unlabelled(sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
+def without_targets(sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
     """A sample as the student takes it where no expert is asked; and what an expert takes."""
     ids_T = torch.tensor(sample.input_ids)
-    return Target(ids_T, counted_C=_counted(sample, len(ids_T)), inputs=inputs or {})
+    return Target(ids_T, counted_C=loss_index(sample, len(ids_T)), inputs=inputs or {})
 
 
-def _counted(sample: Sample, length: int) -> Tensor | None:
-    places = counted(sample.uncounted, length)
+def loss_index(sample: Sample, length: int) -> Tensor | None:
+    """Return the positions [C], int64, at which a sample's losses count; None where all do."""
+    places = loss_positions(sample.masked_spans, length)
     return None if places is None else torch.tensor(places)
 
 

@@ -13,11 +13,11 @@ from pydantic import (
     Field,
 )
 
-from engine.fields import Float, Int, _Section
+from engine.fields import Float, Int, Section
 from engine.methods.options import Method, Option
 
 
-class ModelParameters(_Section):
+class ModelParameters(Section):
     """Options that an expert may have of its own; None: the top level's."""
 
     weight: Float | Literal["auto"] | None = None
@@ -25,7 +25,7 @@ class ModelParameters(_Section):
     samples_per_model: Annotated[Int, Field(ge=1)] | None = None
 
 
-class Parameters(_Section):
+class Parameters(Section):
     """Options of the method, by the paper's names; the defaults are what `benchmarks/quality` found, see also PAPER."""
 
     weight: Float | Literal["auto"] = "auto"

@@ -49,7 +49,7 @@ def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, 
         reached.append(last_BTH)
         return last_BTH[..., :1]
 
-    with _replaced(speaker(model).get_output_embeddings(), head):
+    with _replaced(language_model(model).get_output_embeddings(), head):
         output = model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
     return reached[-1], output.hidden_states
 
@@ -60,15 +60,15 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     The decoder is replaced for the one call, so that whatever an architecture does to its logits (scaling, capping)
     is done here too.
     """
-    output = _Reached(last_hidden_state=last_hidden_BTH)
+    output = _DecoderOutput(last_hidden_state=last_hidden_BTH)
     ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
-    talking = speaker(model)
+    talking = language_model(model)
     with _replaced(talking.base_model, lambda *args, **kwargs: output):
         logits: Tensor = talking(input_ids=ids_BT, use_cache=False).logits
     return logits
 
 
-def speaker(model: Any) -> Any:
+def language_model(model: Any) -> Any:
     """The module that makes logits of what its decoder says: the model, or within code of its own a language model."""
     for module in model.modules():
         head = module.get_output_embeddings() if isinstance(module, transformers.PreTrainedModel) else None
@@ -77,7 +77,7 @@ def speaker(model: Any) -> Any:
     raise AssertionError("a model that writes text has an output head")
 
 
-class _Reached(BaseModelOutputWithPast):  # type: ignore[misc]
+class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]
     """A decoder's output that has nothing more to say than its last hidden state."""
 
     def __getattr__(self, name: str) -> None:
@@ -112,5 +112,5 @@ def blocks_of(model: Any) -> list[Any]:
 
 def head_names(model: Any) -> list[str]:
     """The module's names of everything between the last hidden state and the logits that has weights."""
-    own = {id(parameter) for parameter in speaker(model).get_output_embeddings().parameters()}
+    own = {id(parameter) for parameter in language_model(model).get_output_embeddings().parameters()}
     return [name for name, parameter in model.named_parameters() if id(parameter) in own]

@@ -27,7 +27,7 @@ def for_generation(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "image_flags"} | {"pixel_values": pixels}
 
 
-def tell_context(model: Any, folder: Path) -> None:
+def set_image_token(model: Any, folder: Path) -> None:
     """Tell such a model which token stands for a part of an image, as its own chat does; `folder` has its tokenizer."""
     if is_original(model.config):
         model.img_context_token_id = context_token(load_tokenizer(folder, remote_code=True), folder)

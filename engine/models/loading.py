@@ -14,7 +14,7 @@ from transformers.utils import is_torchvision_available
 
 from engine.checkpoints.headers import read_json
 from engine.errors import CheckpointError
-from engine.untrusted import TOKENIZER_BYTES, check_regular, foreign, in_memory
+from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, memory_limit
 
 # Config keys that say nothing about what a model computes from a hidden state.
 NOT_COMPUTED = {
@@ -35,7 +35,9 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     what = "transformers cannot read its config.json"
     # What code loads for itself is its own affair.
     bound = (
-        nullcontext() if remote_code else in_memory(CheckpointError(f"{what}: it takes too much memory", str(folder)))
+        nullcontext()
+        if remote_code
+        else memory_limit(CheckpointError(f"{what}: it takes too much memory", str(folder)))
     )
     with reading(what, folder), bound:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
@@ -49,7 +51,7 @@ def load_config_like(own: Any, folder: Path) -> Any:
     Raises:
         CheckpointError: see `load_model_config`.
     """
-    if not _is_remote(own):
+    if not is_remote(own):
         return load_model_config(folder)
     with reading("the base's code cannot read its config.json", folder):
         config = type(own).from_dict(read_json(folder / "config.json"))
@@ -102,14 +104,14 @@ def computes_alike(one: Any, other: Any) -> bool:
     return essence(one) == essence(other)
 
 
-def _is_remote(config: Any) -> bool:
+def is_remote(config: Any) -> bool:
     """Whether a configuration is of code that came with a checkpoint; it is only if that was allowed to run."""
     return type(config).__module__.startswith("transformers_modules.")
 
 
 def reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[None]:
     """What transformers raises over the folder's files, as a fault of theirs."""
-    return foreign(lambda told: CheckpointError(f"{what}: {told}", str(folder), do=do), StrictDataclassError)
+    return library_errors_as(lambda told: CheckpointError(f"{what}: {told}", str(folder), do=do), StrictDataclassError)
 
 
 def own_code(folder: Path, file: str, allowed: bool) -> str:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
 from engine.models.devices import DeviceMap, device_of, dispatch
-from engine.models.loading import _is_remote, reading
+from engine.models.loading import is_remote, reading
 from engine.models.names import Place, Places, check_filled, match_names, tied_weights
 
 transformers.logging.set_verbosity_error()
@@ -89,7 +89,7 @@ def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
 
 
 def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
-    remote = _is_remote(config)
+    remote = is_remote(config)
     if remote:
         kind = transformers.AutoModelForCausalLM
         kind = kind if kind.__name__ in config.auto_map else transformers.AutoModel

@@ -55,7 +55,7 @@ def _loading(plan: Plan) -> str:
 
 def _aim(plan: Plan) -> str:
     """What coefficients are learned for, and what they multiply where that is not the experts' own task vectors."""
-    if not plan.config.labelled:
+    if not plan.config.has_targets:
         aim = "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
     else:
         aim = (

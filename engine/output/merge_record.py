@@ -15,7 +15,7 @@ import yaml
 from engine.learning.importance import write_importance
 from engine.methods.options import Method
 from engine.output.card import write_card, write_weight_space_card
-from engine.output.resolved_config import _located, resolved_config, versions
+from engine.output.resolved_config import located, resolved_config, versions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.storage.address import Address
@@ -45,7 +45,7 @@ def input_files(plan: Plan) -> dict[str, list[str]]:
     files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
     images = plan.images or [()] * len(plan.experts)
     return files | {
-        expert.name: [*_weights(expert), *(file.path for file in _located(given, expert)), *seen]
+        expert.name: [*_weights(expert), *(file.path for file in located(given, expert)), *seen]
         for given, expert, seen in zip(plan.config.models, plan.experts, images, strict=True)
     }
 

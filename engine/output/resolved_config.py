@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from engine.config.mergekit_yaml import as_yaml
-from engine.config.schema import CalibrationFile, Expert
+from engine.config.schema import CalibrationFile, ExpertConfig
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import is_uri
 
@@ -26,7 +26,7 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
         given.model_copy(
             update={
                 "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
-                "calibration": _located(given, expert),
+                "calibration": located(given, expert),
             }
         )
         for given, expert in zip(plan.config.models, plan.experts, strict=True)
@@ -35,7 +35,7 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
     return as_yaml(plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer))
 
 
-def _located(given: Expert, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:
+def located(given: ExpertConfig, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:
     """The files of an expert's samples, as another node finds them. A method that learns nothing reads none."""
     pairs = zip(given.calibration, expert.calibration, strict=False)
     return tuple(file if is_uri(file.path) else file.model_copy(update={"path": str(path)}) for file, path in pairs)

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from engine.planning.plan import Plan
-from engine.sizes import TOGETHER
+from engine.sizes import MATRICES_PER_CALL
 
 # Of a singular value decomposition with its vectors, an element and singular value: LAPACK's, measured on one core.
 SVD_FLOPS = 21
@@ -38,7 +38,7 @@ def orthogonal_bytes(plan: Plan, cpus: float) -> float:
     """What a shard needs meanwhile: at each core a decomposition, and the parts of all that it was asked for."""
     largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
     experts = len(plan.experts)
-    return 4 * largest * (SVD_COPIES * min(cpus, TOGETHER * experts) + 2 * TOGETHER)
+    return 4 * largest * (SVD_COPIES * min(cpus, MATRICES_PER_CALL * experts) + 2 * MATRICES_PER_CALL)
 
 
 def _share(config: dict[str, Any]) -> float:

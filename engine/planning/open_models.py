@@ -11,7 +11,7 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
-from engine.task_vectors.experts import AdapterExpert, CheckpointWithAdapter, Expert, FullExpert
+from engine.task_vectors.experts import AdapterExpert, CheckpointWithAdapter, ExpertWeights, FullExpert
 from engine.task_vectors.streams import TaskVectors
 
 
@@ -24,7 +24,7 @@ def open_base(plan: Plan) -> Checkpoint:
     return BaseWithRows(base, Checkpoint(_folder(plan.rows), plan.rows.header.tensors), plan.rows.header)
 
 
-def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> Expert:
+def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> ExpertWeights:
     """An expert's weights, against those of the base where they may be of another size."""
     if isinstance(expert.header, AdapterHeader):
         return _open_adapter(expert, expert.header)

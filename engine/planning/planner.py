@@ -17,14 +17,14 @@ from engine.checkpoints.find import find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
 from engine.checkpoints.vocabulary import with_rows_of
-from engine.config.schema import Config, Expert
+from engine.config.schema import Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
-from engine.untrusted import in_time
+from engine.untrusted import cpu_limit
 
 
 def make_plan(config: Config, config_folder: Path) -> Plan:
@@ -76,7 +76,7 @@ def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
     slow = ConfigError(
         "its regular expressions take too long on the tensors' names", "exclude", do="write simpler ones"
     )
-    with in_time(slow):
+    with cpu_limit(slow):
         return tuple(
             name
             for name, tensor in base.tensors.items()
@@ -84,7 +84,9 @@ def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
         )
 
 
-def _plan_expert(config: Config, expert: Expert, base: ModelHeader, tokenizer: Path, config_folder: Path) -> ExpertPlan:
+def _plan_expert(
+    config: Config, expert: ExpertConfig, base: ModelHeader, tokenizer: Path, config_folder: Path
+) -> ExpertPlan:
     wanted = expert.calibration if config.learned else ()
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in wanted)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)

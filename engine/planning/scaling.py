@@ -22,7 +22,7 @@ from engine.planning.schedule import passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes
 
 # Where the task vectors are asked: in the trainer's process, by actors on its node, or by actors on every node.
-Where = Literal["trainer", "node", "nodes"]
+Site = Literal["trainer", "node", "nodes"]
 
 
 MB, GB = 1e6, 1e9
@@ -113,7 +113,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes by process: of the trainer's weights and gradient alone, of each whole process, and of the page cache."""
 
     model: float
@@ -125,7 +125,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """Seconds of an optimiser step: computing, reading checkpoints, moving bytes; `total` knows what overlaps."""
 
     compute: float
@@ -138,15 +138,15 @@ class Step:
 class Prediction:
     """What the model says of one way to place the task vectors; `moved` are bytes of a step, in both directions."""
 
-    where: Where
+    where: Site
     shards: int
-    memory: Memory
+    memory: MemoryEstimate
     moved: float
-    step: Step
+    step: StepEstimate
     run_seconds: float
 
 
-def predict(plan: Plan, work: Work, machines: Machines, where: Where) -> Prediction:
+def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Prediction:
     """Memory, traffic and time with the task vectors at `where`."""
     shards = _shards(plan, machines, where)
     step = _step(plan, work, machines, where, shards)
@@ -162,7 +162,7 @@ def predict(plan: Plan, work: Work, machines: Machines, where: Where) -> Predict
 
 def choose(plan: Plan, work: Work, machines: Machines) -> Prediction:
     """The way that takes the least time for a step; of equals the one with fewer processes."""
-    ways: list[Where] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
+    ways: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
     wanted = plan.config.cluster.shards
     if wanted != "auto":
         ways = ["nodes" if machines.nodes > 1 else "node"] if wanted else ["trainer"]
@@ -199,7 +199,7 @@ def shortages(plan: Plan, found: Prediction, machines: Machines) -> list[str]:
     return lines
 
 
-def _shards(plan: Plan, machines: Machines, where: Where) -> int:
+def _shards(plan: Plan, machines: Machines, where: Site) -> int:
     wanted = plan.config.cluster.shards
     if wanted != "auto":
         return max(1, wanted)
@@ -210,7 +210,7 @@ def _shards(plan: Plan, machines: Machines, where: Where) -> int:
     return a_node * (machines.nodes if where == "nodes" else 1)
 
 
-def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Memory:
+def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) -> MemoryEstimate:
     header, item = plan.base_header, _item(plan)
     elements = sum(tensor.numel for tensor in header.tensors.values())
     on_gpu = bool(machines.gpus)
@@ -222,7 +222,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
     activations = work.pass_tokens * kept_elements(plan) * (4 if item == 4 else 2)
     logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
     scratch = 4 * BLOCK * (3 + GROUP) * machines.cpus
-    return Memory(
+    return MemoryEstimate(
         model=weights + gradient,
         trainer=TRAINER_BYTES + weights + gradient + activations + logits + (scratch if where == "trainer" else bucket),
         expert=TRAINER_BYTES
@@ -237,7 +237,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Where, shards: in
     )
 
 
-def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int) -> Step:
+def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) -> StepEstimate:
     rates, samples = plan.config.cluster.rates, _window(plan)
     flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
     # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others
@@ -267,10 +267,10 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Where, shards: int)
         each, share = max(stream, exchange) / streams, samples / work.passes / flops
         hidden = min(each, share * forward) + (streams - 1) * min(each, share * backward)
         total = compute + streams * each - hidden
-    return Step(compute, stream, exchange, total)
+    return StepEstimate(compute, stream, exchange, total)
 
 
-def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
+def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> float:
     """A whole run: start, one reading of everything, targets, the stages, and the output."""
     rates = plan.config.cluster.rates
     disk = (rates.disk_gbs or DISK / GB) * GB
@@ -281,7 +281,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: Step) -> float:
         len(plan.experts) * whole / disk
         + work.samples * sample_flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
     ) / slots
-    if not plan.config.labelled:
+    if not plan.config.has_targets:
         targets = 0.0
     orthogonal = orthogonal_flops(plan) / (CORE_FLOPS * machines.cpus * machines.nodes)
     orthogonal += sum(plan.numels[name] for name in plan.orthogonal) * len(plan.experts) * _item(plan) / disk

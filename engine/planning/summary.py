@@ -10,9 +10,9 @@ import rich.filesize
 import rich.table
 
 from engine.planning.plan import Plan
-from engine.planning.scaling import GB, Machines, Prediction, Where, Work, choose, predict, shortages
+from engine.planning.scaling import GB, Machines, Prediction, Site, Work, choose, predict, shortages
 
-PLACES: dict[Where, str] = {
+PLACES: dict[Site, str] = {
     "trainer": "within the trainer",
     "node": "actors on the trainer's node",
     "nodes": "actors on every node",
@@ -29,7 +29,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) 
     console.print(_facts(plan, work))
     console.print(_experts(plan, [len(mine) for mine in tokens]))
     chosen = choose(plan, work, machines)
-    places: list[Where] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
+    places: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
     if plan.config.cluster.shards != "auto":
         places = [chosen.where]
     console.print(_predictions([predict(plan, work, machines, where) for where in places], chosen))
@@ -82,7 +82,7 @@ def _tensors(plan: Plan) -> rich.table.Table:
 
 def _facts(plan: Plan, work: Work) -> rich.table.Table:
     parameters, facts = plan.config.parameters, _tensors(plan)
-    if plan.config.labelled:
+    if plan.config.has_targets:
         facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
         facts.add_row("expert forwards", f"{work.samples}, once for all stages")
     facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")

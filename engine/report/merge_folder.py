@@ -40,7 +40,7 @@ LOSSES = ("kl", "hidden", "entropy")
 
 
 @dataclass(frozen=True)
-class Record:
+class Provenance:
     """What merge/config.yaml has beside the config; `priors` are those that were found on the samples."""
 
     versions: dict[str, str] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Merged:
 
     where: str
     config: Config
-    record: Record
+    record: Provenance
     memory: Memory | None
     stages: dict[int, Coefficients]
     importance: Importance | None
@@ -192,11 +192,11 @@ def _table(path: Path, schema: pa.Schema) -> pa.Table:
         return pyarrow.parquet.read_table(path, columns=schema.names).select(schema.names).cast(schema)
 
 
-def _config(path: Path) -> tuple[Config, Record]:
+def _config(path: Path) -> tuple[Config, Provenance]:
     # Not by `load_config`, whose bounds are those of what a person writes: this may name very many files.
     with _reading(path):
         raw = yaml.safe_load(path.read_bytes())
-        record = pydantic.TypeAdapter(Record).validate_python(raw.pop("record"))
+        record = pydantic.TypeAdapter(Provenance).validate_python(raw.pop("record"))
         return parse_config(raw, path), record
 
 
@@ -205,7 +205,7 @@ def _memory(path: Path) -> Memory:
         return pydantic.TypeAdapter(Memory).validate_json(path.read_bytes())
 
 
-def _stages(path: Path, config: Config, record: Record) -> dict[int, Coefficients]:
+def _stages(path: Path, config: Config, record: Provenance) -> dict[int, Coefficients]:
     with _reading(path):
         numbers = sorted(pyarrow.parquet.read_table(path, columns=["stage"])["stage"].unique().to_pylist())
         read = {number: read_coefficients(path, number) for number in numbers}

@@ -16,7 +16,7 @@ from engine.calibration.encoder import encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.learning.frozen_expert import check_models
-from engine.learning.targets import unlabelled
+from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.run.run_folder import RunFolder
 
@@ -44,7 +44,7 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
         return kept
 
     def keep(sample: Sample, inputs: Mapping[str, Tensor]) -> None:
-        run.state.write(run.inputs(sample), safetensors.torch.save(unlabelled(sample, inputs).tensors()))
+        run.state.write(run.inputs(sample), safetensors.torch.save(without_targets(sample, inputs).tensors()))
 
     samples = make_samples(records, encoder(plan, records), plan, keep)
     run.keep_samples(samples)

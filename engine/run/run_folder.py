@@ -168,7 +168,7 @@ class RunFolder:
         torch.save({"steps": state.steps, "learner": state.learner}, saved)
         self.state.write(f"stage-{stage}.pt", saved.getvalue())
 
-    def standing(self) -> object:
+    def progress_marker(self) -> object:
         """How far the run has come, to be compared with what it was before."""
         steps = [state.steps for state in map(self.load_stage, (1, 2)) if state]
         return len(self.stored_targets()), len(self.state.names(FOLDER)), steps, len(self.written())

@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.orthogonal import with_orthogonal
-from engine.shards.protocol import Array, Arrivals, Gradients, Model, coefficient_gradient
+from engine.shards.protocol import Array, Arrivals, Gradients, PieceSink, coefficient_gradient
 from engine.sizes import WINDOW_BYTES
 from engine.storage.folder import Folder
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.streams import TaskVectors
 
@@ -33,14 +33,14 @@ class LocalShards:
     def __init__(self, plan: Plan, threads: int, overlap: bool, state: Folder | None = None) -> None:
         self._plan, self._threads, self._overlap, self._state = plan, threads, overlap, state
 
-    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
+    def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
         """See `Shards.merge`."""
         streams = self._task_vectors
 
         def one(piece: Piece) -> None:
-            room = model.room(piece)
-            streams.merge(piece, coefficients.of(piece.name), room)
-            model.put(piece, room)
+            buffer_N = model.buffer(piece)
+            streams.merge(piece, coefficients.of(piece.name), buffer_N)
+            model.put(piece, buffer_N)
 
         arrivals = {
             name: [streams.pool.submit(one, piece) for piece in pieces(name, streams.base.tensors[name].shape)]
@@ -50,7 +50,7 @@ class LocalShards:
             wait(arrival for arriving in arrivals.values() for arrival in arriving)
         return arrivals
 
-    def gradients(self, layout: Layout) -> Gradients:
+    def gradients(self, layout: ChunkLayout) -> Gradients:
         """See `Shards.gradients`."""
         return _LocalGradients(self._task_vectors, layout, self._overlap)
 
@@ -65,7 +65,7 @@ class LocalShards:
 
 
 class _LocalGradients:
-    def __init__(self, task_vectors: TaskVectors, layout: Layout, overlap: bool) -> None:
+    def __init__(self, task_vectors: TaskVectors, layout: ChunkLayout, overlap: bool) -> None:
         self._streams, self._layout, self._overlap = task_vectors, layout, overlap
         self._parts: list[tuple[str, Future[Array]]] = []
         self._held: list[tuple[str, Callable[[], Tensor]]] = []

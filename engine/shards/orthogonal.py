@@ -24,7 +24,7 @@ from engine.methods.arithmetic.matrices import leading, orthogonal_parts
 from engine.planning.plan import Plan
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
-from engine.task_vectors.experts import Expert
+from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import Product, Stored, TaskVector
 from engine.task_vectors.streams import TaskVectors
 from engine.task_vectors.sums import whole
@@ -34,7 +34,7 @@ FOLDER = "orthogonal"
 
 
 # What λ multiplies: a coefficient lies between 0 and 1, and λ is best above 1 (1.6 for five experts, measured).
-REACH = 4.0
+TASK_VECTOR_SCALE = 4.0
 
 
 # U [m, r], Σ [r], Vᵀ [r, n].
@@ -102,7 +102,9 @@ def _orthogonal(found: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each expert the factors REACH · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n]."""
     left, values, right = orthogonal_parts(found)
     ranks = [len(s) for _, s, _ in found]
-    yield from zip(torch.split(left * (REACH * values), ranks, dim=1), torch.split(right, ranks), strict=True)
+    yield from zip(
+        torch.split(left * (TASK_VECTOR_SCALE * values), ranks, dim=1), torch.split(right, ranks), strict=True
+    )
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
@@ -150,7 +152,7 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[int, TaskVector]:
 class _OrthogonalExpert:
     """See `engine.task_vectors.experts.Expert`: its own task vectors, but for the matrices."""
 
-    def __init__(self, own: Expert, k: int, names: frozenset[str], files: _Files) -> None:
+    def __init__(self, own: ExpertWeights, k: int, names: frozenset[str], files: _Files) -> None:
         self._own, self._k, self._names, self._files = own, k, names, files
 
     def task_vector(self, name: str) -> TaskVector | None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece
 
 Array = npt.NDArray[np.float64]
@@ -21,10 +21,10 @@ Array = npt.NDArray[np.float64]
 Arrivals = Mapping[str, Sequence["Future[None]"]]
 
 
-class Model(Protocol):
+class PieceSink(Protocol):
     """Where merged pieces go."""
 
-    def room(self, piece: Piece) -> Tensor:
+    def buffer(self, piece: Piece) -> Tensor:
         """CPU memory [piece.numel] in the run's dtype to write the merged piece to."""
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
@@ -34,10 +34,10 @@ class Model(Protocol):
 class Shards(Protocol):
     """The task vectors as a trainer sees them."""
 
-    def merge(self, coefficients: Coefficients, model: Model) -> Arrivals:
+    def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
         """Begin to compute every merged tensor and to put it into the model, first what the model needs first."""
 
-    def gradients(self, layout: Layout) -> Gradients:
+    def gradients(self, layout: ChunkLayout) -> Gradients:
         """Begin to take weight gradients."""
 
     def traffic(self) -> dict[str, int]:
@@ -58,7 +58,7 @@ class Gradients(Protocol):
         """∂L/∂α [K, C] of all that was sent; C are the layout's columns."""
 
 
-class Window:
+class InFlightLimit:
     """At most `limit` bytes under way, or one thing that is larger."""
 
     def __init__(self, limit: int) -> None:
@@ -78,7 +78,7 @@ class Window:
             self._changed.notify_all()
 
 
-def coefficient_gradient(layout: Layout, experts: int, parts: Iterable[tuple[str, Array]]) -> Array:
+def coefficient_gradient(layout: ChunkLayout, experts: int, parts: Iterable[tuple[str, Array]]) -> Array:
     """∂L/∂α [K, C] from what each piece of each weight gradient gives, (tensor name, [K, m]), zero where nothing does.
 
     Float64; the parts of a tensor are added in their order, so that the sum is the same every time.

@@ -18,7 +18,7 @@ from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.options import Option, Settings, Value
 from engine.methods.registry import NATIVE, get_method, preparation
 from engine.planning.plan import Plan
-from engine.task_vectors.pipeline import Fill, Job, copy_of
+from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
 from engine.task_vectors.streams import TaskVectors
 
 
@@ -65,7 +65,7 @@ class WeightSpace:
         dtype: torch.dtype | None,
         thresholds: Sequence[Threshold] | None,
         only: int | None,
-    ) -> Job:
+    ) -> TensorJob:
         """How a tensor of the output is computed, in `dtype` (the file's if None)."""
         name = entry.name
 
@@ -75,7 +75,7 @@ class WeightSpace:
             self._check_buffer(name)
             return copy_of(self._streams.base.read(name))
 
-        return Job(name, entry.shape, dtype or self._streams.base.read(name).dtype, prepare)
+        return TensorJob(name, entry.shape, dtype or self._streams.base.read(name).dtype, prepare)
 
     def _check_buffer(self, name: str) -> None:
         """What is no float cannot be merged, so all have to agree on it.

@@ -40,20 +40,22 @@ class Address:
     options: str
 
     @classmethod
-    def of(cls, uri: str, kind: type[InputError] = InputError) -> Address:
+    def of(cls, uri: str, error_type: type[InputError] = InputError) -> Address:
         """The parts of a URI.
 
         Raises:
-            InputError: it has no bucket, or a secret; `kind` says which error.
+            InputError: it has no bucket, or a secret; `error_type` says which error.
         """
         scheme, _, rest = uri.partition("://")
         place, _, options = rest.partition("?")
         place, _, path = place.partition("/")
         user, _, bucket = place.rpartition("@")
         if ":" in user:
-            raise kind("a secret in the address would be recorded with it", f"{scheme}://…@{bucket}", do=ADVICE[scheme])
+            raise error_type(
+                "a secret in the address would be recorded with it", f"{scheme}://…@{bucket}", do=ADVICE[scheme]
+            )
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", bucket, flags=re.ASCII):
-            raise kind("the address names no bucket", uri, f"{scheme}://bucket/path")
+            raise error_type("the address names no bucket", uri, f"{scheme}://bucket/path")
         return cls(scheme, place, path.strip("/"), options)
 
     def __str__(self) -> str:
@@ -76,8 +78,8 @@ class Address:
         )
 
     @contextmanager
-    def asked(self, kind: type[MergeError] = StorageError) -> Iterator[Any]:
-        """The file system, while the storage is asked for this; what it refuses is told as a `kind`.
+    def connection(self, error_type: type[MergeError] = StorageError) -> Iterator[Any]:
+        """The file system, while the storage is asked for this; what it refuses is told as a `error_type`.
 
         Raises:
             FileNotFoundError: as it comes.
@@ -89,8 +91,8 @@ class Address:
         except (OSError, ValueError) as error:
             # Without the numbers of the request, and what a library adds for its own developers.
             said = re.split(r" \(Request ID| error_info=|\n", str(error))[0]
-            again = " and run the same command: it goes on from here" if kind is StorageError else ""
-            raise kind(f"the storage refuses: {said}", str(self), do=ADVICE[self.scheme] + again) from error
+            again = " and run the same command: it goes on from here" if error_type is StorageError else ""
+            raise error_type(f"the storage refuses: {said}", str(self), do=ADVICE[self.scheme] + again) from error
 
 
 @cache

@@ -26,7 +26,7 @@ CHUNK = 8 << 20
 FETCHES = 8
 
 
-def _below(files: Any, key: str, absent: bool = False) -> list[Any]:
+def below(files: Any, key: str, absent: bool = False) -> list[Any]:
     """Facts of all objects below a key; FileNotFoundError where there are none, unless they may be `absent`."""
     from pyarrow.fs import FileSelector
 
@@ -39,18 +39,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EXPERT_MERGING_CACHE") or "~/.cache/expert-merging").expanduser().absolute()
 
 
-def fetch(uri: str, patterns: Sequence[str] | None = None, kind: type[InputError] = InputError) -> Path:
+def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[InputError] = InputError) -> Path:
     """A copy on this machine of one object, or of all below the URI whose names match one of the patterns.
 
     Only what is not there yet, or of another size or time, is copied. A copy has the time of its object, so that it
     reads the same on every machine.
 
     Raises:
-        InputError: the storage does not give it; `kind` says which error. StorageError: there is no room for it.
+        InputError: the storage does not give it; `error_type` says which error. StorageError: there is no room for it.
     """
-    address = Address.of(uri, kind)
+    address = Address.of(uri, error_type)
     target = cache_folder() / address.local
-    found = _facts(address, patterns, kind)
+    found = _facts(address, patterns, error_type)
     lock = cache_folder() / "locks" / sha256(str(target).encode()).hexdigest()
     with storing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,9 @@ def fetch(uri: str, patterns: Sequence[str] | None = None, kind: type[InputError
                 LocalFolder(target).remove(name)
         ended = Event()
         with ThreadPoolExecutor(FETCHES) as threads:
-            copies = [threads.submit(_copy, address, fact, target / name, kind, ended) for name, fact in found.items()]
+            copies = [
+                threads.submit(_copy, address, fact, target / name, error_type, ended) for name, fact in found.items()
+            ]
             try:
                 for copy in as_completed(copies):
                     copy.result()
@@ -89,43 +91,43 @@ def borrowed(folder: Folder, name: str) -> Iterator[Path]:
         yield Path(own) / "file"
 
 
-def _facts(address: Address, patterns: Sequence[str] | None, kind: type[InputError]) -> dict[str, Any]:
+def _facts(address: Address, patterns: Sequence[str] | None, error_type: type[InputError]) -> dict[str, Any]:
     """What pyarrow tells of the objects to copy, by their names from the address; of the one object by ''."""
     found: list[Any] = []
-    _check(address.path or "bucket", address, kind)
-    with suppress(FileNotFoundError), address.asked(kind) as files:
+    _check(address.path or "bucket", address, error_type)
+    with suppress(FileNotFoundError), address.connection(error_type) as files:
         one = files.get_file_info(address.key)
-        found = [one] if one.is_file else _below(files, address.key)
+        found = [one] if one.is_file else below(files, address.key)
     facts = {one.path[len(address.key) + 1 :]: one for one in found}
     facts = {name: one for name, one in facts.items() if not name or _matches(name, patterns)}
     if not facts:
-        raise kind("there is no such object", str(address), f"objects {', '.join(patterns)}" if patterns else "")
+        raise error_type("there is no such object", str(address), f"objects {', '.join(patterns)}" if patterns else "")
     for name in filter(None, facts):
-        _check(name, address, kind)
+        _check(name, address, error_type)
     return facts
 
 
-def _check(name: str, address: Address, kind: type[InputError]) -> None:
+def _check(name: str, address: Address, error_type: type[InputError]) -> None:
     """An object may have any name; a copy of it must not lead out of its folder."""
     if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
-        raise kind(f"an object's name is no path below a folder: {name!r}", str(address))
+        raise error_type(f"an object's name is no path below a folder: {name!r}", str(address))
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _copy(address: Address, fact: Any, target: Path, kind: type[InputError], ended: Event) -> None:
+def _copy(address: Address, fact: Any, target: Path, error_type: type[InputError], ended: Event) -> None:
     # In whole seconds: asked for one object, a storage does not tell more than that, and listing them it may.
     changed_at = int(fact.mtime.timestamp())
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime) == (fact.size, changed_at):
         return
-    changed = kind("the object changed while it was copied", f"{address.scheme}://{fact.path}", do="try again")
+    changed = error_type("the object changed while it was copied", f"{address.scheme}://{fact.path}", do="try again")
     copied = 0
     try:
         with (
             LocalFolder(target.parent).create(target.name) as out,
-            address.asked(kind) as files,
+            address.connection(error_type) as files,
             files.open_input_stream(fact.path) as stream,
         ):
             while not ended.is_set() and (data := stream.read(CHUNK)):

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.errors import OutputError, StorageError
 from engine.storage.address import Address
-from engine.storage.cache import _below, cache_folder
+from engine.storage.cache import below, cache_folder
 from engine.storage.folder import LOCK, RawFile, in_use, storing
 from engine.storage.lease import Lease
 
@@ -35,20 +35,20 @@ class ObjectFolder:
     def read(self, name: str) -> bytes:
         """See `Folder`."""
         address = Address.of(self.where) / name
-        with address.asked() as files, files.open_input_stream(address.key) as stream:
+        with address.connection() as files, files.open_input_stream(address.key) as stream:
             data: bytes = stream.read()
         return data
 
     def exists(self, name: str) -> bool:
         """See `Folder`."""
         address = Address.of(self.where) / name
-        with address.asked() as files:
+        with address.connection() as files:
             return bool(files.get_file_info(address.key).is_file)
 
     def size(self, name: str) -> int:
         """See `Folder`."""
         address = Address.of(self.where) / name
-        with address.asked() as files:
+        with address.connection() as files:
             found = files.get_file_info(address.key)
         if not found.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address))
@@ -76,8 +76,8 @@ class ObjectFolder:
     def names(self, under: str = "") -> set[str]:
         """See `Folder`."""
         address = Address.of(self.where)
-        with (address / under).asked() as files:
-            return {one.path[len(address.key) + 1 :] for one in _below(files, (address / under).key, absent=True)}
+        with (address / under).connection() as files:
+            return {one.path[len(address.key) + 1 :] for one in below(files, (address / under).key, absent=True)}
 
     def remove(self, name: str) -> None:
         """See `Folder`."""
@@ -107,7 +107,7 @@ class ObjectFolder:
 
 
 def _delete(address: Address) -> None:
-    with suppress(FileNotFoundError), address.asked() as files:
+    with suppress(FileNotFoundError), address.connection() as files:
         if files.get_file_info(address.key).is_file:
             files.delete_file(address.key)
         else:
@@ -116,7 +116,7 @@ def _delete(address: Address) -> None:
 
 def _send(address: Address, data: Any) -> None:
     def send() -> None:
-        with address.asked() as files, files.open_output_stream(address.key) as stream:
+        with address.connection() as files, files.open_output_stream(address.key) as stream:
             for start in range(0, len(data), PART):
                 stream.write(memoryview(data)[start : start + PART])
                 # What is written waits in memory to be sent, without bound but for this.

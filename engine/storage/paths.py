@@ -12,18 +12,18 @@ from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
 
 
-def locate(path: str, folder: Path, kind: type[InputError] = InputError) -> Path:
+def locate(path: str, folder: Path, error_type: type[InputError] = InputError) -> Path:
     """The absolute path that a user means, relative to `folder`; `~` is a home, and `file://` goes before a path.
 
     Raises:
-        InputError: no file can have that name; `kind` says which of them.
+        InputError: no file can have that name; `error_type` says which of them.
     """
     if is_uri(path):
-        raise kind("an address in object storage cannot stand here", path, "a path")
+        raise error_type("an address in object storage cannot stand here", path, "a path")
     try:
         return (folder / as_path(path).expanduser()).resolve()
     except (RuntimeError, ValueError, OSError) as error:
-        raise kind(f"not a path: {error}", repr(path)) from error
+        raise error_type(f"not a path: {error}", repr(path)) from error
 
 
 def is_uri(text: str) -> bool:

@@ -49,7 +49,7 @@ def chunk_edges(numel: int, chunks: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkLayout:
     """How the merged tensors are cut: for each, its edges, and whether its coefficients are learned or fixed.
 
     The columns of one expert's coefficients run over the tensors in order, and within each over its chunks.
@@ -60,7 +60,7 @@ class Layout:
     learned: tuple[bool, ...]
 
     @classmethod
-    def make(cls, numels: Mapping[str, int], chunks: Mapping[str, int]) -> Layout:
+    def make(cls, numels: Mapping[str, int], chunks: Mapping[str, int]) -> ChunkLayout:
         """A layout from the number of chunks mₗ of each tensor; 0 means one coefficient that is fixed."""
         tensors = tuple(numels)
         edges = tuple(chunk_edges(numels[name], max(1, chunks[name])) for name in tensors)
@@ -100,11 +100,11 @@ class TensorCoefficients:
 class Coefficients:
     """A layout and its values [K, C], float64."""
 
-    layout: Layout
+    layout: ChunkLayout
     values: Array
 
     @classmethod
-    def constant(cls, layout: Layout, weights: Sequence[float]) -> Coefficients:
+    def constant(cls, layout: ChunkLayout, weights: Sequence[float]) -> Coefficients:
         """Every coefficient of expert k at `weights[k]`: Task Arithmetic, and where learning starts."""
         return cls(layout, np.repeat(np.array(weights, dtype=np.float64)[:, None], layout.width, axis=1))
 
@@ -122,7 +122,7 @@ class Coefficients:
         columns = self.layout.columns
         return np.stack([self.values[:, columns[name]].mean(axis=1) for name in self.layout.tensors], axis=1)
 
-    def spread(self, layout: Layout) -> Coefficients:
+    def spread(self, layout: ChunkLayout) -> Coefficients:
         """The same value per tensor in another layout: how stage 2 starts from stage 1."""
         repeats = [len(edges) - 1 for edges in layout.edges]
         return Coefficients(layout, np.repeat(self.per_tensor(), repeats, axis=1))
@@ -163,7 +163,7 @@ def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
         edges[row["tensor"]].append(row["start"])
         learned[row["tensor"]] = row["learned"]
     ends = {row["tensor"]: row["end"] for row in first}
-    layout = Layout(
+    layout = ChunkLayout(
         tensors, tuple((*edges[name], ends[name]) for name in tensors), tuple(learned[name] for name in tensors)
     )
     values = table["value"].to_numpy().astype(np.float64).reshape(len(models), layout.width)

@@ -17,7 +17,7 @@ from engine.checkpoints.tensors import Checkpoint
 from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded, _Sum
 
 
-class Expert(Protocol):
+class ExpertWeights(Protocol):
     """The weights of one expert, whatever they are stored as."""
 
     def task_vector(self, name: str) -> TaskVector | None:

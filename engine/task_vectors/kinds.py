@@ -20,8 +20,8 @@ class TaskVector(Protocol):
     def minus_base(self) -> bool:
         """Whether `operand` gives θₖ, from which θ₀ is yet to be subtracted; else τ itself."""
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
-        """Elements `start` to `stop`: the file's own memory if kernels take it, else written to `room_N`, float32."""
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
+        """Elements `start` to `stop`: the file's own memory if kernels take it, else written to `buffer_N`, float32."""
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         """Write τ[start:stop] in float32 to `out_N`; `base_N` holds the base's elements there, in float32."""
@@ -34,10 +34,10 @@ class _Difference:
         self._expert_N = expert_N
         self._operand_N = as_operand(expert_N) if expert_N.dtype in (torch.float32, torch.bfloat16) else None
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         if self._operand_N is not None:
             return self._operand_N[start:stop]
-        return as_operand(room_N.copy_(self._expert_N[start:stop]))
+        return as_operand(buffer_N.copy_(self._expert_N[start:stop]))
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         expert_N = self._expert_N[start:stop]
@@ -55,7 +55,7 @@ class Stored:
     def __init__(self, tau_N: Tensor) -> None:
         self._tau_N = tau_N
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         """See `TaskVector`."""
         return as_operand(self._tau_N[start:stop])
 
@@ -69,7 +69,7 @@ class _FromOperand:
 
     minus_base = True
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         raise NotImplementedError
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
@@ -83,11 +83,11 @@ class _Padded(_FromOperand):
     def __init__(self, expert_N: Tensor, base_N: Tensor) -> None:
         self._expert_N, self._base_N = expert_N, base_N
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         own = min(max(len(self._expert_N) - start, 0), stop - start)
-        room_N[:own].copy_(self._expert_N[start : start + own])
-        room_N[own:].copy_(self._base_N[start + own : stop])
-        return as_operand(room_N)
+        buffer_N[:own].copy_(self._expert_N[start : start + own])
+        buffer_N[own:].copy_(self._base_N[start + own : stop])
+        return as_operand(buffer_N)
 
 
 class _Sum(_FromOperand):
@@ -96,12 +96,12 @@ class _Sum(_FromOperand):
     def __init__(self, checkpoint: TaskVector, adapter: TaskVector) -> None:
         self._checkpoint, self._adapter = checkpoint, adapter
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
-        own = torch.empty_like(room_N)
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
+        own = torch.empty_like(buffer_N)
         found = torch.from_numpy(self._checkpoint.operand(start, stop, own))
         own.copy_(found.view(torch.bfloat16) if found.dtype == torch.uint16 else found)
-        self._adapter.block(start, stop, own, room_N)
-        return as_operand(room_N.add_(own))
+        self._adapter.block(start, stop, own, buffer_N)
+        return as_operand(buffer_N.add_(own))
 
 
 class Product:
@@ -112,10 +112,10 @@ class Product:
     def __init__(self, left: Tensor, right: Tensor) -> None:
         self._left, self._right = left, right
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Operand:
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         """See `TaskVector`."""
-        self.block(start, stop, room_N, room_N)
-        return as_operand(room_N)
+        self.block(start, stop, buffer_N, buffer_N)
+        return as_operand(buffer_N)
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         """See `TaskVector`."""

@@ -28,7 +28,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """A tensor to compute: its shape, the dtype to write it in, and what prepares the filling of its pieces."""
 
     name: str
@@ -64,7 +64,7 @@ def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> It
         yield pending.popleft().result()
 
 
-def stream(jobs: Sequence[Job], pool: Executor, threads: int) -> Iterator[Tensor]:
+def stream(jobs: Sequence[TensorJob], pool: Executor, threads: int) -> Iterator[Tensor]:
     """The pieces [N] of all jobs in their order, computed by the `threads` threads of `pool`.
 
     Raises:

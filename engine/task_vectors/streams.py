@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.task_vectors.coefficients import TensorCoefficients
-from engine.task_vectors.experts import Expert
+from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.sums import Array, inner_products, mean_magnitudes, merge_piece
@@ -39,7 +39,7 @@ class TaskVectors:
     """The base and K experts as streams; what is computed for several pieces is computed on `pool`."""
 
     def __init__(
-        self, base: Checkpoint, experts: Sequence[tuple[str, Expert]], dtype: torch.dtype, threads: int
+        self, base: Checkpoint, experts: Sequence[tuple[str, ExpertWeights]], dtype: torch.dtype, threads: int
     ) -> None:
         self.base, self.experts, self.dtype, self.threads = base, experts, dtype, threads
         # One thread a piece, and none inside an operation: sums must not depend on how many threads there are.
@@ -96,7 +96,7 @@ class TaskVectors:
                 raise CheckpointError(f"the tensor {name!r} has a weight that is NaN or infinite", owner)
         return Inspection(magnitudes)
 
-    def over(self, experts: Sequence[tuple[str, Expert]]) -> TaskVectors:
+    def over(self, experts: Sequence[tuple[str, ExpertWeights]]) -> TaskVectors:
         """Streams over other experts of the same base, on the same pool."""
         others = copy.copy(self)
         others.experts = experts

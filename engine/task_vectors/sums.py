@@ -40,22 +40,23 @@ def merge_piece(
     task_vectors: Sequence[TaskVector | None],
     wanted: TensorCoefficients,
     out_N: Tensor,
-    own: float | None = None,
+    base_weight: float | None = None,
 ) -> None:
     """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`.
 
-    With `own` the sum is own · θ₀ + Σₖ αₖ · θₖ instead, of what is given whole; of what is given as τₖ it is αₖ · τₖ.
+    With `base_weight` the result is base_weight · θ₀ + Σₖ αₖ · xₖ, where xₖ is θₖ for a full checkpoint and τₖ for an
+    adapter.
     """
     groups, base_N = _groups(task_vectors), base.reshape(-1)
     values_mG = [np.ascontiguousarray(_filled(wanted.values[group]).T) for group in groups]
     for start, stop in blocks(base.shape, piece.start, piece.stop):
-        room = _room(stop - start)
-        base_B, sum_B = room.float32(base_N[start:stop]), room.other_B
+        buffers = _buffers(stop - start)
+        base_B, sum_B = buffers.float32(base_N[start:stop]), buffers.other_B
         # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
-        torch.mul(base_B, 1.0 if own is None else own, out=sum_B)
-        subtracted, sums = as_operand(base_B if own is None else room.zero_B), as_operand(sum_B)
+        torch.mul(base_B, 1.0 if base_weight is None else base_weight, out=sum_B)
+        subtracted, sums = as_operand(base_B if base_weight is None else buffers.zero_B), as_operand(sum_B)
         for group, values in zip(groups, values_mG, strict=True):
-            operands = room.operands(task_vectors, group, start, stop, subtracted)
+            operands = buffers.operands(task_vectors, group, start, stop, subtracted)
             for chunk, first, last in _chunks_within(wanted.edges, start, stop):
                 add_differences(sums, *operands, values[chunk], first, last)
         out_N[start - piece.start : stop - piece.start].copy_(sum_B)
@@ -75,12 +76,12 @@ def inner_products(
     groups, base_N = _groups(task_vectors), base.reshape(-1)
     sums_mG = [np.zeros((len(edges) - 1, GROUP)) for _ in groups]
     for start, stop in blocks(base.shape, piece.start, piece.stop):
-        room = _room(stop - start)
-        base_B, slope_B = room.float32(base_N[start:stop]), room.other_B
+        buffers = _buffers(stop - start)
+        base_B, slope_B = buffers.float32(base_N[start:stop]), buffers.other_B
         slope_B.copy_(gradient_N[start - piece.start : stop - piece.start])
         subtracted, slope = as_operand(base_B), as_operand(slope_B)
         for group, sums in zip(groups, sums_mG, strict=True):
-            operands = room.operands(task_vectors, group, start, stop, subtracted)
+            operands = buffers.operands(task_vectors, group, start, stop, subtracted)
             for chunk, first, last in _chunks_within(edges, start, stop):
                 add_inner_products(sums[chunk], slope, *operands, first, last)
     products_Km = np.zeros((len(task_vectors), len(edges) - 1))
@@ -94,13 +95,13 @@ def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> 
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
     for start, stop in blocks(base.shape):
-        room = _room(stop - start)
-        base_B = room.float32(base_N[start:stop])
-        base_sum += _sum(torch.abs(base_B, out=room.other_B))
+        buffers = _buffers(stop - start)
+        base_B = buffers.float32(base_N[start:stop])
+        base_sum += _sum(torch.abs(base_B, out=buffers.other_B))
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
-                task_vector.block(start, stop, base_B, room.other_B)
-                sums[k] += _sum(room.other_B.abs_())
+                task_vector.block(start, stop, base_B, buffers.other_B)
+                sums[k] += _sum(buffers.other_B.abs_())
     count = max(1, base.numel())
     return base_sum / count, sums / count
 
@@ -139,7 +140,7 @@ def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tu
 
 
 @dataclass(frozen=True)
-class _Room:
+class _Buffers:
     """Memory for one block, in float32: of the base, another one, zeros, and one for each expert of a group."""
 
     base_B: Tensor
@@ -156,17 +157,17 @@ class _Room:
     ) -> list[Operand]:
         """What a kernel subtracts, and what it subtracts it from, four times; a group that lacks some repeats one."""
         members = [task_vector for k in group if (task_vector := task_vectors[k]) is not None]
-        found = [one.operand(start, stop, room) for one, room in zip(members, self.expert_GB, strict=False)]
+        found = [one.operand(start, stop, buffers) for one, buffers in zip(members, self.expert_GB, strict=False)]
         subtracted = base_B if members[0].minus_base else as_operand(self.zero_B)
         return [subtracted, *found, *[found[-1]] * (GROUP - len(found))]
 
 
-def _room(count: int) -> _Room:
-    """This thread's room for a block of `count` elements."""
+def _buffers(count: int) -> _Buffers:
+    """This thread's buffers for a block of `count` elements."""
     if not hasattr(_local, "memory"):
         _local.memory = torch.zeros(3 + GROUP, BLOCK)
-    if not hasattr(_local, "room") or _local.room.base_B.numel() != count:
+    if not hasattr(_local, "buffers") or _local.buffers.base_B.numel() != count:
         base_B, other_B, zero_B, *expert_GB = _local.memory[:, :count]
-        _local.room = _Room(base_B, other_B, zero_B, tuple(expert_GB))
-    room: _Room = _local.room
-    return room
+        _local.buffers = _Buffers(base_B, other_B, zero_B, tuple(expert_GB))
+    buffers: _Buffers = _local.buffers
+    return buffers

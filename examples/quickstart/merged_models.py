@@ -38,7 +38,7 @@ class MergedModels:
                 arrival.result()
         return self.model
 
-    def room(self, piece: Piece) -> Tensor:
+    def buffer(self, piece: Piece) -> Tensor:
         return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:

@@ -193,4 +193,4 @@ def test_tokens_alone_travel_and_are_stored(tmp_path: Path) -> None:
     ):
         assert torch.equal(found.input_ids_T, target.input_ids_T) and found.input_ids_T.dtype == torch.int64
         assert (found.hidden_CH, found.last_hidden_CH, found.logits_CV) == ({}, None, None)
-        assert not found.labelled
+        assert not found.has_expert

@@ -36,7 +36,7 @@ from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use, slices
 from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Shards
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -140,8 +140,8 @@ def ones(bucket: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]) -
     return {piece: np.ones((1, len(edges[piece.name]) - 1)) for piece in bucket}
 
 
-def layout_of(plan: Any, chunks: int = 1) -> Layout:
-    return Layout.make(plan.numels, dict.fromkeys(plan.merged, chunks))
+def layout_of(plan: Any, chunks: int = 1) -> ChunkLayout:
+    return ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, chunks))
 
 
 def merged(shards: Shards, plan: Any, coefficients: Coefficients) -> dict[str, Tensor]:
@@ -149,7 +149,7 @@ def merged(shards: Shards, plan: Any, coefficients: Coefficients) -> dict[str, T
     return received.all_of(shards.merge(coefficients, received))
 
 
-def collected(shards: Shards, layout: Layout, slopes: Sequence[tuple[str, Tensor]]) -> np.ndarray:
+def collected(shards: Shards, layout: ChunkLayout, slopes: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     leaving = shards.gradients(layout)
     for name, slope in slopes:
         leaving.send(name, lambda slope=slope: slope, slope.nbytes)
@@ -321,7 +321,7 @@ def plain_shards(line: Line, plan: Plan, count: int) -> list[Any]:
 
 
 def table_of(plan: Plan) -> Coefficients:
-    layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
+    layout = ChunkLayout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     return Coefficients(layout, np.random.default_rng(0).uniform(0.1, 0.9, (len(plan.experts), layout.width)))
 
 

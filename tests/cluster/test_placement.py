@@ -14,12 +14,12 @@ from conftest import plan_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Devices, Layout, Node, Seat, arrange, check_memory, lay_out, lay_out_shards
+from cluster.placement import Devices, Node, Seat, Seating, arrange, check_memory, lay_out, lay_out_shards
 from engine.config.reader import parse_config
 from engine.config.schema import Config
 from engine.errors import ClusterError
 from engine.planning.plan import Plan, slices
-from engine.planning.scaling import Where, Work
+from engine.planning.scaling import Site, Work
 
 WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
 
@@ -40,12 +40,12 @@ def cluster_of(*nodes: tuple[float, float]) -> list[Node]:
     return [Node(cpus, gpus, id=f"n{index}") for index, (cpus, gpus) in enumerate(nodes)]
 
 
-def laid_out(plan: Plan, nodes: Sequence[Node], experts: int = 2, where: Where = "nodes", **cluster: Any) -> Layout:
+def laid_out(plan: Plan, nodes: Sequence[Node], experts: int = 2, where: Site = "nodes", **cluster: Any) -> Seating:
     planned = replace(plan, config=config(experts, **cluster), experts=tuple(plan.experts[:1]) * experts)
     return lay_out(nodes, planned, Devices.of(nodes, planned.config), where)
 
 
-def asked_at_once(layout: Layout) -> list[list[Seat]]:
+def asked_at_once(layout: Seating) -> list[list[Seat]]:
     """Seats that are taken at the same time, moment by moment."""
     assert layout.trainer is not None and layout.home is not None
     if layout.beside:

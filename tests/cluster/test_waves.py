@@ -12,7 +12,7 @@ import pytest
 
 import cluster.watch
 from actors.process import Report
-from cluster.targets import Waves
+from cluster.targets import TargetComputation
 from cluster.watch import Watch
 from engine.calibration.samples import Sample
 from engine.run.run_folder import RunFolder
@@ -70,13 +70,13 @@ class _Actor(SimpleNamespace):
 
 def start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seats: int, slow: frozenset[int] = frozenset()
-) -> tuple[Machine, Waves, list[int]]:
+) -> tuple[Machine, TargetComputation, list[int]]:
     machine, counts = Machine(seats, slow), list[int]()
     fake = SimpleNamespace(wait=machine.wait, get=machine.get, nodes=list)
     monkeypatch.setattr(cluster.watch, "ray", fake)
     crew: Any = machine
     folder = RunFolder(str(tmp_path / "out"))
-    waves = Waves(crew, Watch(print), folder, WANTED, 3, lambda name, done: counts.append(done))
+    waves = TargetComputation(crew, Watch(print), folder, WANTED, 3, lambda name, done: counts.append(done))
     return machine, waves, counts
 
 

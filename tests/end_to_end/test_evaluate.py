@@ -17,7 +17,7 @@ import pytest
 import tiny
 from hostile import Server, refused
 
-from cluster.evaluate import Job, spread, task_cpus
+from cluster.evaluate import EvaluationJob, spread, task_cpus
 from cluster.placement import Node
 from engine.calibration.records import Record
 from engine.errors import ClusterError, ConfigError
@@ -167,7 +167,7 @@ def test_what_a_task_on_ray_gets() -> None:
 
 def test_files_of_a_model_go_apart_where_gpus_are_free() -> None:
     data = tuple(DataSet(name, (make_item(Record("", {"text": "w1"}, 1.0)),)) for name in "abc")
-    jobs = [Job(name, name, data, Tasks(("toy",)), Options()) for name in ("m", "n")]
+    jobs = [EvaluationJob(name, name, data, Tasks(("toy",)), Options()) for name in ("m", "n")]
 
     def apart(there: Sequence[Node], gpus: int) -> list[tuple[str, str, int]]:
         return [(j.name, "".join(d.name for d in j.data), len(j.tasks.names)) for j in spread(jobs, gpus, there)]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from engine.errors import RunError
 from engine.task_vectors.coefficients import (
+    ChunkLayout,
     Coefficients,
-    Layout,
     chunk_edges,
     logit,
     read_coefficients,
@@ -28,7 +28,7 @@ QUICK = settings(deadline=None, max_examples=200)
 
 
 def example() -> Coefficients:
-    layout = Layout.make({"a": 10, "b": 7, "c": 3}, {"a": 2, "b": 0, "c": 3})
+    layout = ChunkLayout.make({"a": 10, "b": 7, "c": 3}, {"a": 2, "b": 0, "c": 3})
     return Coefficients(layout, np.arange(12, dtype=np.float64).reshape(2, 6) / 16)
 
 
@@ -83,7 +83,7 @@ def test_a_layout_cuts_each_tensor_and_leaves_those_without_chunks_fixed() -> No
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9)), min_size=1, max_size=8))
 def test_the_columns_of_a_layout_run_over_the_tensors_and_their_chunks(tensors: list[tuple[int, int]]) -> None:
     names = [f"t{i}" for i in range(len(tensors))]
-    layout = Layout.make(
+    layout = ChunkLayout.make(
         dict(zip(names, (numel for numel, _ in tensors), strict=True)),
         dict(zip(names, (chunks for _, chunks in tensors), strict=True)),
     )
@@ -121,7 +121,7 @@ def test_one_value_per_tensor_is_the_mean_of_its_chunks() -> None:
 
 
 def test_spread_repeats_the_value_of_a_tensor_over_its_chunks() -> None:
-    one_each = Layout.make({"a": 10, "b": 7, "c": 3}, {"a": 1, "b": 1, "c": 1})
+    one_each = ChunkLayout.make({"a": 10, "b": 7, "c": 3}, {"a": 1, "b": 1, "c": 1})
     stage_1 = Coefficients(one_each, np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]))
     spread = stage_1.spread(example().layout)
     assert spread.layout == example().layout
@@ -131,7 +131,7 @@ def test_spread_repeats_the_value_of_a_tensor_over_its_chunks() -> None:
 def test_same_as_tells_values_and_layouts_apart() -> None:
     table = example()
     moved = Coefficients(table.layout, np.nextafter(table.values, 1))
-    recut = Coefficients(Layout(table.layout.tensors, table.layout.edges, (True, True, True)), table.values)
+    recut = Coefficients(ChunkLayout(table.layout.tensors, table.layout.edges, (True, True, True)), table.values)
     assert table.same_as(example())
     assert not table.same_as(moved)
     assert not table.same_as(recut)
@@ -194,8 +194,8 @@ def test_both_stages_come_back_from_parquet(
 ) -> None:
     numels = {f"layers.{i}.weight": 12 + i for i in range(len(chunks))}
     layouts = [
-        Layout.make(numels, dict.fromkeys(numels, 1)),
-        Layout.make(numels, dict(zip(numels, chunks, strict=True))),
+        ChunkLayout.make(numels, dict.fromkeys(numels, 1)),
+        ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True))),
     ]
     tables = []
     for layout in layouts:

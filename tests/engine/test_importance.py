@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.errors import ConfigError
 from engine.learning.importance import allocate_chunks, importance, stage_2_layout, write_importance
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 Array = npt.NDArray[np.float64]
 
@@ -37,7 +37,7 @@ kappas = st.sampled_from([0.0, 0.5, 1.0, 1.7, 2.0, 3.0])
 
 def stage_1(alpha: Array = ALPHA, numels: tuple[int, ...] = (10, 20, 30)) -> Coefficients:
     names = dict(zip("abc", numels, strict=True))
-    return Coefficients(Layout.make(names, dict.fromkeys(names, 1)), alpha)
+    return Coefficients(ChunkLayout.make(names, dict.fromkeys(names, 1)), alpha)
 
 
 def test_importance_by_hand() -> None:
@@ -141,7 +141,7 @@ def test_stage_2_end_to_end_by_hand() -> None:
 def test_stage_2_of_experts_that_equal_the_base_has_one_chunk_a_tensor() -> None:
     layout, scores_L = stage_2_layout(stage_1(), np.zeros((2, 3)), budget=1.1, kappa=1.0)
     np.testing.assert_array_equal(scores_L, [1 / 3] * 3)
-    assert layout == Layout.make({"a": 10, "b": 20, "c": 30}, {"a": 1, "b": 1, "c": 1})
+    assert layout == ChunkLayout.make({"a": 10, "b": 20, "c": 30}, {"a": 1, "b": 1, "c": 1})
 
 
 @pytest.mark.parametrize(("alpha", "magnitude", "budget"), [(ALPHA, MAGNITUDE, 0.4), (ALPHA, np.zeros((2, 3)), 0.9)])

@@ -22,11 +22,11 @@ from weight_space import combine, read
 
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
-from engine.shards.orthogonal import REACH, file_name, orthogonalise, with_orthogonal
+from engine.shards.orthogonal import TASK_VECTOR_SCALE, file_name, orthogonalise, with_orthogonal
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 Array = npt.NDArray[np.float64]
 ORTHOGONAL = "parameters.task_vectors=orthogonal"
@@ -67,7 +67,7 @@ def closed_form(taus: list[Array]) -> list[Array]:
 
     left, right = (nearest(np.concatenate(some, axis=1)) for some in ([u for u, _, _ in parts], [v for *_, v in parts]))
     own = [slice(k * rank, (k + 1) * rank) for k in range(len(taus))]
-    return [REACH * (left[:, mine] * parts[k][1]) @ right[:, mine].T for k, mine in enumerate(own)]
+    return [TASK_VECTOR_SCALE * (left[:, mine] * parts[k][1]) @ right[:, mine].T for k, mine in enumerate(own)]
 
 
 @pytest.mark.parametrize("experts", [2, 3])
@@ -92,10 +92,10 @@ def test_with_one_common_weight_their_sum_is_tsv_merge(make_merge: Callable[...,
     config = make_merge(experts=3)
     plan = plan_of(config, ORTHOGONAL)
     state = stored(plan, tmp_path)
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    layout = ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, 1))
     received = Received(plan)
     shards = LocalShards(plan, threads=1, overlap=False, state=state)
-    merged = received.all_of(shards.merge(Coefficients.constant(layout, [1.6 / REACH] * 3), received))
+    merged = received.all_of(shards.merge(Coefficients.constant(layout, [1.6 / TASK_VECTOR_SCALE] * 3), received))
     of_svd = read(combine(plan_of(config, "merge_method=svd", "parameters.lambda=1.6"), tmp_path / "svd"))
     base = load_file(config.parent / "base" / "model.safetensors")
     for name, tensor in merged.items():

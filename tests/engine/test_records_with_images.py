@@ -440,8 +440,8 @@ def test_a_chat_template_that_leaves_images_out_is_told(merges: dict[str, Path],
     assert "x.jsonl:1: " in fault(plan_with(folder / "merge.yaml", A))
 
 
-def uncounted(plan: Plan) -> list[tuple[tuple[int, int], ...]]:
-    return [sample.uncounted for sample in made_of(plan)[0]]
+def masked_spans(plan: Plan) -> list[tuple[tuple[int, int], ...]]:
+    return [sample.masked_spans for sample in made_of(plan)[0]]
 
 
 @each_family
@@ -450,11 +450,11 @@ def test_of_text_alone_what_counts_is_all_but_images(merges: dict[str, Path], fa
     plan = plan_with(merges[family], *records, options=["parameters.loss_tokens=text"])
     (seen, read), _ = made_of(plan)
     token = tiny_images.tokens(family)[TOKEN[family]]
-    inside = {place for start, stop in seen.uncounted for place in range(start, stop)}
+    inside = {place for start, stop in seen.masked_spans for place in range(start, stop)}
     marked = {place for place, number in enumerate(seen.input_ids) if number == token}
-    assert len(seen.uncounted) == 2 and marked == inside
-    assert read.uncounted == ()
-    assert uncounted(plan_with(merges[family], *records)) == [(), ()]
+    assert len(seen.masked_spans) == 2 and marked == inside
+    assert read.masked_spans == ()
+    assert masked_spans(plan_with(merges[family], *records)) == [(), ()]
 
 
 RESPONSE = "parameters.loss_tokens=response"
@@ -473,7 +473,7 @@ def test_of_a_response_what_counts_begins_where_its_first_token_is_predicted(
         # The last two words of the response, behind which the message ends.
         first = len(sample.input_ids) - 3
         assert sample.input_ids[first:] == (ids["w3"], ids["w4"], ids["</s>"])
-        assert sample.uncounted == ((0, first - 1),)
+        assert sample.masked_spans == ((0, first - 1),)
 
 
 @each_family
@@ -481,7 +481,7 @@ def test_of_a_response_that_the_expert_writes_all_counts(merges: dict[str, Path]
     options = [RESPONSE, "calibration.generate_responses=6"]
     samples, _ = made_of(plan_with(merges[family], A, {"question": "w1"}, options=options))
     assert [sample.generate for sample in samples] == [6, 6]
-    assert [sample.uncounted for sample in samples] == [((0, len(one.input_ids) - 1),) for one in samples]
+    assert [sample.masked_spans for sample in samples] == [((0, len(one.input_ids) - 1),) for one in samples]
 
 
 @pytest.mark.parametrize("record", [A, {"question": "w1"}, {"input_ids": [7, 8]}, {"text": "w1"}], ids=str)
@@ -503,7 +503,7 @@ def test_of_a_language_model_the_same_counts(llama_merge: Path, tmp_path: Path, 
     records = read_records(plan)
     (sample,) = make_samples(records, encoder(plan, records), plan)[0]
     assert sample.input_ids == ((4, 7, 2, 5, 9, 10, 2) if chat else (7, 9, 10))
-    assert sample.uncounted == (((0, 3),) if chat else ())
+    assert sample.masked_spans == (((0, 3),) if chat else ())
     path.write_text('{"question": "w1"}\n')
     with pytest.raises(CalibrationError, match="has no response"):
         make_samples(records := read_records(plan), encoder(plan, records), plan)
@@ -511,7 +511,7 @@ def test_of_a_language_model_the_same_counts(llama_merge: Path, tmp_path: Path, 
         plan_of(llama_merge, *options, RESPONSE, "calibration.generate_responses=4"), tokenizer=str(tmp_path)
     )
     (sample,) = make_samples(records, encoder(generating, records), generating)[0]
-    assert (sample.generate, sample.uncounted) == (4, ((0, 3),) if chat else ())
+    assert (sample.generate, sample.masked_spans) == (4, ((0, 3),) if chat else ())
 
 
 @pytest.mark.parametrize("length", [5, 6, 7])
@@ -522,7 +522,7 @@ def test_a_response_of_which_nothing_is_left_is_told(llama_merge: Path, tmp_path
     plan = plan_of(llama_merge, *options, RESPONSE, f"calibration.max_length={length}")
     records = read_records(plan)
     if length > 5:
-        assert make_samples(records, encoder(plan, records), plan)[0][0].uncounted == ((0, 5),)
+        assert make_samples(records, encoder(plan, records), plan)[0][0].masked_spans == ((0, 5),)
         return
     with pytest.raises(CalibrationError, match="nothing is left of its response"):
         make_samples(records, encoder(plan, records), plan)
@@ -589,7 +589,7 @@ def sample_or_told(plan: Plan) -> bool:
         samples, _ = made_of(plan)
     except CalibrationError as error:
         return str(error).startswith(str(plan.experts[0].calibration[0]))
-    return len(samples) == 2 and all(0 <= start < stop for one in samples for start, stop in one.uncounted)
+    return len(samples) == 2 and all(0 <= start < stop for one in samples for start, stop in one.masked_spans)
 
 
 @pytest.mark.parametrize(

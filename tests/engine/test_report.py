@@ -27,7 +27,7 @@ from engine.report.merge_folder import Merged
 from engine.report.page import report_html
 from engine.report.sections import coefficient_charts, sections_of
 from engine.storage.local_folder import LocalFolder
-from engine.task_vectors.coefficients import Coefficients, Layout, read_coefficients, write_coefficients
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients, read_coefficients, write_coefficients
 
 HOSTILE = "</script><script>alert(1)</script>"
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -85,7 +85,7 @@ def test_the_heatmaps_have_every_coefficient_where_it_belongs(
     tensors = [f"model.layers.{b}.{kind}.weight" for b in range(blocks) for kind in KINDS if (b, kind) != (0, KINDS[1])]
     tensors += [f"projector.linear_{number}.weight" for number in range(outside)]
     generator = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    layout = Layout.make(dict.fromkeys(tensors, 60), {name: int(generator.integers(0, 6)) for name in tensors})
+    layout = ChunkLayout.make(dict.fromkeys(tensors, 60), {name: int(generator.integers(0, 6)) for name in tensors})
     priors = generator.uniform(0.1, 0.9, experts)
     table = Coefficients(layout, generator.uniform(0, 1, (experts, layout.width)))
     names = [f"expert {k}" for k in range(experts)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import engine.methods.arithmetic.tensor
 from engine.methods.arithmetic.selection import ALL, NONE, Counts, Threshold, select
-from engine.methods.arithmetic.sparse import TOGETHER, Trimmed, counts, kept_of
+from engine.methods.arithmetic.sparse import EXPERTS_PER_PASS, Trimmed, counts, kept_of
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.task_vectors.experts import FullExpert
 from engine.task_vectors.kinds import TaskVector
@@ -209,7 +209,7 @@ def test_trimmed_over_pieces_and_blocks(
         assert_sorted_out(found, tau, kept_of(density, len(tau)))
 
 
-@pytest.mark.parametrize("experts", [1, TOGETHER, TOGETHER + 1, 2 * TOGETHER + 3])
+@pytest.mark.parametrize("experts", [1, EXPERTS_PER_PASS, EXPERTS_PER_PASS + 1, 2 * EXPERTS_PER_PASS + 3])
 def test_experts_are_counted_a_few_at_a_time(experts: int, pool: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_small(monkeypatch, 10, 30)
     generator = np.random.default_rng(experts)

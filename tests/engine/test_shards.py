@@ -24,8 +24,8 @@ import engine.shards.local_shards
 from engine.errors import CheckpointError
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.local_shards import LocalShards
-from engine.shards.protocol import Window, coefficient_gradient
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.shards.protocol import InFlightLimit, coefficient_gradient
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 
 
@@ -47,7 +47,7 @@ both = pytest.mark.parametrize("overlap", [False, True], ids=["in-turns", "toget
 def table_of(plan: Plan) -> Coefficients:
     # In another order than that of their use.
     numels = dict(reversed(plan.numels.items()))
-    layout = Layout.make(numels, {name: i % 4 for i, name in enumerate(plan.merged)})
+    layout = ChunkLayout.make(numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     return Coefficients(layout, np.random.default_rng(0).uniform(0.1, 0.9, (len(plan.experts), layout.width)))
 
 
@@ -65,7 +65,7 @@ def dense(plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return flat, {n: np.stack([e[n].double().numpy().ravel() - flat[n] for e in experts]) for n in plan.merged}
 
 
-def collected(shards: LocalShards, layout: Layout, slopes: dict[str, Tensor]) -> np.ndarray:
+def collected(shards: LocalShards, layout: ChunkLayout, slopes: dict[str, Tensor]) -> np.ndarray:
     leaving = shards.gradients(layout)
     for name, slope in slopes.items():
         leaving.send(name, lambda slope=slope: slope, slope.nbytes)
@@ -265,7 +265,7 @@ def test_the_model_may_compute_while_task_vectors_are_at_work(llama_merge: Path)
     sizes=st.lists(st.lists(st.integers(1, 80), min_size=1, max_size=12), min_size=1, max_size=4),
 )
 def test_a_window_never_holds_more_than_its_limit_or_one_larger_thing(limit: int, sizes: list[list[int]]) -> None:
-    window, lock, inside, seen = Window(limit), threading.Lock(), [], []
+    window, lock, inside, seen = InFlightLimit(limit), threading.Lock(), [], []
     together = threading.Barrier(len(sizes))
 
     def pass_through(mine: list[int]) -> None:
@@ -287,7 +287,7 @@ def test_a_window_never_holds_more_than_its_limit_or_one_larger_thing(limit: int
 
 
 def test_a_window_lets_in_what_fits_and_holds_back_what_does_not() -> None:
-    window = Window(10)
+    window = InFlightLimit(10)
     for size in (4, 5, 1):
         begun(lambda size=size: window.enter(size)).result(LONG)
     fourth = begun(lambda: window.enter(3))
@@ -309,7 +309,7 @@ def test_a_window_lets_in_what_fits_and_holds_back_what_does_not() -> None:
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(1, 3), st.integers(0, 99))
 def test_parts_of_the_gradient_are_added_where_they_belong(tensors: list[int], experts: int, seed: int) -> None:
     numels = {"a": 7, "b": 1, "c": 12, "d": 5, "e": 3}
-    layout = Layout.make(numels, {"a": 3, "b": 0, "c": 4, "d": 1, "e": 2})
+    layout = ChunkLayout.make(numels, {"a": 3, "b": 0, "c": 4, "d": 1, "e": 2})
     generator = np.random.default_rng(seed)
     names = [list(numels)[i] for i in tensors]
     parts = [(name, generator.normal(size=(experts, len(layout.edges_of[name]) - 1))) for name in names]
@@ -323,7 +323,7 @@ def test_parts_of_the_gradient_are_added_where_they_belong(tensors: list[int], e
 
 
 def test_the_gradient_of_nothing_is_zero() -> None:
-    layout = Layout.make({"a": 7, "b": 2}, {"a": 3, "b": 1})
+    layout = ChunkLayout.make({"a": 7, "b": 2}, {"a": 3, "b": 1})
     np.testing.assert_array_equal(coefficient_gradient(layout, 2, []), np.zeros((2, 4)))
 
 

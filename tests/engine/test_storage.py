@@ -331,15 +331,15 @@ def test_a_writer_that_is_killed_while_it_sends_leaves_what_was_there_before(sto
 def test_an_interrupt_while_it_sends_comes_when_the_file_is_whole(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, asked = open_folder(f"{store.root}/a"), Address.asked
+    folder, connection = open_folder(f"{store.root}/a"), Address.connection
 
     def interrupted(address: Address) -> AbstractContextManager[Any]:
         time.sleep(0.5)  # until the other thread waits for this one
         os.kill(os.getpid(), signal.SIGINT)
-        return asked(address)
+        return connection(address)
 
     with store.fault("slow-parts"), monkeypatch.context() as patched:
-        patched.setattr(Address, "asked", interrupted)
+        patched.setattr(Address, "connection", interrupted)
         with pytest.raises(KeyboardInterrupt):
             folder.write("name", b"x" * 8 * MIB)
     assert folder.size("name") == 8 * MIB
@@ -532,7 +532,7 @@ def test_a_name_that_leads_out_is_refused(store: Store, tmp_path: Path, name: st
     store.put("model/config.json", b"{}")
     store.put(name, b"evil")
     with pytest.raises(CheckpointError, match="no path below a folder"):
-        fetch(f"{store.root}/model", kind=CheckpointError)
+        fetch(f"{store.root}/model", error_type=CheckpointError)
     with pytest.raises(InputError, match=r"no path below a folder|no such object"):
         fetch(f"{store.root}/{name}")
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
@@ -549,7 +549,7 @@ def test_what_cannot_be_copied_is_told(store: Store, tmp_path: Path, monkeypatch
     assert caught.value.exit_code == 2 and "AWS_ENDPOINT_URL" in caught.value.do
     store.put("model/config.json", b"{}")
     with store.fault("refuse-all"), pytest.raises(CheckpointError, match=r"ACCESS_DENIED|403"):
-        fetch(f"{store.root}/model", kind=CheckpointError)
+        fetch(f"{store.root}/model", error_type=CheckpointError)
     (tmp_path / "cache" / "s3").mkdir(parents=True)
     (tmp_path / "cache" / "s3" / store.bucket).write_text("in the way")
     with pytest.raises(StorageError, match="Not a directory"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError, RunError
 from engine.task_vectors.pieces import Piece, pieces
-from engine.task_vectors.pipeline import Fill, Job, copy_of, stream
+from engine.task_vectors.pipeline import Fill, TensorJob, copy_of, stream
 
 SHAPES = {"a": (7, 5), "scalar": (), "b": (300,), "none": (0, 4), "c": (11, 13)}
 
@@ -36,7 +36,7 @@ def test_the_stream_is_every_piece_of_every_tensor_in_order(
     pool: ThreadPoolExecutor, threads: int, dtype: torch.dtype
 ) -> None:
     tensors = {name: torch.randn(shape).mul(9).to(dtype) for name, shape in SHAPES.items()}
-    jobs = [Job(name, tuple(t.shape), dtype, lambda t=t: copy_of(t)) for name, t in tensors.items()]
+    jobs = [TensorJob(name, tuple(t.shape), dtype, lambda t=t: copy_of(t)) for name, t in tensors.items()]
     parts = stream(jobs, pool, threads)
     for name, tensor in tensors.items():
         mine = [next(parts) for _ in pieces(name, tensor.shape)]
@@ -62,7 +62,7 @@ def test_no_more_is_computed_than_a_few_pieces_ahead(pool: ThreadPoolExecutor, t
             prepared += 1
         return fill
 
-    jobs = [Job(f"t{i}", (8, 48), torch.float32, prepare) for i in range(20)]
+    jobs = [TensorJob(f"t{i}", (8, 48), torch.float32, prepare) for i in range(20)]
     each = len(list(pieces("t0", (8, 48))))
     for taken, _ in enumerate(stream(jobs, pool, threads), start=1):
         with lock:
@@ -76,14 +76,14 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_the_tensor(pool: Thr
     tensor = torch.ones(50)
     tensor[49] = value
     with pytest.raises(RunError, match="late: the merged tensor has a weight that is NaN or infinite"):
-        list(stream([Job("late", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2))
+        list(stream([TensorJob("late", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2))
 
 
 def test_large_weights_are_finite_though_their_sum_is_not(pool: ThreadPoolExecutor) -> None:
     tensor = torch.full((50,), 3e38)
-    assert torch.equal(next(stream([Job("t", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2)), tensor)
+    assert torch.equal(next(stream([TensorJob("t", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2)), tensor)
     with pytest.raises(RunError, match="in float16"):
-        list(stream([Job("t", (50,), torch.float16, lambda: copy_of(tensor))], pool, 2))
+        list(stream([TensorJob("t", (50,), torch.float16, lambda: copy_of(tensor))], pool, 2))
 
 
 def test_what_a_preparation_raises_comes_out(pool: ThreadPoolExecutor) -> None:
@@ -91,4 +91,4 @@ def test_what_a_preparation_raises_comes_out(pool: ThreadPoolExecutor) -> None:
         raise ConfigError("no", "here")
 
     with pytest.raises(ConfigError, match="here: no"):
-        list(stream([Job("t", (5,), torch.float32, prepare)], pool, 2))
+        list(stream([TensorJob("t", (5,), torch.float32, prepare)], pool, 2))

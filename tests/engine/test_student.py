@@ -32,7 +32,7 @@ from engine.learning.targets import Target
 from engine.models.forward import blocks_of
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.local_shards import LocalShards
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,7 +48,7 @@ def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("student")
     config = tiny.make_merge(folder / "merge", parameters={"temperature": 1.5, "hidden_weight": 0.7})
     plan = plan_of(config)
-    layout = Layout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
+    layout = ChunkLayout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     values = np.random.default_rng(0).uniform(0.1, 0.6, (2, layout.width))
     return config, plan, targets_of(plan, folder), Coefficients(layout, values)
 
@@ -58,7 +58,7 @@ def unlabelled(target: Target) -> Target:
 
 
 def constant(plan: Plan, weight: float) -> Coefficients:
-    layout = Layout.make(plan.numels, dict.fromkeys(plan.merged, 1))
+    layout = ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, 1))
     return Coefficients.constant(layout, [weight] * len(plan.experts))
 
 
@@ -254,7 +254,7 @@ def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytes
         cut = list(pieces(name, parameter.shape))
         assert len(cut) > 1
         for value, piece in enumerate(cut):
-            room = student.room(piece)
+            room = student.buffer(piece)
             assert room.shape == (piece.numel,) and not room.requires_grad
             student.put(piece, room.fill_(value))
         numbers = [value for value, piece in enumerate(cut) for _ in range(piece.numel)]
@@ -292,7 +292,7 @@ class Late:
             for piece in order:
                 try:
                     before(piece)
-                    room = student.room(piece)
+                    room = student.buffer(piece)
                     room.copy_(self.content[piece])
                     student.put(piece, room)
                     futures[piece].set_result(None)

@@ -23,7 +23,7 @@ from engine.checkpoints.headers import read_file_header
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.task_vectors.coefficients import TensorCoefficients, chunk_edges
-from engine.task_vectors.experts import AdapterExpert, Expert, FullExpert
+from engine.task_vectors.experts import AdapterExpert, ExpertWeights, FullExpert
 from engine.task_vectors.kinds import Operand, TaskVector, as_operand
 from engine.task_vectors.pieces import Piece, blocks, pieces
 from engine.task_vectors.streams import GROUP, TaskVectors
@@ -49,7 +49,7 @@ class House:
 
     folder: Path
     base: Checkpoint
-    experts: list[tuple[str, Expert]]
+    experts: list[tuple[str, ExpertWeights]]
     dense: dict[str, list[Array | None]]
 
     def task_vectors(self, threads: int = 1, dtype: torch.dtype = torch.float32) -> TaskVectors:
@@ -72,7 +72,7 @@ def saved(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
 def make_house(folder: Path, dtype: torch.dtype, kinds: Sequence[str] = ("full", "adapter")) -> House:
     folder.mkdir()
     base = {name: noise(shape, seed, dtype) for seed, (name, shape) in enumerate(SHAPES.items())}
-    experts: list[tuple[str, Expert]] = []
+    experts: list[tuple[str, ExpertWeights]] = []
     dense: dict[str, list[Array | None]] = {name: [None] * len(kinds) for name in SHAPES}
     for k, kind in enumerate(kinds):
         if kind == "full":
@@ -499,7 +499,7 @@ def inspect_spoiled(folder: Path, spoil: Spoil) -> dict[str, Array]:
     }
     spoil(models)
     checkpoints = {name: saved(folder / name, tensors) for name, tensors in models.items()}
-    experts: list[tuple[str, Expert]] = [
+    experts: list[tuple[str, ExpertWeights]] = [
         ("math", FullExpert(checkpoints["math"])),
         ("code", AdapterExpert(checkpoints["code"], {"w": LoraPair("a", "b", 1.0, False)})),
     ]

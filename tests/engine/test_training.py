@@ -27,13 +27,13 @@ from engine.learning.learner import (
     with_prior,
 )
 from engine.methods.learned import Parameters
-from engine.task_vectors.coefficients import Coefficients, Layout
+from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 Array = npt.NDArray[np.float64]
 
 NUMELS = {"a": 10, "b": 7, "c": 9}
 WEIGHTS = (0.2, 0.45)
-CUT = Layout.make(NUMELS, {"a": 2, "b": 0, "c": 3})
+CUT = ChunkLayout.make(NUMELS, {"a": 2, "b": 0, "c": 3})
 
 
 def plan(weights: tuple[float, ...] = WEIGHTS, merge_method: str = "expert_merging", **parameters: Any) -> Any:
@@ -257,7 +257,7 @@ def test_the_stage_itself_is_not_written_to() -> None:
     chunks=st.tuples(st.integers(1, 10), st.integers(0, 7), st.integers(0, 9)),
 )
 def test_the_regularisation_does_not_pull_at_the_prior(weights: tuple[float, ...], chunks: tuple[int, ...]) -> None:
-    layout = Layout.make(NUMELS, dict(zip(NUMELS, chunks, strict=True)))
+    layout = ChunkLayout.make(NUMELS, dict(zip(NUMELS, chunks, strict=True)))
     prior = Coefficients.constant(layout, list(weights)).values
     for tied in (False, True):
         stage = Stage(2, layout, np.array(weights), prior, prior, tied)
@@ -305,7 +305,7 @@ def test_coefficients_stay_between_zero_and_one() -> None:
 def test_the_first_stage_has_one_coefficient_a_tensor_at_the_prior() -> None:
     stage = first_stage(plan())
     assert stage.number == 1
-    assert stage.layout == Layout.make(NUMELS, {"a": 1, "b": 1, "c": 1})
+    assert stage.layout == ChunkLayout.make(NUMELS, {"a": 1, "b": 1, "c": 1})
     np.testing.assert_array_equal(stage.prior, WEIGHTS)
     np.testing.assert_array_equal(stage.start, [[0.2] * 3, [0.45] * 3])
 

@@ -27,7 +27,16 @@ from engine.learning.student import Student
 from engine.models.loading import load_generation_config, load_tokenizer
 from engine.output.model_folder import output_files, write_companions
 from engine.run.identity import identity
-from engine.untrusted import check_regular, foreign, in_memory, in_time, open_regular, parse_json, read_text, shown
+from engine.untrusted import (
+    check_regular,
+    cpu_limit,
+    library_errors_as,
+    memory_limit,
+    open_regular,
+    parse_json,
+    read_text,
+    shown,
+)
 
 CPU = torch.device("cpu")
 FAULT = CheckpointError("too much", "here")
@@ -132,9 +141,9 @@ def spin(seconds: float) -> None:
 def test_work_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.untrusted, "SECONDS", 0.05)
     before = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(CheckpointError, match="here: too much"), in_time(FAULT):
+    with pytest.raises(CheckpointError, match="here: too much"), cpu_limit(FAULT):
         spin(30)
-    with in_time(FAULT):
+    with cpu_limit(FAULT):
         pass
     spin(0.2)
     assert signal.getsignal(signal.SIGVTALRM) is before
@@ -146,7 +155,7 @@ def test_another_thread_than_the_main_one_is_left_to_work(monkeypatch: pytest.Mo
     done = []
 
     def work() -> None:
-        with in_time(FAULT):
+        with cpu_limit(FAULT):
             spin(0.1)
             done.append(True)
 
@@ -158,9 +167,9 @@ def test_another_thread_than_the_main_one_is_left_to_work(monkeypatch: pytest.Mo
 
 def test_work_that_wants_all_memory_is_stopped() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(CheckpointError, match="here: too much"), in_memory(FAULT):
+    with pytest.raises(CheckpointError, match="here: too much"), memory_limit(FAULT):
         bytearray(engine.untrusted.MEMORY * 2)
-    with in_memory(FAULT):
+    with memory_limit(FAULT):
         assert bytearray(engine.untrusted.MEMORY // 4)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
@@ -176,13 +185,13 @@ Panic.__name__ = "PanicException"
     "error", [ValueError("a\n  b"), Exception("a b"), KeyError("a b"), Panic("a b"), OSError("a b")]
 )
 def test_what_others_raise_is_a_fault_of_the_input(error: BaseException) -> None:
-    with pytest.raises(CheckpointError, match=r"^here: it says '?a b'?$"), foreign(told):
+    with pytest.raises(CheckpointError, match=r"^here: it says '?a b'?$"), library_errors_as(told):
         raise error
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3), FAULT, StopIteration()])
 def test_what_is_no_fault_of_the_input_stays_what_it_is(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, foreign(told):
+    with pytest.raises(type(error)) as caught, library_errors_as(told):
         raise error
     assert caught.value is error
 

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.methods.arithmetic.tensor import MergeTensor
 from engine.task_vectors.pieces import Piece
-
-if TYPE_CHECKING:
-    from engine.methods.arithmetic.tensor import MergeTensor
-    from engine.task_vectors.pipeline import Fill
-
-
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from engine.methods.arithmetic.tensor import MergeTensor
-    from engine.task_vectors.pipeline import Fill
+from engine.task_vectors.pipeline import Fill
 
 
 def mean_of_task_vectors(tensor: MergeTensor) -> Fill:

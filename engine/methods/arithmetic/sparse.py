@@ -5,22 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.methods.arithmetic.kernels import HIGH_BINS, LOW_BINS, count_equal, count_high, count_low, thin, trim
 from engine.methods.arithmetic.selection import ALL, Counts, Threshold, select
+from engine.methods.arithmetic.tensor import Block, MergeTensor
 from engine.task_vectors.pieces import Piece
 
-if TYPE_CHECKING:
-    from engine.methods.arithmetic.tensor import MergeTensor
-
-from engine.methods.arithmetic.tensor import Block
-
 # Experts that are counted side by side: each has a table of its own, and all of them should fit a core's cache.
-TOGETHER = 8
+EXPERTS_PER_PASS = 8
 
 
 class Dense:
@@ -110,8 +105,8 @@ def counts(tensor: MergeTensor, high: Counts | None) -> Counts:
     """How many elements of each τₖ of a tensor have each half of bits; see `select`."""
     experts = list(range(len(tensor.task_vectors)))
     total = np.zeros((len(experts), HIGH_BINS if high is None else LOW_BINS), dtype=np.int64)
-    for first in range(0, len(experts), TOGETHER):
-        some = experts[first : first + TOGETHER]
+    for first in range(0, len(experts), EXPERTS_PER_PASS):
+        some = experts[first : first + EXPERTS_PER_PASS]
 
         def one(piece: Piece, some: Sequence[int] = some) -> Counts:
             part = np.zeros((len(some), total.shape[1]), dtype=np.int64)

@@ -7,37 +7,27 @@ experts. Letters: N elements of a piece, B of a block, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
-import numpy.typing as npt
-
-from engine.methods.arithmetic.selection import Threshold
-from engine.task_vectors.pieces import Piece
-
-if TYPE_CHECKING:
-    pass
-
-
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.methods.arithmetic.kernels import absolute_sum, add, agree, finish
+from engine.methods.arithmetic.selection import Threshold
 from engine.methods.options import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
 from engine.task_vectors.coefficients import TensorCoefficients
 from engine.task_vectors.kinds import TaskVector
-from engine.task_vectors.pieces import pieces
+from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import Fill, all_finite, in_order
 from engine.task_vectors.sums import merge_piece, whole
 
@@ -161,7 +151,7 @@ class MergeTensor:
         for factor, task_vector in zip(factors, self.task_vectors, strict=True):
             if task_vector is None or not task_vector.minus_base:
                 own += factor
-        return lambda piece, out_N: merge_piece(piece, self.base, self.task_vectors, wanted, out_N, own=own)
+        return lambda piece, out_N: merge_piece(piece, self.base, self.task_vectors, wanted, out_N, base_weight=own)
 
     def summed(self, sparse: Sparse, factors: Sequence[float]) -> Fill:
         """θ₀ + Σₖ factorₖ·cₖ·τ̂ₖ, with cₖ as `rescale` says."""
