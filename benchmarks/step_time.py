@@ -49,9 +49,9 @@ from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 from engine.planning.schedule import passes
 from engine.shards.local_shards import LocalShards
+from engine.sizes import BLOCK
 from engine.storage.paths import open_folder
 from engine.task_vectors.experts import FullExpert
-from engine.task_vectors.streams import BLOCK
 
 # What the issue that asked for this benchmark asks of it.
 PLAIN_K4, SLOPE_READS, MEMORY_K8, MEMORY_K32, RUN_K8 = 1.3, 2.0, 1 / 2, 1 / 5, 1 / 3

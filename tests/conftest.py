@@ -21,10 +21,10 @@ import torch
 from object_store import Store
 
 import actors.process
-import engine.task_vectors.streams
 from engine.config.reader import load_config
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
+from engine.task_vectors import pieces, sums
 
 # Seconds. Nothing takes as long; a test that waits for it has found a deadlock.
 LONG = 30
@@ -36,10 +36,11 @@ def plan_of(config: Path, *overrides: str) -> Plan:
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, block: int, piece: int) -> None:
     """Give small tensors several blocks and pieces, of so many elements at most."""
-    monkeypatch.setattr(engine.task_vectors.streams, "BLOCK", block)
-    monkeypatch.setattr(engine.task_vectors.streams, "PIECE", piece)
+    for module in (pieces, sums):
+        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(pieces, "PIECE", piece)
     # A thread's buffers are made at its first use, of the size that holds then.
-    monkeypatch.setattr(engine.task_vectors.streams, "_local", threading.local())
+    monkeypatch.setattr(sums, "_local", threading.local())
 
 
 def begun(call: Callable[[], object]) -> Future[object]:

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from object_store import Store
 
+import engine.storage.cache
 import engine.storage.lease
 import engine.storage.object_folder
 from engine.errors import CheckpointError, InputError, OutputError, StorageError
@@ -32,7 +33,8 @@ from engine.storage.address import Address
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
 from engine.storage.lease import Lease
-from engine.storage.object_folder import LocalFolder, ObjectFolder
+from engine.storage.local_folder import LocalFolder
+from engine.storage.object_folder import ObjectFolder
 from engine.storage.paths import as_path, is_uri, open_folder
 
 MIB = 1 << 20
@@ -178,7 +180,7 @@ def check_all(folder: Folder, files: dict[str, bytes]) -> None:
 
 WRITER = """
     import sys, time
-    from engine.storage.object_folder import open_folder
+    from engine.storage.paths import open_folder
     with open_folder(sys.argv[1]).create("name") as out:
         out.write(b"half" * 1000)
         print("there", flush=True)
@@ -251,7 +253,7 @@ FULL = """
     import sys
     from pathlib import Path
     from engine.errors import StorageError
-    from engine.storage.object_folder import open_folder
+    from engine.storage.paths import open_folder
     folder = open_folder(sys.argv[1])
     folder.write("state", b"earlier" * 1000)
     try:
@@ -503,7 +505,7 @@ def test_a_folder_is_copied_once_and_what_changed_again(store: Store, tmp_path: 
 
 
 def test_one_object_is_copied(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.storage.object_folder, "CHUNK", 7)
+    monkeypatch.setattr(engine.storage.cache, "CHUNK", 7)
     store.put("data/math.jsonl", b"lines" * 10)
     store.put("data/more/code.jsonl", b"")
     for patterns in (None, ()):
@@ -566,7 +568,7 @@ def test_an_object_that_changes_meanwhile_is_told(store: Store, monkeypatch: pyt
         store.delete("model/config.json") if change == "gone" else store.put("model/config.json", b"{   }")
         return found
 
-    monkeypatch.setattr(engine.storage.object_folder, "_facts", then_change)
+    monkeypatch.setattr(engine.storage.cache, "_facts", then_change)
     with pytest.raises(InputError, match="changed while it was copied"):
         fetch(f"{store.root}/model")
     target = engine.storage.cache.cache_folder() / "s3" / store.bucket

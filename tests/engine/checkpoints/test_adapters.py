@@ -2,76 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import tiny
 import tiny_images
 import torch
-import transformers
+from peft_adapters import Built, build, gpt2
 from reference import module_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoints.adapters import CONFIG, PREFIX, WEIGHTS, AdapterHeader, is_adapter, read_adapter_header
-from engine.checkpoints.headers import read_model_header
+from engine.checkpoints.adapters import CONFIG, PREFIX, WEIGHTS, is_adapter
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.task_vectors.experts import AdapterExpert
 
 Q = "model.layers.1.self_attn.q_proj"
 FACTOR = f"{PREFIX}{Q}.lora_A.weight"
-
-
-@dataclass(frozen=True)
-class Built:
-    """A base and an adapter on disk, and what peft's merge makes of each of the base's tensors."""
-
-    base: Path
-    adapter: Path
-    base_tensors: dict[str, Tensor]
-    merged_tensors: dict[str, Tensor]
-
-    def header(self) -> AdapterHeader:
-        return read_adapter_header(self.adapter, read_model_header(self.base))
-
-
-def gpt2(tied: bool = True) -> Any:
-    """A tiny GPT-2: its blocks are Conv1D, which stores weights as [in, out]."""
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
-    config.tie_word_embeddings = tied
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def build(folder: Path, model: Any, dtype: torch.dtype = torch.float32, save: Any = None, **options: Any) -> Built:
-    """An adapter with random factors, saved by peft; `save` goes to `save_pretrained`."""
-    base = tiny.save(model, folder / "base")
-    with warnings.catch_warnings():
-        # peft warns of what it sets by itself: Conv1D's layout, tied embeddings.
-        warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_" in name:
-                    parameter.copy_((torch.randn_like(parameter) * 0.2).to(dtype))
-        adapted.save_pretrained(folder / "adapter", **(save or {}))
-        merged = adapted.merge_and_unload().state_dict()
-    if dtype != torch.float32:
-        tensors = load_file(folder / "adapter" / WEIGHTS)
-        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "adapter" / WEIGHTS)
-    return Built(base, folder / "adapter", load_file(base / "model.safetensors"), merged)
 
 
 def cuts(numel: int, size: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut_small, plan_of
-from test_lora import build
+from peft_adapters import build
 from torch import Tensor
 from weight_space import (
     Tensors,

@@ -22,11 +22,12 @@ from engine.checkpoints.adapters import LoraPair
 from engine.checkpoints.headers import read_file_header
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
+from engine.sizes import GROUP
 from engine.task_vectors.coefficients import TensorCoefficients, chunk_edges
 from engine.task_vectors.experts import AdapterExpert, ExpertWeights, FullExpert
 from engine.task_vectors.kinds import Operand, TaskVector, as_operand
 from engine.task_vectors.pieces import Piece, blocks, pieces
-from engine.task_vectors.streams import GROUP, TaskVectors
+from engine.task_vectors.streams import TaskVectors
 from engine.task_vectors.sums import inner_products, mean_magnitudes, merge_piece
 
 Array = npt.NDArray[np.float64]
@@ -413,7 +414,7 @@ def test_blocks_of_full_size_have_the_same_bits_on_any_threads_and_at_any_addres
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large enough for an operation to be spread over threads, and for a product to be computed another way."""
-    monkeypatch.setattr("engine.task_vectors.streams.PIECE", 1 << 17)
+    monkeypatch.setattr("engine.task_vectors.pieces.PIECE", 1 << 17)
     shape, edges = (1000, 901), (0, 70_001, 300_000, 1000 * 901)
     base = noise(shape, 0)
     experts = [(f"e{k}", FullExpert(saved(tmp_path / f"e{k}", {"w": base + noise(shape, k + 1)}))) for k in range(5)]
