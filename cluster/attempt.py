@@ -14,7 +14,7 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
 from engine.output.merge_record import input_files
 from engine.output.model_folder import output_files, write_companions, write_json
-from engine.planning.open_models import open_base
+from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
@@ -43,7 +43,7 @@ class Attempt:
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
         folder.mkdir(exist_ok=True)
-        write_companions(folder, self.plan, open_base(self.plan).folder, files, tokenizer)
+        write_companions(folder, self.plan, base_folder(self.plan), files, tokenizer)
 
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:
         """SHA-256 of the inputs' weight and calibration files, by path or URI."""

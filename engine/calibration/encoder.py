@@ -16,7 +16,7 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.models.internvl import is_original
 from engine.models.loading import load_model_config, load_processor, load_tokenizer
-from engine.planning.open_models import open_base
+from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 
 
@@ -26,7 +26,7 @@ def encoder(plan: Plan, records: Records) -> Encoder:
     Raises:
         CheckpointError: what is needed for it cannot be read.
     """
-    folder = open_base(plan).folder
+    folder = base_folder(plan)
     words = find_model(plan.tokenizer, ROOT) if plan.tokenizer else folder
     everyone = [record for mine in records for record in mine]
     return encoder_of(plan.base_header, folder, words, plan.dtype, plan.config.trust_remote_code, everyone)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.calibration.encoder import encoder_of
 from engine.calibration.records import Record, check_seen
@@ -21,11 +20,9 @@ from engine.checkpoints.headers import main_dtype, read_model_header
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
-from engine.models.devices import device_map
 from engine.models.forward import language_model
-from engine.models.internvl import set_image_token
-from engine.models.loading import load_generation_config, load_model_config, load_tokenizer
-from engine.models.skeleton import build_skeleton, fill
+from engine.models.loading import load_model_config, load_tokenizer
+from engine.models.skeleton import build_writer, load_weights
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,7 @@ class Subject:
         self.header = read_model_header(self.folder)
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
         config = load_model_config(self.folder, options.remote_code)
-        self.model, self._places = build_skeleton(config, self.header.tensors, self._dtype, self.folder)
-        if (generation := load_generation_config(self.folder)) is not None:
-            language_model(self.model).generation_config = generation
+        self.model, self._places = build_writer(config, self.header.tensors, self._dtype, self.folder)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -86,14 +81,8 @@ class Subject:
 
     def load(self, device: torch.device) -> None:
         """Give the model its weights, on the device or over all GPUs that are visible."""
-        checkpoint, dtype = Checkpoint(self.folder, self.header.tensors), self._dtype
-
-        def weight(name: str) -> Tensor:
-            tensor = checkpoint.read(name)
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        fill(self.model, self._places, device_map(self.model, dtype, device), dtype, weight)
-        set_image_token(self.model, self.folder)
+        checkpoint = Checkpoint(self.folder, self.header.tensors)
+        load_weights(self.model, self._places, self._dtype, device, self.folder, checkpoint.read)
 
 
 class Reader:

@@ -15,13 +15,11 @@ from engine.calibration.samples import Sample
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.learning.targets import Target, loss_index
-from engine.models.devices import device_map
-from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
-from engine.models.internvl import set_image_token
+from engine.models.forward import arguments, head_names, rebuild_logits, written
 from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
 from engine.models.names import Places
-from engine.models.skeleton import build_skeleton, fill
-from engine.planning.open_models import open_base, open_expert
+from engine.models.skeleton import build_skeleton, build_writer, load_weights
+from engine.planning.open_models import base_folder, open_base, open_expert
 from engine.planning.plan import Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
 from engine.task_vectors.pieces import blocks
@@ -33,10 +31,9 @@ def check_models(plan: Plan) -> None:
     Raises:
         CheckpointError: see `build_skeleton`.
     """
-    base, dtype = open_base(plan).folder, getattr(torch, plan.dtype)
+    base, dtype = base_folder(plan), getattr(torch, plan.dtype)
     own = load_model_config(base, plan.config.trust_remote_code)
-    build_skeleton(own, plan.base_header.tensors, dtype, base)
-    load_generation_config(base)
+    build_writer(own, plan.base_header.tensors, dtype, base)
     for expert in plan.experts if plan.config.has_targets else ():
         source = open_expert(expert)
         if isinstance(source, FullExpert):
@@ -61,16 +58,8 @@ class FrozenExpert:
         config = load_config_like(own, folder)
         # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
         alike = computes_alike(own, config)
-        self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, folder)
-
-        def weight(name: str) -> Tensor:
-            tensor = _weight(base, source, name)
-            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
-
-        fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
-        set_image_token(self.model, base.folder)
-        if (generation := load_generation_config(folder)) is not None:
-            language_model(self.model).generation_config = generation
+        self.model, places = build_writer(config, plan.base_header.tensors, self.dtype, folder)
+        load_weights(self.model, places, self.dtype, device, base.folder, lambda name: _weight(base, source, name))
         self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
 
     def _head_is_the_base_s(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:

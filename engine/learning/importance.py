@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
 from engine.errors import ConfigError
-from engine.task_vectors.coefficients import ChunkLayout, Coefficients
-
-Array = npt.NDArray[np.float64]
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 
 
 def importance(alpha_KL: Array, magnitude_KL: Array, numel_L: Array) -> Array:

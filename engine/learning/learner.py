@@ -12,16 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from engine.learning.losses import regularization, regularization_gradient
 from engine.methods.learned import Parameters
 from engine.planning.plan import Plan
-from engine.task_vectors.coefficients import ChunkLayout, Coefficients, logit, sigmoid
-
-Array = npt.NDArray[np.float64]
-
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients, logit, sigmoid
 
 # Cosine annealing with warm restarts: the first period, its growth, and the floor as a part of the learning rate.
 PERIOD, GROWTH, FLOOR = 50, 2, 0.1

@@ -22,11 +22,9 @@ from engine.codec import to_cpu
 from engine.errors import RunError
 from engine.learning.losses import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.learning.targets import Target
-from engine.models.devices import device_map
 from engine.models.forward import arguments, blocks_of, decode, language_model, rebuild_logits
-from engine.models.internvl import set_image_token
 from engine.models.loading import load_model_config
-from engine.models.skeleton import build_skeleton, fill, part_of
+from engine.models.skeleton import build_skeleton, load_weights, part_of
 from engine.planning.open_models import open_base
 from engine.planning.plan import Plan
 from engine.shards.protocol import Arrivals, Gradients
@@ -56,14 +54,9 @@ class Student:
         self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, base.folder)
 
         def weight(name: str) -> Tensor | None:
-            if name in plan.merged_set:
-                return None
-            tensor = base.read(name)
-            # A view of the file where nothing has to change: what is never merged is never copied.
-            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            return None if name in plan.merged_set else base.read(name)
 
-        fill(self.model, places, device_map(self.model, self.dtype, device), self.dtype, weight)
-        set_image_token(self.model, base.folder)
+        load_weights(self.model, places, self.dtype, device, base.folder, weight)
         named = dict(self.model.named_parameters())
         # Parameter → the merged tensors that it is, or that are parts of it.
         self._parts: dict[str, list[str]] = {}

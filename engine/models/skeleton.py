@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
-from engine.models.devices import DeviceMap, device_of, dispatch
-from engine.models.loading import is_remote, reading
+from engine.models.devices import DeviceMap, device_map, device_of, dispatch
+from engine.models.forward import language_model
+from engine.models.internvl import set_image_token
+from engine.models.loading import is_remote, load_generation_config, reading
 from engine.models.names import Place, Places, check_filled, match_names, tied_weights
 
 transformers.logging.set_verbosity_error()
@@ -48,6 +50,46 @@ def build_skeleton(
         places = match_names(model, tensors, folder)
     check_filled(model, places, tensors, folder)
     return model.eval(), places
+
+
+def build_writer(
+    config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
+) -> tuple[Any, Places]:
+    """Return `build_skeleton`'s model with the generation config of its folder, where there is one.
+
+    Raises:
+        CheckpointError: see `build_skeleton` and `load_generation_config`.
+    """
+    model, places = build_skeleton(config, tensors, dtype, folder)
+    if (generation := load_generation_config(folder)) is not None:
+        language_model(model).generation_config = generation
+    return model, places
+
+
+def load_weights(
+    model: Any,
+    places: Places,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer_folder: Path,
+    read: Callable[[str], Tensor | None],
+) -> None:
+    """Fill a skeleton with weights, on the device or over all GPUs that the process sees, ready to run forward.
+
+    `read`: file tensor name → the tensor; None: a float tensor that is filled in later. Floats are converted to
+    `dtype`; a tensor that needs no change is not copied. `tokenizer_folder` is where OpenGVLab's InternVL finds the id
+    of its image token.
+
+    Raises:
+        RunError: the model does not fit the GPUs.
+    """
+
+    def weight(name: str) -> Tensor | None:
+        tensor = read(name)
+        return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+    fill(model, places, device_map(model, dtype, device), dtype, weight)
+    set_image_token(model, tokenizer_folder)
 
 
 def fill(

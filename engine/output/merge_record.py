@@ -17,10 +17,7 @@ from engine.methods.options import Method
 from engine.output.card import write_card, write_weight_space_card
 from engine.output.resolved_config import located, resolved_config, versions
 from engine.planning.open_models import weight_files
-from engine.planning.plan import ExpertPlan, ModelPlan, Plan
-from engine.storage.address import Address
-from engine.storage.cache import cache_folder
-from engine.storage.paths import is_uri
+from engine.planning.plan import ModelPlan, Plan
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
 METRICS = pa.schema(
@@ -51,13 +48,7 @@ def input_files(plan: Plan) -> dict[str, list[str]]:
 
 
 def _weights(model: ModelPlan) -> list[str]:
-    if isinstance(model, ExpertPlan) and model.adapter is not None:
-        return [*_weights(ModelPlan(model.model, model.header)), *_weights(model.adapter)]
-    files = weight_files(model)
-    if not is_uri(model.model):
-        return [str(file) for file in files]
-    address = Address.of(model.model)
-    return [str(address / str(file.relative_to(cache_folder() / address.local))) for file in files]
+    return [file.address for file in weight_files(model)]
 
 
 def write_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,13 +12,37 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
+from engine.storage.address import Address
+from engine.storage.cache import cache_folder
+from engine.storage.paths import is_uri
 from engine.task_vectors.experts import AdapterExpert, CheckpointWithAdapter, ExpertWeights, FullExpert
 from engine.task_vectors.streams import TaskVectors
 
 
+@dataclass(frozen=True)
+class WeightFile:
+    """A file of weights: the model or adapter, as the plan names it, and the file's path on this node."""
+
+    model: str
+    path: Path
+
+    @property
+    def address(self) -> str:
+        """The path, or the URI of a model in object storage, of which `path` is a copy in the cache."""
+        if not is_uri(self.model):
+            return str(self.path)
+        address = Address.of(self.model)
+        return str(address / str(self.path.relative_to(cache_folder() / address.local)))
+
+
+def base_folder(plan: Plan) -> Path:
+    """Return the folder of the base's files on this node."""
+    return _folder(plan.base)
+
+
 def open_base(plan: Plan) -> Checkpoint:
     """The base's weights, found by the plan's words on whatever node this is."""
-    base = Checkpoint(_folder(plan.base), plan.base_header.tensors)
+    base = Checkpoint(base_folder(plan), plan.base_header.tensors)
     if plan.rows is None:
         return base
     assert isinstance(plan.rows.header, ModelHeader)
@@ -39,13 +64,14 @@ def _open_adapter(model: ModelPlan, header: AdapterHeader) -> AdapterExpert:
     return AdapterExpert(Checkpoint(_folder(model), header.tensors), header.pairs)
 
 
-def weight_files(model: ModelPlan) -> list[Path]:
-    """The files that hold the model's weights."""
+def weight_files(model: ModelPlan) -> list[WeightFile]:
+    """Return the files that hold a model's weights: those of its checkpoint, then those of its adapter."""
     if isinstance(model, ExpertPlan) and model.adapter is not None:
         return [*weight_files(ModelPlan(model.model, model.header)), *weight_files(model.adapter)]
+    names = {WEIGHTS}
     if isinstance(model.header, ModelHeader):
-        return [_folder(model) / file for file in sorted({tensor.file for tensor in model.header.tensors.values()})]
-    return [_folder(model) / WEIGHTS]
+        names = {tensor.file for tensor in model.header.tensors.values()}
+    return [WeightFile(model.model, _folder(model) / name) for name in sorted(names)]
 
 
 def _folder(model: ModelPlan) -> Path:

@@ -8,9 +8,9 @@ import numpy as np
 
 from engine.config.mergekit_yaml import as_yaml
 from engine.report import charts
-from engine.report.charts import Array
 from engine.report.merge_folder import LOSSES, Merged
 from engine.report.sections import LOSS_NAMES, Cell, Chart, Section, Table, flat, key_figures, last_losses
+from engine.task_vectors.coefficients import Array
 
 
 def comparison(merges: Mapping[str, Merged]) -> list[Section]:

@@ -11,9 +11,9 @@ from rich.filesize import decimal
 
 from engine.config.mergekit_yaml import as_yaml
 from engine.report import charts
-from engine.report.charts import Array, Axis, Blocks, Scale
+from engine.report.charts import Axis, Blocks, Scale
 from engine.report.merge_folder import Importance, Memory, Merged
-from engine.task_vectors.coefficients import Coefficients
+from engine.task_vectors.coefficients import Array, Coefficients
 
 # An expert has a chart of its own while they are so few, and its tensors so many.
 FACETS, TENSORS = 12, 40

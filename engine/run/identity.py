@@ -23,7 +23,7 @@ def identity(plan: Plan) -> str:
     Weight files count by name, size and time of change, calibration files and their images by their bytes.
     """
     models: list[ModelPlan] = [plan.base, *plan.experts, *([plan.rows] if plan.rows else [])]
-    files = [(model.model, file) for model in models for file in weight_files(model)]
+    files = [(model.model, file.path) for model in models for file in weight_files(model)]
     facts = {
         "config": plan.config.model_dump(exclude=UNDECIDING, mode="json"),
         "images": [digest(Path(image)) for mine in plan.images for image in mine],

@@ -15,10 +15,10 @@ from torch import Tensor
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.orthogonal import with_orthogonal
-from engine.shards.protocol import Array, Arrivals, Gradients, PieceSink, coefficient_gradient
+from engine.shards.protocol import Arrivals, Gradients, PieceSink, coefficient_gradient
 from engine.sizes import WINDOW_BYTES
 from engine.storage.folder import Folder
-from engine.task_vectors.coefficients import ChunkLayout, Coefficients
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.streams import TaskVectors
 

@@ -8,14 +8,10 @@ from concurrent.futures import Future
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-from engine.task_vectors.coefficients import ChunkLayout, Coefficients
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece
-
-Array = npt.NDArray[np.float64]
-
 
 # Tensor name → what is done when all of the tensor's merged pieces are in the model.
 Arrivals = Mapping[str, Sequence["Future[None]"]]

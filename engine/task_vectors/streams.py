@@ -21,11 +21,11 @@ from torch import Tensor
 
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
-from engine.task_vectors.coefficients import TensorCoefficients
+from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import Piece
-from engine.task_vectors.sums import Array, inner_products, mean_magnitudes, merge_piece
+from engine.task_vectors.sums import inner_products, mean_magnitudes, merge_piece
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.sizes import BLOCK, GROUP
-from engine.task_vectors.coefficients import TensorCoefficients
+from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.kernels import add_differences
 from engine.task_vectors.kernels import inner_products as add_inner_products
 from engine.task_vectors.kinds import Operand, TaskVector, as_operand
 from engine.task_vectors.pieces import Piece, blocks
-
-Array = npt.NDArray[np.float64]
-
 
 # Each thread keeps the memory of its blocks for good, since fresh memory would cost more than the sums.
 _local = threading.local()

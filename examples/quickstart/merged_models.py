@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.learning.learner import first_stage
-from engine.planning.open_models import open_base
+from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
 from engine.task_vectors.coefficients import Coefficients
@@ -22,7 +22,7 @@ class MergedModels:
     """It is where merged pieces go, too: `engine.shards.protocol.Model`."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, folder = plan, open_base(plan).folder
+        self.plan, folder = plan, base_folder(plan)
         self.shards = LocalShards(plan, torch.get_num_threads(), overlap=False)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, plan.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -44,9 +44,6 @@ class Sparse(Protocol):
         """Zero the other elements of a block of τₖ, which begins at the tensor's element `start`."""
 
 
-Array = npt.NDArray[np.float32]
-
-
 T = TypeVar("T")
 
 
@@ -105,7 +102,7 @@ class MergeTensor:
         todo = (partial(of, piece) for piece in pieces(self.name, self.shape))
         return in_order(todo, self.pool, 2 * self.threads)
 
-    def blocks(self, piece: Piece, experts: Sequence[int]) -> Iterator[tuple[int, int, Tensor, Array]]:
+    def blocks(self, piece: Piece, experts: Sequence[int]) -> Iterator[tuple[int, int, Tensor, Block]]:
         """The blocks of a piece: first and last element, the base [B] and τ of the experts [K, B], in float32.
 
         Both are this thread's memory, which the next block takes.
@@ -188,7 +185,7 @@ class MergeTensor:
 
         return fill
 
-    def _sparse_blocks(self, piece: Piece, sparse: Sparse) -> Iterator[tuple[int, int, Tensor, Array]]:
+    def _sparse_blocks(self, piece: Piece, sparse: Sparse) -> Iterator[tuple[int, int, Tensor, Block]]:
         state = sparse.state(piece)
         for start, stop, base_B, tau_KB in self.blocks(piece, range(len(self.task_vectors))):
             for k, tau_B in enumerate(tau_KB):
