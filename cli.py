@@ -9,13 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
+from engine import __version__
 from engine.config.reader import load_config
 from engine.errors import ConfigError, MergeError, RunError
 from engine.planning.plan import Plan
@@ -40,6 +41,7 @@ _debug = click.option("--debug", is_flag=True, help="Show tracebacks and the act
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="expert-merging")
 def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
@@ -140,44 +142,50 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
 def evaluate(**options: Any) -> None:
     """Measure each MODEL (a folder, a URI or a hub id) on records and on tasks.
 
-    Records with a `response`: exact_match and f1 of what the model writes, loss and perplexity of the response.
-    Records with `choices` and `answer`: accuracy by what it writes, and by likelihood. Others: perplexity, and with
-    --expert kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md says what each is.
+    Records with a `response`: exact_match and f1 of the text that the model generates, loss and perplexity of the
+    response. Records with `choices` and `answer`: accuracy by generation, and by likelihood. Other records: perplexity,
+    and with --expert kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md defines each metric.
     """
-    _guarded(lambda: _evaluate(**options), options["debug"], "nothing was written")
+    _guarded(lambda: _evaluate(EvaluateOptions(**options)), options["debug"], "nothing was written")
 
 
-def _evaluate(
-    models: Sequence[str],
-    files: Sequence[str],
-    experts: Sequence[str],
-    out: str,
-    limit: int | None,
-    tasks: Sequence[str],
-    task_path: str | None,
-    num_gpus: int | None,
-    address: str | None,
-    debug: bool,
-    batch_size: int,
-    max_new_tokens: int,
-    max_length: int,
-    dtype: str,
-    trust_remote_code: bool,
-) -> None:
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The arguments and options of `evaluate`, by click's names."""
+
+    models: tuple[str, ...]
+    files: tuple[str, ...]
+    experts: tuple[str, ...]
+    out: str
+    limit: int | None
+    tasks: tuple[str, ...]
+    task_path: str | None
+    num_gpus: int | None
+    address: str | None
+    debug: bool
+    batch_size: int
+    max_new_tokens: int
+    max_length: int
+    dtype: str
+    trust_remote_code: bool
+
+
+def _evaluate(given: EvaluateOptions) -> None:
     signal.signal(signal.SIGTERM, _stop)
     from engine.evaluation.items import read_data
     from engine.evaluation.results import print_results, results_file, save_results
 
-    folder, name = results_file(out)
-    data = read_data(files, limit)
+    folder, name = results_file(given.out)
+    data = read_data(given.files, given.limit)
     from cluster.evaluate import evaluate as evaluate_by
     from cluster.evaluate import make_jobs
     from engine.evaluation.lm_eval_harness import Tasks
     from engine.evaluation.subject import Options
 
-    options = Options(batch_size, max_new_tokens, max_length, dtype, trust_remote_code)
-    jobs = make_jobs(models, data, experts, Tasks(tuple(tasks), task_path, limit), options)
-    rows = evaluate_by(jobs, address, debug, num_gpus)
+    options = Options(given.batch_size, given.max_new_tokens, given.max_length, given.dtype, given.trust_remote_code)
+    tasks = Tasks(given.tasks, given.task_path, given.limit)
+    jobs = make_jobs(given.models, data, given.experts, tasks, options)
+    rows = evaluate_by(jobs, given.address, given.debug, given.num_gpus)
     save_results(rows, folder, name)
     print_results(rows)
 
@@ -226,6 +234,12 @@ def _default_config() -> Path:
     if here.is_file():
         click.echo(f"config: {here.absolute()}")
         return here
+    if not (QUICKSTART / "merge.yaml").is_file():
+        raise ConfigError(
+            "there is no merge.yaml here, and this installation has no quickstart",
+            str(Path.cwd()),
+            do="name a config, or run cli.py of a checkout, which has examples/quickstart",
+        )
     if not (QUICKSTART / "base" / "config.json").is_file():
         fetched = subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=False)
         if fetched.returncode:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.memory import PeakMemory
+from engine.machine import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,3 @@ class ActorProcess:
     def report(self, **counts: int) -> Report:
         """The figures of this process so far."""
         return Report(self.role, self.memory.pid, self.memory.peak, counts)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

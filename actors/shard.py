@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 
-from actors.process import ActorProcess, Report, usable_cpus
+from actors.process import ActorProcess, Report
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
+from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
 from engine.planning.open_models import open_task_vectors

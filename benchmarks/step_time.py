@@ -33,7 +33,6 @@ from torch.nn import functional
 from trainer_memory import in_memory
 
 from actors.expert import Expert
-from actors.process import usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.records import read_records
@@ -44,6 +43,7 @@ from engine.config.reader import load_config
 from engine.learning.learner import Learner, first_stage
 from engine.learning.losses import hidden_loss
 from engine.learning.targets import Target as ExpertTarget
+from engine.machine import usable_cpus
 from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from actors.process import ActorProcess, Report
 from cluster.progress import Progress
-from cluster.watch import Watch
+from cluster.watch import Task, Watch
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
 from engine.output.merge_record import input_files
@@ -18,8 +18,6 @@ from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
-
-Task = TypeVar("Task")
 
 
 class Attempt:
@@ -103,15 +101,8 @@ class Attempt:
     ) -> list[Any]:
         """Ask the workers to do all tasks, each the next one when it is done with one; what they say, in any order."""
         self.progress.phase(phase, len(tasks) + done_before, done_before)
-        waiting, free = deque(tasks), deque(workers)
-        busy: dict[Any, Any] = {}
         answers: list[Any] = []
-        while waiting or busy:
-            while waiting and free:
-                worker = free.popleft()
-                busy[ask(worker, waiting.popleft())] = worker
-            done, said = self.watch.first(busy, phase)
-            answers.append(said)
-            free.append(busy.pop(done))
-            self.progress.advance(phase, done_before + len(tasks) - len(waiting) - len(busy))
+        for _, answer in self.watch.hand_out(tasks, workers, ask, phase):
+            answers.append(answer)
+            self.progress.advance(phase, done_before + len(answers))
         return answers

@@ -15,13 +15,13 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.expert import Expert
-from actors.process import usable_cpus
 from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.placement import Seat, Seating
 from cluster.remote_shards import RemoteShards
 from cluster.session import reserved
 from cluster.watch import Watch
+from engine.machine import usable_cpus
 from engine.planning.plan import Plan
 from engine.run.run_folder import load_plan
 from engine.shards.local_shards import LocalShards

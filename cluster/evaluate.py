@@ -11,7 +11,6 @@ from typing import Any
 import ray
 import torch
 
-from actors.process import usable_cpus
 from cluster.placement import Node
 from cluster.progress import Progress
 from cluster.session import connect, nodes
@@ -23,6 +22,7 @@ from engine.evaluation.lm_eval_harness import Tasks, check_tasks, run_tasks
 from engine.evaluation.measure import Evaluation
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options, Reader, Subject
+from engine.machine import usable_cpus
 from engine.models.loading import load_tokenizer
 
 
@@ -139,15 +139,15 @@ def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> lis
     """A task for each job; the figures in their order."""
     cpus = task_cpus(nodes(), gpus, len(jobs))
     task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
+    ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place])  # noqa: E731
     found: dict[int, list[Row]] = {}
     watch = Watch(progress.say)
     progress.phase("evaluating", len(jobs))
 
     def attempt() -> None:
-        waiting: dict[Any, int] = {task.remote(jobs[i]): i for i in range(len(jobs)) if i not in found}
-        while waiting:
-            reference, rows = watch.first(waiting, "evaluating")
-            place = waiting.pop(reference)
+        missing = [place for place in range(len(jobs)) if place not in found]
+        # Ray places a task wherever its CPUs and GPUs are free, so all of them are handed out at once.
+        for place, rows in watch.hand_out(missing, [task] * len(missing), ask, "evaluating"):
             found[place] = rows
             progress.advance("evaluating", len(found), jobs[place].name)
 

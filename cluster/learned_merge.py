@@ -47,7 +47,7 @@ class LearnedMerge(Attempt):
             if not crew.layout.overlap:
                 targets.all_stored()
             trainer = trainer or crew.trainer()
-            learning = Stages(self.plan, self.samples, self.folder, self.progress, self.watch, crew, trainer, targets)
+            learning = Stages(self, self.samples, crew, trainer, targets)
             self.plan = learning.find_prior()
             stages = [learning.stage(first_stage(self.plan))]
             importance = None
@@ -89,9 +89,9 @@ class LearnedMerge(Attempt):
         there = self.folder.stored_targets() if wanted else set()
         missing = [[sample for sample in mine if self.folder.target(sample) not in there] for mine in wanted]
         self.progress.phase("targets", sum(map(len, wanted)), len(there))
-        waves = TargetComputation(crew, self.watch, self.folder, missing, len(there), self.progress.advance)
-        waves.nbytes += sum(map(self.folder.state.size, there))
-        return waves
+        targets = TargetComputation(self, crew, missing, len(there))
+        targets.nbytes += sum(map(self.folder.state.size, there))
+        return targets
 
     def _magnitudes(self, crew: Crew) -> Array:
         """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite.

@@ -13,17 +13,16 @@ import numpy as np
 import ray
 
 from actors.trainer import WindowSample
+from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.progress import Progress
 from cluster.targets import TargetComputation
-from cluster.watch import Watch
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
 from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_prior, with_prior
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
-from engine.run.run_folder import RunFolder, StageState
+from engine.run.run_folder import StageState
 from engine.task_vectors.coefficients import Coefficients
 
 
@@ -31,48 +30,46 @@ from engine.task_vectors.coefficients import Coefficients
 class Stages:
     """Of one attempt at a merge, with the trainer and the targets that it has."""
 
-    plan: Plan
+    attempt: Attempt
     samples: Sequence[Sequence[Sample]]
-    folder: RunFolder
-    progress: Progress
-    watch: Watch
     crew: Crew
     trainer: Any
     targets: TargetComputation
 
     def find_prior(self) -> Plan:
         """The plan with every prior: where it is `auto`, the common weight of the smallest loss over all samples."""
-        if not needs_prior(self.plan):
-            return self.plan
-        kept = self.folder.kept("prior")
+        if not needs_prior(self.attempt.plan):
+            return self.attempt.plan
+        kept = self.attempt.folder.kept("prior")
         losses = [] if kept is None else kept.tolist()
         once = windows(
-            training_order([len(mine) for mine in self.samples], 1), self.plan.config.parameters.gradient_accumulation
+            training_order([len(mine) for mine in self.samples], 1),
+            self.attempt.plan.config.parameters.gradient_accumulation,
         )
-        self.progress.phase("prior", len(PRIORS), len(losses))
+        self.attempt.progress.phase("prior", len(PRIORS), len(losses))
         for weight in PRIORS[len(losses) :]:
-            coefficients = ray.put(common_prior(self.plan, weight))
+            coefficients = ray.put(common_prior(self.attempt.plan, weight))
             asked = [self.trainer.measure.remote(coefficients, self._window(window)) for window in once]
-            losses.append(sum(self.watch.answer(one, "measuring a prior") for one in asked))
-            self.folder.keep("prior", np.array(losses))
-            self.progress.advance("prior", len(losses))
-        return with_prior(self.plan, PRIORS[int(np.argmin(losses))])
+            losses.append(sum(self.attempt.watch.answer(one, "measuring a prior") for one in asked))
+            self.attempt.folder.keep("prior", np.array(losses))
+            self.attempt.progress.advance("prior", len(losses))
+        return with_prior(self.attempt.plan, PRIORS[int(np.argmin(losses))])
 
     def stage(self, stage: Stage) -> Coefficients:
         """One stage: an optimiser step a window, as soon as its targets are stored; its state is kept after each."""
-        parameters = self.plan.config.parameters
+        parameters = self.attempt.plan.config.parameters
         order = training_order([len(mine) for mine in self.samples], parameters.epochs)
         steps = windows(order, parameters.gradient_accumulation)
-        state = self.folder.load_stage(stage.number) or StageState(0, None)
+        state = self.attempt.folder.load_stage(stage.number) or StageState(0, None)
         phase = f"stage {stage.number}"
-        self.progress.phase(phase, len(steps), state.steps)
+        self.attempt.progress.phase(phase, len(steps), state.steps)
         reference = ray.put(stage)
         for number in range(state.steps, len(steps)):
             asked = self.trainer.step.remote(reference, state.learner, number, self._window(steps[number]))
-            step = self.watch.answer(asked, "taking a step")
+            step = self.attempt.watch.answer(asked, "taking a step")
             state = StageState(number + 1, step.state)
-            self.folder.save_stage(stage.number, state, step.rows)
-            self.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
+            self.attempt.folder.save_stage(stage.number, state, step.rows)
+            self.attempt.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
         learner = Learner(parameters, stage)
         assert state.learner is not None
         learner.restore(state.learner)
@@ -85,9 +82,9 @@ class Stages:
 
     def _target(self, sample: Sample) -> Any:
         """A reference to a target, which Ray can have read again from its file when a node is lost."""
-        files = [self.folder.inputs(sample)] if sample.inputs else []
-        files += [self.folder.target(sample)] if self.plan.config.has_targets else []
+        files = [self.attempt.folder.inputs(sample)] if sample.inputs else []
+        files += [self.attempt.folder.target(sample)] if self.attempt.plan.config.has_targets else []
         if not files:
             return ray.put(pack_all(without_targets(sample).tensors()))
         shard = self.crew.shards[(sample.expert + sample.index) % len(self.crew.shards)]
-        return shard.target.remote(self.folder.state, *files)
+        return shard.target.remote(self.attempt.folder.state, *files)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from actors.process import Report
+from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.watch import Watch
 from engine.calibration.samples import Sample
-from engine.run.run_folder import RunFolder
 
 WHAT = "computing targets"
 
@@ -25,14 +24,13 @@ class TargetComputation:
 
     def __init__(
         self,
+        attempt: Attempt,
         crew: Crew,
-        watch: Watch,
-        folder: RunFolder,
         wanted: Sequence[Sequence[Sample]],
         before: int,
-        advance: Callable[[str, int], None],
     ) -> None:
-        self._crew, self._watch, self._folder, self._advance = crew, watch, folder, advance
+        self._crew, self._watch, self._folder = crew, attempt.watch, attempt.folder
+        self._advance = attempt.progress.advance
         self._waiting = deque(mine for mine in wanted if mine)
         self._missing = {(sample.expert, sample.index) for mine in wanted for sample in mine}
         self.before, self._count, self.nbytes = before, before, 0
@@ -43,7 +41,7 @@ class TargetComputation:
             actor = crew.expert(seat)
             # Nothing is asked of it until it is there: a seat that is still another job's must hold nothing up.
             self._coming[actor] = actor.report.remote()
-            watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert")
+            self._watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert")
 
     def stored(self, samples: Sequence[tuple[int, int]]) -> None:
         """Return when the targets of these samples, as (expert, index), are stored."""

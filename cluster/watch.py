@@ -7,7 +7,8 @@ no merging.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import ray
@@ -36,6 +37,8 @@ TRIES = 3
 
 
 Result = TypeVar("Result")
+Task = TypeVar("Task")
+Worker = TypeVar("Worker")
 
 
 class Lost(Exception):
@@ -93,6 +96,24 @@ class Watch:
             if ready:
                 return ready[0], self._value(ready[0], what)
             beat = self._turn(wanted, began, beat, what)
+
+    def hand_out(
+        self, tasks: Iterable[Task], workers: Iterable[Worker], ask: Callable[[Worker, Task], Any], what: str
+    ) -> Iterator[tuple[Task, Any]]:
+        """Ask the workers to do all tasks, each the next one when it has done one; (task, answer) as they are done.
+
+        `ask` returns a reference. Raises what `first` raises.
+        """
+        waiting, free = deque(tasks), deque(workers)
+        busy: dict[Any, tuple[Worker, Task]] = {}
+        while waiting or busy:
+            while waiting and free:
+                worker, task = free.popleft(), waiting.popleft()
+                busy[ask(worker, task)] = worker, task
+            reference, answer = self.first(busy, what)
+            worker, task = busy.pop(reference)
+            free.append(worker)
+            yield task, answer
 
     def _turn(self, wanted: Sequence[Any], began: float, beat: float, what: str) -> float:
         """Wait a while for any reference, serve what is ready of the later ones, look at the nodes; the last beat."""

@@ -40,7 +40,7 @@ def cut_small(monkeypatch: pytest.MonkeyPatch, block: int, piece: int) -> None:
         monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(pieces, "PIECE", piece)
     # A thread's buffers are made at its first use, of the size that holds then.
-    monkeypatch.setattr(sums, "_local", threading.local())
+    monkeypatch.setattr(sums, "_threads", sums._PerThread())
 
 
 def begun(call: Callable[[], object]) -> Future[object]:

@@ -6,17 +6,19 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
+from engine import __version__
 from engine.config.mergekit_yaml import as_yaml
 from engine.config.schema import CalibrationFile, ExpertConfig
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import is_uri
 
-PACKAGES = ("expert-merging", "torch", "transformers", "ray", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
     """What computed the result."""
-    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "expert-merging": __version__, **packages}
 
 
 def resolved_config(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Literal
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
+from engine.machine import usable_cpus
 from engine.planning.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import passes, training_order, windows
@@ -76,9 +77,8 @@ class Machines:
     @classmethod
     def here(cls) -> Machines:
         """This machine alone."""
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
-        return cls(1, cpus, gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return cls(1, usable_cpus(), gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,12 @@ class RunFolder:
 
     def keep_samples(self, samples: list[list[Sample]]) -> None:
         """Keep the samples, when all their inputs are."""
-        self.state.write("samples.pickle", pickle.dumps(samples))
+        self.state.write("samples-2.pickle", pickle.dumps(samples))
 
     def samples(self) -> list[list[Sample]] | None:
         """The samples that an earlier start prepared, a file of this run's own; None: it did not come to its end."""
         try:
-            samples: list[list[Sample]] = pickle.loads(self.state.read("samples.pickle"))
+            samples: list[list[Sample]] = pickle.loads(self.state.read("samples-2.pickle"))
         except FileNotFoundError:
             return None
         return samples

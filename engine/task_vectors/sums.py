@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from engine.sizes import BLOCK, GROUP
+from engine.task_vectors.buffers import ThreadMemory
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.kernels import add_differences
 from engine.task_vectors.kernels import inner_products as add_inner_products
 from engine.task_vectors.kinds import Operand, TaskVector, as_operand
 from engine.task_vectors.pieces import Piece, blocks
-
-# Each thread keeps the memory of its blocks for good, since fresh memory would cost more than the sums.
-_local = threading.local()
 
 
 def whole(task_vector: TaskVector, base: Tensor) -> Tensor:
@@ -161,10 +159,20 @@ class _Buffers:
 
 def _buffers(count: int) -> _Buffers:
     """This thread's buffers for a block of `count` elements."""
-    if not hasattr(_local, "memory"):
-        _local.memory = torch.zeros(3 + GROUP, BLOCK)
-    if not hasattr(_local, "buffers") or _local.buffers.base_B.numel() != count:
-        base_B, other_B, zero_B, *expert_GB = _local.memory[:, :count]
-        _local.buffers = _Buffers(base_B, other_B, zero_B, tuple(expert_GB))
-    buffers: _Buffers = _local.buffers
-    return buffers
+    found = _threads.buffers
+    if found is None or found.base_B.numel() != count:
+        rows_RB = _threads.memory.take((3 + GROUP) * BLOCK).view(3 + GROUP, BLOCK)[:, :count]
+        base_B, other_B, zero_B, *expert_GB = rows_RB
+        found = _threads.buffers = _Buffers(base_B, other_B, zero_B.zero_(), tuple(expert_GB))
+    return found
+
+
+class _PerThread(threading.local):
+    """The buffers that a thread used last, and the memory in which they lie."""
+
+    def __init__(self) -> None:
+        self.memory = ThreadMemory()
+        self.buffers: _Buffers | None = None
+
+
+_threads = _PerThread()

@@ -1,4 +1,4 @@
-"""Waves of experts: who computes what, when the trainer may begin, and when each is let go."""
+"""Computation of targets: which actor computes which, when the trainer can start and when an actor is dismissed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WANTED = [[Sample(k, i, (1, 2), "here") for i in range(2)] for k in range(5)]
 
 
 class Machine:
-    """Actors whose calls are answered one a turn, in the order in which they were asked; `slow` seats never come."""
+    """Actors that answer one call per `wait`, in the order of the calls; those on `slow` seats never answer."""
 
     def __init__(self, seats: int, slow: frozenset[int]) -> None:
         self.seats, self.slow = seats, slow
@@ -76,7 +76,12 @@ def start(
     monkeypatch.setattr(cluster.watch, "ray", fake)
     crew: Any = machine
     folder = RunFolder(str(tmp_path / "out"))
-    waves = TargetComputation(crew, Watch(print), folder, WANTED, 3, lambda name, done: counts.append(done))
+    attempt: Any = SimpleNamespace(
+        watch=Watch(print),
+        folder=folder,
+        progress=SimpleNamespace(advance=lambda name, done: counts.append(done)),
+    )
+    waves = TargetComputation(attempt, crew, WANTED, 3)
     return machine, waves, counts
 
 
@@ -87,8 +92,8 @@ def test_every_target_is_computed_once_and_everybody_is_let_go(
     machine, waves, counts = start(monkeypatch, tmp_path, seats)
     waves.all_stored()
     assert Counter(machine.computed) == Counter((s.expert, s.index) for mine in WANTED for s in mine)
-    assert all(len(actors) == 1 for actors in machine.by.values()), "an expert is loaded by one actor only"
-    assert counts == list(range(4, 14)), "on from those that were stored before"
+    assert all(len(actors) == 1 for actors in machine.by.values()), "each expert is loaded by a single actor"
+    assert counts == list(range(4, 14)), "continues after the three that were stored before"
     assert sorted(machine.dismissed) == list(range(min(seats, 5)))
     assert 1 <= len(waves.reports) <= min(seats, 5)
     assert machine.at_once <= seats
@@ -108,4 +113,4 @@ def test_a_seat_that_never_becomes_free_holds_nothing_up(monkeypatch: pytest.Mon
     machine, waves, _ = start(monkeypatch, tmp_path, 3, slow=frozenset({1, 2}))
     waves.all_stored()
     assert len(machine.computed) == 10 and all(actors == {0} for actors in machine.by.values())
-    assert sorted(machine.dismissed) == [0, 1, 2], "those that never came are not waited for any more"
+    assert sorted(machine.dismissed) == [0, 1, 2], "actors that never started are dismissed, too"

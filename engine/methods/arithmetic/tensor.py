@@ -8,7 +8,6 @@ experts. Letters: N elements of a piece, B of a block, K experts.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from engine.methods.arithmetic.kernels import absolute_sum, add, agree, finish
 from engine.methods.arithmetic.selection import Threshold
 from engine.methods.options import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
+from engine.task_vectors.buffers import ThreadMemory
 from engine.task_vectors.coefficients import TensorCoefficients
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import Piece, pieces
@@ -51,7 +51,7 @@ T = TypeVar("T")
 LEAST_NORM = 1e-7
 
 
-_local = threading.local()
+_memory = ThreadMemory()
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class MergeTensor:
         size = max(SMALLEST_BLOCK, min(ROOM // 8, ROOM // max(1, len(experts))))
         row = self.shape[-1] if self.shape else 1
         size = size // row * row if 0 < row <= size else size
-        memory = _memory((1 + len(experts)) * size)
+        memory = _memory.take((1 + len(experts)) * size, at_least=2 * ROOM)
         for start in range(piece.start, piece.stop, size):
             stop = min(start + size, piece.stop)
             count = stop - start
@@ -237,11 +237,3 @@ def _float32(factors: Iterable[float]) -> list[np.float32]:
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-
-
-def _memory(count: int) -> Tensor:
-    """This thread's memory for `count` elements."""
-    if not hasattr(_local, "memory") or _local.memory.numel() < count:
-        _local.memory = torch.empty(max(count, 2 * ROOM))
-    memory: Tensor = _local.memory
-    return memory
