@@ -1,9 +1,12 @@
-"""Faults in a simulated cluster: what dies, in which phase, and whether the run ends with the same bits.
+"""Inject faults into merges on a simulated cluster and check that the result is bit-identical.
 
-`python tests/chaos.py` runs the whole matrix and prints it with the seconds to recover; `--cells` some of it. A cell is
-a merge through the command line on a head that computes nothing and three nodes. At a random moment of the phase the
-victim is killed with SIGKILL: a process of an actor; a node, which is its raylet with every process below it; or the
-driver, whose command is then given again. Nothing comes back: a run that loses a node ends on the two that are left.
+`python tests/chaos.py` runs every combination of victim and phase and prints a table of recovery times; `--cells`
+selects some of them. Each cell is one merge, started through the command line, on a head without CPUs and three nodes.
+At a random moment of the phase the victim is killed with SIGKILL: the process of an actor; a node, that is, its raylet
+and every process below it; or the driver, whose command is then run again. Nodes are not replaced during a cell: a run
+that loses one finishes on the remaining two.
+
+Only descendants of this process are killed. Other clusters on the same machine are not affected.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +32,12 @@ import ray.cluster_utils
 import rich.console
 import rich.table
 import tiny
-from cluster_helpers import pids, pids_titled, result
+from cluster_helpers import result
+from processes import descendants, kill, titled
+from psutil import Process
 
 ROOT = Path(__file__).resolve().parent.parent
-# A node's silence that long is its death. Much less, and a busy machine loses nodes that are alive.
+# A node that does not answer for about four seconds is declared dead. With less, live nodes are lost on a busy machine.
 SYSTEM = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 1000,
@@ -42,7 +47,7 @@ SYSTEM = {
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
 PHASES = ("targets", "orthogonal task vectors", "stage 1", "importance", "stage 2", "writing")
 ROLES = ("Expert", "Trainer", "Shard")
-# Which phases a victim lives to see: experts are gone when their targets are stored, the trainer before the output.
+# The phases in which each actor runs: experts exit when their targets are stored, the trainer before the output.
 LIVES = {"Expert": PHASES[:1], "Trainer": PHASES[:5], "Shard": PHASES}
 CELLS = [(victim, phase) for role in ROLES for victim in (role, f"node of {role}") for phase in LIVES[role]]
 CELLS += [("driver", phase) for phase in PHASES]
@@ -53,8 +58,15 @@ TRIES = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: seconds from the kill to the first progress that was new, by whomever, and those that the
-    run took longer than the undisturbed one.
+    """The result of a cell.
+
+    Attributes:
+        struck: What was killed.
+        same: Whether the output is bit-identical to that of the undisturbed run.
+        code: The exit code of the driver.
+        recovery: Seconds from the kill until the run advanced beyond its progress before the kill.
+        longer: Seconds that the run took longer than the undisturbed run.
+        log: The output of the driver.
     """
 
     struck: str
@@ -67,7 +79,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Given:
-    """What every cell has: nodes, a config, what an undisturbed run gives and takes, and a driver's environment."""
+    """What the cells share.
+
+    Attributes:
+        nodes: The cluster.
+        config: The config of the merge.
+        expected: The files of an undisturbed run's output, see `cluster_helpers.result`.
+        seconds: The duration of the undisturbed run.
+        environment: The environment of a driver.
+    """
 
     nodes: Nodes
     config: Path
@@ -77,7 +97,7 @@ class Given:
 
 
 class Nodes:
-    """A head and three nodes; `mend` brings back what a cell took."""
+    """A head and three nodes; `mend` replaces the nodes that a cell killed."""
 
     def __init__(self) -> None:
         head = {"num_cpus": 0, "object_store_memory": 80 << 20, "include_dashboard": False, "_system_config": SYSTEM}
@@ -88,38 +108,28 @@ class Nodes:
         while len(self.cluster.worker_nodes) < 3:
             self.cluster.add_node(**NODE)
 
-    def workers(self, role: str) -> list[int]:
-        """The processes of that role, and no other cluster's."""
-        ours = {raylet_of(node) for node in self.cluster.worker_nodes}
-        return [pid for pid in pids_titled(f"ray::{role}") if parent(pid) in ours]
+    def raylets(self) -> dict[int, Any]:
+        """The nodes that can be killed, by the process id of their raylets, which are children of this process."""
+        found = ((node.all_processes["raylet"][0].process, node) for node in self.cluster.worker_nodes)
+        return {process.pid: node for process, node in found if process.poll() is None}
 
-    def kill_node_of(self, pid: int) -> None:
-        raylet = parent(pid)
-        node = next(node for node in self.cluster.worker_nodes if raylet_of(node) == raylet)
-        below = [one for one in pids() if parent(one) == raylet]
-        for one in (raylet, *below):
-            kill(one)
-        self.cluster.remove_node(node, allow_graceful=False)
+    def workers(self, role: str) -> list[Process]:
+        """The processes of the actors of a role on these nodes."""
+        return [one for raylet in self.raylets() for one in titled(f"ray::{role}", descendants(raylet))]
 
-
-def raylet_of(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)
-
-
-def parent(pid: int) -> int | None:
-    try:
-        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return None
-
-
-def kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    def kill_node_of(self, worker: Process) -> bool:
+        """Kill the raylet of the node with this worker and all processes below it; False if the worker has exited."""
+        for raylet, node in self.raylets().items():
+            below = descendants(raylet)
+            if worker in below:
+                kill([Process(raylet), *below])
+                self.cluster.remove_node(node, allow_graceful=False)
+                return True
+        return False
 
 
 class Driver:
-    """A merge through the command line, its lines read as they come."""
+    """A merge started through the command line, whose output is read line by line."""
 
     def __init__(self, config: Path, out: Path, address: str, environment: dict[str, str]) -> None:
         command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", out, "--address", address]
@@ -131,7 +141,7 @@ class Driver:
         self.timer.start()
 
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        """(phase, parts done, parts in all) of each line that tells of one."""
+        """Yield (phase, parts done, total parts) for each line of output that reports progress."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
@@ -152,7 +162,7 @@ class Driver:
 
 @contextmanager
 def merges(folder: Path) -> Iterator[Given]:
-    """What the cells share."""
+    """Start the cluster and make the undisturbed merge that all cells are compared with."""
     options = {"max_shard_size": 30_000, "cluster": {"shards": 3, "wait": 60}}
     parameters = {"budget": 1.5, "gradient_accumulation": 2, "task_vectors": "orthogonal"}
     config = tiny.make_merge(
@@ -173,23 +183,22 @@ def merges(folder: Path) -> Iterator[Given]:
 
 
 def strike(nodes: Nodes, victim: str, driver: Driver, random_: random.Random) -> str:
-    """Kill the victim; what was killed, or nothing where it was not there any more."""
+    """Kill the victim and return a description of it, or an empty text if it is not running any more."""
     if victim == "driver":
-        kill(driver.process.pid)
+        driver.process.kill()
         return f"pid {driver.process.pid}"
     there = nodes.workers(victim.removeprefix("node of "))
     if not there:
         return ""
-    pid = random_.choice(there)
+    worker = random_.choice(there)
     if victim.startswith("node"):
-        nodes.kill_node_of(pid)
-    else:
-        kill(pid)
-    return f"pid {pid}"
+        return f"node of pid {worker.pid}" if nodes.kill_node_of(worker) else ""
+    kill([worker])
+    return f"pid {worker.pid}"
 
 
 def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Outcome:
-    """One cell of the matrix; a strike that came too late is tried again, at another moment."""
+    """Run one cell; if the victim has already exited at the moment of the kill, try again at another moment."""
     nodes, config, environment = given.nodes, given.config, given.environment
     random_ = random.Random(f"{seed} {victim} {phase}")
     for attempt in range(TRIES):
@@ -202,7 +211,7 @@ def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Out
         when = 0.0
         for name, done, total in driver:
             if name == phase and moment is None:
-                # A part of the phase, and a part of the time that it takes; the first where there is but one.
+                # Any part of the phase except the last one.
                 moment = random_.randrange(max(1, total - 1))
             if not struck and moment is not None and name == phase and done >= moment:
                 struck = strike(nodes, victim, driver, random_)
@@ -223,30 +232,28 @@ def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Out
         if struck and (victim != "driver" or recovery):
             same = code == 0 and result(target) == given.expected
             return Outcome(struck, same, code, recovery, time.monotonic() - began - given.seconds, log)
-    raise AssertionError(f"{victim} was never there to be killed while {phase}:\n{log}")
+    raise AssertionError(f"{victim} had exited before it could be killed in {phase}, {TRIES} times:\n{log}")
 
 
 @click.command()
 @click.option("--seed", default=0, show_default=True)
-@click.option("--cells", help="Only these: 'Trainer/stage 1,driver/writing'.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Keep the figures here, too.")
+@click.option("--cells", help="Run only these cells, such as 'Trainer/stage 1,driver/writing'.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures to this file.")
 def main(seed: int, cells: str | None, json_path: Path | None) -> None:
-    """Run the matrix, and print it."""
+    """Run the cells and print a table of the recovery times."""
     wanted: Iterable[tuple[str, ...]] = [tuple(cell.split("/")) for cell in cells.split(",")] if cells else CELLS
     outcomes: dict[tuple[str, str], Outcome] = {}
     with tempfile.TemporaryDirectory() as folder, merges(Path(folder)) as given:
         for victim, phase in wanted:
             outcome = run_cell(given, victim, phase, seed, Path(folder))
             outcomes[victim, phase] = outcome
-            told = "same bits" if outcome.same else f"DIFFERENT (exit {outcome.code})\n{outcome.log}"
+            told = "bit-identical" if outcome.same else f"DIFFERENT (exit {outcome.code})\n{outcome.log}"
             print(
                 f"{victim} killed in {phase}: {told}, {outcome.recovery:.1f} s to new progress, "
-                f"{outcome.longer:+.0f} s in all",
+                f"{outcome.longer:+.0f} s in total",
                 flush=True,
             )
-    title = (
-        f"seconds from the kill to new progress (and that the run of {given.seconds:.0f} s took longer); seed {seed}"
-    )
+    title = f"seconds from the kill to new progress (and added to the run of {given.seconds:.0f} s); seed {seed}"
     table = rich.table.Table("killed", *PHASES, title=title)
     for victim in dict.fromkeys(victim for victim, _ in outcomes):
         row = [outcomes.get((victim, phase)) for phase in PHASES]
@@ -254,7 +261,7 @@ def main(seed: int, cells: str | None, json_path: Path | None) -> None:
         table.add_row(victim, *cells_of)
     rich.console.Console(width=110).print(table)
     same = sum(outcome.same for outcome in outcomes.values())
-    print(f"{same} of {len(outcomes)} cells ended with the bits of the undisturbed run")
+    print(f"{same} of {len(outcomes)} cells: output bit-identical to the undisturbed run")
     if json_path:
         figures = {
             "/".join(cell): {"recovery": o.recovery, "longer": o.longer, "same": o.same} for cell, o in outcomes.items()

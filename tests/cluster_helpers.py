@@ -1,12 +1,15 @@
-"""Whole merges on the Ray that is connected, and what of them must not depend on the placement."""
+"""Run whole merges on the connected Ray, disturb them, and read the results to compare."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from processes import descendants, kill, titled
 
 from cluster.driver import attempt
 from cluster.progress import Progress
@@ -17,7 +20,7 @@ from engine.run.run_folder import open_run
 
 
 def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = None) -> Path:
-    """Merge on the Ray that is connected; `each_step` is called with a phase's name as it advances."""
+    """Merge on the connected Ray and return `out`; `each_step` is called with a phase's name whenever it advances."""
     plan, records = check_inputs(plan) if plan.config.learned else (plan, [])
     with open_run(str(out), identity(plan), fresh=False) as run, Progress() as progress:
         if each_step is not None:
@@ -35,31 +38,39 @@ def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = N
 
 
 def result(out: Path) -> dict[str, bytes]:
-    """What must not depend on who computed it: weights, coefficients and importance, byte for byte."""
+    """The files of an output that must not depend on the placement: weights, coefficients and importance, as bytes."""
     files = [*out.glob("*.safetensors"), *out.glob("merge/coefficients.parquet"), *out.glob("merge/importance.parquet")]
     assert len(files) >= 2
     return {path.name: path.read_bytes() for path in files}
 
 
-def pids() -> list[int]:
-    """Of every process."""
-    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+class KillOnce:
+    """A callback for `run_merge` that kills actors with SIGKILL, once in each of the given phases.
 
+    Args:
+        victims: The title of the processes to kill, such as `ray::Trainer`, by the phase in which they are killed.
 
-def pids_titled(title: str) -> list[int]:
-    """Of the processes whose title begins so, on this machine."""
-    found = []
-    for pid in pids():
-        try:
-            if (Path("/proc") / str(pid) / "cmdline").read_bytes().decode(errors="replace").startswith(title):
-                found.append(pid)
-        except OSError:
-            continue
-    return found
+    Only descendants of this process are killed: the workers of the Ray that this process started.
+    """
+
+    def __init__(self, victims: Mapping[str, str]) -> None:
+        self.victims = dict(victims)
+        self.killed: dict[str, list[int]] = {}
+
+    def __call__(self, phase: str) -> None:
+        if phase in self.victims and phase not in self.killed:
+            found = titled(self.victims[phase], descendants(os.getpid()))
+            kill(found)
+            self.killed[phase] = [process.pid for process in found]
+
+    @property
+    def missed(self) -> set[str]:
+        """The phases in which no process was killed."""
+        return {phase for phase in self.victims if not self.killed.get(phase)}
 
 
 def stopped(command: Sequence[Any], environment: Mapping[str, str]) -> tuple[int, str]:
-    """The exit code and the standard error of a merge that is told to stop in its third step."""
+    """Run a merge, send it SIGTERM in the third step of stage 1, and return its exit code and standard error."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as run:
         assert run.stdout is not None and run.stderr is not None

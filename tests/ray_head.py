@@ -1,4 +1,4 @@
-"""A real head started by `ray start`, as a cluster's user has it, with a token of its own."""
+"""A Ray head started with `ray start --head`, with its own ports, temporary folder and authentication token."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Head:
-    """Where the head answers, and the environment in which it answers us."""
+    """A running head.
+
+    Attributes:
+        address: Host and port of the GCS.
+        dashboard: URL of the dashboard, to which jobs are submitted.
+        metrics: URL of the metrics that Prometheus scrapes.
+        environment: Environment for commands that connect to it; holds the token.
+        pid: Process id of `ray start`, of which every process of the head is a descendant.
+    """
 
     address: str
     dashboard: str
     metrics: str
     environment: dict[str, str]
+    pid: int
 
 
 def free_port() -> int:
@@ -35,10 +44,10 @@ def free_port() -> int:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without a cluster in it, offline, and with our Python first."""
+    """The environment of this process without the address of a cluster, offline, with this Python first in PATH."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     environment |= {"PATH": f"{BIN}{os.pathsep}{environment['PATH']}", "HF_HUB_OFFLINE": "1"}
-    # Threads that wait for one another in a loop take seconds over a tiny model's step when the machine is busy.
+    # On a busy machine, threads that wait actively delay a step of a tiny model by seconds.
     return environment | {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
@@ -46,8 +55,8 @@ def clean_environment() -> dict[str, str]:
 def started_head() -> Iterator[Head]:
     environment = clean_environment() | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     port, dashboard, metrics = free_port(), free_port(), free_port()
-    head = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}", environment)
-    # Ray's sockets live below this folder, and their paths may not be long.
+    urls = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}"
+    # Ray's sockets are created below this folder, and a socket's path is limited to 107 bytes.
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
         arguments = ["start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
         arguments += [f"--metrics-export-port={metrics}", f"--temp-dir={folder}"]
@@ -59,6 +68,7 @@ def started_head() -> Iterator[Head]:
         log = Path(folder) / "head.log"
         with open(log, "wb") as opened:
             process = subprocess.Popen([BIN / "ray", *arguments], env=environment, stdout=opened, stderr=opened)
+        head = Head(*urls, environment, process.pid)
         try:
             deadline = time.monotonic() + 90
             while not answers(head):

@@ -1,4 +1,4 @@
-"""docs/cluster.md does what it says: its blocks are parsed, and run on clusters of this machine's own."""
+"""The code blocks of docs/cluster.md: they are parsed, and run on clusters that are started on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import tiny
 import yaml
 from conftest import plan_of
 from object_store import ENVIRONMENT, Store, serving
+from processes import marked, new_mark, send
 from ray_head import BIN, ROOT, clean_environment, free_port
 from transformers import AutoModelForCausalLM
 
@@ -82,7 +83,7 @@ def test_the_trackers_are_keys_of_a_config(tmp_path: Path) -> None:
 
 
 def run(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a shell block in the repository's root, with the page's variables."""
+    """Run a shell block in the root of the repository, after the block that sets the variables."""
     script = f"set -euo pipefail\n{BLOCKS['variables']}{BLOCKS[name]}"
     return subprocess.run(
         ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
@@ -101,7 +102,7 @@ def test_a_token_is_made_and_shown(tmp_path: Path) -> None:
     assert made.stdout.strip() == (tmp_path / ".ray" / "auth_token").read_text().strip() != ""
 
 
-# Stands before Ray's own command. What a node would have of its own, several of them share on this machine.
+# A wrapper of the `ray` command. Gives each node on this machine ports, resources and a temporary folder of its own.
 RAY = f"""#!{sys.executable}
 import os, socket, sys, tempfile
 
@@ -118,7 +119,7 @@ if sys.argv[1] == "start":
         own.append(f"--dashboard-port={{free_port()}}")
 os.execv({str(BIN / "ray")!r}, ["ray", *sys.argv[1:], *own])
 """
-# As SLURM's: `srun` drops its own options and runs the command once for each task, here.
+# Stands in for SLURM's `srun`: drops its options and runs the command once for each task, on this machine.
 SRUN = f"""#!{sys.executable}
 import subprocess, sys
 
@@ -142,26 +143,19 @@ def install(folder: Path, **scripts: str) -> None:
 
 @contextmanager
 def started(script: str, environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A shell script at work; when the context ends, it and all that it started are terminated."""
+    """Run a shell script; at the end of the context, send SIGTERM to it and to every process that it started.
+
+    The script may have exited before the processes that it started, so these are found by a mark.
+    """
+    environment = environment | new_mark()
     with open(log, "ab") as opened:
-        process = subprocess.Popen(
-            ["bash", "-c", script], cwd=ROOT, env=environment, stdout=opened, stderr=opened, start_new_session=True
-        )
+        process = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environment, stdout=opened, stderr=opened)
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+        send(signal.SIGTERM, marked(environment))
         process.wait(60)
-        wait_until(lambda: not alive(process.pid), log)
-
-
-def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        wait_until(lambda: not marked(environment), log)
 
 
 def wait_until(done: Callable[[], bool], log: Path) -> None:
@@ -173,7 +167,7 @@ def wait_until(done: Callable[[], bool], log: Path) -> None:
 
 @dataclass
 class Cluster:
-    """The page's cluster by hand, and what its blocks said."""
+    """The cluster that the page starts by hand, and the results of the blocks that were run on it."""
 
     environment: dict[str, str]
     folder: Path
@@ -183,7 +177,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Head and worker, and everything that needs a merge right before it."""
+    """Start the head and a worker, and run the blocks that must be run in direct succession."""
     folder = tmp_path_factory.mktemp("page")
     install(folder / "bin", ray=RAY)
     config = tiny.make_merge(folder / "merge")
@@ -193,7 +187,7 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment |= {"HEAD": "127.0.0.1", "CONFIG": str(config), "OUT": str(folder / "merged")}
     environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
     log = folder / "log"
-    # Ray's sockets live below its temporary folder, and their paths may not be long.
+    # Ray's sockets are created below this folder, and a socket's path is limited to 107 bytes.
     with serving() as url, tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as temporary, ExitStack() as nodes:
         store = Store(url, "bucket")
         store.ask("PUT", store.bucket)
@@ -245,7 +239,7 @@ def test_the_rayjobs_entrypoint_runs_on_the_head(by_hand: Cluster, tmp_path: Pat
     config = tiny.make_merge(tmp_path / "shared")
     entrypoint = yaml.safe_load(BLOCKS["rayjob"])["spec"]["entrypoint"]
     here = entrypoint.replace("/app/", f"{ROOT}/").replace("/shared", str(config.parent))
-    # As the operator's own pod does.
+    # The KubeRay operator submits the entrypoint in the same way.
     submit = [BIN / "ray", "job", "submit", "--address", f"http://127.0.0.1:{by_hand.environment['DASHBOARD']}", "--"]
     done = subprocess.run(
         [*submit, *shlex.split(here)], env=by_hand.environment, capture_output=True, text=True, timeout=400, check=False
@@ -265,7 +259,7 @@ def test_object_storage_holds_base_and_output(by_hand: Cluster) -> None:
         store.get("merged/model.safetensors") == (Path(by_hand.environment["OUT"]) / "model.safetensors").read_bytes()
     )
     kept = store.keys()
-    assert {key.partition("/")[0] for key in kept} == {"base", "merged"}, "the state is gone"
+    assert {key.partition("/")[0] for key in kept} == {"base", "merged"}, "the state of the run is removed"
 
 
 @pytest.mark.slow

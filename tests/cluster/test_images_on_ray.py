@@ -1,17 +1,15 @@
-"""Whole merges of a model that takes images on a real Ray: the laws of the text path hold for pixels too."""
+"""Whole merges of a vision-language model on a real Ray: the invariants of text models hold for images, too."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_images
-from cluster_helpers import pids_titled, result, run_merge
+from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
 from plain import Plain
 from safetensors import safe_open
@@ -20,10 +18,10 @@ from engine.calibration.image_encoder import ImageEncoder
 from engine.task_vectors.coefficients import read_coefficients
 
 pytestmark = pytest.mark.slow
-# Of transformers' own the one with the most inputs beside tokens and pixels.
+# Of the families in transformers, the one with the most inputs in addition to tokens and pixels.
 FAMILY = "qwen2_5_vl"
 SAMPLES = 3 + 2
-# The vision model is merged as well: its gradient comes through the images alone.
+# The vision tower is merged, too; its gradients depend on the images alone.
 OPTIONS: dict[str, Any] = {"parameters": {"budget": 1.5}, "exclude": ["vision.*k_proj.bias"]}
 
 
@@ -33,7 +31,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Seen:
-    """What a run keeps, looked at as often as it advances: file → its time of change, for each look."""
+    """Records the files in a run's folder whenever the run advances.
+
+    Attributes:
+        run: The folder of the run.
+        inputs: For each call of `look`, the modification time of each file of inputs.
+        targets: The keys of each file of targets.
+    """
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -50,7 +54,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """The merge that the others are compared with, one shard, and what its run kept."""
+    """The reference merge, with a single shard, and the files that its run stored."""
     out = tmp_path_factory.mktemp("out") / "merged"
     found = Seen(out.with_name("merged.run"))
     run_merge(plan_of(config), out, found.look)
@@ -76,28 +80,20 @@ def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_pa
 def test_each_sample_is_prepared_and_run_forward_once(merged: Path, seen: Seen) -> None:
     names = {f"{k}-{i}.safetensors" for k, samples in enumerate((3, 2)) for i in range(samples)}
     assert seen.inputs[0].keys() == names
-    assert all(look == seen.inputs[0] for look in seen.inputs), "written before the first target, and never again"
+    assert all(look == seen.inputs[0] for look in seen.inputs), "written once, before the first target"
     assert seen.targets.keys() == names
     assert not any(key.startswith("inputs.") for keys in seen.targets.values() for key in keys)
     figures = json.loads((merged / "merge" / "memory.json").read_text())
-    assert figures["expert_forwards"] == SAMPLES, "for both stages"
-    assert not seen.run.exists(), "the run's folder goes when the merge is done"
+    assert figures["expert_forwards"] == SAMPLES, "the stages share them"
+    assert not seen.run.exists(), "removed at the end of the merge"
 
 
-# A merge is mostly the start of its processes: the other placements are those of the runs that are disturbed.
+# Starting the processes dominates the time of a merge, so other placements are tested along with faults.
 @pytest.mark.usefixtures("small_ray")
 def test_two_shards_and_actors_that_are_killed_change_no_bit(config: Path, merged: Path, tmp_path: Path) -> None:
-    victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer"}
-    killed: dict[str, list[int]] = {}
-
-    def kill_once_a_phase(phase: str) -> None:
-        if phase in victims and phase not in killed:
-            killed[phase] = pids_titled(victims[phase])
-            for pid in killed[phase]:
-                os.kill(pid, signal.SIGKILL)
-
-    other = run_merge(plan_of(config, "cluster.shards=2"), tmp_path / "merged", kill_once_a_phase)
-    assert all(killed[phase] for phase in victims), "every victim was found"
+    kill_once = KillOnce({"targets": "ray::Expert", "stage 1": "ray::Trainer"})
+    other = run_merge(plan_of(config, "cluster.shards=2"), tmp_path / "merged", kill_once)
+    assert not kill_once.missed
     assert result(other) == result(merged)
 
 
@@ -122,5 +118,5 @@ def test_a_run_that_was_stopped_goes_on_within_the_trainer_and_prepares_no_image
     run_merge(plan, out)
     assert result(out) == result(merged)
     figures = json.loads((out / "merge" / "memory.json").read_text())
-    assert figures["expert_forwards"] == SAMPLES, "none was asked again for what it had said"
+    assert figures["expert_forwards"] == SAMPLES, "targets that were stored are not computed again"
     assert figures["bytes_trainer_to_shards"] == figures["bytes_shards_to_trainer"] == 0

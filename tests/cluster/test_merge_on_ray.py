@@ -1,10 +1,8 @@
-"""Whole merges on a real Ray: the laws, and the same bits whatever the placement and whoever dies."""
+"""Whole merges on a real Ray: invariants, and bit-identical results for every placement and after faults."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import safetensors.torch
 import tiny
 import torch
 import yaml
-from cluster_helpers import pids_titled, result, run_merge
+from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
 from plain import Plain, Received
 from transformers import AutoModelForCausalLM
@@ -33,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def merged(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The merge that the others are compared with: one shard."""
+    """The reference merge, with a single shard."""
     return run_merge(plan_of(config), tmp_path_factory.mktemp("out") / "merged")
 
 
@@ -66,7 +64,7 @@ def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_
     merged = run_merge(plan, tmp_path / "merged")
     for stage, table in enumerate(tables, start=1):
         _, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
-        assert got.layout == table.layout, "cut by the magnitudes of what is learned over"
+        assert got.layout == table.layout, "the chunks depend on the orthogonal task vectors"
         np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
     written, received = safetensors.torch.load_file(merged / "model.safetensors"), Received(plan)
     for name, tensor in received.all_of(plain.shards.merge(tables[-1], received)).items():
@@ -85,7 +83,7 @@ def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> Non
     assert set(written) == set(base)
     for name, tensor in written.items():
         if name not in plan.merged_set:
-            assert torch.equal(tensor, base[name]), f"{name} is the base's, bit for bit"
+            assert torch.equal(tensor, base[name]), f"{name} is bit-identical to the base's"
             continue
         edges, values = table.of(name).edges, table.of(name).values
         expected = base[name].flatten().double()
@@ -106,17 +104,17 @@ def test_figures_hold_the_laws(config: Path, merged: Path) -> None:
         for row in pyarrow.parquet.read_table(merged / "merge" / "metrics.parquet").to_pylist()
     }
     assert len(steps) == 6
-    assert figures["bytes_trainer_to_shards"] == len(steps) * figures["bytes_merged"], "one gradient out a step"
-    assert figures["bytes_shards_to_trainer"] == len(steps) * figures["bytes_merged"], "one set of merged tensors in"
-    assert figures["expert_forwards"] == 7, "once a sample, for both stages"
+    assert figures["bytes_trainer_to_shards"] == len(steps) * figures["bytes_merged"], "each gradient once per step"
+    assert figures["bytes_shards_to_trainer"] == len(steps) * figures["bytes_merged"], "each tensor once per step"
+    assert figures["expert_forwards"] == 7, "once for each sample; the stages share them"
     assert [actor["role"] for actor in figures["actors"]] == [
         "driver",
         "expert 0",
         "trainer",
         "shard 0",
-    ], "one place for experts, and one process there for both"
+    ], "a single process for both experts"
     assert all(actor["peak_anonymous_bytes"] > 0 for actor in figures["actors"])
-    assert not merged.with_name("merged.run").exists(), "the run's folder goes when the merge is done"
+    assert not merged.with_name("merged.run").exists(), "removed at the end of the merge"
 
 
 def test_two_shards_give_the_same_bits_as_one(config: Path, merged: Path, tmp_path: Path) -> None:
@@ -131,13 +129,13 @@ def test_task_vectors_within_the_trainer_give_the_same_bits_and_move_nothing(
     assert result(other) == result(merged)
     figures = json.loads((other / "merge" / "memory.json").read_text())
     assert figures["bytes_trainer_to_shards"] == figures["bytes_shards_to_trainer"] == 0
-    assert [actor["role"] for actor in figures["actors"]][-2:] == ["trainer", "shard 0"], "one that writes the files"
+    assert [actor["role"] for actor in figures["actors"]][-2:] == ["trainer", "shard 0"], "a shard writes the files"
 
 
 @pytest.mark.slow
 def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_path: Path) -> None:
     options = ["gradients=stream", "gradient_checkpointing=true", "merge_method=expert_merging", "cluster.shards=3"]
-    options.append("batch_tokens=1")  # a pass a sample
+    options.append("batch_tokens=1")  # one pass for each sample
     other = run_merge(plan_of(config, *options), tmp_path / "merged")
     figures = json.loads((other / "merge" / "memory.json").read_text())
     rows = pyarrow.parquet.read_table(other / "merge" / "metrics.parquet").to_pylist()
@@ -151,17 +149,9 @@ def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_p
 
 @pytest.mark.slow
 def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
-    victims = {"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"}
-    killed: dict[str, list[int]] = {}
-
-    def kill_once_a_phase(phase: str) -> None:
-        if phase in victims and phase not in killed:
-            killed[phase] = pids_titled(victims[phase])
-            for pid in killed[phase]:
-                os.kill(pid, signal.SIGKILL)
-
-    other = run_merge(plan_of(config), tmp_path / "merged", kill_once_a_phase)
-    assert all(killed[phase] for phase in victims), "every victim was found"
+    kill_once = KillOnce({"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"})
+    other = run_merge(plan_of(config), tmp_path / "merged", kill_once)
+    assert not kill_once.missed
     assert result(other) == result(merged)
 
 
@@ -178,7 +168,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged:
     run_merge(plan, tmp_path / "merged")
     assert result(tmp_path / "merged") == result(merged)
     figures = json.loads((tmp_path / "merged" / "merge" / "memory.json").read_text())
-    assert figures["expert_forwards"] == 7, "nothing was computed again"
+    assert figures["expert_forwards"] == 7, "stored targets are not computed again"
     metrics = [p.joinpath("merge/metrics.parquet") for p in (merged, tmp_path / "merged")]
     one, other = (pyarrow.parquet.read_table(path).drop(["seconds"]) for path in metrics)
     assert one.equals(other)

@@ -1,4 +1,4 @@
-"""One node and three simulated nodes: the same bits."""
+"""A merge on three simulated nodes is bit-identical to one on a single node."""
 
 from __future__ import annotations
 

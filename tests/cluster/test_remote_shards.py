@@ -1,4 +1,7 @@
-"""Buckets, what is in flight and what is counted, with shards that stand in for Ray's."""
+"""Remote shards: how pieces are bucketed, how many calls are in flight and which bytes are counted.
+
+Plain objects stand in for Ray's actors.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def plan_like(numels: Sequence[int], dtype: str = "float32", experts: int = 1) -> Any:
-    """What the exchange asks of a plan. As files often have them, t10 comes before t2."""
+    """The attributes of a plan that the exchange uses. The order is that of most files: t10 comes before t2."""
     named = dict(sorted((f"t{i}", numel) for i, numel in enumerate(numels)))
     tensors = {name: SimpleNamespace(shape=(numel,)) for name, numel in named.items()}
     header = SimpleNamespace(tensors=tensors)
@@ -61,8 +64,10 @@ class Question:
 
 @dataclass
 class Line:
-    """In place of Ray, with shards as slow as can be: a question is answered when somebody waits for its answer, the
-    shard's earlier ones before it. It notes how many are open.
+    """Stands in for Ray, with shards that are as slow as possible.
+
+    A call is answered when its answer is waited for, after the earlier calls of the same shard. Records how many calls
+    are open at a time.
     """
 
     asked: list[Question] = field(default_factory=list)
@@ -75,7 +80,7 @@ class Line:
         self.gate.set()
 
     def ask(self, shard: int, method: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Question:
-        # What is sent is what there is now, whatever becomes of it here.
+        # Ray serialises the arguments at the time of the call; later changes to them are not sent.
         sent = pickle.loads(pickle.dumps(arguments, protocol=5))
         question = Question(shard, method, sent, lambda: call(*sent))
         self.asked.append(question)
@@ -109,7 +114,7 @@ class Line:
         ]
 
     def buckets(self, method: str) -> list[tuple[int, tuple[Piece, ...]]]:
-        """Which pieces each question was about, and whose they are."""
+        """The shard and the pieces of each call of the method."""
         return [(one.shard, tuple(one.arguments[0])) for one in self.asked if one.method == method]
 
 
@@ -125,7 +130,7 @@ def line(monkeypatch: pytest.MonkeyPatch) -> Line:
 
 
 def confine(monkeypatch: pytest.MonkeyPatch, bucket: int, shards: int, piece: int = 10**6) -> None:
-    """Buckets of so many bytes at most, pieces of so many elements."""
+    """Limit buckets to `bucket` bytes and pieces to `piece` elements."""
     cut_small(monkeypatch, min(piece, 1 << 10), piece)
     monkeypatch.setattr(engine.sizes, "PIECE", 1)
     for module in (engine.sizes, cluster.remote_shards):
@@ -157,7 +162,7 @@ def collected(shards: Shards, layout: ChunkLayout, slopes: Sequence[tuple[str, T
 
 
 def exchange_all(plan: Any, shards: int, line: Line) -> RemoteShards:
-    """Merge all and send every gradient once."""
+    """Merge every tensor and send every gradient once."""
     remote = RemoteShards(plan, line.handles(shards, zeros(getattr(torch, plan.dtype)), ones))
     merged(remote, plan, Coefficients.constant(layout_of(plan), [0.5]))
     slopes = [(name, torch.ones(numel, dtype=getattr(torch, plan.dtype))) for name, numel in plan.numels.items()]
@@ -186,7 +191,7 @@ def test_every_piece_travels_once_each_way_in_a_bucket_of_its_shard(
     for method in ("merge", "gradients"):
         buckets = line.buckets(method)
         for shard, names in enumerate(slices(plan, shards)):
-            # The gradients were sent in the order of the plan.
+            # Gradients are sent in the order of the plan.
             ordered = in_order_of_use(names) if method == "merge" else names
             owned = [one for owner, bucket in buckets if owner == shard for one in bucket]
             assert owned == [one for name in ordered for one in cut[name]]
@@ -233,7 +238,7 @@ def test_only_so_many_merges_are_open(monkeypatch: pytest.MonkeyPatch, line: Lin
     plan = plan_like([10] * 24 if sizes == "even" else [120] + [10] * 24)
     merged(RemoteShards(plan, line.handles(shards, zeros(), ones)), plan, Coefficients.constant(layout_of(plan), [0.5]))
     assert len(line.asked) == len(plan.merged) and not any(line.open.values())
-    assert line.most_together == IN_FLIGHT * shards, "no more, and no fewer while there is something to ask"
+    assert line.most_together == IN_FLIGHT * shards, "the window is full as long as calls remain"
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -271,7 +276,7 @@ def test_a_gradient_waits_at_the_trainer_while_the_shards_have_enough_to_do(
         time.sleep(1e-3)
     wait([sending], timeout=0.05)
     assert not sending.done() and len(line.asked) == IN_FLIGHT
-    # One is in a bucket that waits, and one has no room in it; two more may wait at the window.
+    # One is in the bucket that waits to be sent, one does not fit into it; two more may wait for the window.
     assert len(fetched) == IN_FLIGHT + 2 and len(sent) <= IN_FLIGHT + 4
     line.gate.set()
     sending.result(LONG)
@@ -291,7 +296,7 @@ def test_a_gradient_larger_than_a_bucket_travels_in_several_and_is_let_go_of(
     leaving.send("t1", lambda large=large: large, large.nbytes)
     del large
     remote.thread.submit(gc.collect).result(LONG)
-    assert seen() is None, "nothing of it is kept until the next one comes"
+    assert seen() is None, "it is released before the next one is sent"
     leaving.send("t2", lambda: torch.ones(5), 20)
     leaving.collect()
     assert [sum(one.numel for one in bucket) for _, bucket in line.buckets("gradients")] == [
@@ -315,7 +320,7 @@ def plans(llama_merge: Path) -> dict[str, Plan]:
 
 
 def plain_shards(line: Line, plan: Plan, count: int) -> list[Any]:
-    """Handles of shard actors as plain classes."""
+    """Handles whose calls are executed by a plain `Shard`."""
     shard = Shard(plan, 0)
     return line.handles(count, shard.merge, shard.gradients)
 
@@ -326,7 +331,7 @@ def table_of(plan: Plan) -> Coefficients:
 
 
 def slopes_of(plan: Plan, seed: int) -> list[tuple[str, Tensor]]:
-    """As a backward pass gives them: the last tensors first."""
+    """Gradients in the order of a backward pass: the last tensors first."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: plan.base_header.tensors[name].shape for name in reversed(plan.merged)}
     dtype = getattr(torch, plan.dtype)
@@ -356,7 +361,7 @@ def test_remote_shards_are_local_ones_with_every_byte_counted(
     assert remote.traffic() == {"bytes_to_shards": plan.merged_bytes, "bytes_from_shards": plan.merged_bytes}
     assert plan.merged_bytes == sum(plan.numels.values()) * SIZES[dtype]
     if shards < 40:
-        assert len(line.asked) > 2 * shards, "several buckets a shard"
+        assert len(line.asked) > 2 * shards, "several buckets for each shard"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -376,7 +381,7 @@ def test_tensors_that_leave_several_times_add_up_as_locally(
 
 
 def test_a_tensor_may_leave_twice_in_a_row(monkeypatch: pytest.MonkeyPatch, line: Line) -> None:
-    """One bucket cannot hold both."""
+    """A bucket cannot hold the same tensor twice."""
     confine(monkeypatch, 10**6, shards=1)
     plan = plan_like([5, 4])
     remote = RemoteShards(
@@ -422,7 +427,7 @@ def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
     size = plan.merged_bytes
     first = trainer.step(first_stage(plan), None, 0, window)
     assert remote.traffic() == {"bytes_to_shards": out * size, "bytes_from_shards": size}
-    # Asked again, as after a death of someone else: what is merged already does not come a second time.
+    # The same step again, as after the loss of another actor: tensors that are already merged are not sent again.
     again = trainer.step(first_stage(plan), None, 0, window)
     assert remote.traffic() == {"bytes_to_shards": 2 * out * size, "bytes_from_shards": size}
     assert torch.equal(first.state["a"], again.state["a"])
@@ -431,11 +436,11 @@ def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
 
     local = Trainer(plan, LocalShards(plan, 1, overlap=False), lambda target: target)
     alone = local.step(first_stage(plan), None, 0, window)
-    assert torch.equal(alone.state["a"], first.state["a"]), "the same bits with nothing moved"
+    assert torch.equal(alone.state["a"], first.state["a"]), "bit-identical to shards within the trainer"
 
 
 def lost(*_: Any) -> Any:
-    raise ConnectionError("the shard is gone")
+    raise ConnectionError("shard-7")
 
 
 def test_the_error_of_a_shard_comes_out(line: Line) -> None:
@@ -444,9 +449,9 @@ def test_the_error_of_a_shard_comes_out(line: Line) -> None:
     arrivals = remote.merge(Coefficients.constant(layout_of(plan), [0.5]), Received(plan))
     assert set(arrivals) == set(plan.merged)
     for name in plan.merged:
-        with pytest.raises(ConnectionError, match="the shard is gone"):
+        with pytest.raises(ConnectionError, match="shard-7"):
             arrivals[name][0].result(LONG)
-    with pytest.raises(ConnectionError, match="the shard is gone"):
+    with pytest.raises(ConnectionError, match="shard-7"):
         collected(remote, layout_of(plan), [(name, torch.ones(numel)) for name, numel in plan.numels.items()])
 
 
@@ -467,7 +472,7 @@ def test_a_gradient_that_cannot_be_fetched_is_an_error_and_takes_no_room(
 
 
 def test_packed_pieces_of_a_shard_are_the_streams_own(plans: dict[str, Plan]) -> None:
-    """The actor adds nothing to what the engine computes."""
+    """The actor returns exactly what the engine computes."""
     plan = plans["bfloat16"]
     table, shard, streams = table_of(plan), Shard(plan, 0), open_task_vectors(plan, 1)
     name = plan.merged[2]

@@ -1,4 +1,4 @@
-"""What a failure of Ray's means to a run: the end, in our words, or a loss from which it goes on."""
+"""How failures of Ray are classified: as an error that ends the run, or as a loss from which the run continues."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from errors import refused
 from ray.exceptions import (
     ActorDiedError,
     ActorUnschedulableError,
@@ -25,7 +26,7 @@ from engine.errors import CheckpointError, MergeError, RunError
 
 
 class FakeRay:
-    """References are names; `values` are there, and what is an error is raised."""
+    """Stands in for Ray. References are names; those in `values` are ready, and a value that is an error is raised."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -60,29 +61,43 @@ def failed(cause: Exception) -> RayTaskError:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "text"),
+    ("error", "kind", "do", "facts"),
     [
-        (failed(CheckpointError("a weight is not finite", "x.safetensors")), CheckpointError, "a weight is not finite"),
-        (failed(failed(RunError("the loss is not finite"))), RunError, "the loss is not finite"),
-        (failed(KeyError("x")), RunError, "an actor failed while merging: KeyError"),
-        (ActorDiedError(), RunError, "an actor died while merging, and again when started anew"),
-        (failed(ActorDiedError()), RunError, "an actor died while merging"),
-        (OutOfDiskError(), RunError, "the disk to which Ray's object store spills is full"),
-        (failed(OutOfDiskError()), RunError, "spills is full"),
-        (OutOfMemoryError("killed"), RunError, "a node ran out of memory while merging"),
-        (RayError("strange"), RunError, "Ray failed while merging: RayError: strange"),
-        (ObjectLostError("00", "owner", "site"), Lost, "ObjectLostError"),
-        (failed(OwnerDiedError("00", "owner", "site")), Lost, "OwnerDiedError"),
-        (ActorUnschedulableError("its node does not exist any more"), Lost, "an actor's node is gone"),
+        (failed(CheckpointError("NaN", "x.safetensors")), CheckpointError, "", ["x.safetensors"]),
+        (failed(failed(RunError("NaN"))), RunError, "", ["NaN"]),
+        (failed(KeyError("x")), RunError, "--debug", ["merging", "KeyError"]),
+        (ActorDiedError(), RunError, "", ["merging"]),
+        (failed(ActorDiedError()), RunError, "", ["merging"]),
+        (OutOfDiskError(), RunError, "--object-spilling-directory", ["merging"]),
+        (failed(OutOfDiskError()), RunError, "--object-store-memory", ["merging"]),
+        (OutOfMemoryError("killed"), RunError, "`plan`", ["merging"]),
+        (RayError("strange"), RunError, "", ["merging", "RayError", "strange"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_what_a_failure_means(fake: FakeRay, error: Exception, kind: type[Exception], text: str) -> None:
+def test_a_failure_that_ends_the_run(
+    fake: FakeRay, error: Exception, kind: type[MergeError], do: str, facts: list[str]
+) -> None:
     fake.values["x"] = error
-    with pytest.raises(kind) as raised:
+    with refused(kind, do=do, facts=facts) as raised:
         Watch(print).answer("x", "merging")
-    assert text in str(raised.value)
-    assert not isinstance(raised.value, MergeError) or "traceback" not in str(raised.value)
+    assert type(raised.value) is kind
+    assert "traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (ObjectLostError("00", "owner", "site"), "ObjectLostError"),
+        (failed(OwnerDiedError("00", "owner", "site")), "OwnerDiedError"),
+        (ActorUnschedulableError("its node does not exist any more"), "ActorUnschedulableError"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_failure_from_which_the_run_continues(fake: FakeRay, error: Exception, name: str) -> None:
+    fake.values["x"] = error
+    with pytest.raises(Lost, match=name):
+        Watch(print).answer("x", "merging")
 
 
 def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
@@ -92,9 +107,9 @@ def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
     watch.gone("expert")
     looks = itertools.count()
     fake.turns = lambda: fake.alive.discard("b" if next(looks) < 3 else "a")
-    with pytest.raises(Lost, match="1 of the nodes in use is gone"):
+    with pytest.raises(Lost, match=r"\b1\b"):
         watch.answer("never", "waiting")
-    assert next(looks) > 3, "a node without anybody of ours does not matter"
+    assert next(looks) > 3, "the loss of a node without an actor in use is ignored"
 
 
 def test_a_death_that_a_node_s_loss_explains_is_a_loss(fake: FakeRay) -> None:
@@ -123,9 +138,9 @@ def test_later_references_are_served_while_another_is_waited_for(fake: FakeRay) 
     watch.forget("forgotten")
     assert watch.answer("wanted", "waiting") == "there"
     assert served == [1, 2, 3]
-    fake.values["bad"] = failed(RunError("no"))
+    fake.values["bad"] = failed(RunError("NaN"))
     watch.later("bad", then, "more")
-    with pytest.raises(RunError, match="no"):
+    with refused(RunError, facts=["NaN"]):
         watch.until(lambda: False, "waiting")
 
 
@@ -141,7 +156,7 @@ def test_a_heartbeat_while_nothing_comes(fake: FakeRay, monkeypatch: pytest.Monk
 
     fake.turns = come
     Watch(lines.append).answer("x", "taking a step")
-    assert len(lines) >= 4 and lines[0].startswith("still taking a step, ")
+    assert len(lines) >= 4 and all("taking a step" in line for line in lines)
 
 
 def test_a_loss_is_gone_on_from_as_long_as_the_run_gets_further() -> None:
@@ -151,11 +166,11 @@ def test_a_loss_is_gone_on_from_as_long_as_the_run_gets_further() -> None:
 
     def attempt() -> str:
         if next(attempts) <= 2 * TRIES:
-            raise Lost("a node is gone")
+            raise Lost("node-7")
         return "done"
 
     assert until_done(attempt, lambda: next(stands), said.append) == "done"
-    assert len(said) == 2 * TRIES and "going on from what is stored" in said[0]
+    assert len(said) == 2 * TRIES and all("node-7" in line for line in said)
 
 
 def test_a_loss_that_repeats_without_getting_further_is_the_end() -> None:
@@ -163,8 +178,8 @@ def test_a_loss_that_repeats_without_getting_further_is_the_end() -> None:
 
     def attempt() -> None:
         attempts.append(1)
-        raise Lost("a node is gone")
+        raise Lost("node-7")
 
-    with pytest.raises(RunError, match=f"{TRIES} tries in a row came no further: a node is gone"):
+    with refused(RunError, facts=[str(TRIES), "node-7"]):
         until_done(attempt, lambda: "here", print)
     assert len(attempts) == TRIES
