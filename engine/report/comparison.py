@@ -9,16 +9,16 @@ import numpy as np
 from engine.config.mergekit_yaml import as_yaml
 from engine.report import charts
 from engine.report.merge_folder import LOSSES, Merged
-from engine.report.sections import LOSS_NAMES, Cell, Chart, Section, Table, flat, key_figures, last_losses
+from engine.report.sections import LOSS_NAMES, Cell, Chart, ReportSection, Table, flat, key_figures, last_losses
 from engine.task_vectors.coefficients import Array
 
 
-def comparison(merges: Mapping[str, Merged]) -> list[Section]:
+def comparison(merges: Mapping[str, Merged]) -> list[ReportSection]:
     """Several runs side by side: key figures, options in which they differ, losses, coefficients."""
     columns = [dict(key_figures(merge)) for merge in merges.values()]
     keys = list(dict.fromkeys(key for column in columns for key in column))
     figures = Table([[key, *(column.get(key, "") for column in columns)] for key in keys], ["", *merges])
-    sections = [Section("Key figures", tables=[figures]), _differences(merges)]
+    sections = [ReportSection("Key figures", tables=[figures]), _differences(merges)]
     experts = list(dict.fromkeys(expert.name for merge in merges.values() for expert in merge.config.models))
     last = {name: dict(last_losses(merge)) for name, merge in merges.items()}
     nan = float("nan")
@@ -36,11 +36,11 @@ def comparison(merges: Mapping[str, Merged]) -> list[Section]:
         figure = charts.lines({name: (curve.steps, curve.values) for name, curve in curves.items()}, LOSS_NAMES[loss])
         drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}, mean over the samples of a step", figure))
     if tables:
-        sections.append(Section("Losses", "The last stage's, when each sample was seen last.", tables, drawn))
+        sections.append(ReportSection("Losses", "The last stage's, when each sample was seen last.", tables, drawn))
     means = {name: _mean_coefficients(merge, experts) for name, merge in merges.items() if merge.stages}
     if means:
         chart = Chart("Mean learned coefficient of each expert", charts.bars(means, experts, "mean α"), wide=True)
-        sections.append(Section("Coefficients", charts=[chart]))
+        sections.append(ReportSection("Coefficients", charts=[chart]))
     return sections
 
 
@@ -51,7 +51,7 @@ def _mean_coefficients(merge: Merged, experts: Sequence[str]) -> Array:
     return np.array([found.get(name, np.nan) for name in experts])
 
 
-def _differences(merges: Mapping[str, Merged]) -> Section:
+def _differences(merges: Mapping[str, Merged]) -> ReportSection:
     """The options in which runs differ, an expert's by its name."""
     columns = []
     for merge in merges.values():
@@ -62,4 +62,4 @@ def _differences(merges: Mapping[str, Merged]) -> Section:
     rows = [[key, *(column.get(key, "") for column in columns)] for key in keys]
     rows = [row for row in rows if len(set(row[1:])) > 1]
     text = "" if rows else "None: they have the same options."
-    return Section("Options that differ", text, [Table(rows, ["option", *merges])] if rows else [])
+    return ReportSection("Options that differ", text, [Table(rows, ["option", *merges])] if rows else [])

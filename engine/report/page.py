@@ -21,7 +21,7 @@ from engine.methods.registry import get_method
 from engine.report import charts
 from engine.report.comparison import comparison
 from engine.report.merge_folder import Merged, read_evaluation
-from engine.report.sections import Cell, Chart, Section, Table, options_of, sections_of
+from engine.report.sections import Cell, Chart, ReportSection, Table, options_of, sections_of
 from engine.storage.local_folder import LocalFolder
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -75,7 +75,7 @@ def _names(merges: Sequence[Merged]) -> list[str]:
     return last if len(set(last)) == len(last) else paths
 
 
-def _scores(sources: Mapping[str, pa.Table]) -> list[Section]:
+def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
     """What models score, a chart and a table a metric. Where sources differ about a model, it is one of each source."""
     told: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for name, table in sources.items():
@@ -96,7 +96,7 @@ def _scores(sources: Mapping[str, pa.Table]) -> list[Section]:
         head = ["model", *(f"{d} ({' or '.join(f'{n:,}' for n in counts[d])})" for d in data)]
         tables.append(Table([[model, *map(float, values[model])] for model in models], head, metric))
     text = "Scores of models on data; in brackets how many examples there are."
-    return [Section("Evaluation", text, tables, drawn)] if rows else []
+    return [ReportSection("Evaluation", text, tables, drawn)] if rows else []
 
 
 def _figure(cell: Cell) -> str:

@@ -55,7 +55,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of the page; `folded` is there when it is asked for."""
 
     title: str
@@ -65,9 +65,9 @@ class Section:
     folded: Table | None = None
 
 
-def sections_of(merge: Merged) -> list[Section]:
+def sections_of(merge: Merged) -> list[ReportSection]:
     """All that one merge has to show but its options."""
-    sections = [Section("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
+    sections = [ReportSection("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
     sections += _coefficients(merge)
     if merge.importance is not None:
         sections.append(_importance(merge.importance))
@@ -101,7 +101,7 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
     yield "made with", ", ".join(f"{name} {number}" for name, number in merge.record.versions.items())
 
 
-def _experts(merge: Merged) -> Section:
+def _experts(merge: Merged) -> ReportSection:
     """A row an expert: its prior, what was learned of it and lost on its samples; or its settings."""
     rows: list[list[Cell]] = []
     losses = list(last_losses(merge))
@@ -120,7 +120,7 @@ def _experts(merge: Merged) -> Section:
     head += [f"{name}, {when}" for name, _ in losses for when in ("first", "last")]
     head += [*([] if merge.config.learned else ["options"]), "from"]
     told = "A loss is the mean over the expert's samples, when each was seen first and when last, in the last stage."
-    return Section("Experts", told if losses else "", [Table(rows, head)])
+    return ReportSection("Experts", told if losses else "", [Table(rows, head)])
 
 
 def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, float]]]]:
@@ -130,11 +130,11 @@ def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, 
             yield LOSS_NAMES[loss], merge.first_and_last(stage, loss)
 
 
-def options_of(merge: Merged) -> Section:
+def options_of(merge: Merged) -> ReportSection:
     """Every option, to be unfolded."""
     keys = {key: value for key, value in as_yaml(merge.config).items() if key != "models"}
     rows = sorted((key, str(value)) for key, value in flat(keys).items())
-    return Section("Options", folded=Table(rows, title="Every option, with the defaults"))
+    return ReportSection("Options", folded=Table(rows, title="Every option, with the defaults"))
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
@@ -145,7 +145,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
     return {name: inner for part in parts for name, inner in part.items()}
 
 
-def _coefficients(merge: Merged) -> list[Section]:
+def _coefficients(merge: Merged) -> list[ReportSection]:
     """Of each stage, how far the experts' coefficients are from their priors."""
     if not merge.stages:
         return []
@@ -159,7 +159,7 @@ def _coefficients(merge: Merged) -> list[Section]:
     if merge.config.parameters.task_vectors == "orthogonal":
         text += " Of a matrix, coefficients multiply the orthogonal task vector, which is four times as long."
     return [
-        Section(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
+        ReportSection(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
         for stage, table in merge.stages.items()
     ]
 
@@ -224,7 +224,7 @@ def _coefficient_texts(table: Coefficients, k: int) -> list[str]:
     return texts
 
 
-def _importance(found: Importance) -> Section:
+def _importance(found: Importance) -> ReportSection:
     """How much the merge relies on each tensor, and what it earned by that."""
     blocks = Blocks.of(found.tensors)
     shares, chunks = found.importance, np.array(found.chunks, dtype=np.float64)
@@ -248,20 +248,20 @@ def _importance(found: Importance) -> Section:
         f"the chunks of stage 2: {sum(found.chunks):,} over {len(found.tensors):,} tensors, of which {fixed:,} keep a "
         "fixed coefficient."
     )
-    return Section("Importance and chunks", text, charts=drawn)
+    return ReportSection("Importance and chunks", text, charts=drawn)
 
 
-def _losses(merge: Merged) -> Section:
+def _losses(merge: Merged) -> ReportSection:
     drawn = []
     for stage, losses in merge.losses().items():
         for loss in losses:
             curves = {name: (curve.steps, curve.values) for name, curve in merge.curves(stage, loss).items()}
             drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}", charts.lines(curves, LOSS_NAMES[loss])))
     text = "Of each expert, the mean over its samples in an optimiser step. A step sees some samples, not all of them."
-    return Section("Losses", text, charts=drawn)
+    return ReportSection("Losses", text, charts=drawn)
 
 
-def _memory(memory: Memory) -> Section:
+def _memory(memory: Memory) -> ReportSection:
     roles = [actor.role for actor in memory.actors]
     if len(set(roles)) < len(roles):
         roles = [f"{actor.role}, process {actor.pid}" for actor in memory.actors]
@@ -279,4 +279,4 @@ def _memory(memory: Memory) -> Section:
         ("targets", decimal(memory.bytes_targets)),
         ("forward passes of experts", f"{memory.expert_forwards:,}"),
     ]
-    return Section("Memory and traffic", "Phases may overlap.", [Table(rows)], drawn)
+    return ReportSection("Memory and traffic", "Phases may overlap.", [Table(rows)], drawn)
