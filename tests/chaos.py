@@ -31,10 +31,14 @@ import click
 import ray.cluster_utils
 import rich.console
 import rich.table
+from psutil import Process
+
+# When this file runs as a script, tests/engine and tests/cluster would otherwise hide the packages of the same names.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import tiny
 from cluster_helpers import result
 from processes import descendants, kill, titled
-from psutil import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 # A node that does not answer for about four seconds is declared dead. With less, live nodes are lost on a busy machine.
