@@ -1,7 +1,7 @@
-"""What a YAML for a method that learns nothing, in mergekit's forms or ours, says in our keys; and back again.
+"""Translate the YAML of a weight-space method, which may use mergekit's forms, to the keys of `Config` and back.
 
-Whole-model slices become models, a base among the models its settings, `parameters` a recipe of settings, each checked
-against the method's options. Knows neither files nor checkpoints.
+Slices that span the whole model become `models`, a base that is listed among the models becomes a `ListedBase`, and
+`parameters` become `WeightSpaceSettings`. Each setting is checked against the options of the method.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_m
 from engine.untrusted import shown
 
 Location = tuple[int | str, ...]
-
-
+# Returns the place of a key: FILE:LINE where the line is known.
 Where = Callable[[Location], str]
 
-
-# Keys that say how coefficients are learned: kept for a run by a method that learns, and of no use to the others.
+# Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both.
 LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")
 
 
 def method_of(raw: dict[str, Any], where: Where) -> Method | None:
-    """The method that a config names; None where the name is not even a text, which the config's own check will say.
+    """Return the method that a config names, or None if the name is missing or not a string.
+
+    `Config` reports a missing name and a name that is not a string.
 
     Raises:
-        ConfigError: there is no such method, or its library is not installed.
+        ConfigError: The method is unknown, or its library is not installed.
     """
     name = raw.get("merge_method")
     if not isinstance(name, str) or not name:
@@ -40,42 +40,48 @@ def method_of(raw: dict[str, Any], where: Where) -> Method | None:
         return method
     at = where(("merge_method",))
     if name in MERGEKIT:
-        raise ConfigError(f"the method {name!r} is mergekit's, which is not installed", at, do=INSTALL)
+        raise ConfigError(f"the method {name!r} needs mergekit, which is not installed", at, do=INSTALL)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
     raise ConfigError(
-        f"there is no method {shown(repr(name))}",
+        f"unknown method {shown(repr(name))}",
         at,
-        do=f"did you mean {near[0]!r}?" if near else "`python cli.py methods` lists them",
+        do=f"did you mean {near[0]!r}?" if near else "run `python cli.py methods` to list the methods",
     )
 
 
 def drop_others_options(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The config without the parameters that only other methods have, and their names."""
+    """Remove the parameters that only other methods have.
+
+    Returns:
+        The config without these parameters, and their names.
+    """
     others = set(known_options()) - set(method.by_name)
     unused: dict[str, None] = {}
 
-    def kept(section: Any) -> Any:
+    def reduced(section: Any) -> Any:
         if not isinstance(section, dict) or not isinstance(section.get("parameters"), dict):
             return section
         parameters = section["parameters"]
         unused.update(dict.fromkeys(key for key in parameters if key in others))
         return section | {"parameters": {key: value for key, value in parameters.items() if key not in others}}
 
-    found = kept(raw)
+    config = reduced(raw)
     for key in ("models", "slices"):
-        if isinstance(found.get(key), list):
-            found = found | {key: [kept(one) for one in found[key]]}
-    return found, tuple(unused)
+        if isinstance(config.get(key), list):
+            config = config | {key: [reduced(entry) for entry in config[key]]}
+    return config, tuple(unused)
 
 
 def read_recipe(
     raw: dict[str, Any], method: Method, where: Where
 ) -> tuple[dict[str, Any], WeightSpaceSettings, tuple[str, ...]]:
-    """The config in our keys, without parameters; the recipe that these are; and the keys that the method has no use
-    for.
+    """Translate the YAML of a weight-space method to the keys of `Config`.
+
+    Returns:
+        The config without `parameters`, the settings that these contain, and the keys that the method does not use.
 
     Raises:
-        ConfigError: a key that is refused, an option that the method does not have, a value that it does not take.
+        ConfigError: A key is not supported, or the method has no such option or refuses its value.
     """
     raw = _with_tokenizer(dict(raw), where)
     slice_settings: dict[str, Any] = {}
@@ -95,15 +101,15 @@ def read_recipe(
             models.append(entry)
             settings.append({})
             continue
-        own = entry.get("parameters") or {}
-        _check(own, method, ("models", place, "parameters"), where)
+        parameters = entry.get("parameters") or {}
+        _check(parameters, method, ("models", place, "parameters"), where)
         models.append({key: value for key, value in entry.items() if key != "parameters"})
         if not baseless and entry.get("model") == raw.get("base_model"):
-            # Whatever it has of calibration, it is no expert: its task vector would be zero.
+            # Even with calibration files the base is not an expert: its task vector would be zero.
             models[-1].pop("calibration", None)
-            base = ListedBase(place=place, settings=own)
+            base = ListedBase(place=place, settings=parameters)
         else:
-            settings.append(own)
+            settings.append(parameters)
     top = raw.pop("parameters", None) or {}
     _check(top, method, ("parameters",), where)
     _check(slice_settings, method, ("slices", 0, "parameters"), where)
@@ -116,7 +122,7 @@ def read_recipe(
 
 
 def as_yaml(config: Config) -> dict[str, Any]:
-    """The config as the keys of a YAML, which read again gives the same config."""
+    """Return the config as the keys of a YAML. Reading that YAML gives the same config again."""
     keys = config.model_dump(mode="json", exclude={"record", "recipe", "unused"}, exclude_none=True)
     recipe = config.recipe
     if recipe is None:
@@ -141,7 +147,8 @@ def as_yaml(config: Config) -> dict[str, Any]:
 
 def _check(settings: Any, method: Method, at: Location, where: Where) -> None:
     if not isinstance(settings, dict):
-        raise ConfigError(f"{'.'.join(map(str, at))} is {shown(repr(settings))}", where(at), "options and their values")
+        name = ".".join(map(str, at))
+        raise ConfigError(f"{name} is {shown(repr(settings))}", where(at), "a mapping of options to values")
     for key, setting in settings.items():
         option = method.by_name.get(key)
         if option is None:
@@ -150,7 +157,7 @@ def _check(settings: Any, method: Method, at: Location, where: Where) -> None:
             raise ConfigError(
                 f"{method.name} has no option {key!r}",
                 where((*at, key)),
-                do=f"did you mean {near[0]!r}?" if near else f"its options: {known}",
+                do=f"did you mean {near[0]!r}?" if near else f"use the options of the method: {known}",
             )
         try:
             option.check(setting)
@@ -159,34 +166,38 @@ def _check(settings: Any, method: Method, at: Location, where: Where) -> None:
 
 
 def _with_tokenizer(raw: dict[str, Any], where: Where) -> dict[str, Any]:
-    """`tokenizer: {source: …}` as `tokenizer_source`."""
+    """Replace `tokenizer: {source: …}` by `tokenizer_source`."""
     given = raw.get("tokenizer")
     if isinstance(given, dict) and set(given) == {"source"} and "tokenizer_source" not in raw:
         del raw["tokenizer"]
         raw["tokenizer_source"] = given["source"]
     if raw.get("tokenizer_source") == "union":
         raise ConfigError(
-            "a union of vocabularies is not supported", where(("tokenizer_source",)), "base, or one of the models"
+            "a union of vocabularies is not supported", where(("tokenizer_source",)), "`base`, or one of the models"
         )
     return raw
 
 
 def _whole_slice(raw: dict[str, Any], where: Where) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """One slice that is the whole of every model, as models."""
+    """Replace `slices` by `models`, if there is one slice and it spans all layers of every model.
+
+    Returns:
+        The config, the `parameters` of the slice, and the number of layers.
+    """
     refused = ConfigError(
-        "layer-stacking slices are not supported: they make a model of another depth",
+        "layer-stacking slices are not supported, because they change the depth of the model",
         where(("slices",)),
-        "one slice, in which every model has the layers 0 to its last",
-        "mergekit's passthrough with the same file",
+        "one slice that contains all layers of every model",
+        "use `passthrough` of mergekit with the same file",
     )
     slices = raw["slices"]
     if "models" in raw:
         raise ConfigError("both `models` and `slices` are given", where(("slices",)), "one of them")
     if not isinstance(slices, list) or not slices or not isinstance(slices[0], dict):
-        raise ConfigError("`slices` is no list of slices", where(("slices",)), "[{sources: […]}]")
+        raise ConfigError("`slices` is not a list of slices", where(("slices",)), "[{sources: […]}]")
     sources = slices[0].get("sources")
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources) or not sources:
-        raise ConfigError("a slice has no `sources`", where(("slices", 0)))
+        raise ConfigError("the slice has no list of `sources`", where(("slices", 0)))
     ranges = [source.get("layer_range") for source in sources]
     first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
     if type(first) is not int or first != 0 or type(last) is not int or last < 1:

@@ -1,8 +1,8 @@
-"""The config of a merge as typed, frozen data: its keys, their types, bounds and defaults; a superset of mergekit's.
+"""The keys of a config with their types, bounds and defaults: a superset of mergekit's.
 
-Knows nothing of YAML, files, checkpoints, torch or Ray; `engine.config.reader` reads one and words its faults. Defaults
-are those of the method's page (Expert Merging, arXiv 2509.25712). Options of the methods that learn nothing are
-settings (`engine.methods.options`), kept in `Config.recipe`.
+`engine.config.reader` reads a YAML into a `Config` and writes the error messages. `Config.parameters` has the options
+of the learned methods (Expert Merging, arXiv 2509.25712), `Config.recipe` those of weight-space methods
+(`engine.methods.options`).
 """
 
 from __future__ import annotations
@@ -21,24 +21,21 @@ from pydantic import (
 from engine.fields import Float, Int, Section, not_bool
 from engine.methods.learned import ModelParameters, Parameters
 
-# The trackers that accelerate knows; each is the name of its package too.
+# The trackers of accelerate, named like their packages.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
-
-# Keys that take one of several kinds of value, and what they take.
+# Keys that accept several kinds of values, with the text that error messages show as expected.
 UNIONS: dict[int | str, str] = {
     "weight": "a number, or auto",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": "auto, or a number of at least 0",
     "shards": "auto, or a whole number of at least 0",
-    "max_shard_size": "a number of bytes, or a text such as 5GB",
+    "max_shard_size": "a number of bytes, or a string such as 5GB",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
 
-
-# Fields that no YAML has: `engine.config.reader` fills them in.
+# Fields that are not keys of the YAML: `engine.config.reader` fills them in.
 INTERNAL = ("recipe", "unused")
-
 
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
@@ -47,13 +44,13 @@ def _pattern(value: str) -> str:
     try:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError(f"a regular expression ({error})") from error
     return value
 
 
 def _tracker(value: str) -> str:
     if value not in TRACKERS:
-        raise ValueError("there is no such tracker")
+        raise ValueError(f"one of {', '.join(TRACKERS)}")
     return value
 
 
@@ -62,37 +59,35 @@ def _listed(value: Any) -> Any:
 
 
 def _files(value: Any) -> Any:
-    """A path or a mapping as a list of one, and each path as a mapping."""
+    """Return a single path or mapping as a list, and each path as a mapping."""
     listed = [value] if isinstance(value, str | dict) else value
-    return [{"path": one} if isinstance(one, str) else one for one in listed] if isinstance(listed, list) else listed
+    if not isinstance(listed, list):
+        return listed
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in listed]
 
 
 def _option(value: Any) -> Any:
     parts = value.values() if isinstance(value, dict) else [value]
     if not all(isinstance(part, bool | int | float | str) for part in parts):
-        raise ValueError("a number, a text, true or false, or a mapping to these is expected")
+        raise ValueError("a number, a string, true or false, or a mapping to these")
     return value
 
 
 def _bytes(value: Any) -> Any:
-    """5GB as in transformers: powers of 1000."""
-    if isinstance(value, str) and (found := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
-        return int(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")
+    """Parse a size such as 5GB with powers of 1000, as transformers does."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
+        return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
     return not_bool(value)
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
-
-
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-# Of an image processor, by the names that transformers or the model's own configuration have for them.
+# Options of an image processor, named as in transformers or in the model's own configuration.
 ImageOptions = dict[str, Annotated[Any, AfterValidator(_option)]]
 
 
 def _last_part(model: str) -> str:
-    """`math` of `owner/math`, `../experts/math/`, `owner/math@revision` and `s3://bucket/math?region=x`."""
+    """Return `math` for `owner/math`, `../experts/math/`, `owner/math@revision` and `s3://bucket/math?region=x`."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@.+", model)
     if "://" in model:
         model = model.partition("?")[0]
@@ -100,10 +95,13 @@ def _last_part(model: str) -> str:
 
 
 class CalibrationFile(Section):
-    """A file of an expert's samples, written as its path where it has no options of its own.
+    """A calibration file of an expert, serialised as its path alone if it has no options.
 
-    `samples` are taken of this file; files without share the expert's. `loss_weight` counts instead of the expert's,
-    and `image_options` before the whole config's.
+    Attributes:
+        path: The file.
+        samples: Number of records taken from this file. Files without it share the expert's `samples_per_model`.
+        loss_weight: Replaces the expert's `loss_weight`.
+        image_options: Take precedence over `calibration.image_options`.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -118,7 +116,7 @@ class CalibrationFile(Section):
 
 
 class ExpertConfig(Section):
-    """One entry of `models`: a checkpoint or an adapter, by path or hub id."""
+    """An entry of `models`: a checkpoint or an adapter, given by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
     name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda given: _last_part(given.get("model", "")))
@@ -127,69 +125,87 @@ class ExpertConfig(Section):
 
 
 class Calibration(Section):
-    """How samples are made from records."""
+    """Options that turn records into calibration samples."""
 
     max_length: Annotated[Int, Field(ge=2)] = 2048
     shuffle: bool = False
     generate_responses: Annotated[Int, Field(ge=0)] = 64
     image_options: ImageOptions = Field(default_factory=dict)
-    # Where images are looked for that are not beside their data file; None: in the config's folder.
+    # Searched for images that are not next to their data file. None: the config's folder.
     image_folder: Annotated[str, Field(min_length=1)] | None = None
 
 
 class ActorResources(Section):
-    """What one actor asks of the cluster; auto: one GPU where there are any. `labels`: those of Ray's nodes."""
+    """Resources that an actor requests.
+
+    Attributes:
+        num_gpus: Number of GPUs. `auto`: one if the cluster has GPUs.
+        labels: Labels of the Ray nodes on which the actor may run.
+    """
 
     num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
 
 
 class Rates(Section):
-    """How fast the machines are; None: not known to the user, so a default for the kind of device stands in.
+    """Speed of the machines. None: a default for the kind of device is used (`engine.planning.scaling`).
 
-    They choose what runs where and what `plan` foretells; they change no result. GB are 1e9 bytes.
+    The rates decide placement and the estimates of `plan`; they do not change the result. 1 GB is 1e9 bytes.
+
+    Attributes:
+        compute_tflops: TFLOP/s of the device that computes.
+        memory_gbs: GB/s between that device and its memory.
+        stream_gbs: GB/s of checkpoints that one core streams.
+        exchange_gbs: GB/s between processes of a node.
+        network_gbs: GB/s between nodes.
+        disk_gbs: GB/s of a disk.
     """
 
     compute_tflops: Annotated[Float, Field(gt=0)] | None = None
-    # What the device that computes reads and writes of its own memory.
     memory_gbs: Annotated[Float, Field(gt=0)] | None = None
-    # Bytes of checkpoints that one core streams through.
     stream_gbs: Annotated[Float, Field(gt=0)] | None = None
-    # Between processes of a node, and between nodes.
     exchange_gbs: Annotated[Float, Field(gt=0)] | None = None
     network_gbs: Annotated[Float, Field(gt=0)] | None = None
     disk_gbs: Annotated[Float, Field(gt=0)] | None = None
 
 
 class Cluster(Section):
-    """Resources, how fast they are, and how long to wait for them in seconds.
+    """Resources of the actors, rates of the machines, and the time to wait for resources.
 
-    `shards`: 0 keeps the streams over the task vectors in the trainer's process.
+    Attributes:
+        expert: Resources of an expert actor.
+        trainer: Resources of the trainer.
+        shards: Number of shard actors. 0: the trainer streams the task vectors in its own process.
+        labels: Labels of the Ray nodes that the merge may use.
+        rates: Speed of the machines.
+        wait: Seconds to wait for resources.
     """
 
     expert: ActorResources = ActorResources()
     trainer: ActorResources = ActorResources()
     shards: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
-    # Of the nodes that may be used at all.
     labels: dict[str, str] = Field(default_factory=dict)
     rates: Rates = Rates()
     wait: Annotated[Float, Field(ge=0)] = 600
 
 
 class ListedBase(Section):
-    """The base as one of `models`: its place among them and its settings."""
+    """The base as an entry of `models`: its index among them and its settings."""
 
     place: int
     settings: dict[str, Any]
 
 
 class WeightSpaceSettings(Section):
-    """What a method that learns nothing is told: settings by precedence, the models' first, then the slice's, the
-    top's.
+    """Settings of a weight-space method. Settings of a model come before those of the slice, then of the top level.
 
-    `models` in the order of `Config.models`; `base`: None where it is not listed among them; `baseless`: there is none,
-    and the first model only lends its files and shapes; `layers`: of a whole-model slice, to be checked against the
-    model.
+    Attributes:
+        models: Settings of each expert, in the order of `Config.models`.
+        top: Settings of the top level.
+        slice: Settings of a slice that spans the whole model.
+        base: The base, if it is listed among the models.
+        baseless: There is no base; the first model only provides files and shapes.
+        layers: Number of layers that the slice claims, compared with the model by `make_plan`.
     """
 
     models: tuple[dict[str, Any], ...]
@@ -201,11 +217,11 @@ class WeightSpaceSettings(Section):
 
 
 class Config(Section):
-    """A whole merge, as the user wrote it, with every default filled in."""
+    """The config of a merge with all defaults filled in. docs/config.md describes the keys."""
 
     merge_method: Annotated[str, Field(min_length=1)]
     base_model: Annotated[str, Field(min_length=1)]
-    # Whose defaults the learned methods' options have: those of the published command line, or ours.
+    # Defaults of the learned methods' options. `paper`: those of the published command line.
     preset: Literal["paper"] | None = None
     models: Annotated[tuple[ExpertConfig, ...], Field(min_length=1)]
     parameters: Parameters = Parameters()
@@ -213,55 +229,57 @@ class Config(Section):
     calibration: Calibration = Calibration()
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
-    # Bytes of an output file at most, or one tensor.
+    # Maximum bytes of an output file, unless a single tensor is larger.
     max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
-    # Whose tokenizer the output has; None: the base's, unchecked.
+    # The model that provides the output's tokenizer. None: the base, unchecked.
     tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
-    # What stands for a tensor that an expert lacks; only of methods that learn nothing.
+    # `base`: the base provides tensors that an expert lacks. Weight-space methods only.
     on_missing: Literal["error", "base"] = "error"
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
-    # Not in `cluster`: these may change the last bits of a result, so they count among what decides it.
+    # These three are not in `cluster`, because they may change the last bits of a result and so are part of its
+    # identity.
     batch_tokens: Annotated[Int, Field(ge=1)] = 192
     gradients: Literal["accumulate", "stream"] = "accumulate"
     gradient_checkpointing: bool = False
-    # Whether Python code in a model's folder may run.
+    # Allows Python code in a model's folder to run.
     trust_remote_code: bool = False
     cluster: Cluster = Cluster()
-    # Who is told of every step, and the folder of those trackers that write files. They change no result.
+    # Trackers that log every step, and the folder of those that write files. They do not change the result.
     log_with: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_listed)] = ()
     log_dir: Annotated[str, Field(min_length=1)] | None = None
-    # What a merge wrote of itself beside its config (versions, hashes); ignored, so that merge/config.yaml runs again.
+    # Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is itself a config.
     record: dict[str, Any] | None = None
-    # See INTERNAL: the settings of a method that learns nothing, and the keys that are not the method's.
+    # INTERNAL: the settings of a weight-space method, and the given keys that the method does not use.
     recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
 
     def weight(self, expert: ExpertConfig) -> float | None:
-        """The prior ᾱₖ: the expert's own weight, else the top level's; None where it is to be found (auto)."""
-        own = expert.parameters.weight
-        weight = self.parameters.weight if own is None else own
+        """Return the prior ᾱₖ of an expert, or None for `weight: auto`."""
+        weight = expert.parameters.weight
+        if weight is None:
+            weight = self.parameters.weight
         return None if weight == "auto" else weight
 
     def loss_weight(self, expert: ExpertConfig) -> float:
-        """βₖ: the expert's own, else the top level's."""
-        own = expert.parameters.loss_weight
-        return self.parameters.loss_weight if own is None else own
+        """Return the loss weight βₖ of an expert."""
+        loss_weight = expert.parameters.loss_weight
+        return self.parameters.loss_weight if loss_weight is None else loss_weight
 
     def samples_per_model(self, expert: ExpertConfig) -> int:
-        """How many calibration samples the expert has."""
+        """Return the number of calibration samples of an expert."""
         return expert.parameters.samples_per_model or self.parameters.samples_per_model
 
     @property
     def learned(self) -> bool:
-        """Whether coefficients are learned."""
+        """Whether the method learns coefficients; if not, it is a weight-space method."""
         return self.recipe is None
 
     @property
     def has_targets(self) -> bool:
-        """Whether experts say what is learned: their targets. Else the merged model's own predictions do."""
+        """Whether the losses compare with targets of the experts. AdaMerging uses the merged model's outputs alone."""
         return self.merge_method != "adamerging"
 
     @property
     def stages(self) -> int:
-        """2 for Expert Merging++, 1 for the others that learn."""
+        """Number of learning stages: 2 for Expert Merging++, 1 for the other learned methods."""
         return 2 if self.merge_method == "expert_merging_pp" else 1

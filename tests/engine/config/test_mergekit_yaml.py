@@ -1,12 +1,14 @@
-"""What mergekit's forms of a YAML mean in ours, and what is refused, with its place."""
+"""mergekit's forms of a YAML, their translation to `Config`, and the place of every fault."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
+from errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,12 +26,10 @@ def parse(**keys: Any) -> Config:
     return parse_config(HEAD | {"models": MODELS} | keys, Path("merge.yaml"))
 
 
-def fault(tmp_path: Path, text: str) -> str:
+def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "merge.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        load_config(path)
-    return str(caught.value)
+    return path
 
 
 def test_a_base_among_the_models_is_no_expert_but_has_settings() -> None:
@@ -72,31 +72,34 @@ def test_learning_options_of_the_same_config_are_kept_out_and_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "facts"),
     [
-        ("parameters: {densty: 0.5}", ["merge.yaml:3: ties has no option 'densty'", "did you mean 'density'?"]),
-        ("parameters: {density: 1.5}", ["merge.yaml:3: parameters.density: 1.5 is not within 0 and 1"]),
-        ("parameters: {density: [0.5, high]}", ["'high' is no float"]),
-        ("parameters: {density: [0.5, {value: 1}]}", ["a list has values or {filter, value}, not both"]),
-        ("parameters: {density: []}", ["a list has at least one value"]),
-        ("parameters: {density: {filter: mlp}}", ["a mapping has `value`"]),
-        ("parameters: {normalize: 3}", ["parameters.normalize: 3 is no bool"]),
-        ("parameters: {trim: all}", ["'all' is none of tensor, model"]),
-        ("parameters: {weight: true}", ["True is no float"]),
-        ("tokenizer_source: union", ["merge.yaml:3: a union of vocabularies is not supported"]),
-        ("recipe: {}", ["merge.yaml:3: unknown key 'recipe'"]),
-        ("slices: []", ["both `models` and `slices` are given"]),
-        ("on_missing: zero", ["merge.yaml:3: on_missing is 'zero'"]),
+        ("parameters: {densty: 0.5}", ["'densty'", "'density'"]),
+        ("parameters: {density: 1.5}", ["parameters.density", "1.5"]),
+        ("parameters: {density: [0.5, high]}", ["parameters.density", "'high'"]),
+        ("parameters: {density: [0.5, {value: 1}]}", ["parameters.density", "{filter, value}"]),
+        ("parameters: {density: []}", ["parameters.density"]),
+        ("parameters: {density: {filter: mlp}}", ["parameters.density", "`value`"]),
+        ("parameters: {normalize: 3}", ["parameters.normalize", "3", "bool"]),
+        ("parameters: {trim: all}", ["parameters.trim", "'all'", "tensor, model"]),
+        ("parameters: {weight: true}", ["parameters.weight", "True", "float"]),
+        ("tokenizer_source: union", ["union", "`base`"]),
+        ("recipe: {}", ["'recipe'"]),
+        ("slices: []", ["`models`", "`slices`"]),
+        ("on_missing: zero", ["on_missing", "'zero'"]),
     ],
 )
-def test_a_fault_is_told_with_its_place(tmp_path: Path, text: str, told: list[str]) -> None:
-    message = fault(tmp_path, f"merge_method: ties\nbase_model: b\n{text}\nmodels: [{{model: x}}]\n")
-    assert all(part in message for part in told), message
+def test_a_fault_is_reported_with_its_place(tmp_path: Path, text: str, facts: list[str]) -> None:
+    path = write(tmp_path, f"merge_method: ties\nbase_model: b\n{text}\nmodels: [{{model: x}}]\n")
+    with refused(ConfigError, facts=[f"{path}:3: ", *facts]):
+        load_config(path)
 
 
-def test_a_fault_of_one_model_is_told_at_that_model(tmp_path: Path) -> None:
+def test_a_fault_of_one_model_is_reported_at_that_model(tmp_path: Path) -> None:
     text = "merge_method: ties\nbase_model: b\nmodels:\n- model: x\n- model: y\n  parameters: {density: -1}\n"
-    assert fault(tmp_path, text).startswith(f"{tmp_path / 'merge.yaml'}:6: models.1.parameters.density: -1")
+    path = write(tmp_path, text)
+    with refused(ConfigError, where=f"{path}:6", facts=["models.1.parameters.density", "-1"]):
+        load_config(path)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,7 @@ settings = (
 parameters = st.fixed_dictionaries({}, optional={"density": settings, "weight": settings})
 
 
+@hypothesis.settings(deadline=None)
 @given(st.lists(parameters, min_size=1, max_size=3), parameters, parameters, st.integers(-1, 3), st.booleans())
 def test_a_recipe_written_as_yaml_is_the_same_recipe(
     models: list[dict[str, Any]], top: dict[str, Any], sliced: dict[str, Any], base: int, slices: bool

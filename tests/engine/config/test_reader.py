@@ -1,8 +1,11 @@
-"""The YAML of a merge: what it may say, what its faults are told as, and that nothing but a ConfigError comes of it."""
+"""The YAML of a merge: valid values, reported faults, and that any other input raises a ConfigError."""
 
 from __future__ import annotations
 
 import copy
+import errno
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import plan_of
+from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config.reader import load_config, parse_config
+from engine.config.reader import DEPTH, load_config, parse_config
 from engine.config.schema import INTERNAL, Config, Rates
 from engine.errors import ConfigError
 from engine.methods.learned import PAPER
@@ -49,7 +53,7 @@ def fault(path: Path, text: str, *overrides: str) -> str:
 
 
 def last_line(value: Any) -> str | None:
-    """A readable test id for a config whose last line matters."""
+    """Return the last line of a config as a readable test id."""
     return value.strip().splitlines()[-1].strip()[:60] if isinstance(value, str) and value.strip() else None
 
 
@@ -102,7 +106,7 @@ def test_a_preset_gives_defaults_and_no_more(path: Path) -> None:
     assert {name: getattr(papers.parameters, name) for name in PAPER} == PAPER
     own = load(path, HEAD + MODELS, "preset=paper", "parameters.epochs=7", "calibration.generate_responses=3")
     assert (own.parameters.epochs, own.parameters.weight, own.calibration.generate_responses) == (7, 0.1, 3)
-    with pytest.raises(ConfigError, match="preset"):
+    with refused(ConfigError, facts=["preset", "'papers'", "'paper'"]):
         load(path, HEAD + MODELS, "preset=papers")
 
 
@@ -221,20 +225,22 @@ def test_the_rates_are_these() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "key", "facts"),
     [
-        ("gradients: keep", "gradients is 'keep'\n  expected: 'accumulate' or 'stream'"),
-        ("gradients: null", "gradients is None\n  expected: 'accumulate' or 'stream'"),
-        ("gradient_checkpointing: 3", "gradient_checkpointing is 3\n  expected: a valid boolean"),
-        ("cluster: {shards: -1}", "cluster.shards is -1\n  expected: auto, or a whole number of at least 0"),
-        ("cluster: {shards: all}", "cluster.shards is 'all'\n  expected: auto, or a whole number of at least 0"),
-        ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs is 0\n  expected: greater than 0"),
-        ("cluster: {rates: {network_gbs: fast}}", "cluster.rates.network_gbs is 'fast'\n  expected: a valid number"),
+        ("gradients: keep", "gradients", ["'keep'", "'accumulate'", "'stream'"]),
+        ("gradients: null", "gradients", ["None", "'accumulate'", "'stream'"]),
+        ("gradient_checkpointing: 3", "gradient_checkpointing", ["3", "boolean"]),
+        ("cluster: {shards: -1}", "cluster.shards", ["-1", "auto"]),
+        ("cluster: {shards: all}", "cluster.shards", ["'all'", "auto"]),
+        ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs", ["greater than 0"]),
+        ("cluster: {rates: {network_gbs: fast}}", "cluster.rates.network_gbs", ["'fast'", "number"]),
     ],
 )
-def test_faults_of_gradients_shards_and_rates_say_what_is_expected(path: Path, text: str, told: str) -> None:
-    message = fault(path, f"{HEAD}{MODELS}{text}\n")
-    assert message.startswith(f"{path}:6: {told}")
+def test_faults_of_gradients_shards_and_rates_name_the_accepted_values(
+    path: Path, text: str, key: str, facts: list[str]
+) -> None:
+    with refused(ConfigError, facts=[f"{path}:6: {key} ", "\n  expected: ", *facts]):
+        load(path, f"{HEAD}{MODELS}{text}\n")
 
 
 def test_a_config_is_frozen(path: Path) -> None:
@@ -340,7 +346,7 @@ def test_a_config_is_frozen(path: Path) -> None:
 def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Path, text: str, key: str) -> None:
     message = fault(path, text)
     assert message.startswith(f"{path}:{line_of(text)}: {key}")
-    assert message.count(str(path)) == 1, "one fault is told once"
+    assert message.count(str(path)) == 1, "one fault is reported once"
     assert message.count("expected: ") == 1
 
 
@@ -369,8 +375,9 @@ def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Pa
     ids=last_line,
 )
 def test_an_unknown_key_is_told_with_the_nearest_known_one(path: Path, text: str, key: str, near: str) -> None:
-    message = fault(path, text)
-    assert message == f"{path}:{line_of(text)}: unknown key {key!r}\n  do: did you mean {near!r}?"
+    place, advice = fault(path, text).splitlines()
+    assert place.startswith(f"{path}:{line_of(text)}: ") and repr(key) in place
+    assert advice.startswith("  do: ") and repr(near) in advice
 
 
 @pytest.mark.parametrize(
@@ -382,9 +389,9 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(path: Path, text: str
     ],
 )
 def test_an_unknown_key_like_no_other_is_told_with_all_known_ones(path: Path, text: str, known: str) -> None:
-    message = fault(path, f"{HEAD}{MODELS}{text}\n")
-    assert message.startswith(f"{path}:6: unknown key ")
-    assert "known keys here: " in message and known in message
+    place, advice = fault(path, f"{HEAD}{MODELS}{text}\n").splitlines()
+    assert place.startswith(f"{path}:6: ")
+    assert advice.startswith("  do: ") and known in advice
 
 
 @pytest.mark.parametrize("key", ["1", "null", "1.5", "true", "2020-01-02", "? [a, b]\n", "? {a: b}\n"])
@@ -402,33 +409,32 @@ def test_a_key_that_is_no_text_is_a_config_error(path: Path, key: str) -> None:
     ids=last_line,
 )
 def test_missing_keys_are_named_and_no_other(path: Path, text: str, missing: list[str]) -> None:
-    message = fault(path, text)
-    assert [line.rpartition("the key ")[2] for line in message.splitlines()] == [f"{k!r} is missing" for k in missing]
+    lines = fault(path, text).splitlines()
+    assert [re.findall(r"'(.*?)'", line) for line in lines] == [[key] for key in missing]
 
 
 def test_at_most_five_faults_are_told_at_once(path: Path) -> None:
     message = fault(path, HEAD + MODELS + "".join(f"zzzz{number}: 1\n" for number in range(7)))
-    assert message.count("unknown key") == 5
+    assert message.count("'zzzz") == 5
     assert message.endswith("(2 more)")
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (HEAD + MODELS + "seed: 1\nseed: 2  # here\n", "'seed' is given twice"),
-        (HEAD + MODELS + "parameters:\n  weight: 0.1\n  weight: 0.1  # here\n", "'weight' is given twice"),
-        (HEAD + MODELS + "parameters: {kappa: 1, 'kappa': 2}  # here\n", "'kappa' is given twice"),
+        (HEAD + MODELS + "seed: 1\nseed: 2  # here\n", "'seed'"),
+        (HEAD + MODELS + "parameters:\n  weight: 0.1\n  weight: 0.1  # here\n", "'weight'"),
+        (HEAD + MODELS + "parameters: {kappa: 1, 'kappa': 2}  # here\n", "'kappa'"),
         (HEAD + MODELS + "\tseed: 1  # here\n", "\\t"),
-        (HEAD + MODELS + "seed: *unknown  # here\n", "undefined alias 'unknown'"),
-        (HEAD + MODELS + "seed: !!python/object:os.system {}  # here\n", "a tag"),
+        (HEAD + MODELS + "seed: *unknown  # here\n", "alias 'unknown'"),
+        (HEAD + MODELS + "seed: !!python/object:os.system {}  # here\n", "python/object:os.system"),
         (HEAD + MODELS + "---  # here\nseed: 1\n", "another document"),
         (HEAD + "models: [  # here", "<stream end>"),
     ],
 )
 def test_text_that_is_no_yaml_is_told_with_its_line(path: Path, text: str, problem: str) -> None:
-    message = fault(path, text)
-    assert message.startswith(f"{path}:{line_of(text)}: not valid YAML: ")
-    assert problem in message
+    with refused(ConfigError, where=f"{path}:{line_of(text)}", facts=["YAML", problem]):
+        load(path, text)
 
 
 @pytest.mark.parametrize(
@@ -439,30 +445,37 @@ def test_a_value_that_yaml_cannot_make_is_a_config_error(path: Path, text: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "nested"), [("seed: \x00", False), ("seed: \x1b[0m", False), ("a: " + "[" * 3000 + "]" * 3000, True)]
+    ("text", "problem"),
+    [
+        ("seed: \x00", "#x0000"),
+        ("seed: \x1b[0m", "#x001b"),
+        ("a: " + "[" * 3000 + "]" * 3000, f"{DEPTH} levels"),
+    ],
+    ids=["NUL", "escape", "nested"],
 )
-def test_what_is_wrong_with_yaml_is_told_as_it_is(path: Path, text: str, nested: bool) -> None:
-    message = fault(path, HEAD + MODELS + text)
-    assert "not valid YAML" in message
-    assert ("nested too deeply" in message) is nested
+def test_faults_of_yaml_name_the_character_or_the_bound(path: Path, text: str, problem: str) -> None:
+    with refused(ConfigError, where=str(path), facts=["YAML", problem]):
+        load(path, HEAD + MODELS + text)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n", "merge\n", "3\n"])
 def test_a_config_that_is_no_mapping_is_a_config_error(path: Path, text: str) -> None:
-    assert fault(path, text).startswith(f"{path}: the config is not a mapping")
+    with refused(ConfigError, facts=["mapping", "`merge_method: …`"]) as caught:
+        load(path, text)
+    assert caught.value.where == str(path)
 
 
 def test_a_config_that_is_not_utf8_is_a_config_error(path: Path) -> None:
     path.write_bytes(b"merge_method: \xff\xfe")
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with refused(ConfigError, where=str(path), facts=["UTF-8"]):
         load_config(path)
 
 
 def test_a_config_that_cannot_be_read_is_a_config_error(path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+    with refused(ConfigError, where=str(path), facts=[os.strerror(errno.ENOENT)]):
         load_config(path)
     path.mkdir()
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with refused(ConfigError, where=str(path), facts=[os.strerror(errno.EISDIR)]):
         load_config(path)
 
 
@@ -476,28 +489,32 @@ def test_yaml_anchors_and_merge_keys_may_be_used(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "facts"),
     [
-        ("  - model: other/math  # here\n    calibration: b.jsonl\n", ["two experts are called 'math'", "`name`"]),
-        ("  - {model: b, name: math, calibration: b.jsonl}  # here\n", ["two experts are called 'math'"]),
-        ("  - model: b  # here\n", ["expert 'b' has no calibration"]),
-        ("  - {model: b, calibration: []}  # here\n", ["expert 'b' has no calibration"]),
+        ("  - model: other/math  # here\n    calibration: b.jsonl\n", ["'math'", "`name`"]),
+        ("  - {model: b, name: math, calibration: b.jsonl}  # here\n", ["'math'", "`name`"]),
+        ("  - model: b  # here\n", ["'b'", "`calibration: FILE`"]),
+        ("  - {model: b, calibration: []}  # here\n", ["'b'", "`calibration: FILE`"]),
         *(
-            (f"  - {{model: b, calibration: b.jsonl, parameters: {{weight: {weight}}}}}  # here\n", ["prior", weight])
+            (
+                f"  - {{model: b, calibration: b.jsonl, parameters: {{weight: {weight}}}}}  # here\n",
+                ["'b'", "`weight`", str(float(weight))],
+            )
             for weight in ("0", "1", "-0.1", "1.5")
         ),
     ],
 )
-def test_what_one_key_alone_cannot_show_is_told_with_the_experts_line(path: Path, text: str, words: list[str]) -> None:
+def test_faults_that_span_several_keys_are_reported_with_the_experts_line(
+    path: Path, text: str, facts: list[str]
+) -> None:
     text = HEAD + MODELS + text
-    message = fault(path, text)
-    assert message.startswith(f"{path}:{line_of(text)}: ")
-    assert all(word in message for word in words)
+    with refused(ConfigError, where=f"{path}:{line_of(text)}", facts=facts):
+        load(path, text)
 
 
-def test_a_top_level_prior_outside_0_to_1_is_told_with_the_expert(path: Path) -> None:
-    message = fault(path, HEAD + MODELS + "parameters: {weight: 1}\n")
-    assert "the prior of expert 'math' is 1" in message and "above 0 and below 1" in message
+def test_a_top_level_prior_outside_0_to_1_is_reported_with_the_expert(path: Path) -> None:
+    with refused(ConfigError, where=str(path), facts=["'math'", "1.0", "`weight`"]):
+        load(path, HEAD + MODELS + "parameters: {weight: 1}\n")
 
 
 @pytest.mark.parametrize(
@@ -505,8 +522,8 @@ def test_a_top_level_prior_outside_0_to_1_is_told_with_the_expert(path: Path) ->
     [
         ("  - model: a\n    calibration: a.jsonl\n    modle: x  # here\n", "models.1.modle"),
         ("  - model: a\n    calibration: 5  # here\n", "models.1.calibration"),
-        ("  - model: a  # here\n", "no calibration"),
-        ("  - {model: a, calibration: a.jsonl, parameters: {weight: 2}}  # here\n", "the prior"),
+        ("  - model: a  # here\n", "`calibration: FILE`"),
+        ("  - {model: a, calibration: a.jsonl, parameters: {weight: 2}}  # here\n", "`weight`"),
     ],
     ids=last_line,
 )
@@ -568,18 +585,18 @@ def test_an_override_that_cannot_be_applied_is_named(path: Path, override: str) 
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "facts"),
     [
-        ("parameters.weigth=0.2", ["unknown key 'parameters.weigth'", "'weight'"]),
+        ("parameters.weigth=0.2", ["'parameters.weigth'", "'weight'"]),
         ("parameters.0=1", ["parameters.0"]),
-        ("seed=abc", ["seed is 'abc'"]),
-        ("base_model=", ["base_model is None"]),
-        ("parameters.weight=2", ["prior"]),
+        ("seed=abc", ["seed", "'abc'"]),
+        ("base_model=", ["base_model", "None"]),
+        ("parameters.weight=2", ["'math'", "`weight`"]),
     ],
 )
-def test_a_fault_that_an_override_brings_is_told_like_any_other(path: Path, override: str, words: list[str]) -> None:
-    message = fault(path, HEAD + MODELS, override)
-    assert all(word in message for word in words)
+def test_a_fault_in_an_override_is_reported_like_any_other(path: Path, override: str, facts: list[str]) -> None:
+    with refused(ConfigError, facts=facts):
+        load(path, HEAD + MODELS, override)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -710,7 +727,7 @@ PIECES = [
 
 @st.composite
 def spoilt_files(draw: st.DrawFn) -> bytes:
-    """A config that was right, with some of it left out, given twice, or something else in its place."""
+    """Return a valid config file with parts removed, repeated or replaced."""
     content = draw(st.sampled_from(FILES))
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, len(content)))
