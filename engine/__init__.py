@@ -1,3 +1,3 @@
-"""Merging mathematics, files and models. Knows no Ray: `actors/` holds its objects, `cluster/` places them."""
+"""Model merging: mathematics, model files, config, run state. Knows no Ray: `cluster/` runs it, through `actors/`."""
 
 __version__ = "0.1.0"

@@ -1,8 +1,7 @@
-"""How a tensor travels between processes: its bytes as a numpy array, its dtype and its shape.
+"""Conversion of tensors to and from arrays of bytes, for transport between processes.
 
-Pickled as it is, a torch tensor would drag the whole storage behind a view along and be copied on both sides; an array
-of bytes is sent as it lies and read in place. Every tensor that crosses a process border goes through here. Knows no
-Ray.
+A pickled view of a torch tensor would include the whole storage behind it, and would be copied on both sides. A numpy
+array of bytes is sent without a copy and read in place. Every tensor that crosses a process boundary is packed here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor on its way: `data` uint8 [bytes], C order."""
+    """A tensor in transport: its bytes `data` (uint8, [nbytes], C order), its dtype and its shape."""
 
     data: npt.NDArray[np.uint8]
     dtype: torch.dtype
@@ -35,37 +34,38 @@ class Packed:
 
 
 def pack(tensor: Tensor) -> Packed:
-    """The tensor, ready to travel; shares its memory where it is contiguous and on the CPU."""
+    """Return the tensor packed for transport, without a copy if it is contiguous and on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return Packed(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
 
 def unpack(packed: Packed) -> Tensor:
-    """The tensor as a view of what arrived, on the CPU. Others may share that memory: never write to it."""
+    """Return the tensor as a view of the received bytes, on the CPU. Its memory may be shared: never write to it."""
     if not packed.nbytes:
         return torch.empty(packed.shape, dtype=packed.dtype)
     with warnings.catch_warnings():
-        # What arrives is read-only, and so is what we do with it.
+        # Received arrays are read-only, and callers only read the tensor.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         data = torch.from_numpy(packed.data)
     return data.view(packed.dtype).reshape(packed.shape)
 
 
 def pack_all(tensors: Mapping[Key, Tensor]) -> dict[Key, Packed]:
-    """Several tensors, each as `pack` does it."""
+    """Return several tensors packed by `pack`, under the same keys and in the same order."""
     return {key: pack(tensor) for key, tensor in tensors.items()}
 
 
 def unpack_all(packed: Mapping[Key, Packed]) -> dict[Key, Tensor]:
-    """Several tensors, each as `unpack` does it."""
-    return {key: unpack(one) for key, one in packed.items()}
+    """Return several tensors unpacked by `unpack`, under the same keys and in the same order."""
+    return {key: unpack(value) for key, value in packed.items()}
 
 
 def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin to bring a tensor to the CPU; what is returned waits for it, in whatever thread it is called.
+    """Start a copy of the tensor to the CPU, and return a function that waits for it and returns it.
 
-    From a GPU the copy takes its turn among the device's work, so that whoever computes there goes on meanwhile, and
-    the tensor's memory may be used again at once.
+    The function may be called from any thread. From a GPU, the copy is queued on the current stream: the caller's
+    computation goes on meanwhile, and later work on that stream may overwrite the tensor. A tensor on the CPU is
+    returned as it is.
     """
     if not tensor.is_cuda:
         return lambda: tensor

@@ -1,32 +1,25 @@
-"""A part of the house that has no words of its own yet."""
+"""Strict pydantic types: numbers that refuse booleans, and the base class of the config's sections."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def not_bool(value: Any) -> Any:
-    """Return `value`, refusing true and false, which pydantic would take for 1 and 0."""
+    """Return `value`, or refuse true and false, which pydantic would convert to 1 and 0."""
     if isinstance(value, bool):
         raise ValueError("a number is expected, not true or false")
     return value
 
 
 Int = Annotated[int, BeforeValidator(not_bool), Field(ge=-(2**63), lt=2**63)]
-
-
 Float = Annotated[float, BeforeValidator(not_bool)]
 
 
 class Section(BaseModel):
-    """Base class of the config's parts: frozen, without unknown keys, without NaN and infinity."""
+    """Base class of the config's sections: frozen, without unknown keys, NaN or infinity."""
 
-    # protected_namespaces: `model` is mergekit's word for a model's path and must stay ours.
+    # protected_namespaces: mergekit's keys begin with `model`, a prefix that pydantic reserves by default.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

@@ -1,4 +1,4 @@
-"""What this machine gives to the process."""
+"""Resources of this machine."""
 
 from __future__ import annotations
 

@@ -1,40 +1,31 @@
-"""Sizes that bound memory: what is worked on, what travels and what stands at one time. Knows nothing else."""
+"""Sizes that bound memory and traffic: blocks, pieces, buckets and the number in flight."""
 
 from __future__ import annotations
 
-# Elements of a block at most, and experts that a kernel goes through side by side. The least time by measurement:
-# smaller blocks cost more calls, larger ones leave the cache.
+# Maximum elements of a block, and experts that a kernel processes side by side. Fastest as measured: smaller blocks
+# need more calls, larger ones leave the cache.
 BLOCK = 1 << 18
-
-
 GROUP = 4
 
-
-# Elements of a piece at most: what one thread does at a time, and the least that travels.
+# Maximum elements of a piece: the unit of work of a thread, and the smallest unit of transport.
 PIECE = 1 << 22
 
-
-# Elements that a weight-space method has of all experts at a time, and of one at least: 4 MiB, what a core's cache
-# holds.
+# Elements that a weight-space method holds of all experts at a time, and the minimum of one expert. ROOM float32
+# elements are 4 MiB, which fits a core's cache.
 ROOM, SMALLEST_BLOCK = 1 << 20, 1 << 12
 
-
-# Bytes under way between a trainer and its shards, but never less than IN_FLIGHT pieces a shard: one that a shard works
-# on and one that is on its way.
+# Bytes in flight between a trainer and its shards, but never less than IN_FLIGHT pieces per shard: one that the shard
+# works on and one in transit.
 WINDOW_BYTES = 128 << 20
-
-
 IN_FLIGHT = 2
 
-
-# Bytes of the float32 logits that stand at one time: those of all tokens would be a trainer's largest tensor.
+# Bytes of float32 logits in memory at a time. The logits of all tokens would be the trainer's largest tensor.
 LOGIT_BYTES = 32 << 20
 
-
-# Matrices of which a shard makes the task vectors orthogonal in one call.
+# Matrices whose task vectors a shard makes orthogonal in one call.
 MATRICES_PER_CALL = 8
 
 
 def bucket_bytes(shards: int, item: int) -> int:
-    """Bytes that travel at once at most, with so many shards and so many bytes an element."""
+    """Return the maximum bytes of one bucket for `shards` shards and `item` bytes per element."""
     return max(WINDOW_BYTES // (IN_FLIGHT * shards), PIECE * item)

@@ -1,7 +1,6 @@
-"""What others made, read within bounds: regular files of a bounded size, JSON, and work of a bounded time and memory.
+"""Bounded reading of untrusted input: regular files of limited size, strict JSON, and limits on CPU time and memory.
 
-A file may come from anywhere: no input may hang a run, fill the memory, or mean something else than what it says. Knows
-nothing of what is read.
+Input files may come from anywhere. No input may hang a run, exhaust the memory, or have two readings.
 """
 
 from __future__ import annotations
@@ -19,23 +18,20 @@ from typing import Any, BinaryIO
 
 from engine.errors import InputError
 
-# A file of JSON; 100,000 tensors have an index of 10 MB. Vocabularies are larger.
+# Maximum bytes of a JSON file and of a tokenizer.json. The index of 100,000 tensors has 10 MB; vocabularies are larger.
 JSON_BYTES, TOKENIZER_BYTES = 32 << 20, 128 << 20
 
-
-# Lists and mappings of one JSON text, and how deep they may stand in each other.
+# Maximum number of lists and mappings in one JSON text, and of levels of nesting.
 CONTAINERS, DEPTH = 4_000_000, 100
 
-
-# Characters of a value in a message.
+# Maximum characters of a value quoted in a message.
 SHOWN = 80
 
-
-# Of the processor, so that a busy machine changes nothing; memory beyond what the process has.
+# Limits of `cpu_limit`, in CPU seconds so that the load of the machine does not matter, and of `memory_limit`, in bytes
+# of address space beyond the current use.
 SECONDS, MEMORY = 3, 512 << 20
 
-
-# What other people's code raises over input that it cannot take.
+# Exceptions that libraries raise for input they cannot handle.
 FAULTS: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
     ValueError,
@@ -43,10 +39,18 @@ FAULTS: tuple[type[Exception], ...] = (
 
 
 def check_regular(path: Path, limit: int | None, error_type: type[InputError], what: str = "the file") -> None:
-    """Refuse what is no regular file of at most `limit` bytes: a pipe would wait for ever, a device never end.
+    """Check that a path is a regular file of at most `limit` bytes (None: any size).
+
+    Opening a pipe could block for ever, and a device may have no end.
+
+    Args:
+        path: The file.
+        limit: Maximum bytes.
+        error_type: The class of the error to raise.
+        what: The file's description in the message.
 
     Raises:
-        InputError: of that kind.
+        InputError: (`error_type`) the file is missing, not regular, or larger.
     """
     try:
         status = path.stat()
@@ -56,17 +60,17 @@ def check_regular(path: Path, limit: int | None, error_type: type[InputError], w
         fault = "Is a directory" if stat.S_ISDIR(status.st_mode) else "it is a pipe or a device"
         raise error_type(f"{what} cannot be read: {fault}", str(path), "a regular file")
     if limit is not None and status.st_size > limit:
-        raise error_type(f"{what} has {status.st_size:,} bytes", str(path), f"at most {limit:,}")
+        raise error_type(f"{what} has {status.st_size:,} bytes", str(path), f"at most {limit:,} bytes")
 
 
 @contextmanager
 def open_regular(
     path: Path, limit: int | None, error_type: type[InputError], what: str = "the file"
 ) -> Iterator[BinaryIO]:
-    """A regular file, for its bytes.
+    """Open a regular file for reading bytes. For the arguments see `check_regular`.
 
     Raises:
-        InputError: see `check_regular`, or it cannot be read.
+        InputError: (`error_type`) `check_regular` refuses the file, or it cannot be read.
     """
     check_regular(path, limit, error_type, what)
     try:
@@ -77,10 +81,10 @@ def open_regular(
 
 
 def read_text(path: Path, limit: int, error_type: type[InputError], what: str = "the file") -> str:
-    """The UTF-8 text of a regular file.
+    """Return the text of a regular file in UTF-8. For the arguments see `check_regular`.
 
     Raises:
-        InputError: see `open_regular`, or it is no such text.
+        InputError: (`error_type`) the file cannot be read, is larger than `limit`, or is not UTF-8.
     """
     with open_regular(path, limit, error_type, what) as file:
         content = file.read(limit + 1)
@@ -91,11 +95,11 @@ def read_text(path: Path, limit: int, error_type: type[InputError], what: str = 
 
 
 def parse_json(text: str, where: str, error_type: type[InputError]) -> Any:
-    """The value of a JSON text.
+    """Return the value of a JSON text; `where` names its source in messages.
 
     Raises:
-        InputError: it is none, a key is given twice, a text in it is no Unicode, or it is nested too deeply or in too
-        many parts.
+        InputError: (`error_type`) the text is not valid JSON, repeats a key, contains half of a surrogate pair, has
+            more than CONTAINERS lists and mappings, or is nested deeper than DEPTH.
     """
     containers = text.count("{") + text.count("[")
     if containers > CONTAINERS:
@@ -103,13 +107,13 @@ def parse_json(text: str, where: str, error_type: type[InputError]) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_mapping)
         if "\\ud" in text or "\\uD" in text:
-            # Half of a character, which no file could be written with.
+            # Half of a surrogate pair parses, but could not be written to any file.
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise error_type(f"not valid JSON: {error}", where) from error
     level = [value]
     for _ in range(DEPTH if containers > DEPTH else 0):
-        parts = (part for one in level for part in (one.values() if isinstance(one, dict) else one))
+        parts = (part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer))
         level = [part for part in parts if isinstance(part, dict | list)]
     if containers > DEPTH and level:
         raise error_type("not valid JSON: it is nested too deeply", where, f"at most {DEPTH} levels")
@@ -117,34 +121,37 @@ def parse_json(text: str, where: str, error_type: type[InputError]) -> Any:
 
 
 def shown(text: str, most: int = SHOWN) -> str:
-    """A text as a message shows it: on one line, and no more of it than helps."""
+    """Return the text for quotation in a message: on one line, cut to `most` characters."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 @contextmanager
 def library_errors_as(fault: Callable[[str], InputError], *more: type[Exception]) -> Iterator[None]:
-    """Raise `fault` of what other people's code within raises over input that it cannot take.
+    """Convert exceptions that library code raises for input it cannot handle.
 
-    `more`: exceptions of its own.
+    Args:
+        fault: Makes the error to raise from the exception's message.
+        more: Further exception classes of the library, besides FAULTS.
     """
     faults = FAULTS + more
     try:
         yield
     except faults as error:
-        raise fault(_told(error)) from error
+        raise fault(_message(error)) from error
     except BaseException as error:
-        # What is written in Rust raises nothing more special than these.
+        # Extensions written in Rust raise bare Exception, and PanicException, which is a BaseException.
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        raise fault(_told(error)) from error
+        raise fault(_message(error)) from error
 
 
 @contextmanager
 def cpu_limit(fault: InputError) -> Iterator[None]:
-    """Raise `fault` where the work within takes longer than SECONDS of the processor.
+    """Raise `fault` if the block takes more than SECONDS of CPU time.
 
-    Only in the main thread, since Python tells no other one of a signal: it is where a command does its checks.
+    Effective in the main thread only, where Python handles signals; commands run their checks there. In other threads
+    the block runs without a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -154,7 +161,7 @@ def cpu_limit(fault: InputError) -> Iterator[None]:
         raise fault
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    # Again every second, should the first be swallowed on its way.
+    # Repeated every second, because library code may swallow the first exception.
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
     try:
         yield
@@ -165,7 +172,7 @@ def cpu_limit(fault: InputError) -> Iterator[None]:
 
 @contextmanager
 def memory_limit(fault: InputError) -> Iterator[None]:
-    """Raise `fault` where the work within takes more than MEMORY."""
+    """Raise `fault` if the block allocates more than MEMORY bytes of address space."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
@@ -186,7 +193,7 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _told(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return shown(" ".join(str(error).split()) or type(error).__name__, 4 * SHOWN)
 
 

@@ -1,1 +1,1 @@
-"""Folders on a disk and in object storage: a file is there whole or not at all. Knows bytes and names only."""
+"""Folders on a disk and in object storage, in which a file appears only when it is complete. Knows no models."""

@@ -1,9 +1,9 @@
-"""Object storage as pyarrow reaches it: addresses, file systems, and errors that say what to do about them.
+"""Addresses in object storage, their pyarrow file systems, and errors with advice.
 
-An address is `s3://bucket/path` or `gs://bucket/path`. Credentials come from where the storage's own tools take them:
+An address is `s3://bucket/path` or `gs://bucket/path`. Credentials are looked up where the storage's own tools look:
 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, the machine's role; GOOGLE_APPLICATION_CREDENTIALS. They are never
-part of an address, for addresses are recorded. Another endpoint comes from AWS_ENDPOINT_URL, or stands in the address
-with pyarrow's other options: `s3://bucket/path?endpoint_override=HOST:PORT&scheme=http`. Knows no folders.
+part of an address, because addresses are recorded. Another endpoint is given by AWS_ENDPOINT_URL, or in the address
+with pyarrow's other options: `s3://bucket/path?endpoint_override=HOST:PORT&scheme=http`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from urllib.parse import quote
 
 from engine.errors import InputError, MergeError, StorageError
 
-# The default of pyarrow's own, for gs, is a quarter of an hour; for s3 it is six seconds.
+# pyarrow's default for gs is 15 minutes; for s3 it is 6 seconds.
 RETRY = "retry_limit_seconds=20"
-
 
 ADVICE = {
     "s3": "check the address, the endpoint (AWS_ENDPOINT_URL) and the credentials (AWS_ACCESS_KEY_ID and "
@@ -32,7 +31,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Address:
-    """A URI in its parts: `place` is the bucket, perhaps with a user before it; `options` what follows the `?`."""
+    """The parts of a URI: `place` is the bucket, optionally as `user@bucket`; `options` is the part after the `?`."""
 
     scheme: str
     place: str
@@ -41,10 +40,10 @@ class Address:
 
     @classmethod
     def of(cls, uri: str, error_type: type[InputError] = InputError) -> Address:
-        """The parts of a URI.
+        """Return the parts of a URI.
 
         Raises:
-            InputError: it has no bucket, or a secret; `error_type` says which error.
+            InputError: (`error_type`) the URI has no valid bucket, or contains a secret.
         """
         scheme, _, rest = uri.partition("://")
         place, _, options = rest.partition("?")
@@ -52,10 +51,10 @@ class Address:
         user, _, bucket = place.rpartition("@")
         if ":" in user:
             raise error_type(
-                "a secret in the address would be recorded with it", f"{scheme}://…@{bucket}", do=ADVICE[scheme]
+                "the address contains a secret, and addresses are recorded", f"{scheme}://…@{bucket}", do=ADVICE[scheme]
             )
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", bucket, flags=re.ASCII):
-            raise error_type("the address names no bucket", uri, f"{scheme}://bucket/path")
+            raise error_type("the address has no valid bucket name", uri, f"{scheme}://bucket/path")
         return cls(scheme, place, path.strip("/"), options)
 
     def __str__(self) -> str:
@@ -66,12 +65,12 @@ class Address:
 
     @property
     def key(self) -> str:
-        """Bucket and path, as the file system takes them."""
+        """Bucket and path, in the form that pyarrow's file system expects."""
         return f"{self.place.rpartition('@')[2]}/{self.path}".rstrip("/")
 
     @property
     def local(self) -> PurePosixPath:
-        """Where a copy belongs in a cache. What has other options may be of another endpoint, and so another thing."""
+        """Relative path of a copy in a cache. It includes the options, which may name another endpoint."""
         bucket, _, path = self.key.partition("/")
         return PurePosixPath(
             self.scheme, bucket + (f"?{quote(self.options, safe='=&:')}" if self.options else ""), path
@@ -79,25 +78,28 @@ class Address:
 
     @contextmanager
     def connection(self, error_type: type[MergeError] = StorageError) -> Iterator[Any]:
-        """The file system, while the storage is asked for this; what it refuses is told as a `error_type`.
+        """Yield the file system for requests about this address, and convert their failures to `error_type`.
 
         Raises:
-            FileNotFoundError: as it comes.
+            MergeError: (`error_type`) a request failed.
+            FileNotFoundError: the storage has no such object; raised as it is.
         """
         try:
             yield _file_system(self.scheme, self.place, self.options)
         except FileNotFoundError:
             raise
         except (OSError, ValueError) as error:
-            # Without the numbers of the request, and what a library adds for its own developers.
-            said = re.split(r" \(Request ID| error_info=|\n", str(error))[0]
-            again = " and run the same command: it goes on from here" if error_type is StorageError else ""
-            raise error_type(f"the storage refuses: {said}", str(self), do=ADVICE[self.scheme] + again) from error
+            # Without request ids and the SDK's debugging details.
+            reason = re.split(r" \(Request ID| error_info=|\n", str(error))[0]
+            resume = ", then run the same command to resume" if error_type is StorageError else ""
+            raise error_type(
+                f"the storage request failed: {reason}", str(self), do=ADVICE[self.scheme] + resume
+            ) from error
 
 
 @cache
 def _file_system(scheme: str, place: str, options: str) -> Any:
-    # Kept: the first one of a bucket asks the storage for its region.
+    # Cached: for the first file system of a bucket, pyarrow asks the storage for the region.
     from pyarrow.fs import FileSystem
 
     if scheme == "gs" and "retry_limit_seconds" not in options:

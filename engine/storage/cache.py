@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Copies of objects in a cache on this machine."""
 
 from __future__ import annotations
 
@@ -20,49 +20,59 @@ from engine.storage.address import Address
 from engine.storage.folder import Folder, storing
 from engine.storage.local_folder import LocalFolder
 
+# Bytes read from an object at a time, and objects copied at a time.
 CHUNK = 8 << 20
-
-
 FETCHES = 8
 
 
 def below(files: Any, key: str, absent: bool = False) -> list[Any]:
-    """Facts of all objects below a key; FileNotFoundError where there are none, unless they may be `absent`."""
+    """Return pyarrow's `FileInfo` of every object below a key.
+
+    Raises:
+        FileNotFoundError: there is none, and not `absent`.
+    """
     from pyarrow.fs import FileSelector
 
-    found = files.get_file_info(FileSelector(key, allow_not_found=absent, recursive=True))
-    return [one for one in found if one.is_file]
+    infos = files.get_file_info(FileSelector(key, allow_not_found=absent, recursive=True))
+    return [info for info in infos if info.is_file]
 
 
 def cache_folder() -> Path:
-    """Where copies of objects are kept on this machine."""
+    """Return the folder of the cache: EXPERT_MERGING_CACHE, or ~/.cache/expert-merging."""
     return Path(os.environ.get("EXPERT_MERGING_CACHE") or "~/.cache/expert-merging").expanduser().absolute()
 
 
 def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[InputError] = InputError) -> Path:
-    """A copy on this machine of one object, or of all below the URI whose names match one of the patterns.
+    """Copy an object, or a folder of objects, into the cache, and return the path of the copy.
 
-    Only what is not there yet, or of another size or time, is copied. A copy has the time of its object, so that it
-    reads the same on every machine.
+    Objects whose copy has the same size and modification time are not copied again. A copy gets the modification time
+    of its object, so that it is the same on every machine. Cached files that match but are no longer in the storage
+    are removed.
+
+    Args:
+        uri: The address of one object, or of a folder.
+        patterns: Of a folder, copy only objects whose names match one of these patterns (fnmatch).
+        error_type: The class of the error to raise.
 
     Raises:
-        InputError: the storage does not give it; `error_type` says which error. StorageError: there is no room for it.
+        InputError: (`error_type`) there is no such object, or the storage request failed.
+        StorageError: the copy cannot be written.
     """
     address = Address.of(uri, error_type)
     target = cache_folder() / address.local
-    found = _facts(address, patterns, error_type)
+    facts = _facts(address, patterns, error_type)
     lock = cache_folder() / "locks" / sha256(str(target).encode()).hexdigest()
     with storing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-    # Held as long as it takes: who waits here needs the same files.
+    # No timeout: a process that waits here needs the same files.
     with filelock.FileLock(lock):
-        for name in LocalFolder(target).names() - found.keys():
+        for name in LocalFolder(target).names() - facts.keys():
             if _matches(name, patterns):
                 LocalFolder(target).remove(name)
         ended = Event()
         with ThreadPoolExecutor(FETCHES) as threads:
             copies = [
-                threads.submit(_copy, address, fact, target / name, error_type, ended) for name, fact in found.items()
+                threads.submit(_copy, address, fact, target / name, error_type, ended) for name, fact in facts.items()
             ]
             try:
                 for copy in as_completed(copies):
@@ -75,42 +85,47 @@ def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[Inpu
 
 @contextmanager
 def borrowed(folder: Folder, name: str) -> Iterator[Path]:
-    """A file of a folder as a path on this machine; of one in object storage a copy of the caller's own.
+    """Yield a local path of a file of `folder`; for object storage, the path of a private copy.
 
-    The copy's name goes when the context ends; its memory, mapped meanwhile, goes with the map. Raises InputError.
+    The copy is unlinked when the context ends. A memory map of it stays valid.
+
+    Raises:
+        InputError: there is no such object, or the storage request failed.
+        StorageError: the copy cannot be written.
     """
     if isinstance(folder, LocalFolder):
         yield folder.path / name
         return
-    address, room = Address.of(folder.where) / name, cache_folder() / "borrowed"
+    address, parent = Address.of(folder.where) / name, cache_folder() / "borrowed"
     (fact,) = _facts(address, None, InputError).values()
-    with storing(room):
-        room.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=room) as own:
-        _copy(address, fact, Path(own) / "file", InputError, Event())
-        yield Path(own) / "file"
+    with storing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as temporary:
+        _copy(address, fact, Path(temporary) / "file", InputError, Event())
+        yield Path(temporary) / "file"
 
 
 def _facts(address: Address, patterns: Sequence[str] | None, error_type: type[InputError]) -> dict[str, Any]:
-    """What pyarrow tells of the objects to copy, by their names from the address; of the one object by ''."""
-    found: list[Any] = []
+    """Return pyarrow's `FileInfo` of the objects to copy, by name relative to the address ('' for a single object)."""
+    infos: list[Any] = []
     _check(address.path or "bucket", address, error_type)
     with suppress(FileNotFoundError), address.connection(error_type) as files:
-        one = files.get_file_info(address.key)
-        found = [one] if one.is_file else below(files, address.key)
-    facts = {one.path[len(address.key) + 1 :]: one for one in found}
-    facts = {name: one for name, one in facts.items() if not name or _matches(name, patterns)}
+        info = files.get_file_info(address.key)
+        infos = [info] if info.is_file else below(files, address.key)
+    facts = {info.path[len(address.key) + 1 :]: info for info in infos}
+    facts = {name: info for name, info in facts.items() if not name or _matches(name, patterns)}
     if not facts:
-        raise error_type("there is no such object", str(address), f"objects {', '.join(patterns)}" if patterns else "")
+        expected = f"objects that match {', '.join(patterns)}" if patterns else ""
+        raise error_type("there is no such object", str(address), expected)
     for name in filter(None, facts):
         _check(name, address, error_type)
     return facts
 
 
 def _check(name: str, address: Address, error_type: type[InputError]) -> None:
-    """An object may have any name; a copy of it must not lead out of its folder."""
+    """Refuse an object's name that as a path would lead out of the cache's folder; object storage allows any name."""
     if "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
-        raise error_type(f"an object's name is no path below a folder: {name!r}", str(address))
+        raise error_type(f"the object's name is not a path inside its folder: {name!r}", str(address))
 
 
 def _matches(name: str, patterns: Sequence[str] | None) -> bool:
@@ -118,11 +133,12 @@ def _matches(name: str, patterns: Sequence[str] | None) -> bool:
 
 
 def _copy(address: Address, fact: Any, target: Path, error_type: type[InputError], ended: Event) -> None:
-    # In whole seconds: asked for one object, a storage does not tell more than that, and listing them it may.
+    # Whole seconds: a storage may report fractions in a listing, but not for a single object.
     changed_at = int(fact.mtime.timestamp())
     if target.is_file() and (target.stat().st_size, target.stat().st_mtime) == (fact.size, changed_at):
         return
-    changed = error_type("the object changed while it was copied", f"{address.scheme}://{fact.path}", do="try again")
+    where = f"{address.scheme}://{fact.path}"
+    changed = error_type("the object changed while it was copied", where, do="run the same command again")
     copied = 0
     try:
         with (

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The `Folder` protocol, files being written, and errors of the disk with advice."""
 
 from __future__ import annotations
 
@@ -12,38 +12,43 @@ from typing import Any, Protocol
 
 from engine.errors import OutputError, StorageError
 
+# Name of the lock in a folder.
 LOCK = "lock"
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Tell what a disk refuses, by the file in question."""
+    """Convert an OSError of the block to a StorageError that names `path`, with advice for a full disk."""
     try:
         yield
     except OSError as error:
-        what, do = f"the disk refuses: {error.strerror}", "put that right"
+        what, do = f"the disk operation failed: {error.strerror}", "correct this"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            do = "free some room"
+            do = "free disk space"
         if error.errno == errno.ENOSPC:
             disk = next(folder for folder in path.parents if folder.exists())
             what += f"; {shutil.disk_usage(disk).free:,} bytes are free"
-        raise StorageError(what, str(path), do=f"{do} and run the same command: it goes on from here") from error
+        raise StorageError(what, str(path), do=f"{do}, then run the same command to resume") from error
 
 
 def in_use(where: str) -> OutputError:
-    """That a folder is locked."""
-    return OutputError("another merge is writing to this folder", where, do="wait for it, or give another --out")
+    """Return the error for a folder that another process has locked."""
+    return OutputError("another merge is writing to this folder", where, do="wait until it ends, or use another --out")
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file that is being written, without a buffer: so closing it has nothing left to do, and no error of its own."""
+    """A file being written. It is unbuffered, so that closing it writes nothing and cannot fail."""
 
     file: Any
     path: Path
 
     def write(self, data: Any) -> int:
-        """Append all of a buffer of bytes, and say how many they are. Raises StorageError."""
+        """Append a buffer of bytes and return its size.
+
+        Raises:
+            StorageError: the bytes cannot be written.
+        """
         left = whole = memoryview(data).cast("B")
         with storing(self.path):
             while left:
@@ -52,41 +57,56 @@ class RawFile:
 
 
 class Folder(Protocol):
-    """A handle of one folder, which travels. Names are relative, with `/`; what cannot be written is a StorageError."""
+    """A handle of one folder that can be pickled. File names are relative to it, with `/`.
+
+    A file appears under its name only when it is complete. Methods raise StorageError when the disk or the storage
+    fails.
+    """
 
     @property
     def where(self) -> str:
-        """The path or URI, for messages."""
+        """Path or URI of the folder."""
 
     def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
-
-    def exists(self, name: str) -> bool:
-        """Whether there is a file of that name."""
-
-    def size(self, name: str) -> int:
-        """Bytes of a file. Raises FileNotFoundError."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file, in place of an earlier one if there is one."""
-
-    def create(self, name: str) -> AbstractContextManager[RawFile]:
-        """A file to write piece by piece: it takes its name when the context ends, and never after an exception."""
-
-    def names(self, under: str = "") -> set[str]:
-        """All whole files below `under`, named from this folder."""
-
-    def remove(self, name: str) -> None:
-        """Remove a file, or all below a name; `""`: all but a lock. Nothing there is no error."""
-
-    def child(self, name: str) -> Folder:
-        """A folder in this one."""
-
-    def locked(self) -> AbstractContextManager[Callable[[], None]]:
-        """Hold this folder alone. It goes when the context ends, if nothing but the lock is in it then.
-
-        The context's value raises StorageError, when it is called, if another process has taken the folder over.
+        """Return the content of a file.
 
         Raises:
-            OutputError: another process is at it, or the folder cannot be used.
+            FileNotFoundError: there is no file of that name.
+        """
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file of that name."""
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes.
+
+        Raises:
+            FileNotFoundError: there is no file of that name.
+        """
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file, or replace an earlier one."""
+
+    def create(self, name: str) -> AbstractContextManager[RawFile]:
+        """Open a file for writing in parts. It appears under its name when the context ends without an exception."""
+
+    def names(self, under: str = "") -> set[str]:
+        """Return the names of all complete files below `under`, relative to this folder."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if there is one; for `""`, remove everything except the lock."""
+
+    def child(self, name: str) -> Folder:
+        """Return the handle of a folder in this one."""
+
+    def locked(self) -> AbstractContextManager[Callable[[], None]]:
+        """Lock this folder for the duration of the context.
+
+        If the folder contains nothing but the lock when the context ends, it is removed.
+
+        Yields:
+            A function that raises StorageError if another process has taken over the lock.
+
+        Raises:
+            OutputError: another process holds the lock, or the folder cannot be used.
         """

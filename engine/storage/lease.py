@@ -1,36 +1,28 @@
-"""A lock in object storage, which has none: an object that its holder writes anew every few seconds.
+"""A lock for folders in object storage: an object that its holder rewrites every few seconds.
 
-Whoever wants the folder watches the object by its own clock, for no two machines' clocks agree: while it changes, its
-holder is alive. Knows a folder to read and write, and nothing of what it is for.
+Object storage offers no locks. A process that wants the folder watches the object: while it changes, its holder is
+alive. The watcher measures time by its own clock alone, because the clocks of two machines differ.
 """
 
 from __future__ import annotations
 
 import time
 from threading import Event, Thread
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from engine.errors import StorageError
-from engine.storage.folder import LOCK
+from engine.storage.folder import LOCK, Folder
 
-if TYPE_CHECKING:
-    from engine.storage.folder import Folder
-
-
-# Seconds between two renewals; after how many that did not come a lease is free to take; and how long a writer waits
-# to see whether another wrote at the same moment.
+# Seconds between two renewals.
 RENEWAL = 5.0
-
-
+# Number of missed renewals after which a lease may be taken over.
 PATIENCE = 6
-
-
+# Seconds between the first write and the check that no other process wrote at the same moment.
 SETTLING = 2.0
 
 
 class Lease:
-    """The lease of a folder. A holder that was away too long (stopped, or cut off) may have lost it: see `held`."""
+    """The lease of a folder. A holder that was stopped or cut off for too long may have lost it: see `held`."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder, self._owner = folder, uuid4().hex
@@ -38,10 +30,13 @@ class Lease:
         self._thread = Thread(target=self._renew, name="lease", daemon=True)
 
     def take(self) -> bool:
-        """Take the lease and keep it until `end`; one that nobody renews is taken over. False: somebody renews it.
+        """Take the lease and renew it until `end` is called. A lease that is not being renewed is taken over.
+
+        Returns:
+            False if another process renews the lease.
 
         Raises:
-            StorageError: the storage refuses.
+            StorageError: a storage request failed.
         """
         seen, began = self._read(), time.monotonic()
         while seen is not None and time.monotonic() < began + PATIENCE * RENEWAL:
@@ -52,43 +47,43 @@ class Lease:
             seen = now
         self._write()
         time.sleep(SETTLING)
-        if not self._is_mine():
+        if not self._is_held():
             return False
         self._thread.start()
         return True
 
     def held(self) -> None:
-        """Make sure that the lease is still this one's.
+        """Check that this process still holds the lease.
 
         Raises:
-            StorageError: it is not.
+            StorageError: another process has taken it over, or a storage request failed.
         """
-        if not self._is_mine():
+        if not self._is_held():
             raise StorageError(
-                "another run has taken over: this one was not heard of for too long",
+                "another run has taken over this folder, because this run did not renew its lock in time",
                 self._folder.where,
-                do="let that run come to its end",
+                do="wait until that run ends",
             )
 
     def end(self) -> bool:
-        """Stop renewing; whether the lease was still this one's, and so is its holder's to remove."""
+        """Stop renewing, and return whether this process still held the lease and may remove its object."""
         self._ended.set()
         self._thread.join()
-        return self._is_mine()
+        return self._is_held()
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL):
             try:
-                if not self._is_mine():
+                if not self._is_held():
                     return
                 self._write()
             except StorageError:
-                # Tried again at the next turn. Whether it was too late is what `held` finds out.
+                # Retried after the next interval. If that is too late, `held` reports it.
                 continue
 
-    def _is_mine(self) -> bool:
-        found = self._read()
-        return found is not None and found.startswith(self._owner.encode())
+    def _is_held(self) -> bool:
+        content = self._read()
+        return content is not None and content.startswith(self._owner.encode())
 
     def _read(self) -> bytes | None:
         try:
@@ -97,5 +92,5 @@ class Lease:
             return None
 
     def _write(self) -> None:
-        # Never twice the same, so that whoever watches sees it change.
+        # Each write has new content, so that watchers see a change.
         self._folder.write(LOCK, f"{self._owner} {uuid4().hex}".encode())

@@ -1,7 +1,4 @@
-"""Folders on a disk: a file is there under its name whole, or not at all, whoever dies when.
-
-Knows no object storage.
-"""
+"""Folders on a disk, in which a file appears under its name only when it is complete, even if its writer dies."""
 
 from __future__ import annotations
 
@@ -21,42 +18,42 @@ from engine.storage.folder import LOCK, RawFile, in_use, storing
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
+    """Return the SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder on a disk; see `storage.Folder`. Each who writes a file has a temporary name of its own for it."""
+    """A folder on a disk; see `Folder`. A file is written under a temporary name of its own, then renamed."""
 
     path: Path
 
     @property
     def where(self) -> str:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         return str(self.path)
 
     def read(self, name: str) -> bytes:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         return (self.path / name).read_bytes()
 
     def exists(self, name: str) -> bool:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         return (self.path / name).is_file()
 
     def size(self, name: str) -> int:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         return (self.path / name).stat().st_size
 
     def write(self, name: str, data: bytes) -> None:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         with self.create(name) as out:
             out.write(data)
 
     @contextmanager
     def create(self, name: str) -> Iterator[RawFile]:
-        """See `storage.Folder`; the folders above it are made."""
+        """See `Folder`; missing parent folders are created."""
         path = self.path / name
         temporary = path.with_name(f".{uuid4().hex}.part")
         with storing(path):
@@ -70,35 +67,35 @@ class LocalFolder:
             with storing(path):
                 temporary.replace(path)
         except BaseException:
-            with suppress(OSError):  # what came first is what is to be told
+            with suppress(OSError):  # report the first error, not this one
                 temporary.unlink()
             raise
 
     def names(self, under: str = "") -> set[str]:
-        """See `storage.Folder`."""
-        found = (path for path in (self.path / under).rglob("*") if path.is_file() and not is_temporary(path))
-        return {path.relative_to(self.path).as_posix() for path in found}
+        """See `Folder`."""
+        paths = (path for path in (self.path / under).rglob("*") if path.is_file() and not is_temporary(path))
+        return {path.relative_to(self.path).as_posix() for path in paths}
 
     def remove(self, name: str) -> None:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         path = self.path / name
         with storing(path):
             if not name:
-                for one in path.iterdir() if path.is_dir() else ():
-                    if one.name != LOCK:
-                        self.remove(one.name)
+                for entry in path.iterdir() if path.is_dir() else ():
+                    if entry.name != LOCK:
+                        self.remove(entry.name)
             elif path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
     def child(self, name: str) -> LocalFolder:
-        """See `storage.Folder`."""
+        """See `Folder`."""
         return LocalFolder(self.path / name)
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
-        """See `storage.Folder`; the system gives the lock of a process that died to the next."""
+        """See `Folder`; the operating system releases the lock of a process that died."""
         lock = filelock.FileLock(self.path / LOCK, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -106,7 +103,7 @@ class LocalFolder:
         except filelock.Timeout as error:
             raise in_use(self.where) from error
         except OSError as error:
-            raise OutputError(f"the output folder cannot be made: {error.strerror}", self.where) from error
+            raise OutputError(f"the output folder cannot be created: {error.strerror}", self.where) from error
         try:
             sweep(self.path)
             yield lambda: None
@@ -117,11 +114,11 @@ class LocalFolder:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether this is what a LocalFolder writes to before a file is whole."""
+    """Return whether this is the temporary file of a `LocalFolder`."""
     return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that died have left; one that is still at it fails at its end."""
+    """Remove the temporary files of writers that died. A writer that is still running fails when it ends its file."""
     for path in list(folder.rglob(".*.part")):
         path.unlink(missing_ok=True)

@@ -1,8 +1,4 @@
-"""Folders on a disk and in object storage: a file is there under its name whole, or not at all.
-
-State, output and inputs of a merge go through here, by path or by URI (see `objects`; `file://` is a path). What is
-read from object storage is copied into a cache on this machine first. Knows no models and no Ray.
-"""
+"""Folders in object storage, in which a file appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -22,13 +18,13 @@ from engine.storage.cache import below, cache_folder
 from engine.storage.folder import LOCK, RawFile, in_use, storing
 from engine.storage.lease import Lease
 
-# Bytes that are sent at a time and read at a time, and files that are fetched at a time.
+# Bytes of a part of an upload.
 PART = 64 << 20
 
 
 @dataclass(frozen=True)
 class ObjectFolder:
-    """A folder in object storage, by URI; see `Folder`."""
+    """A folder in object storage; see `Folder`. `where` is its URI."""
 
     where: str
 
@@ -49,10 +45,10 @@ class ObjectFolder:
         """See `Folder`."""
         address = Address.of(self.where) / name
         with address.connection() as files:
-            found = files.get_file_info(address.key)
-        if not found.is_file:
+            info = files.get_file_info(address.key)
+        if not info.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address))
-        return int(found.size)
+        return int(info.size)
 
     def write(self, name: str, data: bytes) -> None:
         """See `Folder`."""
@@ -60,16 +56,16 @@ class ObjectFolder:
 
     @contextmanager
     def create(self, name: str) -> Iterator[RawFile]:
-        """See `Folder`; until it is whole, the file is on this machine's disk."""
-        # pyarrow cannot abandon a stream: closed or dropped, even after an exception, it makes an object of what it has
-        # been given. So nothing is sent before all of it is there, in a file without a name.
-        room = cache_folder() / "uploads"
-        with storing(room):
-            room.mkdir(parents=True, exist_ok=True)
-            file: Any = tempfile.TemporaryFile(dir=room, buffering=0)  # noqa: SIM115 - closed below
+        """See `Folder`; the file is kept on this machine's disk until it is complete."""
+        # pyarrow cannot abandon a stream: closed or dropped, even after an exception, it creates an object of the bytes
+        # written so far. So the upload starts when the file is complete; until then it has no name on the disk.
+        uploads = cache_folder() / "uploads"
+        with storing(uploads):
+            uploads.mkdir(parents=True, exist_ok=True)
+            file: Any = tempfile.TemporaryFile(dir=uploads, buffering=0)  # noqa: SIM115 - closed below
         with file:
-            yield RawFile(file, room)
-            with storing(room):
+            yield RawFile(file, uploads)
+            with storing(uploads):
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
             _send(Address.of(self.where) / name, data)
 
@@ -77,12 +73,12 @@ class ObjectFolder:
         """See `Folder`."""
         address = Address.of(self.where)
         with (address / under).connection() as files:
-            return {one.path[len(address.key) + 1 :] for one in below(files, (address / under).key, absent=True)}
+            return {info.path[len(address.key) + 1 :] for info in below(files, (address / under).key, absent=True)}
 
     def remove(self, name: str) -> None:
         """See `Folder`."""
         address = Address.of(self.where)
-        for top in [name] if name else {one.partition("/")[0] for one in self.names()} - {LOCK}:
+        for top in [name] if name else {file.partition("/")[0] for file in self.names()} - {LOCK}:
             _delete(address / top)
 
     def child(self, name: str) -> ObjectFolder:
@@ -91,7 +87,7 @@ class ObjectFolder:
 
     @contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
-        """See `Folder`; the lock of a process that died is free when nobody has renewed it for half a minute."""
+        """See `Folder`; the lock of a process that died becomes free after 30 seconds without renewal."""
         lease = Lease(self)
         try:
             if not lease.take():
@@ -102,7 +98,8 @@ class ObjectFolder:
             yield lease.held
         finally:
             if lease.end():
-                # Without the folder itself, in whose place pyarrow would leave an empty object.
+                # An otherwise empty folder is deleted as a whole: pyarrow leaves an empty object for the folder of a
+                # deleted file.
                 _delete(Address.of(self.where) / ("" if self.names() <= {LOCK} else LOCK))
 
 
@@ -119,10 +116,10 @@ def _send(address: Address, data: Any) -> None:
         with address.connection() as files, files.open_output_stream(address.key) as stream:
             for start in range(0, len(data), PART):
                 stream.write(memoryview(data)[start : start + PART])
-                # What is written waits in memory to be sent, without bound but for this.
+                # Without a flush, pyarrow buffers unsent parts in memory without bound.
                 stream.flush()
 
-    # In a thread of its own, where no signal's exception can come between and have half of it closed. After an error
-    # of the storage's, closing fails too, and there is no object.
+    # In a thread of its own: an exception from a signal handler would close the stream, and so create an object of half
+    # the bytes. After an error of the storage, closing fails too and creates no object.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(send).result()

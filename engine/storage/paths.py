@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Paths and URIs: how a user's text becomes a path, and the folder behind a path or URI (`file://` is a path)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.storage.object_folder import ObjectFolder
 
 
 def locate(path: str, folder: Path, error_type: type[InputError] = InputError) -> Path:
-    """The absolute path that a user means, relative to `folder`; `~` is a home, and `file://` goes before a path.
+    """Return the absolute path of a text that a user wrote: relative to `folder`, with `~` and `file://` expanded.
 
     Raises:
-        InputError: no file can have that name; `error_type` says which of them.
+        InputError: (`error_type`) the text is an address in object storage, or no file can have that name.
     """
     if is_uri(path):
-        raise error_type("an address in object storage cannot stand here", path, "a path")
+        raise error_type("an address in object storage is not accepted here", path, "a path")
     try:
         return (folder / as_path(path).expanduser()).resolve()
     except (RuntimeError, ValueError, OSError) as error:
@@ -27,16 +27,16 @@ def locate(path: str, folder: Path, error_type: type[InputError] = InputError) -
 
 
 def is_uri(text: str) -> bool:
-    """Whether this names something in object storage."""
+    """Return whether this is an address in object storage (`s3://` or `gs://`)."""
     return text.startswith(("s3://", "gs://"))
 
 
 def as_path(text: str) -> Path:
-    """What a path or a `file://` URI names on this machine."""
+    """Return the path that a text names, without the `file://` it may begin with."""
     return Path(unquote(urlsplit(text).path) if text.startswith("file://") else text)
 
 
 def open_folder(where: Path | str) -> Folder:
-    """A folder by its path or URI; it need not be there yet."""
+    """Return the folder of a path or URI. It need not exist yet."""
     text = str(where)
     return ObjectFolder(str(Address.of(text))) if is_uri(text) else LocalFolder(as_path(text))

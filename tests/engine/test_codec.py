@@ -1,4 +1,4 @@
-"""Tensors on their way between processes: every dtype and shape arrives, and nothing else does."""
+"""Packing of tensors: every dtype and shape survives transport, and no more than the tensor's bytes travel."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def travelled(packed: Packed) -> Packed:
-    """As it arrives elsewhere."""
+    """Return the packed tensor as another process receives it."""
     arrived: Packed = pickle.loads(pickle.dumps(packed, protocol=5))
     return arrived
 
@@ -58,7 +58,7 @@ def test_a_tensor_arrives_as_it_left(dtype: torch.dtype, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_numbers_that_are_hard_to_compare_keep_their_bits(dtype: torch.dtype) -> None:
+def test_special_numbers_keep_their_bits(dtype: torch.dtype) -> None:
     tensor = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 3.0e38]).to(dtype)
     assert same_bytes(unpack(travelled(pack(tensor))), tensor)
 
@@ -75,7 +75,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
-def test_of_a_view_only_its_own_bytes_travel(view: object, dtype: torch.dtype) -> None:
+def test_only_the_bytes_of_a_view_travel(view: object, dtype: torch.dtype) -> None:
     tensor = view(numbers((1000, 100), dtype))  # type: ignore[operator]
     packed = pack(tensor)
     assert packed.nbytes == tensor.numel() * tensor.element_size()
@@ -133,19 +133,19 @@ def test_pieces_of_tensors_keep_their_keys_and_share_their_memory() -> None:
     whole = numbers((100,), torch.float32)
     parts = {Piece("w", start, start + 40): whole[start : start + 40] for start in (40, 0)}
     packed = pack_all(parts)
-    assert [one.data.ctypes.data for one in packed.values()] == [part.data_ptr() for part in parts.values()]
-    arrived = unpack_all({piece: travelled(one) for piece, one in packed.items()})
+    assert [value.data.ctypes.data for value in packed.values()] == [part.data_ptr() for part in parts.values()]
+    arrived = unpack_all({piece: travelled(value) for piece, value in packed.items()})
     assert list(arrived) == [Piece("w", 40, 80), Piece("w", 0, 40)]
     assert all(same_bytes(arrived[piece], part) for piece, part in parts.items())
 
 
-def test_what_is_on_the_cpu_is_brought_there_as_it_is() -> None:
+def test_a_tensor_on_the_cpu_is_returned_without_a_copy() -> None:
     tensor = numbers((3, 4), torch.bfloat16)
     assert to_cpu(tensor)() is tensor
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_what_leaves_a_gpu_is_as_it_was_when_it_was_asked_for() -> None:
+def test_a_copy_from_a_gpu_has_the_values_of_the_time_of_the_call() -> None:
     tensor = numbers((1000, 1000), torch.float32).cuda()
     before, fetch = tensor.cpu(), to_cpu(tensor)
     tensor.zero_()

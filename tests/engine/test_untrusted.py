@@ -1,7 +1,8 @@
-"""What is not ours: files that are none, JSON that says two things, work without end, and code that may run or not."""
+"""Untrusted input: irregular files, ambiguous JSON, limits on time and memory, library errors, remote code."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ import tiny
 import torch
 import transformers.dynamic_module_utils
 from conftest import plan_of
+from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,27 +48,27 @@ def test_a_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("é" * 5, encoding="utf-8")
     assert read_text(path, 10, InputError) == "é" * 5
-    with pytest.raises(ConfigError, match=r"a: the config has 10 bytes\n  expected: at most 9"):
+    with refused(ConfigError, where=str(path), facts=["the config", "10 bytes", "at most 9"]):
         read_text(path, 9, ConfigError, "the config")
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_an_irregular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    for name, told in (
-        ("pipe", "a pipe or a device"),
-        (".", "Is a directory"),
-        ("none", "No such file"),
-        ("loop", "Too many levels"),
+    for name, fact in (
+        ("pipe", "pipe"),
+        (".", "directory"),
+        ("none", os.strerror(errno.ENOENT)),
+        ("loop", os.strerror(errno.ELOOP)),
         ("a\0b", "null byte"),
-        ("x" * 300, "too long"),
+        ("x" * 300, os.strerror(errno.ENAMETOOLONG)),
     ):
         with (
-            pytest.raises(CalibrationError, match=f"the file cannot be read: .*{told}"),
+            refused(CalibrationError, where=str(tmp_path / name), facts=["the file", fact]),
             open_regular(tmp_path / name, None, CalibrationError),
         ):
             raise AssertionError("it was opened")
-    with pytest.raises(InputError, match="a pipe or a device"):
+    with refused(InputError, where="/dev/zero", facts=["device"]):
         check_regular(Path("/dev/zero"), None, InputError)
 
 
@@ -78,7 +80,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
         max_leaves=20,
     )
 )
-def test_json_is_what_it_says(value: Any) -> None:
+def test_valid_json_is_parsed_or_could_not_be_written(value: Any) -> None:
     text = json.dumps(value)
     try:
         assert json.dumps(parse_json(text, "here", InputError)) == text
@@ -95,7 +97,7 @@ def test_json_is_refused_from_a_depth_on(depth: int, start: str, end: str) -> No
     if levels <= engine.untrusted.DEPTH:
         assert parse_json(text, "here", InputError)
     else:
-        with pytest.raises(InputError, match="here: not valid JSON: "):
+        with refused(InputError, where="here", facts=["JSON"]):
             parse_json(text, "here", InputError)
 
 
@@ -104,22 +106,22 @@ def test_many_shallow_parts_are_not_deep() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "facts"),
     [
-        ('{"a": 1, "b": 2, "a": 1}', "the key 'a' is given twice"),
-        ('[{"b": {"\\u0061": 1, "a": 2}}]', "the key 'a' is given twice"),
-        ('{"' + "x" * 500 + '": 1, "' + "x" * 500 + '": 1}', "the key 'xxx.*x… is given twice"),
-        ('"\\ud800"', "surrogates not allowed"),
-        ('{"\\uDC00": 1}', "surrogates not allowed"),
-        ("1" * 5000, "digits"),
+        ('{"a": 1, "b": 2, "a": 1}', ["'a'", "twice"]),
+        ('[{"b": {"\\u0061": 1, "a": 2}}]', ["'a'", "twice"]),
+        ('{"' + "x" * 500 + '": 1, "' + "x" * 500 + '": 1}', ["'" + "x" * 78 + "…", "twice"]),
+        ('"\\ud800"', ["surrogates"]),
+        ('{"\\uDC00": 1}', ["surrogates"]),
+        ("1" * 5000, ["digits"]),
     ],
 )
-def test_json_that_says_two_things_or_none_is_refused(text: str, told: str) -> None:
-    with pytest.raises(InputError, match=f"here: not valid JSON: .*{told}"):
+def test_ambiguous_or_invalid_json_is_refused(text: str, facts: list[str]) -> None:
+    with refused(InputError, where="here", facts=["JSON", *facts]):
         parse_json(text, "here", InputError)
 
 
-def test_two_halves_are_a_character() -> None:
+def test_a_surrogate_pair_is_a_character() -> None:
     assert parse_json('"\\ud83d\\ude00"', "here", InputError) == "😀"
 
 
@@ -141,8 +143,9 @@ def spin(seconds: float) -> None:
 def test_work_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.untrusted, "SECONDS", 0.05)
     before = signal.getsignal(signal.SIGVTALRM)
-    with pytest.raises(CheckpointError, match="here: too much"), cpu_limit(FAULT):
+    with pytest.raises(CheckpointError) as caught, cpu_limit(FAULT):
         spin(30)
+    assert caught.value is FAULT
     with cpu_limit(FAULT):
         pass
     spin(0.2)
@@ -150,7 +153,7 @@ def test_work_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
-def test_another_thread_than_the_main_one_is_left_to_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_other_than_the_main_one_have_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.untrusted, "SECONDS", 0.01)
     done = []
 
@@ -165,10 +168,11 @@ def test_another_thread_than_the_main_one_is_left_to_work(monkeypatch: pytest.Mo
     assert done == [True]
 
 
-def test_work_that_wants_all_memory_is_stopped() -> None:
+def test_work_that_needs_too_much_memory_is_stopped() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(CheckpointError, match="here: too much"), memory_limit(FAULT):
+    with pytest.raises(CheckpointError) as caught, memory_limit(FAULT):
         bytearray(engine.untrusted.MEMORY * 2)
+    assert caught.value is FAULT
     with memory_limit(FAULT):
         assert bytearray(engine.untrusted.MEMORY // 4)
     assert resource.getrlimit(resource.RLIMIT_AS) == before
@@ -184,20 +188,21 @@ Panic.__name__ = "PanicException"
 @pytest.mark.parametrize(
     "error", [ValueError("a\n  b"), Exception("a b"), KeyError("a b"), Panic("a b"), OSError("a b")]
 )
-def test_what_others_raise_is_a_fault_of_the_input(error: BaseException) -> None:
-    with pytest.raises(CheckpointError, match=r"^here: it says '?a b'?$"), library_errors_as(told):
+def test_exceptions_of_libraries_become_errors_of_the_input(error: BaseException) -> None:
+    with pytest.raises(CheckpointError) as caught, library_errors_as(make_fault):
         raise error
+    assert caught.value.where == "here" and caught.value.what.strip("'") == "a b"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3), FAULT, StopIteration()])
-def test_what_is_no_fault_of_the_input_stays_what_it_is(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, library_errors_as(told):
+def test_exceptions_that_are_not_about_the_input_pass(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, library_errors_as(make_fault):
         raise error
     assert caught.value is error
 
 
-def told(text: str) -> CheckpointError:
-    return CheckpointError(f"it says {text}", "here")
+def make_fault(message: str) -> CheckpointError:
+    return CheckpointError(message, "here")
 
 
 CODE = """
@@ -220,7 +225,7 @@ OWN = {"AutoConfig": "strange.Config", "AutoModelForCausalLM": "strange.Model"}
 
 @pytest.fixture
 def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """merge.yaml of models that come with their code, which leaves a file `ran` beside it when it runs."""
+    """merge.yaml of models with code of their own, which creates the file `ran` next to it when it runs."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     config = tiny.make_merge(tmp_path / "merge", experts=1)
@@ -237,9 +242,9 @@ def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_of_a_model_does_not_run_and_the_option_is_named(strange: Path) -> None:
     plan = plan_of(strange)
-    with pytest.raises(CheckpointError, match="`trust_remote_code: true`"):
+    with refused(CheckpointError, facts=["`trust_remote_code: true`"]):
         check_models(plan)
-    with pytest.raises(CheckpointError, match="`trust_remote_code: true`"):
+    with refused(CheckpointError, facts=["`trust_remote_code: true`"]):
         load_tokenizer(strange.parent / "base")
     assert not (strange.parent / "ran").exists()
 
@@ -264,8 +269,8 @@ def test_the_option_counts_in_a_runs_identity(llama_merge: Path) -> None:
 @pytest.mark.parametrize(
     "content", ['{"max_new_tokens": -1}', '{"max_new_tokens": "x"}', '{"cache_implementation": "x"}']
 )
-def test_a_generation_config_that_is_none_is_told(tmp_path: Path, content: str) -> None:
+def test_an_invalid_generation_config_is_refused(tmp_path: Path, content: str) -> None:
     assert load_generation_config(tmp_path) is None
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"cannot read its generation_config\.json"):
+    with refused(CheckpointError, facts=["generation_config.json", str(tmp_path)]):
         load_generation_config(tmp_path)

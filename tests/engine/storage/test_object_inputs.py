@@ -1,4 +1,4 @@
-"""A merge whose base, experts and calibration files are in object storage: found, recorded, and the same anywhere."""
+"""A merge with base, experts and calibration files in object storage: plan, record and identity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import plan_of
+from errors import refused
 from object_store import Store
 
 from actors.shard import Shard
@@ -23,7 +24,7 @@ from engine.storage.paths import locate
 
 @pytest.fixture
 def config(store: Store, llama_merge: Path, tmp_path: Path) -> Path:
-    """The merge of `llama_merge` with everything in the store, and an optimizer's state that nobody needs beside it."""
+    """The merge of `llama_merge` with everything in the store, and an unneeded optimizer state next to the base."""
     merge = store.put_all(llama_merge.parent, "a merge")
     store.put("a merge/base/optimizer.pt", b"large")
     raw = yaml.safe_load(llama_merge.read_text())
@@ -40,8 +41,8 @@ def test_a_plan_is_the_same_as_from_a_disk(config: Path, llama_merge: Path, stor
     plan, other = plan_of(config), plan_of(llama_merge)
     assert plan.merged == other.merged and plan.base_header.tensors == other.base_header.tensors
     assert [expert.model for expert in plan.experts] == [f"{store.root}/a merge/expert{k}/" for k in range(2)]
-    assert [one.calibration[0].read_bytes() for one in plan.experts] == [
-        one.calibration[0].read_bytes() for one in other.experts
+    assert [expert.calibration[0].read_bytes() for expert in plan.experts] == [
+        expert.calibration[0].read_bytes() for expert in other.experts
     ]
     copied = {path.name for path in (tmp_path / "cache" / "s3" / store.bucket / "a merge" / "base").iterdir()}
     assert "model.safetensors" in copied and "optimizer.pt" not in copied
@@ -52,9 +53,9 @@ def test_a_record_names_the_store_and_runs_from_anywhere(
     config: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(config)
-    this, words = identity(plan), input_files(plan)
+    before, inputs = identity(plan), input_files(plan)
     merge = f"{store.root}/a merge"
-    assert words == {
+    assert inputs == {
         f"{merge}/base": [f"{merge}/base/model.safetensors"],
         **{f"expert{k}": [f"{merge}/expert{k}/model.safetensors", f"{merge}/expert{k}.jsonl"] for k in range(2)},
     }
@@ -62,20 +63,20 @@ def test_a_record_names_the_store_and_runs_from_anywhere(
     assert resolved["base_model"] == f"{merge}/base"
     assert [model["calibration"] for model in resolved["models"]] == [[f"{merge}/expert{k}.jsonl"] for k in range(2)]
 
-    # Another machine: nothing is in its cache, and nothing of this one's may be used.
+    # As on another machine: its cache is empty, and the files of this one are gone.
     (tmp_path / "cache").rename(tmp_path / "gone")
     monkeypatch.setenv("EXPERT_MERGING_CACHE", str(tmp_path / "elsewhere"))
-    files = sorted({file for mine in words.values() for file in mine})
+    files = sorted({file for group in inputs.values() for file in group})
     digests = Shard(plan, 0).digests(files)
     assert list(digests) == files and len(set(digests.values())) == 5
     again = tmp_path / "again.yaml"
-    write_config(again, plan, this, {})
-    assert identity(plan_of(again)) == this
+    write_config(again, plan, before, {})
+    assert identity(plan_of(again)) == before
     store.put("a merge/expert0.jsonl", b'{"input_ids": [5, 6]}\n')
-    assert identity(plan_of(again)) != this
+    assert identity(plan_of(again)) != before
 
 
-def test_addresses_among_other_words(config: Path, store: Store, llama_merge: Path) -> None:
+def test_addresses_in_other_keys(config: Path, store: Store, llama_merge: Path) -> None:
     base = llama_merge.parent / "base"
     assert plan_of(config, f"base_model=file://{base}").base.model == str(base)
     tokenizer = plan_of(config, f"tokenizer_source={store.root}/a merge/expert0")
@@ -87,12 +88,12 @@ def test_addresses_among_other_words(config: Path, store: Store, llama_merge: Pa
         assert caught.value.where == expert.partition("+s3:")[0]
 
 
-def test_what_is_not_there_is_told_by_its_address(config: Path, store: Store) -> None:
-    with pytest.raises(CheckpointError, match="no such object") as caught:
+def test_a_missing_object_is_named_by_its_address(config: Path, store: Store) -> None:
+    with pytest.raises(CheckpointError) as caught:
         plan_of(config, f"base_model={store.root}/none")
     assert caught.value.where == f"{store.root}/none" and "*.safetensors" in caught.value.expected
     for name in ("none.jsonl", "a merge"):
-        with pytest.raises(CalibrationError, match=f"{store.root}/{name}: there is no such object"):
+        with refused(CalibrationError, where=f"{store.root}/{name}"):
             make_plan(load_config(config, [f"models.1.calibration={store.root}/{name}"]), config.parent)
-    with pytest.raises(InputError, match="cannot stand here"):
+    with refused(InputError, where="s3://bucket/merged"):
         locate("s3://bucket/merged", Path("/"))
