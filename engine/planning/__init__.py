@@ -1,1 +1,4 @@
-"""The plan of a merge, from config and headers alone, and what it will cost."""
+"""The plan of a merge, made from config and file headers, with estimates of memory, traffic and time.
+
+Only `open_models` imports torch. Knows no Ray.
+"""

@@ -1,7 +1,4 @@
-"""How much there is to compute and to keep: FLOP of a sample, of orthogonal task vectors, and a token's activations.
-
-From config and file headers alone, for the scaling model. Knows neither torch nor Ray.
-"""
+"""Estimates for the scaling model: FLOP of a sample, cost of orthogonal task vectors, activations of a token."""
 
 from __future__ import annotations
 
@@ -11,19 +8,20 @@ from typing import Any
 from engine.planning.plan import Plan
 from engine.sizes import MATRICES_PER_CALL
 
-# Of a singular value decomposition with its vectors, an element and singular value: LAPACK's, measured on one core.
+# FLOP of a singular value decomposition with its vectors, per element and singular value. LAPACK, measured on one core.
 SVD_FLOPS = 21
-
-
-# Matrices of the same size that one holds at its height, its own and its results among them; measured.
+# Peak number of matrices of the input's size that a decomposition holds, input and results included. Measured.
 SVD_COPIES = 8
 
 
 def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
-    """FLOP of one sample forward and backward, targets' logits included; a gradient of weights only where merged."""
+    """Return the FLOP of one sample in the forward and in the backward pass.
+
+    The logits of the target are included. Only merged tensors have a weight gradient.
+    """
     header, config = plan.base_header, plan.base_header.text_config
     hidden, layers = int(config.get("hidden_size") or 0), header.num_layers or 0
-    # What only looks rows up, or adds and scales, multiplies nothing to speak of; the head does, tied or not.
+    # Embedding lookups, sums and scalings are negligible. The head is a product, tied or not, and is counted apart.
     share = _share(config)
     every = {name: tensor.numel for name, tensor in header.tensors.items() if len(tensor.shape) in (2, 3)}
     seen = {name: numel * share if ".experts." in name else numel for name, numel in every.items()}
@@ -35,20 +33,23 @@ def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
 
 
 def orthogonal_bytes(plan: Plan, cpus: float) -> float:
-    """What a shard needs meanwhile: at each core a decomposition, and the parts of all that it was asked for."""
+    """Return the bytes of a shard that makes task vectors orthogonal: one decomposition per core, and the results."""
     largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
     experts = len(plan.experts)
     return 4 * largest * (SVD_COPIES * min(cpus, MATRICES_PER_CALL * experts) + 2 * MATRICES_PER_CALL)
 
 
 def _share(config: dict[str, Any]) -> float:
-    """The part of a mixture's experts that a token goes through."""
+    """Return the share of a mixture's experts that process a token."""
     count, chosen = config.get("num_experts", config.get("num_local_experts")), config.get("num_experts_per_tok")
     return chosen / count if type(chosen) is int and type(count) is int and count else 1.0
 
 
 def kept_elements(plan: Plan) -> float:
-    """Elements a token that a Llama-like model keeps for its backward pass; a block's alone with checkpointing."""
+    """Return the number of activation elements per token that a Llama-like model keeps for the backward pass.
+
+    With gradient checkpointing these are the inputs of all blocks and the activations of one block.
+    """
     config = plan.base_header.text_config
     hidden, layers = int(config.get("hidden_size") or 0), plan.base_header.num_layers or 0
     inner = int(config.get("intermediate_size") or 4 * hidden)
@@ -57,7 +58,7 @@ def kept_elements(plan: Plan) -> float:
 
 
 def orthogonal_flops(plan: Plan) -> float:
-    """FLOP of making task vectors orthogonal: a singular value decomposition an expert and matrix, and two of all."""
+    """Return the FLOP of making the task vectors orthogonal: K + 2 singular value decompositions per matrix."""
     shapes = [plan.base_header.tensors[name].shape for name in plan.orthogonal]
     each = float(sum(math.prod(shape) * min(shape) for shape in shapes))
     return SVD_FLOPS * (len(plan.experts) + 2) * each

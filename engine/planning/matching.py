@@ -1,8 +1,11 @@
-"""How an expert's tensors meet the base's: the same names and shapes, or what real checkpoints have instead.
+"""Match the tensors of an expert to those of the base, using file headers.
 
-From headers alone. What is let pass for methods that learn nothing: a head that is tied to the embedding in one of the
-two files, buffers that are no weights, tensors that an expert lacks where the user lets the base stand for them, rows
-of tokens that only one of the two has where the user names whose tokens count.
+Learned methods require equal names and shapes. For weight-space methods, these differences are accepted:
+
+- a head that is tied to the embedding in one of the two checkpoints
+- buffers
+- tensors that one of the two lacks, with `on_missing: base`
+- rows of tokens that only one of the two has, with `tokenizer_source`
 """
 
 from __future__ import annotations
@@ -16,32 +19,40 @@ from engine.checkpoints.vocabulary import EMBEDDINGS, HEADS, check_tokens, has_t
 from engine.config.schema import Config
 from engine.errors import CheckpointError
 
-# Saved by older versions of transformers, and computed anew by every model.
+# Buffers that older versions of transformers saved. Models compute them.
 BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|\.masked_bias|\.attn\.bias|position_ids)$")
 
 
 def match(name: str, expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path) -> Match:
-    """How the tensors of the expert called `name` meet the base's; `tokenizer` is the folder of the output's.
+    """Match the tensors of an expert to those of the base.
+
+    Args:
+        name: The expert's name, for errors.
+        expert: The expert's header.
+        base: The base's header.
+        config: The config; its method and options decide which differences are accepted.
+        tokenizer: Folder of the output's tokenizer.
 
     Raises:
-        CheckpointError: another architecture, vocabulary, set of tensors, shape or kind of number, with what would
-        help.
+        CheckpointError: Architecture, vocabulary, tensor names, shapes or kinds of dtype differ.
     """
     where = f"expert {name!r} ({expert.folder})"
     if expert.architecture != base.architecture:
-        raise CheckpointError(f"its architecture is {expert.architecture}", where, f"the base's: {base.architecture}")
+        architecture = f"that of the base, {base.architecture}"
+        raise CheckpointError(f"the architecture is {expert.architecture}", where, architecture)
     _check_vocabulary(expert, base, config, tokenizer, where)
-    found = _names(expert, base, config, where)
+    matched = _names(expert, base, config, where)
     for tensor in base.tensors.values():
-        if tensor.name in found.absent:
+        if tensor.name in matched.absent:
             continue
-        other = expert.tensors[found.renamed.get(tensor.name, tensor.name)]
+        other = expert.tensors[matched.renamed.get(tensor.name, tensor.name)]
         resized = tensor.shape[1:] == other.shape[1:] and bool(tensor.shape) and has_tokens_for_rows(base, tensor.name)
         if other.shape != tensor.shape and not (resized and config.tokenizer_source):
             raise CheckpointError(f"{tensor.name!r} has shape {other.shape}", where, f"the base's {tensor.shape}")
         if (other.dtype in FLOATS) != (tensor.dtype in FLOATS):
-            raise CheckpointError(f"{tensor.name!r} is {other.dtype}", where, f"a float, as the base's {tensor.dtype}")
-    return found
+            kind = "a float type" if tensor.dtype in FLOATS else "no float type"
+            raise CheckpointError(f"{tensor.name!r} is {other.dtype}", where, f"{kind}, like the base's {tensor.dtype}")
+    return matched
 
 
 def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path, where: str) -> None:
@@ -49,12 +60,12 @@ def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, to
         return
     if expert.vocab_size != base.vocab_size and (config.learned or not config.tokenizer_source):
         raise CheckpointError(
-            f"its vocabulary has {expert.vocab_size} tokens",
+            f"the vocabulary has {expert.vocab_size} tokens",
             where,
-            f"the base's {base.vocab_size}: task vectors need one",
-            "`tokenizer_source: base` (or a model) says whose tokens the output has, and leaves out the others"
+            f"{base.vocab_size} tokens, as in the base",
+            "set `tokenizer_source` to `base` or to a model; tokens that it lacks are dropped"
             if not config.learned
-            else "a method that learns nothing can cut them, with `tokenizer_source: base`",
+            else "use a weight-space method with `tokenizer_source: base`, which drops tokens that the base lacks",
         )
     check_tokens(expert, base, tokenizer, where)
 
@@ -80,11 +91,11 @@ def _names(expert: ModelHeader, base: ModelHeader, config: Config, where: str) -
                 added.remove(tensor)
     if lacking or added:
         parts = [f"lacks {len(lacking)} of the base's tensors (first: {lacking[0]!r})"] if lacking else []
-        parts += [f"has {len(added)} that the base does not have (first: {added[0]!r})"] if added else []
+        parts += [f"has {len(added)} tensors that the base lacks (first: {added[0]!r})"] if added else []
         raise CheckpointError(
-            f"it {' and '.join(parts)}",
+            f"the expert {' and '.join(parts)}",
             where,
-            f"the base's {len(base.tensors)} tensors",
-            "" if config.learned else "`on_missing: base` takes the base's for it, and leaves out what the base lacks",
+            f"the {len(base.tensors)} tensors of the base",
+            "" if config.learned else "set `on_missing: base` to use the base's tensors and drop those that it lacks",
         )
     return Match(renamed, frozenset(absent), tuple(ignored))

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Open the models of a plan on any node: base, experts, task vectors, and paths of the weight files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from engine.task_vectors.streams import TaskVectors
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A file of weights: the model or adapter, as the plan names it, and the file's path on this node."""
+    """A weight file: the model or adapter that it belongs to, as the plan names it, and its path on this node."""
 
     model: str
     path: Path
 
     @property
     def address(self) -> str:
-        """The path, or the URI of a model in object storage, of which `path` is a copy in the cache."""
+        """The file's path, or its URI if the model is in object storage and `path` is a cached copy."""
         if not is_uri(self.model):
             return str(self.path)
         address = Address.of(self.model)
@@ -41,7 +41,7 @@ def base_folder(plan: Plan) -> Path:
 
 
 def open_base(plan: Plan) -> Checkpoint:
-    """The base's weights, found by the plan's words on whatever node this is."""
+    """Open the base's weights on this node, with the rows of `plan.rows` if the plan has them."""
     base = Checkpoint(base_folder(plan), plan.base_header.tensors)
     if plan.rows is None:
         return base
@@ -50,7 +50,12 @@ def open_base(plan: Plan) -> Checkpoint:
 
 
 def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> ExpertWeights:
-    """An expert's weights, against those of the base where they may be of another size."""
+    """Open an expert's weights on this node.
+
+    Args:
+        expert: The expert's plan.
+        base: The base's weights, needed if the expert's tensors may have other shapes.
+    """
     if isinstance(expert.header, AdapterHeader):
         return _open_adapter(expert, expert.header)
     full = FullExpert(Checkpoint(_folder(expert), expert.header.tensors), base, expert.match)
@@ -65,7 +70,7 @@ def _open_adapter(model: ModelPlan, header: AdapterHeader) -> AdapterExpert:
 
 
 def weight_files(model: ModelPlan) -> list[WeightFile]:
-    """Return the files that hold a model's weights: those of its checkpoint, then those of its adapter."""
+    """Return the weight files of a model: those of its checkpoint, then those of its adapter."""
     if isinstance(model, ExpertPlan) and model.adapter is not None:
         return [*weight_files(ModelPlan(model.model, model.header)), *weight_files(model.adapter)]
     names = {WEIGHTS}
@@ -79,7 +84,7 @@ def _folder(model: ModelPlan) -> Path:
 
 
 def open_task_vectors(plan: Plan, threads: int) -> TaskVectors:
-    """The plan's models as streams, found by its words on whatever node this is."""
+    """Open base and experts on this node as task vectors, streamed by `threads` threads."""
     base = open_base(plan)
     experts = [(expert.name, open_expert(expert, base)) for expert in plan.experts]
     return TaskVectors(base, experts, getattr(torch, plan.dtype), threads)

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The plan of a merge as immutable data, and how its tensors are ordered and divided among shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.config.schema import Config
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Where a model is, as any node can find it: an absolute path, or a hub id with its commit."""
+    """A model's location, valid on any node (an absolute path, a URI, or a hub id with its commit), and its header."""
 
     model: str
     header: ModelHeader | AdapterHeader
@@ -25,8 +25,16 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class ExpertPlan(ModelPlan):
-    """One expert θₖ: its prior ᾱₖ (None: still to be found), loss weight βₖ, and the files and number of its
-    calibration samples.
+    """An expert θₖ.
+
+    Attributes:
+        name: The label of the expert in all outputs.
+        weight: The prior ᾱₖ. None: to be searched (`weight: auto`).
+        loss_weight: βₖ.
+        calibration: The calibration files.
+        samples: Number of calibration samples.
+        match: How the expert's tensors correspond to the base's.
+        adapter: An adapter on top of this checkpoint, as in mergekit's model+lora.
     """
 
     name: str
@@ -35,12 +43,11 @@ class ExpertPlan(ModelPlan):
     calibration: tuple[Path, ...]
     samples: int
     match: Match = NO_EXCEPTIONS
-    # An adapter of this expert (mergekit's model+lora), where it is not one of the base.
     adapter: ModelPlan | None = None
 
     @property
     def kind(self) -> str:
-        """What its task vector is made of."""
+        """The source of the task vector: a checkpoint, an adapter, or both."""
         if self.adapter is not None:
             return "checkpoint and adapter"
         return "adapter" if isinstance(self.header, AdapterHeader) else "checkpoint"
@@ -48,7 +55,20 @@ class ExpertPlan(ModelPlan):
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole merge. `merged` are the names of the merged tensors ℓ in the order of the base's files."""
+    """The plan of a merge.
+
+    Attributes:
+        config: The config, with absolute paths.
+        base: The base θ₀.
+        experts: The experts θₖ, in the order of the config.
+        merged: Names of the merged tensors ℓ, in the order of the base's files.
+        dtype: The dtype of the merged model during computation, as torch names it.
+        hidden_layers: S as indices into `hidden_states`.
+        tokenizer: The model that provides the output's tokenizer, valid on any node. None: the base.
+        rows: The model that defines the number of rows of embedding and head, and provides rows that the base lacks.
+            None: the base.
+        images: Image files of each expert's samples, filled in after its records have been read.
+    """
 
     config: Config
     base: ModelPlan
@@ -56,40 +76,37 @@ class Plan:
     merged: tuple[str, ...]
     dtype: str
     hidden_layers: tuple[int, ...]
-    # Whose tokenizer the output has, as any node can find it; None: the base's.
     tokenizer: str | None = None
-    # Whose rows embedding and head have beyond the base's own (or: how many of the base's are left).
     rows: ModelPlan | None = None
-    # Image files of each expert's samples, once its records have been read.
     images: tuple[tuple[str, ...], ...] = ()
 
     @property
     def base_header(self) -> ModelHeader:
-        """The base's tensors."""
+        """The base's header: its config and tensors."""
         assert isinstance(self.base.header, ModelHeader)
         return self.base.header
 
     @property
     def priors(self) -> list[float]:
-        """ᾱₖ of every expert, found or given."""
-        given = [expert.weight for expert in self.experts]
-        found = [weight for weight in given if weight is not None]
-        assert len(found) == len(given), "a prior that is still to be found"
-        return found
+        """The prior ᾱₖ of every expert. All must be known."""
+        weights = [expert.weight for expert in self.experts]
+        known = [weight for weight in weights if weight is not None]
+        assert len(known) == len(weights), "the search for the prior is not done"
+        return known
 
     @cached_property
     def merged_set(self) -> frozenset[str]:
-        """`merged`, for membership."""
+        """`merged` as a set."""
         return frozenset(self.merged)
 
     @cached_property
     def numels(self) -> dict[str, int]:
-        """Elements nₗ of each merged tensor."""
+        """Number of elements nₗ of each merged tensor."""
         return {name: self.base_header.tensors[name].numel for name in self.merged}
 
     @cached_property
     def depths(self) -> dict[str, float]:
-        """Where each tensor's layer stands, from 0 to 1 for gradients over layers; 0 for tensors of no layer."""
+        """Relative depth of each tensor's layer, from 0 to 1, for settings that vary over layers; 0 outside layers."""
         places = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in self.base_header.tensors}
         counts: dict[str, int] = {}
         for place in places.values():
@@ -102,7 +119,7 @@ class Plan:
 
     @cached_property
     def orthogonal(self) -> tuple[str, ...]:
-        """The merged tensors whose task vectors are made orthogonal: matrices, where the config asks for it."""
+        """Names of the merged tensors whose task vectors are made orthogonal: matrices, if the config says so."""
         if not self.config.learned or self.config.parameters.task_vectors != "orthogonal":
             return ()
         header = self.base_header
@@ -110,28 +127,29 @@ class Plan:
 
     @property
     def merged_bytes(self) -> int:
-        """M: bytes of the merged tensors in the run's dtype, what an optimiser step moves once each way."""
+        """M: bytes of the merged tensors in the run's dtype. An optimiser step moves M bytes in each direction."""
         return sum(self.numels.values()) * BYTES[SAFETENSORS[self.dtype]]
 
     def out_dtype(self, name: str) -> str:
-        """The dtype, as safetensors writes it, in which a tensor is written.
+        """Return the dtype of a tensor in the output, as safetensors names it.
 
-        Without `out_dtype` and `dtype` a tensor keeps the base's; types that are not floats always do.
+        Without `out_dtype` and `dtype`, a tensor keeps the dtype that it has in the base. Types other than floats are
+        always kept.
         """
-        own = self.base_header.tensors[name].dtype
+        in_base = self.base_header.tensors[name].dtype
         chosen = self.config.out_dtype or self.config.dtype
-        return SAFETENSORS[chosen] if chosen and own in FLOATS else own
+        return SAFETENSORS[chosen] if chosen and in_base in FLOATS else in_base
 
 
 def in_order_of_use(names: Iterable[str]) -> list[str]:
-    """Names as a model goes through them: block 2 before block 10, where files often have it the other way round."""
+    """Return tensor names with their numbers sorted as numbers, so that block 2 comes before block 10."""
     return sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
 
 
 def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
-    """The merged tensors in `count` slices of about equal bytes, each in the order of the base's files.
+    """Divide the merged tensors into `count` slices of about equal size, each in the order of the base's files.
 
-    Largest first, each to the slice that has least: the greedy rule of list scheduling. Some may be empty.
+    The largest tensor goes first, each to the smallest slice so far (list scheduling). Slices may be empty.
     """
     loads, owner = [0] * count, {}
     for name in sorted(plan.merged, key=lambda name: (-plan.numels[name], name)):

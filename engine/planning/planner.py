@@ -1,7 +1,6 @@
-"""What a merge will do: tensors, shapes, bytes, and where each model is; from config and file headers alone.
+"""Make the plan of a merge from its config and file headers.
 
-Every mismatch between base and experts is found here, before any weight is read and any process started. Knows neither
-torch nor Ray.
+Mismatches between base and experts are reported here, before any weight is read and any process is started.
 """
 
 from __future__ import annotations
@@ -28,10 +27,16 @@ from engine.untrusted import cpu_limit
 
 
 def make_plan(config: Config, config_folder: Path) -> Plan:
-    """Find every model, read its headers and check that the experts fit the base.
+    """Find every model, read its headers, and check that the experts match the base.
+
+    Args:
+        config: The config.
+        config_folder: The folder to which its paths are relative.
 
     Raises:
-        CheckpointError, CalibrationError, ConfigError: naming the model, the file or the tensor at fault.
+        CheckpointError: A model is missing or invalid, or an expert does not match the base.
+        CalibrationError: A calibration file is missing.
+        ConfigError: An option does not fit the models.
     """
     config = _located(config, config_folder)
     base_folder = find_model(config.base_model, config_folder)
@@ -48,7 +53,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     _check_recipe(config, base, experts)
     merged = _merged(config, base)
     if not merged:
-        raise ConfigError("`exclude` leaves no tensor to merge", do=f"its patterns: {', '.join(config.exclude)}")
+        patterns = ", ".join(config.exclude)
+        raise ConfigError("`exclude` leaves no tensor to merge", do=f"remove some of the patterns: {patterns}")
     return Plan(
         config=config,
         base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
@@ -62,55 +68,57 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
 
 
 def _located(config: Config, config_folder: Path) -> Config:
-    """The config with its folders as absolute paths."""
-    found: dict[str, Any] = {}
+    """Return the config with its folders as absolute paths."""
+    located: dict[str, Any] = {}
     if config.log_dir:
-        found["log_dir"] = str(locate(config.log_dir, config_folder, ConfigError))
+        located["log_dir"] = str(locate(config.log_dir, config_folder, ConfigError))
     images = locate(config.calibration.image_folder or ".", config_folder, ConfigError)
-    found["calibration"] = config.calibration.model_copy(update={"image_folder": str(images)})
-    return config.model_copy(update=found)
+    located["calibration"] = config.calibration.model_copy(update={"image_folder": str(images)})
+    return config.model_copy(update=located)
 
 
 def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
-    """The floats that `exclude` does not name."""
+    """Return the names of the float tensors that no pattern of `exclude` matches."""
     slow = ConfigError(
-        "its regular expressions take too long on the tensors' names", "exclude", do="write simpler ones"
+        "matching the regular expressions with the tensor names takes too long", "exclude", do="simplify the patterns"
     )
     with cpu_limit(slow):
         return tuple(
             name
             for name, tensor in base.tensors.items()
-            if tensor.dtype in FLOATS and tensor.numel and not any(re.match(one, name) for one in config.exclude)
+            if tensor.dtype in FLOATS
+            and tensor.numel
+            and not any(re.match(pattern, name) for pattern in config.exclude)
         )
 
 
 def _plan_expert(
     config: Config, expert: ExpertConfig, base: ModelHeader, tokenizer: Path, config_folder: Path
 ) -> ExpertPlan:
-    wanted = expert.calibration if config.learned else ()
-    calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in wanted)
+    files = expert.calibration if config.learned else ()
+    calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
     if adapter_name and folder == base.folder:
         model, adapter_name = adapter_name, None
         folder = find_model(model, config_folder)
         if not is_adapter(folder):
-            raise CheckpointError("what follows the + is no adapter", str(folder))
+            raise CheckpointError("the model after the + is not an adapter", str(folder))
     header: ModelHeader | AdapterHeader
-    found, adapter = NO_EXCEPTIONS, None
+    matched, adapter = NO_EXCEPTIONS, None
     if is_adapter(folder):
         if config.recipe is not None and config.recipe.baseless:
-            raise CheckpointError("an adapter needs a base", str(folder), do="give `base_model`")
+            raise CheckpointError("an adapter needs a base", str(folder), do="set `base_model`")
         header = read_adapter_header(folder, base)
     else:
         header = read_model_header(folder)
-        found = match(expert.name, header, base, config, tokenizer)
+        matched = match(expert.name, header, base, config, tokenizer)
     if adapter_name:
         if config.learned:
             raise ConfigError(
-                "an adapter of another model than the base is not supported here",
+                "learned methods do not support an adapter of a model other than the base",
                 expert.model,
-                do="merge the two first",
+                do="merge model and adapter into one checkpoint first",
             )
         where = find_model(adapter_name, config_folder)
         adapter = ModelPlan(portable(adapter_name, where, config_folder), read_adapter_header(where, base))
@@ -122,15 +130,15 @@ def _plan_expert(
         loss_weight=config.loss_weight(expert),
         calibration=calibration,
         samples=config.samples_per_model(expert),
-        match=found,
+        match=matched,
         adapter=adapter,
     )
 
 
 def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None]:
-    """The two parts of mergekit's model+lora, unless the + belongs to a folder's name."""
+    """Split mergekit's model+lora, unless the + is part of a folder's name."""
     if is_uri(model):
-        # What follows a + is a part of the name, unless it is a URI too.
+        # A + is part of the name, unless a URI follows.
         parts = re.split(r"\+(?=[a-z0-9]+://)", model, maxsplit=1)
         return parts[0], parts[1] if len(parts) > 1 else None
     if "+" not in model or os.path.isdir(locate(model, config_folder, CheckpointError)):  # noqa: PTH112
@@ -140,7 +148,7 @@ def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None
 
 
 def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
-    """Whose tokenizer the output has, and its folder; None: the base's."""
+    """Return the model that provides the output's tokenizer and its folder, or None if it is the base."""
     source = config.tokenizer_source
     if source in (None, "base", config.base_model):
         return None
@@ -151,17 +159,19 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
 
 
 def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
-    """What the settings of a method that learns nothing ask of the models."""
+    """Check the settings of a weight-space method against the models."""
     recipe = config.recipe
     if recipe is None:
         if config.on_missing != "error":
             raise ConfigError(
-                f"`on_missing: {config.on_missing}` is of methods that learn nothing", config.merge_method
+                f"`on_missing: {config.on_missing}` is for weight-space methods only",
+                config.merge_method,
+                do="remove `on_missing`",
             )
         return
     if recipe.layers is not None and recipe.layers != base.num_layers:
         raise ConfigError(
-            f"layer-stacking slices are not supported: this has {recipe.layers} layers, the model {base.num_layers}",
+            f"the slice has {recipe.layers} layers, but the model has {base.num_layers}",
             "slices",
             f"layer_range: [0, {base.num_layers}]",
         )
@@ -169,25 +179,27 @@ def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPla
     check_inputs(config.merge_method, names, not recipe.baseless)
     unfit = [name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..", "merge")]
     if unfit and NATIVE.get(config.merge_method) and NATIVE[config.merge_method].outputs == "experts":
-        raise ConfigError(f"the expert's name {unfit[0]!r} cannot be a folder's", "models", do="give it another `name`")
+        raise ConfigError(
+            f"the expert's name {unfit[0]!r} cannot name a folder", "models", do="give the expert another `name`"
+        )
 
 
 def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:
     try:
-        found = fetch(path, ()) if is_uri(path) else locate(path, config_folder)
-        if os.path.isfile(found):  # noqa: PTH113 - false, not an error, for a name that no file can have
-            return found
-        where = str(found)
+        file = fetch(path, ()) if is_uri(path) else locate(path, config_folder)
+        if os.path.isfile(file):  # noqa: PTH113 - returns False for impossible names, where Path.is_file raises
+            return file
+        where = str(file)
     except InputError as error:
         where = str(error)
-    raise CalibrationError(f"expert {expert!r} has no such calibration file", where)
+    raise CalibrationError(f"no such calibration file, given for expert {expert!r}", where)
 
 
 def _hidden_layers(config: Config, base: ModelHeader) -> tuple[int, ...]:
-    """S as indices into `hidden_states`: 0 is the embedding output, i the output of block i."""
+    """Return S as indices into `hidden_states`: 0 is the embedding output, i the output of block i."""
     last = base.num_layers
     if last is None:
-        raise CheckpointError("config.json does not say how many blocks the model has", str(base.folder))
+        raise CheckpointError("config.json does not give the number of blocks", str(base.folder), "num_hidden_layers")
     chosen = config.parameters.hidden_layers
     if chosen == "middle":
         return (last // 2,)
@@ -195,5 +207,9 @@ def _hidden_layers(config: Config, base: ModelHeader) -> tuple[int, ...]:
         return tuple(range(last + 1))
     outside = [index for index in chosen if not 0 <= index <= last]
     if outside:
-        raise ConfigError(f"hidden_layers names {outside[0]}", str(base.folder), f"indices 0 to {last}: {last} blocks")
+        raise ConfigError(
+            f"`hidden_layers` contains {outside[0]}",
+            str(base.folder),
+            f"indices 0 to {last}, as the model has {last} blocks",
+        )
     return tuple(sorted(set(chosen)))

@@ -1,7 +1,7 @@
-"""The scaling model: memory, traffic and time of a merge, from its plan and its machines.
+"""The scaling model: estimated memory, traffic and time of a merge, from its plan and its machines.
 
-What it says is derived and checked against measured runs in docs/scaling.md; `plan` prints it, and `shards: auto` picks
-the least of its times. Knows neither torch nor Ray. Units: bytes, seconds, FLOP; rates of them per second.
+docs/scaling.md derives the model and compares it with measured runs. `plan` prints the estimates, and `shards: auto`
+chooses the placement with the smallest step time. Units: bytes, seconds, FLOP; rates are per second.
 """
 
 from __future__ import annotations
@@ -22,51 +22,41 @@ from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes
 
-# Where the task vectors are asked: in the trainer's process, by actors on its node, or by actors on every node.
+# Placement of the task vectors: in the trainer's process, in shard actors on its node, or in shard actors on all nodes.
 Site = Literal["trainer", "node", "nodes"]
-
 
 MB, GB = 1e6, 1e9
 
-
-# Anonymous memory of processes before they have anything of a model (torch, transformers, Ray, compiled kernels).
+# Anonymous memory of a process before it loads a model: torch, transformers, Ray, compiled kernels.
 TRAINER_BYTES, SHARD_BYTES = 360 * MB, 300 * MB
 
-
-# Copies of the logits that stand at one time: the model's, both logarithms, what becomes the gradient.
+# Simultaneous copies of the logits: those of the model, two log-softmaxes, and the buffer of the gradient.
 LOGIT_COPIES = 4
 
-
-# The interpreter's part of one block of one expert; its lock lets one thread at a time have it.
+# Interpreter time per block of an expert. The interpreter lock serialises it over the threads of a process.
 CALL_SECONDS = 1.2e-6
 
-
-# Its part of opening a tensor of an expert, of a layer forward and backward, and of an optimiser step.
+# Interpreter time to open a tensor of an expert, per layer forward and backward, and per optimiser step.
 OPEN_SECONDS, LAYER_SECONDS, STEP_SECONDS = 18e-6, 2e-3, 0.03
 
-
-# A process until it answers (imports), on a machine whose cores it has.
+# Start of a process (imports) on idle cores.
 START_SECONDS = 6.0
 
-
-# FLOP/s and bytes/s where the config's `cluster.rates` says nothing: measured on two cores of an EPYC without GPU; for
-# a GPU an assumption, a quarter of an H200's dense bfloat16 rate, as single samples reach. Streaming is that of a core
-# of a full node, whose cores share its memory; two cores alone reach 11.8 GB/s each.
+# FLOP/s and bytes/s if `cluster.rates` is not set, measured on two cores of an EPYC without GPU. The GPU rate is an
+# assumption: a quarter of an H200's dense bfloat16 rate, which single samples reach. STREAM is the rate of a core on a
+# fully loaded node, whose cores share its memory bandwidth; two cores alone reach 11.8 GB/s each.
 CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
-
-
 CORE_FLOPS = CPU_FLOPS / 2
-
-
 CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
-
-
 STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
 
 @dataclass(frozen=True)
 class Machines:
-    """A cluster of equal nodes; `memory` and `gpu_memory` of a node and of a GPU, None where not known."""
+    """A cluster of equal nodes.
+
+    `cpus`, `gpus` and `memory` (in bytes) are those of a node, `gpu_memory` (in bytes) that of a GPU; None: unknown.
+    """
 
     nodes: int
     cpus: float
@@ -76,15 +66,17 @@ class Machines:
 
     @classmethod
     def here(cls) -> Machines:
-        """This machine alone."""
+        """Return this machine as a cluster of one node."""
         gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
         return cls(1, usable_cpus(), gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to learn from: mean tokens of a sample, samples in all, optimiser steps of a stage; passes through
-    the model of a step, on average, and the most tokens that one of them has, filled up.
+    """The calibration work of a learned merge.
+
+    Mean tokens per sample, number of samples of all experts, optimiser steps per stage, mean passes through the model
+    per step, and tokens of the largest pass, padding included.
     """
 
     tokens: float
@@ -95,12 +87,12 @@ class Work:
 
     @classmethod
     def of(cls, config: Config, tokens: Sequence[Sequence[int]]) -> Work:
-        """From the tokens of each expert's samples."""
-        counts = [count for mine in tokens for count in mine]
-        order = training_order([len(mine) for mine in tokens], epochs=1)
+        """Return the work for samples with these numbers of tokens, given per expert."""
+        counts = [count for of_expert in tokens for count in of_expert]
+        order = training_order([len(of_expert) for of_expert in tokens], epochs=1)
         window = config.parameters.gradient_accumulation
         together = [
-            [max(some[place] for place in places) * len(places) for places in passes(some, config.batch_tokens)]
+            [max(some[index] for index in indices) * len(indices) for indices in passes(some, config.batch_tokens)]
             for some in ([tokens[k][i] for k, i in part] for part in windows(order, window))
         ]
         return cls(
@@ -114,7 +106,11 @@ class Work:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by process: of the trainer's weights and gradient alone, of each whole process, and of the page cache."""
+    """Estimated bytes of memory.
+
+    `model` is the trainer's weights and gradient alone; `trainer`, `expert` and `shard` are whole processes; `store` is
+    Ray's object store; `page_cache` is that of a node which caches all that a pass reads.
+    """
 
     model: float
     trainer: float
@@ -126,7 +122,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """Seconds of an optimiser step: computing, reading checkpoints, moving bytes; `total` knows what overlaps."""
+    """Estimated seconds of an optimiser step: computing, streaming, moving, and in total, as the three may overlap."""
 
     compute: float
     stream: float
@@ -136,7 +132,7 @@ class StepEstimate:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one way to place the task vectors; `moved` are bytes of a step, in both directions."""
+    """The estimates for one placement of the task vectors. `moved`: bytes per step, both directions together."""
 
     where: Site
     shards: int
@@ -147,7 +143,7 @@ class Prediction:
 
 
 def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Prediction:
-    """Memory, traffic and time with the task vectors at `where`."""
+    """Estimate memory, traffic and time with the task vectors placed at `where`."""
     shards = _shards(plan, machines, where)
     step = _step(plan, work, machines, where, shards)
     return Prediction(
@@ -161,60 +157,61 @@ def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Predicti
 
 
 def choose(plan: Plan, work: Work, machines: Machines) -> Prediction:
-    """The way that takes the least time for a step; of equals the one with fewer processes."""
-    ways: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
-    wanted = plan.config.cluster.shards
-    if wanted != "auto":
-        ways = ["nodes" if machines.nodes > 1 else "node"] if wanted else ["trainer"]
-    return min((predict(plan, work, machines, where) for where in ways), key=lambda found: found.step.total)
+    """Return the placement with the smallest step time; of equal ones, that with fewer processes."""
+    sites: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
+    shards = plan.config.cluster.shards
+    if shards != "auto":
+        sites = ["nodes" if machines.nodes > 1 else "node"] if shards else ["trainer"]
+    return min((predict(plan, work, machines, where) for where in sites), key=lambda estimate: estimate.step.total)
 
 
-def shortages(plan: Plan, found: Prediction, machines: Machines) -> list[str]:
-    """What would not fit, a line each, and what would help; a limit that is not known is not judged."""
-    memory, lines = found.memory, []
+def shortages(plan: Plan, prediction: Prediction, machines: Machines) -> list[str]:
+    """Return a line for each process that does not fit the machines, with advice. Unknown limits are not checked."""
+    memory, lines = prediction.memory, []
     saves = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
     saves += [] if plan.config.gradient_checkpointing else ["`gradient_checkpointing: true`"]
     saves += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
     kind, limit = ("GPU", machines.gpu_memory) if machines.gpus else ("node", machines.memory)
     if limit is not None:
         cluster = plan.config.cluster
-        for role, wanted, asked in (
+        for role, needed, requested in (
             ("trainer", memory.trainer, cluster.trainer.num_gpus),
             ("expert", memory.expert, cluster.expert.num_gpus),
         ):
-            devices = asked if machines.gpus and asked != "auto" and asked > 1 else 1
-            if wanted > limit * devices:
-                helps = f"; {' or '.join(saves)} would make it smaller" if role == "trainer" and saves else ""
-                helps += f"; or more GPUs: `cluster.{role}.num_gpus`" if machines.gpus else ""
+            devices = requested if machines.gpus and requested != "auto" and requested > 1 else 1
+            if needed > limit * devices:
+                advice = [*saves] if role == "trainer" else []
+                advice += [f"more GPUs (`cluster.{role}.num_gpus`)"] if machines.gpus else []
                 have = f"{devices:g} {kind}s have" if devices > 1 else f"a {kind} has"
-                lines.append(f"the {role} wants {wanted / GB:.1f} GB, and {have} {limit * devices / GB:.1f} GB{helps}")
+                line = f"the {role} needs {needed / GB:.1f} GB, but {have} {limit * devices / GB:.1f} GB"
+                lines.append(f"{line}; use {' or '.join(advice)}" if advice else line)
     if machines.memory is not None:
         if memory.shard > machines.memory:
-            lines.append(f"a shard wants {memory.shard / GB:.1f} GB, and a node has {machines.memory / GB:.1f} GB")
+            lines.append(f"a shard needs {memory.shard / GB:.1f} GB, but a node has {machines.memory / GB:.1f} GB")
         if memory.page_cache > machines.memory:
             lines.append(
-                f"each node reads {memory.page_cache / GB:.1f} GB of checkpoints a pass and has "
-                f"{machines.memory / GB:.1f} GB to keep them in: passes go at the disk's speed; more nodes help"
+                f"each node reads {memory.page_cache / GB:.1f} GB of checkpoints per pass, but has "
+                f"{machines.memory / GB:.1f} GB to cache them, so passes run at the speed of the disk; use more nodes"
             )
     return lines
 
 
 def _shards(plan: Plan, machines: Machines, where: Site) -> int:
-    wanted = plan.config.cluster.shards
-    if wanted != "auto":
-        return max(1, wanted)
+    shards = plan.config.cluster.shards
+    if shards != "auto":
+        return max(1, shards)
     if where == "trainer":
-        return 1  # it reads and writes files
-    # As many processes a node as its cores need, where one interpreter's lock would hold them up.
-    a_node = max(1, math.ceil(machines.cpus * _stream_rate(plan) / _interpreter_rate(plan)))
-    return a_node * (machines.nodes if where == "nodes" else 1)
+        return 1  # inspects the inputs and writes the output
+    # As many processes per node as keep the interpreter lock from limiting its cores.
+    per_node = max(1, math.ceil(machines.cpus * _stream_rate(plan) / _interpreter_rate(plan)))
+    return per_node * (machines.nodes if where == "nodes" else 1)
 
 
 def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) -> MemoryEstimate:
     header, item = plan.base_header, _item(plan)
     elements = sum(tensor.numel for tensor in header.tensors.values())
     on_gpu = bool(machines.gpus)
-    # On a CPU, tensors that are not merged are views of the base's files where they have the run's dtype already.
+    # On a CPU, tensors that are not merged stay views of the base's files if they have the run's dtype.
     mapped = 0 if on_gpu else sum(t.nbytes for n, t in header.tensors.items() if _mapped(plan, n))
     weights = elements * item - mapped
     bucket = bucket_bytes(shards, item)
@@ -228,7 +225,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
         expert=TRAINER_BYTES
         + elements * item * (1 if on_gpu else 0)
         + work.tokens * (header.vocab_size or 0) * item * 3,
-        # A bucket that came and one that goes.
+        # One bucket received and one to send.
         shard=SHARD_BYTES
         + scratch
         + max(0 if where == "trainer" else 2 * bucket, orthogonal_bytes(plan, machines.cpus)),
@@ -240,8 +237,8 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
 def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) -> StepEstimate:
     rates, samples = plan.config.cluster.rates, _window(plan)
     flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
-    # What a pass takes whatever its tokens: weights are read twice, their gradient is written, and added to the others
-    # where it stays.
+    # Memory traffic that does not depend on the tokens: a pass reads the weights twice and writes their gradient. With
+    # `accumulate`, all but the first pass also add the gradient to the sum: two reads and a write.
     weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
     memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
     added = 0 if plan.config.gradients == "stream" else work.passes - 1
@@ -251,7 +248,7 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) 
     streams = _streams(plan, work)
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
-    # A node's cores stream side by side, as far as their interpreters let them; nodes side by side in any case.
+    # The cores of a node stream in parallel up to the limit of their interpreters. Nodes always stream in parallel.
     rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
     if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
         rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
@@ -259,8 +256,8 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) 
     stream = streams * (_streamed(plan) / rate + opened * OPEN_SECONDS)
     link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
     exchange = 0 if where == "trainer" else streams * plan.merged_bytes / (link * GB)
-    # Streams and transfers work side by side. On a GPU's trainer they also overlap the forward pass that comes first
-    # and the backward pass that comes last (or each); on a CPU's trainer they want the cores that it computes with.
+    # Streaming and moving run in parallel. With a trainer on a GPU they also overlap with the first forward pass and
+    # the last backward pass (with `stream`, with each backward pass). On a CPU all three use the same cores.
     if not machines.gpus:
         total = compute + stream + exchange
     else:
@@ -271,7 +268,7 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) 
 
 
 def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> float:
-    """A whole run: start, one reading of everything, targets, the stages, and the output."""
+    """Return the seconds of a whole run: start, one read of all weights, targets, stages and output."""
     rates = plan.config.cluster.rates
     disk = (rates.disk_gbs or DISK / GB) * GB
     slots = max(1, min(len(plan.experts), machines.gpus * machines.nodes or machines.nodes))
@@ -295,7 +292,7 @@ def _flop_rate(plan: Plan, machines: Machines) -> float:
 
 
 def _streamed(plan: Plan) -> float:
-    """Bytes that one pass over base and experts goes through; an adapter counts as what it takes to multiply out."""
+    """Return the bytes that a pass over base and experts streams. An adapter counts by the time of its product."""
     base = sum(plan.base_header.tensors[name].nbytes for name in plan.merged)
     return 2 * base + sum(_expert_bytes(plan, expert) for expert in plan.experts)
 
@@ -303,13 +300,13 @@ def _streamed(plan: Plan) -> float:
 def _expert_bytes(plan: Plan, expert: ExpertPlan) -> float:
     if isinstance(expert.header, ModelHeader):
         return sum(expert.header.tensors[name].nbytes for name in plan.merged)
-    # A product of two factors of rank r: 2r FLOP an element, which takes a core about as long as 2r/4 bytes.
+    # The product of two factors of rank r takes 2r FLOP per element: as long on a core as streaming about 2r/4 bytes.
     ranks = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
     return sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)
 
 
 def _read_bytes(plan: Plan) -> float:
-    """Bytes of base and experts in their files: what the page cache would hold."""
+    """Return the bytes of all weights of base and experts in their files."""
     total = 0.0
     for model in (plan.base, *plan.experts):
         header: ModelHeader | AdapterHeader = model.header
@@ -318,13 +315,13 @@ def _read_bytes(plan: Plan) -> float:
 
 
 def _stream_rate(plan: Plan) -> float:
-    """Bytes of checkpoints a second that one core streams through."""
+    """Return the bytes/s of checkpoints that one core streams."""
     given = plan.config.cluster.rates.stream_gbs
     return given * GB if given else STREAM
 
 
 def _interpreter_rate(plan: Plan) -> float:
-    """Bytes a second at which one process's interpreter can hand out blocks, however many cores it has."""
+    """Return the bytes/s at which the interpreter of one process can dispatch blocks, whatever the number of cores."""
     return BLOCK * _item(plan) / CALL_SECONDS
 
 
@@ -333,7 +330,7 @@ def _item(plan: Plan) -> int:
 
 
 def _streams(plan: Plan, work: Work) -> float:
-    """How often a step goes through the experts: once to merge, and once for each gradient that leaves."""
+    """Return the passes over the experts per step: one for the merge, and one per gradient sent."""
     return 1 + (work.passes if plan.config.gradients == "stream" else 1)
 
 

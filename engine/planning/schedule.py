@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The order of the calibration samples, and their division into windows and forward passes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ from collections.abc import Collection, Sequence
 
 
 def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:
-    """The order of samples, as (expert, index): round robin over the experts, a shorter list starting again until the
-    longest is done; that once an epoch.
+    """Return the order of the samples, as (expert, index).
+
+    Each epoch goes round robin over the experts. A shorter list starts again until the longest list is done.
+
+    Args:
+        counts: Number of samples of each expert.
+        epochs: Number of epochs.
     """
     longest = max(counts)
     once = [(expert, turn % count) for turn in range(longest) for expert, count in enumerate(counts)]
@@ -15,24 +20,31 @@ def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:
 
 
 def windows(order: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[int, int]]]:
-    """The order cut into windows of `size` samples, one optimiser step each; the last holds what is left."""
+    """Divide the order into windows of `size` samples, one optimiser step each. The last window may be smaller."""
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def passes(tokens: Sequence[int], limit: int, alone: Collection[int] = ()) -> list[list[int]]:
-    """Which samples of a window go through the model together, by their places in it; `tokens` are theirs.
+    """Divide the samples of a window into forward passes.
 
-    Those in `alone` have images, which each family lays out in its own way, so none shares a pass with another sample.
+    A pass has at most `limit` tokens, padding included, or as many as the longest sample if that has more. Samples are
+    sorted by length, the longest first, to keep padding small.
 
-    As many as have, filled up to the longest of them, no more tokens than `limit`, or than the window's longest sample
-    where that has more. The longest come first, so that little is filled up.
+    Args:
+        tokens: Number of tokens of each sample of the window.
+        limit: `batch_tokens` of the config.
+        alone: Samples that get a pass of their own: those with pixel inputs, which each model family batches in its own
+            way.
+
+    Returns:
+        For each pass the indices of its samples in the window.
     """
-    others = [place for place in range(len(tokens)) if place not in alone]
-    limit = max([limit, *(tokens[place] for place in others)])
+    others = [index for index in range(len(tokens)) if index not in alone]
+    limit = max([limit, *(tokens[index] for index in others)])
     together: list[list[int]] = []
-    for place in sorted(others, key=lambda place: -tokens[place]):
+    for index in sorted(others, key=lambda index: -tokens[index]):
         if together and tokens[together[-1][0]] * (len(together[-1]) + 1) <= limit:
-            together[-1].append(place)
+            together[-1].append(index)
         else:
-            together.append([place])
-    return [[place] for place in sorted(alone)] + together
+            together.append([index])
+    return [[index] for index in sorted(alone)] + together

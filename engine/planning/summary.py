@@ -1,4 +1,4 @@
-"""What a merge would do and what it would take, as tables for a person. Knows plans and the scaling model."""
+"""Print the plan of a merge and its estimates as tables."""
 
 from __future__ import annotations
 
@@ -20,35 +20,38 @@ PLACES: dict[Site, str] = {
 
 
 def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> None:
-    """Print base, experts, tensors, bytes and steps, and what they take on the machines.
+    """Print the plan of a learned merge, and its estimated memory, traffic and time on the machines.
 
-    `tokens` are those of each expert's samples, about.
+    Args:
+        plan: The plan.
+        tokens: For each expert, the approximate number of tokens of its samples.
+        machines: The machines.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     work = Work.of(plan.config, tokens)
     console.print(_facts(plan, work))
-    console.print(_experts(plan, [len(mine) for mine in tokens]))
+    console.print(_experts(plan, [len(counts) for counts in tokens]))
     chosen = choose(plan, work, machines)
     places: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
     if plan.config.cluster.shards != "auto":
         places = [chosen.where]
     console.print(_predictions([predict(plan, work, machines, where) for where in places], chosen))
     console.print(
-        f"on {machines.nodes} x {machines.cpus:g} CPUs, {machines.gpus:g} GPUs, "
-        f"{_gigabytes(machines.memory)} a node, {_gigabytes(machines.gpu_memory)} a GPU; "
-        f"about {work.tokens:.0f} tokens a sample. Times are estimates: docs/scaling.md, `cluster.rates`"
+        f"machines: {machines.nodes} x {machines.cpus:g} CPUs, {machines.gpus:g} GPUs; memory per node: "
+        f"{_gigabytes(machines.memory)}, per GPU: {_gigabytes(machines.gpu_memory)}; "
+        f"about {work.tokens:.0f} tokens per sample. Times are estimates, see docs/scaling.md and `cluster.rates`"
     )
     for line in shortages(plan, chosen, machines):
         console.print(f"does not fit: {line}")
 
 
 def print_weight_space_plan(plan: Plan) -> None:
-    """Print base, experts, tensors and bytes of a merge that learns nothing."""
+    """Print the plan of a weight-space merge."""
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     facts = _tensors(plan)
     headers = [model.header for model in (plan.base, *plan.experts)]
     read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())
-    facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, once to three times by method")
+    facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, one to three times, as the method needs")
     if plan.config.unused:
         facts.add_row("not used", ", ".join(plan.config.unused))
     console.print(facts)
@@ -57,13 +60,13 @@ def print_weight_space_plan(plan: Plan) -> None:
         experts.add_column(column, overflow="fold")
     assert plan.config.recipe is not None
     for expert, settings in zip(plan.experts, plan.config.recipe.models, strict=True):
-        told = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
-        experts.add_row(expert.name, expert.kind, told or "the top level's", expert.model)
+        listed = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
+        experts.add_row(expert.name, expert.kind, listed or "as at the top level", expert.model)
     console.print(experts)
     for expert in plan.experts:
-        for what, names in (("the base stands for", expert.match.absent), ("not used:", expert.match.ignored)):
+        for label, names in (("taken from the base", expert.match.absent), ("not used", expert.match.ignored)):
             if names:
-                console.print(f"{expert.name}: {what} {', '.join(sorted(names))}", markup=False)
+                console.print(f"{expert.name}: {label}: {', '.join(sorted(names))}", markup=False)
 
 
 def _tensors(plan: Plan) -> rich.table.Table:
@@ -74,7 +77,7 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_column(overflow="fold")
     facts.add_row("method", plan.config.merge_method)
     facts.add_row("base", f"{plan.base.model}: {header.architecture}, {header.num_layers} blocks")
-    facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the others stay the base's")
+    facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
     facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
     facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")
     return facts
@@ -85,10 +88,10 @@ def _facts(plan: Plan, work: Work) -> rich.table.Table:
     if plan.config.has_targets:
         facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
         facts.add_row("expert forwards", f"{work.samples}, once for all stages")
-    facts.add_row("coefficients", f"{len(plan.merged)} an expert in stage 1")
+    facts.add_row("coefficients", f"{len(plan.merged)} per expert in stage 1")
     if plan.config.stages == 2:
-        facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} an expert in stage 2")
-    facts.add_row("optimiser steps", f"{work.steps} a stage, {plan.config.stages} stages")
+        facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} per expert in stage 2")
+    facts.add_row("optimiser steps", f"{work.steps} per stage, {plan.config.stages} stages")
     return facts
 
 
@@ -103,7 +106,7 @@ def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:
 
 
 def _predictions(ways: Sequence[Prediction], chosen: Prediction) -> rich.table.Table:
-    """A column a way to place the task vectors, the chosen one marked."""
+    """Return a table with one column per placement of the task vectors; the chosen placement is marked."""
     table = rich.table.Table(box=rich.box.SIMPLE)
     table.add_column("task vectors")
     for way in ways:
@@ -113,19 +116,19 @@ def _predictions(ways: Sequence[Prediction], chosen: Prediction) -> rich.table.T
         table.add_row(name, *cells)
 
     row("shards", *(str(way.shards) for way in ways))
-    row("trainer", *(_gigabytes(way.memory.trainer) for way in ways))
-    row("an expert", *(_gigabytes(way.memory.expert) for way in ways))
-    row("a shard", *(_gigabytes(way.memory.shard) for way in ways))
+    row("trainer memory", *(_gigabytes(way.memory.trainer) for way in ways))
+    row("expert memory", *(_gigabytes(way.memory.expert) for way in ways))
+    row("shard memory", *(_gigabytes(way.memory.shard) for way in ways))
     row("object store", *(_gigabytes(way.memory.store) for way in ways))
-    row("page cache, a node", *(_gigabytes(way.memory.page_cache) for way in ways))
-    row("moved by a step", *(_gigabytes(way.moved) for way in ways))
-    row("a step: computing", *(f"{way.step.compute:.3g} s" for way in ways))
-    row("a step: streaming", *(f"{way.step.stream:.3g} s" for way in ways))
-    row("a step: moving", *(f"{way.step.exchange:.3g} s" for way in ways))
-    row("a step", *(f"{way.step.total:.3g} s" for way in ways))
-    row("the whole run", *(f"{way.run_seconds:.3g} s" for way in ways))
+    row("page cache per node", *(_gigabytes(way.memory.page_cache) for way in ways))
+    row("moved per step", *(_gigabytes(way.moved) for way in ways))
+    row("step: computing", *(f"{way.step.compute:.3g} s" for way in ways))
+    row("step: streaming", *(f"{way.step.stream:.3g} s" for way in ways))
+    row("step: moving", *(f"{way.step.exchange:.3g} s" for way in ways))
+    row("step", *(f"{way.step.total:.3g} s" for way in ways))
+    row("whole run", *(f"{way.run_seconds:.3g} s" for way in ways))
     return table
 
 
 def _gigabytes(nbytes: float | None) -> str:
-    return "not known" if nbytes is None else f"{nbytes / GB:.2f} GB"
+    return "unknown" if nbytes is None else f"{nbytes / GB:.2f} GB"
