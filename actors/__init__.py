@@ -1,1 +1,1 @@
-"""The three actors as plain classes: state and calls. Knows no Ray; `cluster/` makes them remote."""
+"""The three actors as plain classes. They do not depend on Ray; `cluster/` makes them remote."""

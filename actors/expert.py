@@ -1,4 +1,4 @@
-"""The expert actor: one frozen expert after the other on its device; samples in, targets out. No mathematics."""
+"""The expert actor: holds one frozen expert at a time on its device, and stores targets of calibration samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.storage.folder import Folder
 
 
 class Expert:
-    """Whichever expert a sample is of. It keeps nothing that counts, so it may be started again at any time."""
+    """Computes targets with the expert of each sample. Has no state that a restart would lose."""
 
     def __init__(self, plan: Plan, index: int) -> None:
         self._process = ActorProcess(f"expert {index}")
@@ -19,10 +19,15 @@ class Expert:
         self._held: tuple[int, FrozenExpert] | None = None
 
     def target(self, sample: Sample, folder: Folder, name: str, inputs: str | None = None) -> int:
-        """Write the target of one sample to `name` in the folder, where it outlives process and node; its file `inputs`
-        there, if it has one, holds what the sample has beside its tokens.
+        """Compute the target of a sample and store it, unless an earlier attempt at the same call has stored it.
 
-        Returns its bytes. A target that is there already is that of an earlier try of the same call.
+        Args:
+            folder: The state folder of the run.
+            name: File of the target in it.
+            inputs: File of the sample's pixel inputs in it, if the sample has any.
+
+        Returns:
+            The size of the target's file in bytes.
         """
         if folder.exists(name):
             return folder.size(name)
@@ -31,12 +36,12 @@ class Expert:
         return save_target(target, folder, name)
 
     def report(self) -> Report:
-        """Memory, and how often the expert ran forward."""
+        """Return the memory figures of the process, and the number of forward passes."""
         return self._process.report(forwards=self._forwards)
 
     def _expert(self, index: int) -> FrozenExpert:
-        # Loaded by a call, not at the start: what a call raises reaches the driver as it is.
+        # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         if self._held is None or self._held[0] != index:
-            self._held = None  # first, so that there are never two
+            self._held = None  # freed first, so that memory never holds two experts
             self._held = index, FrozenExpert(self._plan, index, self._process.device)
         return self._held[1]

@@ -1,7 +1,7 @@
-"""Peak anonymous memory of this process: what it cannot give back, file-mapped pages left out.
+"""Peak anonymous memory of this process. File-mapped pages do not count, since the kernel can reclaim them.
 
-A thread of its own reads RssAnon of /proc/self/status many times a second: the same pages as Anonymous of smaps_rollup,
-from a counter, where the latter walks the page tables and holds up whoever allocates meanwhile. Knows nothing else.
+A thread reads RssAnon of /proc/self/status many times a second. Anonymous of smaps_rollup is the same figure, but
+reading it walks the page tables and blocks allocations of other threads meanwhile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """Samples from its making on; `peak` in bytes, 0 where the system does not tell (it is Linux that does)."""
+    """Samples the anonymous memory of this process until it is closed or collected. Linux only; 0 elsewhere."""
 
     def __init__(self, interval_seconds: float = 0.02) -> None:
         self._peak = anonymous_bytes()
@@ -25,12 +25,12 @@ class PeakMemory:
 
     @property
     def pid(self) -> int:
-        """Whose memory it is."""
+        """The id of the process."""
         return os.getpid()
 
     @property
     def peak(self) -> int:
-        """The highest figure so far, in bytes."""
+        """The peak so far, in bytes."""
         self._peak = max(self._peak, anonymous_bytes())
         return self._peak
 
@@ -40,7 +40,7 @@ class PeakMemory:
 
 
 def _sample(watched: weakref.ref[PeakMemory], stop: threading.Event, interval_seconds: float) -> None:
-    """Look again and again, until told to stop or until nobody wants to know."""
+    """Update the peak at every interval, until `stop` is set or the `PeakMemory` is collected."""
     while not stop.wait(interval_seconds):
         memory = watched()
         if memory is None:
@@ -50,7 +50,7 @@ def _sample(watched: weakref.ref[PeakMemory], stop: threading.Event, interval_se
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process now, in bytes; 0 where the system does not tell."""
+    """Return the current anonymous memory of this process in bytes; 0 if the system does not report it."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:

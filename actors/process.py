@@ -1,4 +1,4 @@
-"""What every actor does when its process starts: its device, its threads, its memory figure. Knows no Ray."""
+"""The process of an actor: device, number of threads, deterministic algorithms and memory figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.machine import usable_cpus
 
 @dataclass(frozen=True)
 class Report:
-    """What an actor says of itself for merge/memory.json; the trainer's and the experts' own counts in `counts`."""
+    """Figures of an actor for merge/memory.json; `counts` are those of its role, such as forward passes."""
 
     role: str
     pid: int
@@ -22,20 +22,20 @@ class Report:
 
 
 class ActorProcess:
-    """This process as an actor sees it. `role` is the name under which it appears in merge/memory.json."""
+    """Settings and figures of this process. `role` names the actor in merge/memory.json."""
 
     def __init__(self, role: str) -> None:
         self.role = role
         self.memory = PeakMemory()
-        # Ray hides the GPUs that an actor did not ask for, so what is visible is ours.
+        # Ray hides the GPUs that an actor did not request, so all visible ones belong to this actor.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # Ray gives a worker as many threads as it reserved CPUs, which a placement may change; sums inside an operation
-        # depend on the number of threads, and results must not depend on the placement.
+        # Ray sets the number of threads to that of the reserved CPUs, which depends on the placement. Sums inside an
+        # operation depend on the number of threads, and results must not depend on the placement.
         torch.set_num_threads(usable_cpus())
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may not repeat itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - the stubs lack it
 
     def report(self, **counts: int) -> Report:
-        """The figures of this process so far."""
+        """Return the figures of this process so far."""
         return Report(self.role, self.memory.pid, self.memory.peak, counts)

@@ -1,6 +1,6 @@
-"""The shard actor: base and experts as memory-mapped files, asked for some of their tensors at a time.
+"""The shard actor: task vectors from the memory-mapped files of base and experts.
 
-It has no state but open files: every call carries what it needs, so a shard that died is started again and asked again.
+A shard has no state but open files. Each call carries all that it needs, so Ray can restart a shard and retry the call.
 """
 
 from __future__ import annotations
@@ -38,46 +38,48 @@ def _digest(file: str) -> str:
 
 
 class Shard:
-    """Task vectors of the tensors that it is asked for, on the CPU."""
+    """Merges, inner products and output files of the tensors that a call names, on the CPU."""
 
     def __init__(self, plan: Plan, index: int, state: Folder | None = None) -> None:
         self._process = ActorProcess(f"shard {index}")
         self._plan, self._state = plan, state
 
     def inspect(self, names: Sequence[str]) -> dict[str, Inspection]:
-        """Read the models' tensors once: magnitudes of their task vectors; a weight that is not finite is an error."""
+        """Read the tensors of all models once and return the magnitudes of their task vectors.
+
+        Raises:
+            CheckpointError: A weight is not finite.
+        """
         return self._models.inspect(names)
 
     def orthogonalise(self, names: Sequence[str]) -> dict[str, Inspection]:
-        """Store the task vectors of matrices as they are made orthogonal, and say their magnitudes."""
+        """Store the orthogonal task vectors of matrices and return their magnitudes."""
         assert self._state is not None
         orthogonalise(self._plan, self._models, self._state, names)
         return self._task_vectors.inspect(names)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:
-        """SHA-256 of files, by path or URI, as `sha256sum` prints it."""
+        """Return the SHA-256 of files (paths or URIs), by file, in hexadecimal."""
         return dict(zip(files, self._models.pool.map(_digest, files), strict=True))
 
     def merge(self, pieces: Sequence[Piece], coefficients: Mapping[str, TensorCoefficients]) -> dict[Piece, Packed]:
-        """Merged pieces in the run's dtype."""
+        """Return merged pieces in the run's dtype."""
         return pack_all(self._task_vectors.merge_all({piece: coefficients[piece.name] for piece in pieces}))
 
     def gradients(
         self, weight_gradients: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]
     ) -> dict[Piece, Array]:
-        """What pieces of weight gradients add to their tensors' coefficient gradients, [K, m] each."""
+        """Return the parts of ∂L/∂α, [K, m], that pieces of weight gradients contribute to their tensors."""
         return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
 
     def target(self, folder: Folder, *names: str) -> dict[str, Packed]:
-        """A target that an expert has stored, and before it a sample's inputs where it has any; asked again, the same,
-        wherever it is asked.
-        """
-        # The files hold tensors as they travel. Read by what knows targets, they would bring all that runs a model.
-        found = [safetensors.torch.load(folder.read(name)) for name in names]
-        return pack_all({name: tensor for tensors in found for name, tensor in tensors.items()})
+        """Return the tensors of stored files: a target, preceded by the sample's pixel inputs if it has any."""
+        # Not decoded into a `Target`: the tensors are sent as they are stored.
+        files = [safetensors.torch.load(folder.read(name)) for name in names]
+        return pack_all({name: tensor for tensors in files for name, tensor in tensors.items()})
 
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
-        """Write one file of the output: merged tensors where there are coefficients, the base's elsewhere."""
+        """Write one file of the output: a tensor is merged if it has coefficients, and copied from the base if not."""
 
         def job(entry: OutputTensor) -> TensorJob:
             streams = self._task_vectors
@@ -95,27 +97,33 @@ class Shard:
     def combine(
         self, folder: Folder, file: OutputFile, thresholds: Sequence[Threshold] | None = None, only: int | None = None
     ) -> None:
-        """Write one file of a merge that learns nothing; `only`: of the model of this one expert."""
-        self._write(folder, file, lambda entry: self._recipe.job(entry, torch_dtype(entry.dtype), thresholds, only))
+        """Write one file of a weight-space merge. `only`: the file belongs to the output model of this one expert."""
+        self._write(
+            folder, file, lambda entry: self._weight_space.job(entry, torch_dtype(entry.dtype), thresholds, only)
+        )
 
     def count(self, names: Sequence[str], high: Counts | None) -> Counts:
-        """How many elements of each expert's task vector have each half of bits, over some tensors; see `select`."""
-        found = (counts(self._recipe.tensor(name), high) for name in names)
-        return sum(found, start=np.zeros((), dtype=np.int64))
+        """Count the elements of each expert's task vector by one half of their bits; see `select`.
+
+        Returns:
+            The counts over all named tensors, [K, bins], int64.
+        """
+        parts = (counts(self._weight_space.tensor(name), high) for name in names)
+        return sum(parts, start=np.zeros((), dtype=np.int64))
 
     def report(self) -> Report:
-        """Memory."""
+        """Return the memory figures of the process."""
         return self._process.report()
 
     def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], TensorJob]) -> None:
         if folder.exists(file.name):
-            return  # by an earlier try of the same call
+            return  # written by an earlier attempt at the same call
         parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads)
         write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
 
     @cached_property
     def _models(self) -> TaskVectors:
-        # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
+        # Opened in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         return open_task_vectors(self._plan, usable_cpus())
 
     @cached_property
@@ -123,5 +131,5 @@ class Shard:
         return with_orthogonal(self._plan, self._models, self._state)
 
     @cached_property
-    def _recipe(self) -> WeightSpace:
+    def _weight_space(self) -> WeightSpace:
         return WeightSpace(self._plan, self._models)

@@ -1,4 +1,4 @@
-"""The trainer actor: the merged weights, their gradient, the coefficients and the optimiser. Nothing of any expert."""
+"""The trainer actor: the merged weights, their gradient, the coefficients and the optimiser."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.task_vectors.coefficients import Coefficients
 
 @dataclass(frozen=True)
 class WindowSample:
-    """One sample of a window, and a reference to its target."""
+    """A sample of a window, and the reference from which its target is fetched."""
 
     sample: Sample
     target: Any
@@ -30,8 +30,12 @@ class WindowSample:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimiser step leaves: its rows for merge/metrics.parquet, the state from which to go on, and the bytes
-    that moved so far, by direction.
+    """Results of an optimiser step.
+
+    Attributes:
+        rows: Rows for merge/metrics.parquet, one per sample.
+        state: State of the learner, from which the next step continues.
+        traffic: Bytes moved between trainer and shards so far, by direction.
     """
 
     rows: list[dict[str, Any]]
@@ -40,10 +44,14 @@ class Step:
 
 
 class Trainer:
-    """One optimiser step a call. `shards` are the task vectors, wherever they are; `pull` fetches a target.
+    """Takes one optimiser step per call, or measures losses without a step.
 
-    A call brings the state of the step before it, so a trainer that died is started again and asked again, with the
-    same answer. What it keeps between calls is the model, and the knowledge of which coefficients are in it.
+    A call carries the state of the step before it, so Ray can restart a trainer and retry the call, with the same
+    result. Between calls, the trainer keeps the model and the coefficients that are merged into it.
+
+    Args:
+        shards: The task vectors, in this process or in shard actors.
+        pull: Fetches the tensors of a target by its reference.
     """
 
     def __init__(self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]]) -> None:
@@ -52,8 +60,13 @@ class Trainer:
         self._merged: Coefficients | None = None
 
     def step(self, stage: Stage, state: dict[str, Any] | None, number: int, window: Sequence[WindowSample]) -> Step:
-        """Step `number` of a stage from one window: merged tensors come in as its first pass runs forward, and their
-        gradient leaves as its last one (or, with `gradients: stream`, every one) runs backward.
+        """Take optimiser step `number` of a stage on one window.
+
+        Merged tensors arrive during the forward pass of the window's first pass. Their gradient leaves during the
+        backward pass of the last one (with `gradients: stream`: of each one).
+
+        Raises:
+            RunError: A loss is not finite.
         """
         started = time.monotonic()
         learner = Learner(self._plan.config.parameters, stage)
@@ -62,9 +75,9 @@ class Trainer:
         coefficients = self._set(learner.coefficients)
         leaving = self._shards.gradients(stage.layout)
         losses: dict[int, Losses] = {}
-        samples, together = [one.sample for one in window], self._passes(window)
-        for places in together:
-            final = places is together[-1] or self._plan.config.gradients == "stream"
+        samples, batches = [item.sample for item in window], self._passes(window)
+        for places in batches:
+            final = places is batches[-1] or self._plan.config.gradients == "stream"
             targets = [self._weighted(window[place], 1 / len(window)) for place in places]
             losses |= zip(places, self._student.accumulate(targets, leaving if final else None), strict=True)
         self._merged = coefficients
@@ -89,7 +102,7 @@ class Trainer:
         return Step(rows, learner.state(), self._shards.traffic())
 
     def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> float:
-        """Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients; nothing is learned."""
+        """Return Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients, without a step."""
         self._set(coefficients)
         share, total = self._plan.config.parameters.hidden_weight, 0.0
         for places in self._passes(window):
@@ -100,28 +113,31 @@ class Trainer:
         return total
 
     def report(self) -> Report:
-        """Memory, and the bytes that went to the shards and came from them."""
+        """Return the memory figures of the process, and the bytes sent to and received from the shards."""
         return self._process.report(**self._shards.traffic())
 
     def _set(self, coefficients: Coefficients) -> Coefficients:
-        """Have the model merged by these coefficients; what is in it is not known until a caller says so."""
+        """Start to merge with these coefficients, unless the model holds their merge already.
+
+        `_merged` is None until the caller has run its passes, so that a failed call leaves no wrong claim behind.
+        """
         stale, self._merged = self._merged, None
         if stale is None or not stale.same_as(coefficients):
             self._student.expect(self._shards.merge(coefficients, self._student))
         return coefficients
 
     def _passes(self, window: Sequence[WindowSample]) -> Sequence[Sequence[int]]:
-        """Which samples of the window go through the model together."""
-        alone = {place for place, one in enumerate(window) if one.sample.inputs}
-        return passes([one.sample.tokens for one in window], self._plan.config.batch_tokens, alone)
+        """Return the positions in the window of the samples of each pass."""
+        alone = {place for place, item in enumerate(window) if item.sample.inputs}
+        return passes([item.sample.tokens for item in window], self._plan.config.batch_tokens, alone)
 
     @cached_property
     def _student(self) -> Student:
-        # Loaded at the first call, not at the start: what a call raises reaches the driver as it is.
+        # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         return Student(self._plan, self._process.device)
 
-    def _weighted(self, one: WindowSample, share: float) -> tuple[Target, float]:
-        """The sample's target, and what its losses count: βₖ times its share of the window."""
-        # Copies: what arrives lies wherever its buffer begins, and a matrix product's last bit depends on that.
-        arrived = {name: tensor.clone() for name, tensor in unpack_all(self._pull(one.target)).items()}
-        return Target.from_tensors(arrived), one.sample.loss_weight * share
+    def _weighted(self, item: WindowSample, share: float) -> tuple[Target, float]:
+        """Return a sample's target and the weight of its losses: βₖ times its share of the window."""
+        # Cloned: the alignment of a received buffer varies, and the last bit of a matrix product depends on it.
+        tensors = {name: tensor.clone() for name, tensor in unpack_all(self._pull(item.target)).items()}
+        return Target.from_tensors(tensors), item.sample.loss_weight * share

@@ -22,7 +22,7 @@ from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
 from engine.models.forward import language_model
 from engine.models.loading import load_model_config, load_tokenizer
-from engine.models.skeleton import build_writer, load_weights
+from engine.models.skeleton import build_generation_skeleton, load_weights
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Subject:
         self.header = read_model_header(self.folder)
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
         config = load_model_config(self.folder, options.remote_code)
-        self.model, self._places = build_writer(config, self.header.tensors, self._dtype, self.folder)
+        self.model, self._places = build_generation_skeleton(config, self.header.tensors, self._dtype, self.folder)
 
     @property
     def _dtype(self) -> torch.dtype:

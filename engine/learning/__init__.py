@@ -1,1 +1,1 @@
-"""Targets, losses, the student, the optimiser step and the importance of tensors."""
+"""Targets of the experts, losses, gradients of the merged weights, optimiser steps, importance and chunks."""

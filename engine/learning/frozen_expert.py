@@ -1,7 +1,6 @@
-"""A frozen expert: calibration sample in, target out. One forward pass a sample, and nothing is kept.
+"""A frozen expert, which computes the target of a calibration sample in one forward pass.
 
-Letters in tensor names: B batch (1), T tokens, C those whose losses count, H hidden features, V vocabulary. Knows no
-merging.
+Letters in tensor names: B batch (1), T tokens, C tokens that count in the losses, H hidden features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from engine.learning.targets import Target, loss_index
 from engine.models.forward import arguments, head_names, rebuild_logits, written
 from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
 from engine.models.names import Places
-from engine.models.skeleton import build_skeleton, build_writer, load_weights
+from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
 from engine.planning.open_models import base_folder, open_base, open_expert
 from engine.planning.plan import Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
@@ -26,26 +25,26 @@ from engine.task_vectors.pieces import blocks
 
 
 def check_models(plan: Plan) -> None:
-    """Whether transformers takes the base and every expert that runs forward; reads no weight.
+    """Check that transformers can build the base and every expert that runs forward. No weight is read.
 
     Raises:
-        CheckpointError: see `build_skeleton`.
+        CheckpointError: See `build_skeleton`, `load_model_config` and `load_generation_config`.
     """
     base, dtype = base_folder(plan), getattr(torch, plan.dtype)
-    own = load_model_config(base, plan.config.trust_remote_code)
-    build_writer(own, plan.base_header.tensors, dtype, base)
+    base_config = load_model_config(base, plan.config.trust_remote_code)
+    build_generation_skeleton(base_config, plan.base_header.tensors, dtype, base)
     for expert in plan.experts if plan.config.has_targets else ():
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
             load_generation_config(folder)
-            config = load_config_like(own, folder)
-            if not computes_alike(own, config):
+            config = load_config_like(base_config, folder)
+            if not computes_alike(base_config, config):
                 build_skeleton(config, plan.base_header.tensors, dtype, folder)
 
 
 class FrozenExpert:
-    """Expert `index` of the plan with its weights on a device; its merged form is never made of any other model."""
+    """Expert `index` of the plan, with its weights on a device."""
 
     def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
         expert, base = plan.experts[index], open_base(plan)
@@ -54,16 +53,16 @@ class FrozenExpert:
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
-        own = load_model_config(base.folder, plan.config.trust_remote_code)
-        config = load_config_like(own, folder)
-        # An expert may have been fine-tuned with another configuration; then the base's head does not give its logits.
-        alike = computes_alike(own, config)
-        self.model, places = build_writer(config, plan.base_header.tensors, self.dtype, folder)
+        base_config = load_model_config(base.folder, plan.config.trust_remote_code)
+        config = load_config_like(base_config, folder)
+        # If the expert's config computes something else, the base's head does not give the expert's logits.
+        alike = computes_alike(base_config, config)
+        self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
         load_weights(self.model, places, self.dtype, device, base.folder, lambda name: _weight(base, source, name))
-        self._base_gives_logits = alike and self._head_is_the_base_s(base, source, places)
+        self._base_gives_logits = alike and self._head_equals_base(base, source, places)
 
-    def _head_is_the_base_s(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:
-        """Whether the trainer's head is bit for bit this expert's: equal to the base's, and not merged."""
+    def _head_equals_base(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:
+        """Return whether the trainer's head is bit for bit the expert's: equal to the base's, and not merged."""
         heads = set(head_names(self.model))
         names = [name for name, place in places.items() if place.parameter in heads]
         return not any(name in self.plan.merged_set for name in names) and all(
@@ -72,12 +71,12 @@ class FrozenExpert:
 
     @torch.no_grad()
     def target(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
-        """Run forward once on one sample (with the response that the expert writes first, where that is asked for).
+        """Compute the target of a sample in one forward pass.
 
-        `inputs` are what the sample has beside its tokens.
+        If the sample asks for a response, the expert generates it first. `inputs` are the sample's pixel inputs.
 
         Raises:
-            CheckpointError: the expert's hidden states or logits are not finite.
+            CheckpointError: The expert's logits are not finite.
         """
         inputs = inputs or {}
         ids_BT = torch.tensor([sample.input_ids], device=self.device)
@@ -89,7 +88,7 @@ class FrozenExpert:
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
         last_BTH = output.hidden_states[-1]
-        # Asked for and checked: what lies between the last hidden state and the logits is the model's affair.
+        # Compared on each sample, since the model's own code decides how logits follow from the last hidden state.
         rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)
         counted_C = loss_index(sample, ids_BT.shape[1])
         rows = slice(None) if counted_C is None else counted_C
@@ -103,7 +102,7 @@ class FrozenExpert:
 
 
 def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
-    """θₖ of one tensor: as the expert's files have it, or θ₀ + τₖ in float32 where an adapter changes it."""
+    """Return θₖ of one tensor: the stored one for a full checkpoint, θ₀ + τₖ in float32 where an adapter changes it."""
     if isinstance(source, FullExpert):
         return source.checkpoint.read(name)
     weight, task_vector = base.read(name), source.task_vector(name)

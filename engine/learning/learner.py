@@ -1,7 +1,7 @@
-"""Learning the coefficients: one optimiser step from one window's gradient. Knows no model and no cluster.
+"""Stages of learning, and the optimiser steps on the coefficients of a stage.
 
 Source: Expert Merging, arXiv 2509.25712; the optimiser and its defaults are those of its published command line. Tied
-coefficients are AdaMerging's task-wise ones, arXiv 2310.02575.
+coefficients are those of task-wise AdaMerging, arXiv 2310.02575.
 Letters in array names: K experts, C learned coefficients of one expert.
 """
 
@@ -19,15 +19,23 @@ from engine.methods.learned import Parameters
 from engine.planning.plan import Plan
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients, logit, sigmoid
 
-# Cosine annealing with warm restarts: the first period, its growth, and the floor as a part of the learning rate.
+# Cosine annealing with warm restarts: the first period, its growth, and the floor as a fraction of the learning rate.
 PERIOD, GROWTH, FLOOR = 50, 2, 0.1
+# Candidates for the common prior of `weight: auto`.
+PRIORS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage learns: `prior` ᾱₖ [K]; `start` and `fixed` [K, layout.width], for learned and fixed columns.
+    """One stage of learning: its chunks and their initial coefficients. All arrays are float64.
 
-    `tied`: one coefficient an expert in all its learned columns, which start alike; so C is 1.
+    Attributes:
+        number: 1 or 2.
+        layout: The chunks, and which of them are learned.
+        prior: ᾱₖ [K].
+        start: Initial values of the learned columns, [K, layout.width].
+        fixed: Values of the fixed columns, [K, layout.width].
+        tied: Whether all learned columns of an expert are one coefficient (C is 1). They start from the same value.
     """
 
     number: int
@@ -38,32 +46,28 @@ class Stage:
     tied: bool = False
 
 
-# The common weights among which `weight: auto` chooses.
-PRIORS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
-
-
 def with_prior(plan: Plan, weight: float) -> Plan:
-    """The plan with this prior for every expert whose own is to be found."""
+    """Return the plan with this prior for every expert that has none of its own (`weight: auto`)."""
     return replace(
         plan, experts=tuple(replace(e, weight=weight if e.weight is None else e.weight) for e in plan.experts)
     )
 
 
 def needs_prior(plan: Plan) -> bool:
-    """Whether an expert's prior is still to be found."""
+    """Return whether an expert has no prior yet (`weight: auto`)."""
     return any(expert.weight is None for expert in plan.experts)
 
 
 def common_prior(plan: Plan, weight: float) -> Coefficients:
-    """Task Arithmetic with this prior for every expert whose own is to be found."""
+    """Return the coefficients of Task Arithmetic with this prior for every expert that has none of its own."""
     filled = with_prior(plan, weight)
     return Coefficients.constant(first_stage(filled).layout, filled.priors)
 
 
 def first_stage(plan: Plan) -> Stage:
-    """One coefficient per (expert, merged tensor), from the prior: Expert Merging, and AdaMerging layer by layer.
+    """Return stage 1: one coefficient per (expert, merged tensor), starting at the prior.
 
-    AdaMerging task by task: one per expert.
+    For `adamerging` with `granularity: task`, the coefficients of an expert are tied.
     """
     layout = ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, 1))
     weights = plan.priors
@@ -74,7 +78,10 @@ def first_stage(plan: Plan) -> Stage:
 
 
 def second_stage(plan: Plan, layout: ChunkLayout, learned: Coefficients) -> Stage:
-    """Expert Merging++: one coefficient per chunk of `layout`, from the prior or from what stage 1 learned."""
+    """Return stage 2 (Expert Merging++): one coefficient per chunk of `layout`.
+
+    `learned` are the coefficients of stage 1; the options `start` and `fixed` select these or the prior.
+    """
     weights = plan.priors
     values = {"prior": Coefficients.constant(layout, weights).values, "stage1": learned.spread(layout).values}
     parameters = plan.config.parameters
@@ -83,7 +90,7 @@ def second_stage(plan: Plan, layout: ChunkLayout, learned: Coefficients) -> Stag
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What one optimiser step saw, before it moved."""
+    """Figures of an optimiser step, taken before the update."""
 
     regularization: float
     grad_norm: float
@@ -99,7 +106,7 @@ class Learner:
         start = stage.start[:, self._learned]
         if stage.tied:
             start = start[:, :1]
-        # The prior takes the same way through the sigmoid as α, so that both are equal to the last bit at the start.
+        # Passed through logit and sigmoid like α, so that prior and α are equal bit for bit at the start.
         self._prior = sigmoid(logit(np.repeat(stage.prior[:, None], start.shape[1], axis=1)))
         self._a = torch.nn.Parameter(torch.from_numpy(logit(start)))
         self._optimizer = torch.optim.AdamW(
@@ -111,16 +118,19 @@ class Learner:
 
     @property
     def coefficients(self) -> Coefficients:
-        """The table as it stands, [K, layout.width] also where coefficients are tied."""
+        """The current coefficients, [K, layout.width] also if they are tied."""
         values = self._stage.fixed.copy()
         values[:, self._learned] = self._alpha()
         return Coefficients(self._stage.layout, values)
 
     def step(self, gradient: Array) -> StepMetrics:
-        """One AdamW step from ∂L/∂α [K, layout.width], the mean over a window, without the regularisation.
+        """Take one AdamW step.
 
-        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), its norm over all coefficients clipped. Of a tied coefficient, ∂L/∂α is
-        the sum over its columns.
+        ∂L/∂a = α(1 − α) · (∂L/∂α + γ · ∂R/∂α), with its norm over all coefficients clipped.
+
+        Args:
+            gradient: ∂L/∂α [K, layout.width] without the regularisation, the mean over a window. For a tied
+                coefficient, its columns are summed.
         """
         parameters, alpha = self._parameters, self._alpha()
         slope = gradient[:, self._learned]
@@ -136,7 +146,7 @@ class Learner:
         return metrics
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed stage needs, a few kilobytes; for `torch.save`, and `torch.load` with weights_only."""
+        """Return the state from which a stage resumes: a few kilobytes, loadable by `torch.load(weights_only=True)`."""
         return {
             "a": self._a.detach().clone(),
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
@@ -144,7 +154,7 @@ class Learner:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, bit for bit as if there had been no stop."""
+        """Resume from a state, bit for bit as without an interruption."""
         with torch.no_grad():
             self._a.copy_(state["a"])
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

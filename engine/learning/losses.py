@@ -1,7 +1,7 @@
-"""The losses that coefficients are learned by. Pure functions of tensors; float32 throughout.
+"""Losses of the learned methods, computed in float32.
 
-Letters in tensor names: T tokens, H hidden features, V vocabulary. A sample has no padding, so every token counts.
-Sources: Expert Merging, arXiv 2509.25712; of the entropy AdaMerging, arXiv 2310.02575.
+Letters in tensor names: T tokens, H hidden features, V vocabulary. The tensors hold one sample without padding.
+Sources: Expert Merging, arXiv 2509.25712; for the entropy AdaMerging, arXiv 2310.02575.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from engine.task_vectors.coefficients import Array
 
 
 def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
-    """L_hid = mean over ℓ ∈ S of mean over tokens and features of (hₗ(x; θ) − hₖ,ₗ(x))²; 0 where S is empty.
+    """Return L_hid = mean over ℓ ∈ S of mean over tokens and features of (hₗ(x; θ) − hₖ,ₗ(x))²; 0 if S is empty.
 
-    Both map a layer's index to [T, H] in any float dtype; the result is a float32 scalar.
+    Both arguments map layer indices to [T, H] in any float dtype; S are those of `expert`. The result is a float32
+    scalar.
     """
     if not expert:
         return torch.zeros(())
     losses = [functional.mse_loss(student[i].float(), expert[i].float()) for i in sorted(expert)]
-    # Layers may be on several devices.
+    # Layers may be on different devices.
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
 def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
-    """The hidden loss in units of the expert's own variance: mean over ℓ ∈ S of Σ (hₗ(x; θ) − hₖ,ₗ(x))² over the sum of
-    squares of hₖ,ₗ(x) around its mean over tokens.
+    """Return the hidden loss relative to the variance of the expert's hidden states.
 
-    0 at a perfect match, 1 where the merged model says no more than that mean, whatever the size of a model's hidden
-    states. Both map a layer's index to [T, H] in any float dtype; the result is a float32 scalar.
+    It is the mean over ℓ ∈ S of Σ (hₗ(x; θ) − hₖ,ₗ(x))² / Σ (hₖ,ₗ(x) − mean over tokens of hₖ,ₗ(x))²: 0 at a perfect
+    match, 1 if the student's hidden states equal that mean, whatever the scale of the model's hidden states.
+
+    Both arguments map layer indices to [T, H] in any float dtype; S are those of `expert`. The result is a float32
+    scalar, 0 if S is empty.
     """
     if not expert:
         return torch.zeros(())
@@ -42,17 +45,18 @@ def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Ten
         target_TH = expert[i].float()
         spread = (target_TH - target_TH.mean(dim=0)).square().sum()
         error = (student[i].float() - target_TH).square().sum()
-        # One token alone has no spread: its error counts by its own size.
+        # A single token has no variance, so its error is relative to its own square.
         losses.append(error / (spread if spread > 0 else target_TH.square().sum().clamp_min(1e-12)))
     return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
 
 
 def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """T² · Σ over tokens of KL(softmax(zₖ/T) ‖ softmax(z/T)), a float32 scalar, and its gradient by z [T, V].
+    """Return T² · Σ over tokens of KL(softmax(zₖ/T) ‖ softmax(z/T)), a float32 scalar, and its gradient in z [T, V].
 
-    Divided by the number of tokens it is L_logit: a sum, so that a long sample can be taken some tokens at a time. The
-    gradient, T · (softmax(z/T) − softmax(zₖ/T)) in float32, is that of the published code's soft-target cross entropy;
-    the value is 0 at a perfect match. Neither operand is kept or changed; nothing is recorded for autograd.
+    L_logit is this sum divided by the number of tokens; a sum allows for a long sample to be processed some tokens at a
+    time. The gradient, T · (softmax(z/T) − softmax(zₖ/T)) in float32, equals that of the soft-target cross entropy of
+    the published code; the value is 0 at a perfect match. The arguments (any float dtype) are not changed, and nothing
+    is recorded for autograd.
     """
     student, expert = (
         functional.log_softmax(z.detach().float() / temperature, dim=-1) for z in (student_TV, expert_TV)
@@ -65,13 +69,14 @@ def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tup
 
 
 def entropy_loss(student_TV: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ over tokens of H(softmax(z)) = −Σᵢ pᵢ·ln pᵢ, a float32 scalar, and its gradient by z [T, V].
+    """Return Σ over tokens of H(softmax(z)) = −Σᵢ pᵢ·ln pᵢ, a float32 scalar, and its gradient in z [T, V].
 
-    Divided by the number of tokens it is AdaMerging's objective, for which no expert is asked. The gradient is
-    ∂H/∂zᵢ = −pᵢ·(ln pᵢ + H) in float32. The operand is not kept or changed; nothing is recorded for autograd.
+    AdaMerging's objective, which needs no expert, is this sum divided by the number of tokens. The gradient is
+    ∂H/∂zᵢ = −pᵢ·(ln pᵢ + H) in float32. The argument (any float dtype) is not changed, and nothing is recorded for
+    autograd.
     """
     p_TV = functional.softmax(student_TV.detach().float(), dim=-1)
-    # −p·ln p, and 0 where p is.
+    # −p·ln p, and 0 where p = 0.
     parts_TV = torch.special.entr(p_TV)
     entropy_T = parts_TV.sum(dim=-1)
     gradient = parts_TV.sub_(p_TV.mul_(entropy_T[:, None]))
@@ -79,10 +84,10 @@ def entropy_loss(student_TV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def regularization(alpha: Array, prior: Array) -> float:
-    """R(α) = (1/C) · Σₖ Σ_c |αₖ,c − ᾱₖ| over learned coefficients [K, C]; 0 where none is learned."""
+    """Return R(α) = (1/C) · Σₖ Σ_c |αₖ,c − ᾱₖ| over the learned coefficients [K, C]; 0 if none is learned."""
     return float(np.abs(alpha - prior).sum() / max(1, alpha.shape[1]))
 
 
 def regularization_gradient(alpha: Array, prior: Array) -> Array:
-    """∂R/∂α = sign(α − ᾱ) / C, [K, C]; 0 where α = ᾱ."""
+    """Return ∂R/∂α = sign(α − ᾱ) / C, [K, C]; 0 where α = ᾱ."""
     return np.asarray(np.sign(alpha - prior) / max(1, alpha.shape[1]))

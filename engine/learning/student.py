@@ -1,9 +1,10 @@
-"""The merged weights in a model: targets in, losses and the gradient of the merged tensors out.
+"""The student: the model with the merged weights, its losses against targets, and the gradient of the merged tensors.
 
-It holds one model and one gradient, whatever the number of experts: the coefficients are the trainer's affair, the task
-vectors the shards'. It computes with what has arrived and lets go of what is final, so that both can travel meanwhile.
-Letters in tensor names: B samples of a pass, T tokens, C those whose losses count, P some of them, H hidden features, V
-vocabulary.
+The student holds one model and one gradient, whatever the number of experts; the trainer has the coefficients, the
+shards have the task vectors. The forward pass runs while merged tensors still arrive, and gradients leave during the
+backward pass, as soon as they are final.
+Letters in tensor names: B samples of a pass, T tokens, C tokens that count in the losses, P a part of these, H hidden
+features, V vocabulary, N elements of a piece.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from engine.task_vectors.pieces import Piece
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of one sample, before their weights: the two of the alignment with its expert, or the mean entropy.
+    """The losses of one sample, before weighting: L_logit and L_hid, or the mean entropy.
 
-    `entropy` is None where there is an expert to align with; where there is none, the other two are 0.
+    With a target of an expert, `entropy` is None; without one (AdaMerging), `kl` and `hidden` are 0.
     """
 
     kl: float
@@ -45,7 +46,11 @@ class Losses:
 
 
 class Student:
-    """The model that is being merged; `put` its merged tensors before the first sample."""
+    """The model that is being merged, and the `PieceSink` of its merged tensors.
+
+    Merged tensors are not initialised: they must be written with `buffer` and `put`, or announced with `expect`, before
+    the first pass.
+    """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
@@ -58,7 +63,7 @@ class Student:
 
         load_weights(self.model, places, self.dtype, device, base.folder, weight)
         named = dict(self.model.named_parameters())
-        # Parameter → the merged tensors that it is, or that are parts of it.
+        # Parameter → names of the merged tensors that it consists of.
         self._parts: dict[str, list[str]] = {}
         for name in plan.merged:
             self._parts.setdefault(places[name].parameter, []).append(name)
@@ -70,26 +75,26 @@ class Student:
         self._watch_gradients()
 
     def _watch_blocks(self) -> None:
-        """Have each block wait for its own weights before it computes; it may be told to compute twice, too."""
-        everywhere = set(self.plan.merged)
+        """Make each block wait for its own weights before it runs, and apply gradient checkpointing if configured."""
+        outside = set(self.plan.merged)
         for block in blocks_of(self.model):
             inside = {id(parameter) for parameter in block.parameters()}
             holding = [name for name, parameter in self._parameters.items() if id(parameter) in inside]
             names = [name for parameter in holding for name in self._parts[parameter]]
-            everywhere.difference_update(names)
+            outside.difference_update(names)
             block.register_forward_pre_hook(lambda *_, names=names: self._await(names))
             if self.plan.config.gradient_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-        self._outside_blocks = sorted(everywhere)
+        self._outside_blocks = sorted(outside)
         self._vocabulary = language_model(self.model).get_output_embeddings().weight.shape[0]
 
     def _watch_gradients(self) -> None:
-        """Have each gradient leave when it is final."""
+        """Make each gradient leave as soon as it is final."""
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._leave(name))
 
     def buffer(self, piece: Piece) -> Tensor:
-        """See `PieceSink.buffer`: the model's own memory, or memory from which a GPU can copy."""
+        """See `PieceSink.buffer`: the model's own memory on a CPU, pinned memory for a copy to a GPU."""
         if self._slot(piece).is_cuda:
             return torch.empty(piece.numel, dtype=self.dtype, pin_memory=True)
         return self._slot(piece)
@@ -100,27 +105,32 @@ class Student:
             self._slot(piece).copy_(merged_N, non_blocking=True)
 
     def expect(self, arriving: Arrivals) -> None:
-        """Compute with each merged tensor no sooner than it is there."""
+        """Make the next pass wait for each merged tensor until it has arrived."""
         self._arriving = dict(arriving)
 
     def accumulate(self, samples: Sequence[tuple[Target, float]], leaving: Gradients | None = None) -> list[Losses]:
-        """Add the gradient of Σ weight · (L_logit + λ_hid · L_hid) over (target, weight) to the merged tensors'.
+        """Add the gradient of the weighted losses to that of the merged tensors, in one forward and one backward pass.
 
-        A target without labels counts weight · mean over tokens of H(softmax(z)) instead: AdaMerging, arXiv 2310.02575.
+        The loss of a (target, weight) is weight · (L_logit + λ_hid · L_hid), or, without an expert's outputs,
+        weight · mean over tokens of H(softmax(z)): AdaMerging, arXiv 2310.02575.
 
-        One forward and one backward pass for all samples: weights are read, and their gradient written, once. With
-        `leaving`, the sums leave as they become final, and are none afterwards.
+        Args:
+            leaving: Receives the accumulated gradients as they become final; the parameters keep none. None: the
+                gradients stay on the parameters.
+
+        Returns:
+            The losses of each sample, before weighting.
 
         Raises:
-            RunError: a loss is not finite.
+            RunError: A loss is not finite.
         """
         last_BTH, layers = self._forward([target for target, _ in samples])
         slope_BTH = torch.zeros_like(last_BTH)
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
-            own = row, _rows(target)
-            loss, hidden, slope_CH = self._sample_losses(last_BTH, layers, own, target, weight)
-            slope_BTH[own] = slope_CH
+            index = row, _counted(target)
+            loss, hidden, slope_CH = self._sample_losses(last_BTH, layers, index, target, weight)
+            slope_BTH[index] = slope_CH
             roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
             losses.append(loss)
         self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
@@ -128,48 +138,51 @@ class Student:
 
     @torch.no_grad()
     def measure(self, targets: Sequence[Target]) -> list[Losses]:
-        """The losses of samples in one forward pass; nothing is added to any gradient.
+        """Return the losses of samples in one forward pass, without a gradient.
 
         Raises:
-            RunError: a loss is not finite.
+            RunError: A loss is not finite.
         """
         last_BTH, layers = self._forward(targets)
         return [
-            self._sample_losses(last_BTH, layers, (row, _rows(target)), target, 0.0)[0]
+            self._sample_losses(last_BTH, layers, (row, _counted(target)), target, 0.0)[0]
             for row, target in enumerate(targets)
         ]
 
     def _forward(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The last hidden state and those of all layers, of the merged weights that were announced."""
+        """Return the last hidden state and those of all layers, after all announced weights have arrived."""
         self._await(self._outside_blocks)
-        found = self._decode(targets)
+        states = self._decode(targets)
         if self._arriving:
-            # A model that uses a block's weights without calling the block: what it computed with is not known.
+            # The model uses weights of a block without calling the block: the pass may have run on unfilled memory.
             self._await(list(self._arriving))
-            found = self._decode(targets)
-        return found
+            states = self._decode(targets)
+        return states
 
     def _sample_losses(
         self,
         last_BTH: Tensor,
         layers: tuple[Tensor, ...],
-        own: tuple[int, slice | Tensor],
+        index: tuple[int, slice | Tensor],
         target: Target,
         scale: float,
     ) -> tuple[Losses, Tensor, Tensor]:
-        """A sample's losses; the hidden one as autograd knows it, and `scale` times the other's gradient [C, H]."""
-        loss, slope_CH = self._logit_loss(last_BTH[own], target, scale)
-        hidden = self._hidden_loss({index: layers[index][own] for index in target.hidden_CH}, target)
+        """Return a sample's losses, L_hid with its graph, and `scale` times the gradient [C, H] of the other loss.
+
+        `index` selects the sample's row of the batch and the positions that count in its losses.
+        """
+        loss, slope_CH = self._logit_loss(last_BTH[index], target, scale)
+        hidden = self._hidden_loss({layer: layers[layer][index] for layer in target.hidden_CH}, target)
         if not (loss.isfinite() and hidden.isfinite()):
             raise RunError(
                 "the loss of the merged model is not finite",
-                do="lower `learning_rate` or the weights, or use float32",
+                do="lower `learning_rate` or `weight`, or use `dtype: float32`",
             )
         kl, entropy = (loss.item(), None) if target.has_expert else (0.0, loss.item())
         return Losses(kl, hidden.item(), entropy), hidden, slope_CH
 
     def _backward(self, roots: Sequence[tuple[Tensor, Tensor]], leaving: Gradients | None) -> None:
-        # Not before: the parts of a head's gradient that `_logit_loss` left on it were not final.
+        # Set only here: the gradients that `_logit_loss` adds to a merged head are not final before this pass.
         self._leaving = leaving
         torch.autograd.backward([root for root, _ in roots], [slope for _, slope in roots])
         if leaving is not None:
@@ -179,9 +192,10 @@ class Student:
         self._leaving = None
 
     def _decode(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The last hidden state and those of all layers; no logits.
+        """Return the last hidden state and those of all layers, without computing logits.
 
-        Shorter samples are filled up behind, where no token looks; one with more inputs than its tokens is alone.
+        Shorter samples are padded on the right, where causal attention does not look. A sample with pixel inputs has a
+        pass of its own.
         """
         assert len(targets) == 1 or not any(target.inputs for target in targets)
         ids_BT = pad_sequence([target.input_ids_T for target in targets], batch_first=True)
@@ -190,33 +204,33 @@ class Student:
         return decode(self.model, arguments(ids_BT, mask_BT, targets[0].inputs))
 
     def _hidden_loss(self, student_CH: dict[int, Tensor], target: Target) -> Tensor:
-        """L_hid of a sample."""
-        expert_CH = {index: tensor.to(student_CH[index].device) for index, tensor in target.hidden_CH.items()}
+        """Return L_hid of a sample, as the option `hidden_loss` defines it."""
+        expert_CH = {layer: tensor.to(student_CH[layer].device) for layer, tensor in target.hidden_CH.items()}
         if self.plan.config.parameters.hidden_loss == "mse":
             return hidden_loss(student_CH, expert_CH)
-        # The first token only gathers attention: its state is hundreds of times larger, and says nothing of the text.
+        # Without the first token, an attention sink: its state is hundreds of times larger and would dominate the loss.
         counted = target.counted_C
-        some = slice(1 if counted is None or counted[0] == 0 else 0, None)
+        rest = slice(1 if counted is None or counted[0] == 0 else 0, None)
         return relative_hidden_loss(
-            {index: tensor[some] for index, tensor in student_CH.items()},
-            {index: tensor[some] for index, tensor in expert_CH.items()},
+            {layer: tensor[rest] for layer, tensor in student_CH.items()},
+            {layer: tensor[rest] for layer, tensor in expert_CH.items()},
         )
 
     def _logit_loss(self, last_CH: Tensor, target: Target, scale: float) -> tuple[Tensor, Tensor]:
-        """L_logit of a sample, or its mean entropy where no expert said anything to it.
+        """Return L_logit of a sample (its mean entropy without an expert's outputs), and a gradient [C, H].
 
-        And `scale` times its gradient by the last hidden state [C, H]. Some tokens at a time; the gradient of a head
-        that is merged is left on it.
+        The gradient is that of `scale` · loss in the last hidden state; a merged head accumulates its gradient itself.
+        The logits are computed in parts of at most `LOGIT_BYTES`.
         """
         temperature, tokens = self.plan.config.parameters.temperature, last_CH.shape[0]
         rows = max(1, LOGIT_BYTES // (4 * self._vocabulary))
         mean, slope_CH = torch.zeros((), device=last_CH.device), torch.zeros_like(last_CH)
         for start in range(0, tokens, rows):
-            some = slice(start, min(start + rows, tokens))
-            hidden_PH = last_CH[some].detach().requires_grad_(torch.is_grad_enabled())
+            part = slice(start, min(start + rows, tokens))
+            hidden_PH = last_CH[part].detach().requires_grad_(torch.is_grad_enabled())
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             if target.has_expert:
-                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, some, last_CH.device), temperature)
+                loss, slope_PV = logit_loss(logits_PV, self._expert_logits(target, part, last_CH.device), temperature)
             else:
                 loss, slope_PV = entropy_loss(logits_PV)
             mean += loss / tokens
@@ -224,24 +238,24 @@ class Student:
                 continue
             torch.autograd.backward(logits_PV, slope_PV.mul_(scale / tokens).to(logits_PV.dtype))
             assert hidden_PH.grad is not None
-            slope_CH[some] = hidden_PH.grad
+            slope_CH[part] = hidden_PH.grad
         return mean, slope_CH
 
     @torch.no_grad()
-    def _expert_logits(self, target: Target, some: slice, device: torch.device) -> Tensor:
-        """zₖ(x) of some tokens [P, V]: as they came, or from the last hidden state through the head that both share."""
+    def _expert_logits(self, target: Target, part: slice, device: torch.device) -> Tensor:
+        """Return zₖ(x) of a part of the tokens, [P, V]: the stored logits, or rebuilt by the head of both models."""
         if target.logits_CV is not None:
-            return target.logits_CV[some].to(device)
+            return target.logits_CV[part].to(device)
         assert target.last_hidden_CH is not None
-        return rebuild_logits(self.model, target.last_hidden_CH[None, some].to(device))[0]
+        return rebuild_logits(self.model, target.last_hidden_CH[None, part].to(device))[0]
 
     def _slot(self, piece: Piece) -> Tensor:
-        """The model's own memory of a piece."""
+        """Return the model's memory of a piece, [N]."""
         whole = self._parameters[self._places[piece.name].parameter].detach()
         return self._part(whole, piece.name).view(-1)[piece.start : piece.stop]
 
     def _part(self, whole: Tensor, name: str) -> Tensor:
-        """The merged tensor `name` in its parameter, or in the gradient of that."""
+        """Return the part of a parameter, or of its gradient, that is the merged tensor `name`."""
         return part_of(whole, self._places[name], self.plan.base_header.tensors[name].shape)
 
     def _await(self, names: Iterable[str]) -> None:
@@ -261,6 +275,6 @@ class Student:
             self._leaving.send(name, to_cpu(part), part.nbytes)
 
 
-def _rows(target: Target) -> slice | Tensor:
-    """The places of a sample's row whose losses count; what is filled up behind it never does."""
+def _counted(target: Target) -> slice | Tensor:
+    """Return the positions of a sample that count in its losses. Padding never counts."""
     return slice(len(target.input_ids_T)) if target.counted_C is None else target.counted_C

@@ -1,4 +1,7 @@
-"""A part of the house that has no words of its own yet."""
+"""Targets: the outputs of an expert that the student is aligned with, and their files.
+
+Letters in tensor names: T tokens, C tokens that count in the losses, H hidden features, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,15 @@ from engine.storage.folder import Folder
 
 @dataclass(frozen=True)
 class Target:
-    """What an expert says to one sample, in the run's dtype: hₖ,ₗ(x) for ℓ ∈ S, and zₖ(x) or what gives it.
+    """The target of one sample: hidden states hₖ,ₗ(x), ℓ ∈ S, and logits zₖ(x) of its expert, in the run's dtype.
 
-    `input_ids_T` int64 are the tokens, any response that the expert wrote included; `inputs` are the tensors that a
-    forward pass takes beside them. Either `logits_CV` is there, or `last_hidden_CH`, from which the base's output head
-    makes the same logits; or neither, where no expert was asked. `counted_C` are the positions that they are of; None:
-    of all.
+    Attributes:
+        input_ids_T: Tokens, int64, including a response that the expert generated.
+        hidden_CH: Hidden states by layer index.
+        last_hidden_CH: Last hidden state, if the base's output head rebuilds the expert's logits from it.
+        logits_CV: Logits otherwise. Both are None for a sample without an expert's outputs (AdaMerging).
+        counted_C: Positions, int64, that count in the losses and that the outputs belong to; None: all positions.
+        inputs: Pixel inputs of the sample, by argument name of the forward pass.
     """
 
     input_ids_T: Tensor
@@ -32,11 +38,11 @@ class Target:
 
     @property
     def has_expert(self) -> bool:
-        """Whether an expert said something to the sample."""
+        """Whether the target holds an expert's outputs."""
         return self.last_hidden_CH is not None or self.logits_CV is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, as it travels and is stored."""
+        """Return all tensors of the target by name, as they are sent and stored."""
         named = {
             "input_ids": self.input_ids_T,
             "last_hidden": self.last_hidden_CH,
@@ -49,10 +55,10 @@ class Target:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Target:
-        """The inverse of `tensors`."""
+        """Return the target whose `tensors` are given."""
 
         def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
         return cls(
             tensors["input_ids"],
@@ -65,25 +71,25 @@ class Target:
 
 
 def without_targets(sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
-    """A sample as the student takes it where no expert is asked; and what an expert takes."""
+    """Return a target that holds a sample's tokens and pixel inputs but no outputs of an expert."""
     ids_T = torch.tensor(sample.input_ids)
     return Target(ids_T, counted_C=loss_index(sample, len(ids_T)), inputs=inputs or {})
 
 
 def loss_index(sample: Sample, length: int) -> Tensor | None:
-    """Return the positions [C], int64, at which a sample's losses count; None where all do."""
+    """Return the positions [C], int64, that count in a sample's losses; None if all do."""
     places = loss_positions(sample.masked_spans, length)
     return None if places is None else torch.tensor(places)
 
 
 def save_target(target: Target, folder: Folder, name: str) -> int:
-    """Write a target to a file that appears whole or not at all; returns its bytes."""
-    # Copies: the last hidden state may also be one of S, and the format allows no two names for one memory.
+    """Write a target to a file atomically and return the size of the file in bytes."""
+    # Cloned: the last hidden state may be a layer of S too, and safetensors refuses two names for one memory.
     data = safetensors.torch.save({name: tensor.clone() for name, tensor in target.tensors().items()})
     folder.write(name, data)
     return len(data)
 
 
 def load_target(folder: Folder, name: str) -> Target:
-    """A target from its file."""
+    """Read a target from its file."""
     return Target.from_tensors(safetensors.torch.load(folder.read(name)))

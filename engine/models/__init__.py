@@ -1,1 +1,1 @@
-"""Models of transformers: loaded, built empty, filled, and run with and without their head."""
+"""Models of transformers: built without weights, filled, and run with and without their output head."""

@@ -1,4 +1,4 @@
-"""A model over the GPUs that its process sees, module by module, by accelerate. Knows no merging and no files."""
+"""Placement of a model on the GPUs that the process sees, module by module, with accelerate."""
 
 from __future__ import annotations
 
@@ -10,42 +10,44 @@ from accelerate.utils import get_balanced_memory
 
 from engine.errors import RunError
 
-# Name of a module → where it and all that is in it are.
+# Module name → device of the module and of its submodules.
 DeviceMap = dict[str, torch.device]
 
 
 def device_map(model: Any, dtype: torch.dtype, device: torch.device) -> DeviceMap:
-    """Where each module of a model without weights goes: all of it to `device`, or over all GPUs that are visible, as
-    many bytes on each, whole blocks together.
+    """Return the devices of the modules of a model without weights.
+
+    On the CPU, or with one visible GPU, all modules are placed on `device`. Otherwise they are balanced over all
+    visible GPUs by bytes, and no block is split.
 
     Raises:
-        RunError: it does not fit them.
+        RunError: The model does not fit on the visible GPUs.
     """
     if device.type == "cpu" or torch.cuda.device_count() < 2:
         return {"": device}
-    whole = model._no_split_modules
-    room = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole)
-    found = accelerate.infer_auto_device_map(model, max_memory=room, dtype=dtype, no_split_module_classes=whole)
-    if any(not isinstance(where, int) for where in found.values()):
+    blocks = model._no_split_modules
+    memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=blocks)
+    placement = accelerate.infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=blocks)
+    if any(not isinstance(place, int) for place in placement.values()):
         raise RunError(
-            f"the model does not fit the {torch.cuda.device_count()} GPUs of its process",
-            do="ask for more by `num_gpus` in the config's `cluster`, or use `dtype: bfloat16`",
+            f"the model does not fit on the {torch.cuda.device_count()} GPUs of its process",
+            do="raise `num_gpus` in the config's `cluster` section, or use `dtype: bfloat16`",
         )
-    return {name: torch.device("cuda", where) for name, where in found.items()}
+    return {name: torch.device("cuda", place) for name, place in placement.items()}
 
 
 def device_of(name: str, devices: DeviceMap) -> torch.device:
-    """Where the parameter or buffer of that name is."""
+    """Return the device of the parameter or buffer `name`."""
     parts = name.split(".")
     prefixes = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
     return next(devices[prefix] for prefix in prefixes if prefix in devices)
 
 
 def dispatch(model: Any, devices: DeviceMap) -> None:
-    """Move what is not there yet to its device, and have what comes in and goes out of each module follow."""
+    """Move a model to its devices; with several entries in the map, add hooks that move inputs and outputs."""
     if set(devices) == {""}:
         model.to(devices[""])
     else:
-        # Forced, as hooks are what makes several devices one model, whichever devices they are.
+        # Without force_hooks, accelerate adds none if all entries name one device, as in the tests.
         skipped = model._skip_keys_device_placement
         accelerate.dispatch_model(model, devices, skip_keys=skipped, force_hooks=True)

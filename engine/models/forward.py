@@ -1,4 +1,7 @@
-"""A part of the house that has no words of its own yet."""
+"""Forward passes: greedy generation, hidden states without logits, and logits from a hidden state.
+
+Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -15,23 +18,24 @@ from engine.models.internvl import for_generation, is_original
 
 
 def written(model: Any, given: Mapping[str, Any], count: int) -> Tensor:
-    """What a model writes behind its prompts, at most `count` tokens [B, T], the likeliest one by one.
+    """Return the tokens [B, T], int64, that a model generates after its prompts by greedy decoding, at most `count`.
 
-    `given` is what its forward pass takes; shorter prompts are filled up at their beginning.
+    `given` holds the arguments of a forward pass; shorter prompts are padded on the left.
     """
     ids_BT: Tensor = given["input_ids"]
     if is_original(model.config):
         given = for_generation(given)
-    written_BT: Tensor = model.generate(**given, max_new_tokens=count, do_sample=False)
-    # From embeddings, as InternVL's own code has it, only what is new comes back.
+    output_BT: Tensor = model.generate(**given, max_new_tokens=count, do_sample=False)
+    # InternVL's own code generates from embeddings; `generate` then returns the new tokens without the prompt.
     length = ids_BT.shape[1]
-    return written_BT[:, length:] if torch.equal(written_BT[:, :length], ids_BT) else written_BT
+    return output_BT[:, length:] if torch.equal(output_BT[:, :length], ids_BT) else output_BT
 
 
 def arguments(ids_BT: Tensor, mask_BT: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a forward pass takes: token ids, and a processor's other outputs `inputs`, on the device of the ids.
+    """Return the arguments of a forward pass, on the device of the token ids.
 
-    Tokens that an expert wrote behind its prompt are text, so marks of tokens [B, T'] go on with 0.
+    `inputs` are the processor's other outputs, such as pixel inputs. Token type ids [B, T'] among them are padded with
+    0 (text) to T tokens, because tokens that an expert generated after its prompt are text.
     """
     device, length = ids_BT.device, ids_BT.shape[1]
     others = {name: tensor.to(device) for name, tensor in inputs.items()}
@@ -42,7 +46,11 @@ def arguments(ids_BT: Tensor, mask_BT: Tensor, inputs: Mapping[str, Tensor]) -> 
 
 
 def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The last hidden state [B, T, H], as the head gets it, and those of all layers; no logits."""
+    """Run forward without computing logits.
+
+    Returns:
+        The last hidden state [B, T, H], as the output head receives it, and the hidden states of all layers.
+    """
     reached: list[Tensor] = []
 
     def head(last_BTH: Tensor, *_: Any) -> Tensor:
@@ -55,30 +63,30 @@ def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, 
 
 
 def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
-    """Logits [B, T, V] from the last hidden state, by the model's own forward pass behind its decoder.
+    """Return the logits [B, T, V] of a last hidden state, computed by the model's own forward pass.
 
-    The decoder is replaced for the one call, so that whatever an architecture does to its logits (scaling, capping)
-    is done here too.
+    Only the decoder is replaced during the call, so that all that the architecture does to its logits (scaling,
+    capping) is applied.
     """
     output = _DecoderOutput(last_hidden_state=last_hidden_BTH)
     ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
-    talking = language_model(model)
-    with _replaced(talking.base_model, lambda *args, **kwargs: output):
-        logits: Tensor = talking(input_ids=ids_BT, use_cache=False).logits
+    language = language_model(model)
+    with _replaced(language.base_model, lambda *args, **kwargs: output):
+        logits: Tensor = language(input_ids=ids_BT, use_cache=False).logits
     return logits
 
 
 def language_model(model: Any) -> Any:
-    """The module that makes logits of what its decoder says: the model, or within code of its own a language model."""
+    """Return the submodule that owns the output head: the model itself, or its language model."""
     for module in model.modules():
         head = module.get_output_embeddings() if isinstance(module, transformers.PreTrainedModel) else None
         if head is not None and any(child is head for child in module.children()):
             return module
-    raise AssertionError("a model that writes text has an output head")
+    raise AssertionError("the model has no output head")
 
 
 class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]
-    """A decoder's output that has nothing more to say than its last hidden state."""
+    """A decoder output in which all fields but the last hidden state are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -87,30 +95,30 @@ class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]
 
 @contextmanager
 def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module with another forward pass."""
-    # A model over several devices has a forward of its own there, that of its hooks.
-    own = module.__dict__.get("forward")
+    """Replace the forward pass of a module within the context."""
+    # On several devices, accelerate's hooks have put a `forward` into the instance's dict; it is restored.
+    hooked = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
+        if hooked is not None:
+            module.forward = hooked
 
 
 def blocks_of(model: Any) -> list[Any]:
-    """The blocks that the model is a sequence of: what stands in its outermost lists of modules."""
+    """Return the blocks of a model: the items of its outermost module lists, in order."""
     inside: set[int] = set()
-    found = []
+    blocks = []
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and id(module) not in inside:
             inside.update(id(part) for part in module.modules())
-            found += list(module)
-    return found
+            blocks += list(module)
+    return blocks
 
 
 def head_names(model: Any) -> list[str]:
-    """The module's names of everything between the last hidden state and the logits that has weights."""
-    own = {id(parameter) for parameter in language_model(model).get_output_embeddings().parameters()}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in own]
+    """Return the names, in the module, of all parameters between the last hidden state and the logits."""
+    parameters = {id(parameter) for parameter in language_model(model).get_output_embeddings().parameters()}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in parameters]

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""OpenGVLab's original InternVL checkpoints, which bring their own code: image token and generation arguments."""
 
 from __future__ import annotations
 
@@ -10,36 +10,44 @@ from engine.errors import CheckpointError
 from engine.models.loading import load_tokenizer
 
 MODEL_TYPE = "internvl_chat"
-
-
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
 
 
 def is_original(config: Any) -> bool:
-    """Whether a model's configuration is that of such a checkpoint."""
+    """Return whether a config is that of an original InternVL checkpoint."""
     return bool(config.model_type == MODEL_TYPE)
 
 
 def for_generation(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A forward pass's arguments as `generate` takes them: without the flags, and tiles only where they count."""
+    """Return the arguments of a forward pass as `generate` takes them.
+
+    `image_flags` is removed. The pixels are None for a sample without images, whose only tile is a dummy with flag 0.
+    """
     flags = given["image_flags"]
     pixels = given["pixel_values"] if flags.all() else None
     return {name: value for name, value in given.items() if name != "image_flags"} | {"pixel_values": pixels}
 
 
 def set_image_token(model: Any, folder: Path) -> None:
-    """Tell such a model which token stands for a part of an image, as its own chat does; `folder` has its tokenizer."""
+    """Set the id of the image token in an original InternVL model, from the tokenizer in `folder`.
+
+    InternVL's own `chat` sets it before its forward passes, which are called directly here. Other models are left as
+    they are.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be loaded, or has no image token.
+    """
     if is_original(model.config):
         model.img_context_token_id = context_token(load_tokenizer(folder, remote_code=True), folder)
 
 
 def context_token(tokenizer: Any, folder: Path) -> int:
-    """The id of the token that stands for a part of an image.
+    """Return the id of the token that stands for a part of an image.
 
     Raises:
-        CheckpointError: the tokenizer has none.
+        CheckpointError: The tokenizer has no such token.
     """
-    found = tokenizer.convert_tokens_to_ids(CONTEXT)
-    if found is None or found == tokenizer.unk_token_id:
+    token = tokenizer.convert_tokens_to_ids(CONTEXT)
+    if token is None or token == tokenizer.unk_token_id:
         raise CheckpointError(f"its tokenizer has no token {CONTEXT}", str(folder))
-    return int(found)
+    return int(token)

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Configs, generation configs, tokenizers and processors of a model folder, loaded by transformers."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ from engine.checkpoints.headers import read_json
 from engine.errors import CheckpointError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, memory_limit
 
-# Config keys that say nothing about what a model computes from a hidden state.
+# Config keys that do not change what a model computes from a hidden state.
 NOT_COMPUTED = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
     "transformers_version", "use_cache",
 }  # fmt: skip
+CONFIGS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def load_model_config(folder: Path, remote_code: bool = False) -> Any:
-    """The folder's configuration as transformers reads it. `remote_code`: code that comes with it may run.
+    """Return the config of a model folder. `remote_code` allows code in the folder to run.
 
     Raises:
-        CheckpointError: transformers does not know the model type, or does not take the configuration.
+        CheckpointError: transformers does not know the model type, or rejects the config.
     """
-    own = own_code(folder, "config.json", remote_code)
-    if own and read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
-        raise CheckpointError("transformers has no such model, and code beside it may not run", str(folder), do=own)
+    advice = own_code(folder, "config.json", remote_code)
+    if advice and read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            "transformers does not know this type of model, and code in its folder is not allowed to run",
+            str(folder),
+            do=advice,
+        )
     what = "transformers cannot read its config.json"
-    # What code loads for itself is its own affair.
+    # No limit on code that is allowed to run: it may import large libraries.
     bound = (
         nullcontext()
         if remote_code
@@ -43,27 +48,28 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
-def load_config_like(own: Any, folder: Path) -> Any:
-    """An expert's configuration, where the base's is `own`: of the same class where that comes from the base's code.
+def load_config_like(base: Any, folder: Path) -> Any:
+    """Return the config of an expert's folder, given the config of its base.
 
-    No code but the base's is ever run, whatever an expert's folder has of it, or wherever it points to for it.
+    If the base's config class comes from code in the base's folder, the expert's config is read with that class. Code
+    in an expert's folder, or code that its config refers to, never runs.
 
     Raises:
-        CheckpointError: see `load_model_config`.
+        CheckpointError: See `load_model_config`.
     """
-    if not is_remote(own):
+    if not is_remote(base):
         return load_model_config(folder)
     with reading("the base's code cannot read its config.json", folder):
-        config = type(own).from_dict(read_json(folder / "config.json"))
-    config.auto_map, config.name_or_path = own.auto_map, own.name_or_path
+        config = type(base).from_dict(read_json(folder / "config.json"))
+    config.auto_map, config.name_or_path = base.auto_map, base.name_or_path
     return config
 
 
 def load_generation_config(folder: Path) -> Any:
-    """How the folder's model writes; None where it does not say.
+    """Return the generation config of a model folder, or None if it has no file of that kind.
 
     Raises:
-        CheckpointError: transformers does not take it.
+        CheckpointError: transformers rejects the file.
     """
     if not (folder / "generation_config.json").exists():
         return None
@@ -72,23 +78,23 @@ def load_generation_config(folder: Path) -> Any:
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
-    """The folder's tokenizer. `remote_code`: code that comes with it may run.
+    """Return the tokenizer of a model folder. `remote_code` allows code in the folder to run.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot read it.
+        CheckpointError: The folder has no tokenizer, or transformers cannot read it.
     """
     check_tokenizer_files(folder)
-    do = "add the tokenizer's files to the base's folder, or give calibration records as `input_ids`"
+    do = "add the tokenizer's files to the base's folder, or give the calibration records as `input_ids`"
     do = own_code(folder, "tokenizer_config.json", remote_code) or do
     with reading("its tokenizer cannot be read", folder, do):
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Refuse what is no regular file of a tokenizer's size.
+    """Check that a folder's tokenizer files are regular files of at most `TOKENIZER_BYTES`.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: A file is larger, or is not a regular file.
     """
     for path in folder.iterdir():
         if path.name.startswith(("tokenizer", "vocab", "merges", "chat_template", "special_tokens", "added_tokens")):
@@ -96,54 +102,57 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def computes_alike(one: Any, other: Any) -> bool:
-    """Whether two configurations describe the same computation."""
+    """Return whether two configs describe the same computation: equal but for the keys in `NOT_COMPUTED`."""
 
-    def essence(config: Any) -> dict[str, Any]:
+    def computed(config: Any) -> dict[str, Any]:
         return {key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED}
 
-    return essence(one) == essence(other)
+    return computed(one) == computed(other)
 
 
 def is_remote(config: Any) -> bool:
-    """Whether a configuration is of code that came with a checkpoint; it is only if that was allowed to run."""
+    """Return whether a config's class comes from code in a model folder, which was then allowed to run."""
     return type(config).__module__.startswith("transformers_modules.")
 
 
 def reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[None]:
-    """What transformers raises over the folder's files, as a fault of theirs."""
-    return library_errors_as(lambda told: CheckpointError(f"{what}: {told}", str(folder), do=do), StrictDataclassError)
+    """Return a context in which exceptions of transformers become a `CheckpointError` about the folder."""
+
+    def error(message: str) -> CheckpointError:
+        return CheckpointError(f"{what}: {message}", str(folder), do=do)
+
+    return library_errors_as(error, StrictDataclassError)
 
 
 def own_code(folder: Path, file: str, allowed: bool) -> str:
-    """What to do where a file says that the model comes with code, and that may not run."""
-    own = not allowed and (folder / file).exists() and "auto_map" in read_json(folder / file)
-    return "`trust_remote_code: true` lets code from the model's folder run; look at it first" if own else ""
-
-
-CONFIGS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    """Return advice for the user if `file` refers to code of the model that is not allowed to run, else ''."""
+    refused = not allowed and (folder / file).exists() and "auto_map" in read_json(folder / file)
+    return "read the code in the model's folder, then allow it with `trust_remote_code: true`" if refused else ""
 
 
 def load_processor(folder: Path, remote_code: bool = False) -> Any:
-    """What makes a model's inputs of text and images, for a model that takes images.
+    """Return the processor of a model that takes images: text and images to the arguments of a forward pass.
 
-    With torchvision as AutoProcessor has it; without, its images are prepared by PIL, and videos not at all.
+    With torchvision this is what `AutoProcessor` loads. Without torchvision, images are processed by PIL, and videos
+    are not supported.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot read it.
+        CheckpointError: The folder has no processor, or transformers cannot read it.
     """
     check_tokenizer_files(folder)
-    found = {name: read_json(folder / name) for name in CONFIGS if (folder / name).exists()}
+    # Each file is read, so that an error in its JSON is reported with the name of the file.
+    files = {name: read_json(folder / name) for name in CONFIGS if (folder / name).exists()}
     do = "add the files of its processor (preprocessor_config.json, tokenizer, chat template) to the folder"
-    do = next((told for name in found if (told := own_code(folder, name, remote_code))), do)
+    do = next((advice for name in files if (advice := own_code(folder, name, remote_code))), do)
     kind: Any = PROCESSOR_MAPPING.get(type(load_model_config(folder, remote_code)), None)
     with reading("its processor cannot be read", folder, do):
-        own = kind is not None and not is_torchvision_available()
-        kind = _without_videos(kind) if own else transformers.AutoProcessor
+        without_videos = kind is not None and not is_torchvision_available()
+        kind = _without_videos(kind) if without_videos else transformers.AutoProcessor
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
 def _without_videos(kind: Any) -> type[Any]:
-    """A processor class that needs no processor of videos, all of which need torchvision."""
+    """Return a subclass of a processor class without its video processor; all of these need torchvision."""
 
     def get_attributes(_: type[Any]) -> list[str]:
         return [name for name in kind.get_attributes() if name != "video_processor"]

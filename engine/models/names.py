@@ -1,7 +1,7 @@
-"""Names in files and names in modules: the one place where they meet.
+"""Mapping from the tensor names in files to the parameters and buffers of a module.
 
-Most tensors of a file are a parameter of the module under the same or another name. The experts of a mixture
-(Qwen3-MoE, Mixtral) have a tensor each in files and are parts of one parameter in the module. Knows no weights.
+Most tensors of a file are a parameter of the module, possibly under another name. In a mixture of experts (Qwen3-MoE,
+Mixtral), each expert has tensors of its own in the files, which are parts of one parameter in the module.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from engine.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a file is in the module: a parameter or buffer, from its element `start` on."""
+    """Position of a file's tensor in a module: a parameter or buffer, and the first element of the tensor in it."""
 
     parameter: str
     start: int = 0
@@ -38,13 +38,14 @@ Places = dict[str, Place]
 
 
 def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -> Places:
-    """File tensor name → its place in the module. Tensors that the architecture is known to ignore are left out.
+    """Return the place of each tensor in the module, by its name in the files.
 
-    transformers keeps the table of renamings and fusions an architecture went through; nothing else here asks it.
+    Renamings and fusions are those of transformers' conversion mapping for the architecture. Tensors that the
+    architecture ignores are left out.
 
     Raises:
-        CheckpointError: a tensor without a partner, of another shape, or one that the module holds in a form of which
-        it is no contiguous part.
+        CheckpointError: A tensor matches no parameter, has another shape than its parameter, or is not a contiguous
+            part of it.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -58,15 +59,15 @@ def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -
             whole = tuple(state[renamed].shape)
             start = 0
             if pattern is not None:
-                converter = next(one for one in converters if pattern in one.source_patterns)
+                converter = next(converter for converter in converters if pattern in converter.source_patterns)
                 start = _part(tensor, converter, pattern, whole, folder)
             elif tensor.shape != whole:
-                wanted = f"{whole}, as config.json says"
+                wanted = f"{whole}, from config.json"
                 raise CheckpointError(f"{name!r} has shape {tensor.shape}", str(folder), wanted)
             places[name] = Place(renamed, start)
         elif not any(re.search(pattern, renamed) for pattern in ignored):
             raise CheckpointError(
-                f"the tensor {name!r} has no partner in the model",
+                f"the tensor {name!r} matches no parameter of the model",
                 str(folder),
                 f"a parameter of {type(model).__name__}",
             )
@@ -74,10 +75,10 @@ def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -
 
 
 def check_filled(model: Any, places: Places, tensors: Mapping[str, TensorHeader], folder: Path) -> None:
-    """Whether the tensors of the files are all that the module needs.
+    """Check that the files' tensors fill every parameter of the module.
 
     Raises:
-        CheckpointError: a parameter without a tensor, or one of whose parts some are missing.
+        CheckpointError: A parameter has no tensor, or the tensors of its parts have another number of elements.
     """
     filled: dict[str, int] = defaultdict(int)
     for name, place in places.items():
@@ -85,21 +86,28 @@ def check_filled(model: Any, places: Places, tensors: Mapping[str, TensorHeader]
     tied = set(tied_weights(model))
     for name, parameter in model.named_parameters():
         if name not in tied and (name not in filled or filled[name] != parameter.numel()):
-            parts = f"; those of {filled[name]} of {parameter.numel()} elements are there" if name in filled else ""
-            raise CheckpointError(f"no tensor in its files fills the model's parameter {name!r}{parts}", str(folder))
+            held = f"{filled[name]} elements" if name in filled else "no tensor"
+            raise CheckpointError(
+                f"its files hold {held} for the model's parameter {name!r}",
+                str(folder),
+                f"{parameter.numel()} elements",
+            )
 
 
 def tied_weights(model: Any) -> Mapping[str, str]:
-    """The module's names that stand for another's memory, and whose. Code from before transformers 5 does not say."""
+    """Return the module's tied parameters: name → name of the parameter whose memory it shares.
+
+    Empty for model code written before transformers 5, which lacks the attribute.
+    """
     names: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return names
 
 
 def _part(tensor: TensorHeader, converter: WeightConverter, pattern: str, whole: tuple[int, ...], folder: Path) -> int:
-    """The element of a fused parameter from which a tensor of a file is in it.
+    """Return the index, in a flattened fused parameter, of the first element of a file's tensor.
 
-    A parameter of experts is [experts, rows of all projections, columns]: so each projection of an expert is
-    contiguous, in the order in which the converter names them.
+    The parameter of the experts has the shape [experts, rows of all projections, columns]. A projection of one expert
+    is therefore contiguous; projections stand in the order of the converter's source patterns.
     """
     kinds = [type(operation) for operation in converter.operations]
     dims = [operation.dim for operation in converter.operations if hasattr(operation, "dim")]
@@ -109,13 +117,13 @@ def _part(tensor: TensorHeader, converter: WeightConverter, pattern: str, whole:
     sources = converter.source_patterns
     if not stacked or number is None or len(whole) != 3 or whole[1] % len(sources):
         raise CheckpointError(
-            f"the tensor {tensor.name!r} is stored in another form than the module's {converter.target_patterns[0]!r}",
+            f"the tensor {tensor.name!r} is not a contiguous part of the module's {converter.target_patterns[0]!r}",
             str(folder),
-            "a tensor that is a parameter of the module, or one expert's projection",
+            "a whole parameter of the module, or a projection of one expert",
         )
     expert, rows = int(number[1]), whole[1] // len(sources)
     if tensor.shape != (rows, whole[2]) or expert >= whole[0]:
-        wanted = f"{(rows, whole[2])} for each of {whole[0]} experts, as config.json says"
+        wanted = f"{(rows, whole[2])} for each of {whole[0]} experts, from config.json"
         raise CheckpointError(f"{tensor.name!r} has shape {tensor.shape}", str(folder), wanted)
     first = expert * whole[1] + int(sources.index(pattern)) * rows
     return first * whole[2]

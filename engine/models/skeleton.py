@@ -1,8 +1,4 @@
-"""A transformers model without its weights, filled with them, and run with and without its head.
-
-A model is built on the meta device and filled tensor by tensor, so that nothing is allocated twice. Knows no merging.
-Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
-"""
+"""Models built on the meta device and then filled with weights tensor by tensor, so that nothing is allocated twice."""
 
 from __future__ import annotations
 
@@ -31,19 +27,22 @@ transformers.logging.set_verbosity_error()
 def build_skeleton(
     config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
 ) -> tuple[Any, Places]:
-    """A model that writes text, and maybe sees, on the meta device, and file tensor name → its place in the module.
+    """Build a causal or image-text-to-text model on the meta device.
 
-    Where the config ties the head to the embedding and the files hold both, the model is built untied, as both count.
-    `folder` is that of config and tensors, for the messages.
+    If the config ties the head to the embedding but the files hold both, the model is built untied, because the two
+    tensors may differ. `folder` holds the config and the tensors; it is named in errors.
+
+    Returns:
+        The model in evaluation mode, and the place of each tensor in it, by its name in the files.
 
     Raises:
-        CheckpointError: no such architecture, a tensor without a partner in the module or of another shape, or a
-        parameter without a tensor.
+        CheckpointError: transformers cannot build the architecture, a tensor matches no parameter or has another shape,
+            or a parameter has no tensor.
     """
     model = _build(config, dtype, folder)
     places = match_names(model, tensors, folder)
     if {place.parameter for place in places.values()} & set(tied_weights(model)):
-        # In composite models the whole's and the language model's config say it, and either may decide.
+        # In composite models, either the outer config or that of the language model decides.
         for section in (config, *(getattr(config, key, config) for key in TEXT_SECTIONS)):
             section.tie_word_embeddings = False
         model = _build(config, dtype, folder)
@@ -52,13 +51,13 @@ def build_skeleton(
     return model.eval(), places
 
 
-def build_writer(
+def build_generation_skeleton(
     config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
 ) -> tuple[Any, Places]:
-    """Return `build_skeleton`'s model with the generation config of its folder, where there is one.
+    """Build a model as `build_skeleton` does, with the folder's generation config if there is one.
 
     Raises:
-        CheckpointError: see `build_skeleton` and `load_generation_config`.
+        CheckpointError: See `build_skeleton` and `load_generation_config`.
     """
     model, places = build_skeleton(config, tensors, dtype, folder)
     if (generation := load_generation_config(folder)) is not None:
@@ -74,14 +73,16 @@ def load_weights(
     tokenizer_folder: Path,
     read: Callable[[str], Tensor | None],
 ) -> None:
-    """Fill a skeleton with weights, on the device or over all GPUs that the process sees, ready to run forward.
+    """Fill a skeleton with weights, on `device` or over all GPUs that the process sees, ready to run forward.
 
-    `read`: file tensor name → the tensor; None: a float tensor that is filled in later. Floats are converted to
-    `dtype`; a tensor that needs no change is not copied. `tokenizer_folder` is where OpenGVLab's InternVL finds the id
-    of its image token.
+    Args:
+        read: Returns the tensor of a name in the files, or None for a float tensor that is filled in later. Floats are
+            converted to `dtype`; a tensor that needs no conversion is not copied.
+        tokenizer_folder: Folder of the tokenizer that gives an original InternVL model the id of its image token.
 
     Raises:
-        RunError: the model does not fit the GPUs.
+        RunError: The model does not fit on the GPUs.
+        CheckpointError: See `set_image_token`.
     """
 
     def weight(name: str) -> Tensor | None:
@@ -95,9 +96,10 @@ def load_weights(
 def fill(
     model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, weight: Callable[[str], Tensor | None]
 ) -> None:
-    """Give the module its parameters and buffers, without a copy where none is needed.
+    """Set the parameters and buffers of a module, without a copy where none is needed.
 
-    `weight`: file tensor name → the tensor, its floats of `dtype`; None: a float that is filled in later.
+    `weight` returns the tensor of a name in the files, floats in `dtype`, or None for a float tensor that is filled in
+    later. Parameters require no gradient afterwards.
     """
     state, parts = model.state_dict(), defaultdict[str, list[str]](list)
     for name, place in places.items():
@@ -105,14 +107,14 @@ def fill(
     tensors = {}
     for parameter, names in parts.items():
         device, empty = device_of(parameter, devices), state[parameter]
-        found = {name: weight(name) for name in names}
-        only = found[names[0]]
+        weights = {name: weight(name) for name in names}
+        only = weights[names[0]]
         if only is not None and only.shape == empty.shape:
             tensors[parameter] = only.to(device)
             continue
-        # Not the module's own type: code that came with a checkpoint may have built a part of it in another.
+        # Not `empty.dtype`: a model's own code may build a part of the module in another dtype than the run's.
         whole = torch.empty(empty.shape, dtype=dtype, device=device)
-        for name, tensor in found.items():
+        for name, tensor in weights.items():
             if tensor is not None:
                 part_of(whole, places[name], tensor.shape).copy_(tensor)
         tensors[parameter] = whole
@@ -126,7 +128,7 @@ def fill(
 
 
 def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
-    """What of a parameter is a tensor of a file: a view of the tensor's shape."""
+    """Return the part of a parameter that is a file's tensor, as a view of the shape of that tensor."""
     return whole.view(-1)[place.start : place.start + math.prod(shape)].view(*shape)
 
 
@@ -139,6 +141,6 @@ def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
         kind = transformers.AutoModelForImageTextToText
     else:
         kind = transformers.AutoModelForCausalLM
-    # Buffers (rotary frequencies) are in no file: they are computed here, not left on the meta device.
+    # Buffers such as rotary frequencies are in no file, so they are computed here instead of left on the meta device.
     with reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
         return kind.from_config(config, dtype=dtype, trust_remote_code=remote)

@@ -1,4 +1,4 @@
-"""Importance and the chunks it earns, against numbers worked by hand and against their own laws."""
+"""Importance and chunks against numbers computed by hand, and their invariants."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 import pytest
+from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ NUMEL = np.array([10.0, 20.0, 30.0])
 
 
 def scores(minimum: float = 0.0) -> st.SearchStrategy[Array]:
-    """Importances that sum to 1."""
+    """Return a strategy for importances that sum to 1."""
     raw = st.lists(st.floats(minimum, 1000), min_size=1, max_size=12).filter(lambda values: sum(values) > 1e-3)
     return raw.map(lambda values: np.array(values) / np.sum(values))
 
@@ -146,7 +147,7 @@ def test_stage_2_of_experts_that_equal_the_base_has_one_chunk_a_tensor() -> None
 
 @pytest.mark.parametrize(("alpha", "magnitude", "budget"), [(ALPHA, MAGNITUDE, 0.4), (ALPHA, np.zeros((2, 3)), 0.9)])
 def test_a_budget_with_nothing_left_to_learn_is_a_config_error(alpha: Array, magnitude: Array, budget: float) -> None:
-    with pytest.raises(ConfigError, match=rf"parameters\.budget: a budget of {budget} gives no tensor"):
+    with refused(ConfigError, where="parameters.budget", do="`budget`", facts=[f"{budget}"]):
         stage_2_layout(stage_1(alpha), magnitude, budget, kappa=1.0)
 
 

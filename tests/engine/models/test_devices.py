@@ -1,4 +1,4 @@
-"""A model over several devices: the map, and that the hooks which join them change no bit. The devices are one CPU."""
+"""A model on several devices: the device map, and the same bits with and without hooks. All devices are one CPU."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import accelerate
 import pytest
 import torch
 from conftest import plan_of
+from errors import refused
 
-import engine.learning.frozen_expert
-import engine.learning.student
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
@@ -46,16 +45,16 @@ def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPa
     )
     partners = [place.parameter for place in places.values()]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    room = {0: 80_000, 1: 120_000, "cpu": 0}
-    monkeypatch.setattr("engine.models.devices.get_balanced_memory", lambda *args, **kwargs: room)
+    memory = {0: 80_000, 1: 120_000, "cpu": 0}
+    monkeypatch.setattr("engine.models.devices.get_balanced_memory", lambda *args, **kwargs: memory)
     devices = device_map(model, torch.float32, torch.device("cuda"))
     used = {device_of(partner, devices) for partner in partners}
     assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
     for block in range(3):
         inside = [p for p in partners if p.startswith(f"model.layers.{block}.")]
         assert len({device_of(partner, devices) for partner in inside}) == 1
-    room |= {0: 100, 1: 100, "cpu": 10**9}
-    with pytest.raises(RunError, match="does not fit the 2 GPUs"):
+    memory |= {0: 100, 1: 100, "cpu": 10**9}
+    with refused(RunError, do="`num_gpus`", facts=["2 GPUs"]):
         device_map(model, torch.float32, torch.device("cuda"))
 
 
@@ -76,8 +75,7 @@ def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monk
     one = computed()
     assert not dispatched
     parts = dict.fromkeys((*PARTS, "lm_head"), CPU)
-    for module in (engine.learning.frozen_expert, engine.learning.student):
-        monkeypatch.setattr(module, "device_map", lambda *args: parts)
+    monkeypatch.setattr("engine.models.skeleton.device_map", lambda *args: parts)
     several = computed()
     assert len(dispatched) == 2, "the expert's and the trainer's"
     assert one[1] == several[1]

@@ -1,4 +1,4 @@
-"""Processors: of each family without torchvision, of transformers' own with it; InternVL's tiles against our own."""
+"""Processors of each family with and without torchvision, and InternVL's tiles against a second implementation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import tiny_images
 import torch
 import transformers
+from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from image_inputs import tiles
@@ -29,7 +30,7 @@ each_family = pytest.mark.parametrize("family", tiny_images.FAMILIES)
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of a model's configuration and its processor for each family."""
+    """Return a folder with a model's config and processor for each family."""
     made = {}
     for family in (*tiny_images.FAMILIES, tiny_images.CHAT):
         made[family] = tiny_images.save(tiny_images.make_model(family), tmp_path_factory.mktemp(family), family)
@@ -38,7 +39,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def base(bases: dict[str, Path], tmp_path: Path) -> Path:
-    """One of them, to be spoilt."""
+    """Return a copy of one of the folders, for tests that damage it."""
     return shutil.copytree(bases["qwen2_vl"], tmp_path / "base")
 
 
@@ -92,33 +93,31 @@ def test_with_torchvision_a_processor_is_transformers_own(
     ],
     ids=str,
 )
-def test_a_processor_that_cannot_be_read_is_told_with_what_to_do(base: Path, file: str, content: Any) -> None:
+def test_a_processor_that_cannot_be_read_is_refused_with_the_files_to_add(base: Path, file: str, content: Any) -> None:
     if content is None:
         (base / file).unlink()
     else:
         (base / file).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(CheckpointError) as caught:
+    with refused(CheckpointError, do="preprocessor_config.json, tokenizer, chat template") as caught:
         load_processor(base)
     assert caught.value.where == str(base)
-    assert caught.value.what.startswith("its processor cannot be read: ")
-    assert "preprocessor_config.json, tokenizer, chat template" in caught.value.do
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "fact"),
     [
-        ("preprocessor_config.json", "", "not valid JSON"),
-        ("preprocessor_config.json", '{"size": 1, "size": 2}', "given twice"),
-        ("preprocessor_config.json", "[" * 500 + "]" * 500, "nested too deeply"),
-        ("preprocessor_config.json", "[]", "not a JSON object"),
-        ("processor_config.json", "3", "not a JSON object"),
-        ("video_preprocessor_config.json", "{", "not valid JSON"),
+        ("preprocessor_config.json", "", "valid JSON"),
+        ("preprocessor_config.json", '{"size": 1, "size": 2}', "'size'"),
+        ("preprocessor_config.json", "[" * 500 + "]" * 500, "levels"),
+        ("preprocessor_config.json", "[]", "JSON object"),
+        ("processor_config.json", "3", "JSON object"),
+        ("video_preprocessor_config.json", "{", "valid JSON"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_file_of_a_processor_that_is_no_json_is_named(base: Path, file: str, content: str, told: str) -> None:
+def test_a_processor_file_that_is_not_a_json_object_is_named(base: Path, file: str, content: str, fact: str) -> None:
     (base / file).write_text(content)
-    with pytest.raises(CheckpointError, match=told) as caught:
+    with refused(CheckpointError, facts=[fact]) as caught:
         load_processor(base)
     assert caught.value.where == str(base / file)
 
@@ -129,16 +128,15 @@ def test_a_processor_of_code_names_the_option_that_lets_it_run(base: Path, file:
     (base / file).write_text((base / "preprocessor_config.json").read_text())
     edit(base / file, processor_class="Evil", auto_map={"AutoProcessor": "evil.Evil"})
     edit(base / "config.json", model_type="llama", auto_map={})
-    with pytest.raises(CheckpointError, match="trust_remote_code: true"):
+    with refused(CheckpointError, do="`trust_remote_code: true`"):
         load_processor(base)
     assert not (base / "ran").exists()
 
 
 def chat_tiles(folder: Path, image: Image.Image, **options: Any) -> torch.Tensor:
-    """The tiles that InternVL's own code would be given, in float32."""
-    made = ChatEncoder(load_model_config(folder, True), load_tokenizer(folder, True), folder, torch.float32)
-    found: torch.Tensor = made._tiles(image, Record("here", {"question": "w1"}, 1.0, (), options))
-    return found
+    """Return the tiles of an image for InternVL's own code, in float32."""
+    encoder = ChatEncoder(load_model_config(folder, True), load_tokenizer(folder, True), folder, torch.float32)
+    return encoder._tiles(image, Record("here", {"question": "w1"}, 1.0, (), options))
 
 
 def picture(width: int, height: int) -> Image.Image:
