@@ -1,4 +1,4 @@
-# Everything runs in .venv beside this file; `make install` makes it, and does nothing when it is up to date.
+# All targets run in .venv next to this file; `make install` creates it and does nothing if it is up to date.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 
 install: $(STAMP)
 
-# torch first and pinned: whatever else is installed then finds it there and takes no other build.
+# torch is installed first and pinned, so that no later package replaces it with another build.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
@@ -27,7 +27,7 @@ test-slow: install
 chaos: install
 	$(BIN)/python tests/chaos.py
 
-# Half an hour on two cores; times want a quiet machine. See benchmarks/README.md.
+# Half an hour on two cores; times are only meaningful on a quiet machine. See benchmarks/README.md.
 bench: install
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/trainer_memory.py
@@ -35,7 +35,7 @@ bench: install
 	$(BIN)/python benchmarks/scaling.py check
 	$(BIN)/python benchmarks/weight_space.py
 
-# Does it merge better? Hours on two cores; what is there is not made again. See benchmarks/quality/README.md.
+# The comparison of merge quality: hours on two cores; existing results are kept. See benchmarks/quality/README.md.
 quality: install
 	$(BIN)/python benchmarks/quality/fine_tune.py
 	$(BIN)/python benchmarks/quality/compare.py

@@ -1,7 +1,7 @@
-"""Measures nothing: holds a benchmark's result against a baseline of the same benchmark.
+"""Compare a benchmark's result with a baseline of the same benchmark.
 
-Exit code 1 where a memory figure is more than 5 % above the baseline's. Times are shown and never fail: machines are
-shared, and differ. What only one of the two has is said.
+The exit code is 1 if a memory figure is more than 5 % above the baseline's. Times are shown and never fail, because
+machines are shared and differ. Figures that only one of the two has are listed.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ TOLERANCE = 0.05
 
 
 def differences(result: dict[str, Any], baseline: dict[str, Any]) -> Iterator[str]:
-    """What makes two results less comparable, and what only one of them has."""
+    """Yield a line for each difference in machine and settings, and for each figure that only one side has."""
     for section in ("machine", "settings"):
         for key in sorted(result[section].keys() | baseline[section].keys()):
             mine, theirs = result[section].get(key), baseline[section].get(key)
             if mine != theirs:
-                yield f"{section}: {key} is {mine}, the baseline's {theirs}"
+                yield f"{section}: {key} is {mine}, in the baseline {theirs}"
     for section in ("memory", "time_ratios", "other"):
         mine, theirs = result.get(section, {}), baseline.get(section, {})
-        yield from (f"{section}: {key} is in the result only" for key in mine if key not in theirs)
-        yield from (f"{section}: {key} is in the baseline only" for key in theirs if key not in mine)
+        yield from (f"{section}: {key} is only in the result" for key in mine if key not in theirs)
+        yield from (f"{section}: {key} is only in the baseline" for key in theirs if key not in mine)
 
 
 def ratios(section: str, result: dict[str, Any], baseline: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Result, baseline and their ratio, of what both have."""
+    """Return result, baseline and their ratio for each figure that both have."""
     mine, theirs = result.get(section, {}), baseline.get(section, {})
     both = [key for key in mine if key in theirs]
     return {key: (mine[key], theirs[key], _ratio(mine[key], theirs[key])) for key in both}
@@ -59,12 +59,12 @@ def main(result: Path, baseline: Path) -> None:
     }
     print_table("bytes", ["result", "baseline", "ratio", ""], cells)
     for section, title in (("time_ratios", "times, as ratios of two sides of one run"), ("other", "other figures")):
-        found = ratios(section, mine, theirs)
-        if found:
-            cells = {key: [f"{new:.4g}", f"{old:.4g}", f"{ratio:.3f}"] for key, (new, old, ratio) in found.items()}
+        shared = ratios(section, mine, theirs)
+        if shared:
+            cells = {key: [f"{new:.4g}", f"{old:.4g}", f"{ratio:.3f}"] for key, (new, old, ratio) in shared.items()}
             print_table(title, ["result", "baseline", "ratio"], cells)
     if not memory:
-        console.print("no memory figure is in both")
+        console.print("result and baseline have no memory figure in common")
         sys.exit(1)
     if worse:
         console.print(f"{len(worse)} of {len(memory)} figures are more than {TOLERANCE:.0%} above the baseline")

@@ -1,13 +1,13 @@
-"""The straightforward in-memory way, to compare with: every model resident, coefficients by autograd through the merge.
+"""The straightforward implementation to compare with: all models in memory, coefficients by autograd through the merge.
 
-Base, experts and all task vectors stand in memory. For every sample of every step the expert runs forward as a
-teacher, θ = θ₀ + Σₖ αₖ·τₖ is composed under autograd, and the backward pass reaches the coefficients. No line is the
-engine's but for the gauge. Run by itself on a merge.yaml (full checkpoints, `input_ids`) it prints one JSON object:
-the peak of its anonymous memory while it loads and while it steps, sampled every 20 ms, and the seconds of each step.
+Base, experts and all task vectors are held in memory. For every sample of every step, the expert runs forward as a
+teacher, θ = θ₀ + Σₖ αₖ·τₖ is composed under autograd, and the backward pass reaches the coefficients. Only the memory
+gauge is the engine's code. As a script on a merge.yaml (full checkpoints, `input_ids`), it prints one JSON object: the
+peaks of its anonymous memory while it loads and while it steps, sampled every 20 ms, and the seconds of each step.
 
-Where files are memory-mapped, as transformers does on a CPU, an expert's own weights are no anonymous memory, though
-each of its forwards needs them resident. `--teachers resident`, the default, holds them as any other device would;
-`mapped` leaves them to the page cache.
+On a CPU, transformers memory-maps the files: an expert's weights are then no anonymous memory, although every forward
+pass needs them resident. `--teachers resident`, the default, copies them into memory, as any other device would hold
+them; `mapped` leaves them in the page cache.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from actors.memory import PeakMemory, anonymous_bytes
 transformers.utils.logging.disable_progress_bar()
 
 EXCLUDE = [".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*"]
-# Of the method's page.
+# The defaults of Expert Merging as published.
 DEFAULTS: dict[str, Any] = {
     "weight": 0.1,
     "loss_weight": 1.0,
@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class InMemory:
-    """Stage 1 of a merge.yaml; `windows` are its samples as (expert, index), `step` takes one of them."""
+    """Stage 1 of a merge.yaml; `windows` holds the samples of each optimiser step as (expert, index)."""
 
     def __init__(self, config: Path, resident: bool = True) -> None:
         raw = yaml.safe_load(config.read_text())
@@ -85,7 +85,7 @@ class InMemory:
         )
 
     def step(self, window: list[tuple[int, int]]) -> float:
-        """One optimiser step; the mean loss of its samples before it."""
+        """Run one optimiser step and return the mean loss of its samples before the update."""
         self.optimizer.zero_grad()
         total = 0.0
         for expert, index in window:
@@ -98,7 +98,7 @@ class InMemory:
         return total
 
     def _loss(self, expert: int, ids: Tensor) -> Tensor:
-        """β · (L_logit + λ_hid · L_hid) + γ · R(α) of one sample."""
+        """Return β · (L_logit + λ_hid · L_hid) + γ · R(α) of one sample."""
         wanted = {"output_hidden_states": True, "use_cache": False}
         with torch.no_grad():
             target = self.experts[expert](ids, **wanted)
@@ -131,7 +131,9 @@ def _load(folder: Path, resident: bool) -> Any:
 
 @click.command(help=__doc__)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Optimiser steps at most.")
+@click.option(
+    "--steps", default=2, show_default=True, type=click.IntRange(min=1), help="Largest number of optimiser steps."
+)
 @click.option("--teachers", default="resident", show_default=True, type=click.Choice(["resident", "mapped"]))
 def main(config: Path, steps: int, teachers: str) -> None:
     if hasattr(os, "sched_getaffinity"):

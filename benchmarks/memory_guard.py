@@ -1,7 +1,7 @@
-"""The memory of trainer and shard at a small size, quick enough for the test suite: it must not know K.
+"""Measure the memory of trainer and shard at a small size, quickly enough for the test suite: it must not grow with K.
 
-Each figure is the peak anonymous memory of a fresh process that calls the actor as a plain class, imports included. Ten
-more experts' task vectors, if anything kept them, would be a third more.
+Each figure is the peak anonymous memory of a fresh process that calls the actor as a plain class, imports included. The
+task vectors of ten more experts, if a process held them, would add a third.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ GROWTH = 1.02
 
 
 def trainer(config: Path, gradients: str) -> int:
+    """Return the peak anonymous bytes of a trainer over `STEPS` optimiser steps."""
     from step_time import Bench
 
     from actors.memory import PeakMemory
 
-    bench = Bench(config, WINDOW, config.parent, [f"gradients={gradients}"])  # the expert's own memory is given back
+    # The bench frees its expert before the gauge starts.
+    bench = Bench(config, WINDOW, config.parent, [f"gradients={gradients}"])
     gauge = PeakMemory()
     for _ in range(STEPS):
         bench.step()
@@ -38,6 +40,7 @@ def trainer(config: Path, gradients: str) -> int:
 
 
 def shard(config: Path) -> int:
+    """Return the peak anonymous bytes of a shard that inspects, merges and computes gradients of every tensor."""
     from actors.memory import PeakMemory
     from actors.shard import Shard
     from engine.codec import pack_all, unpack_all
@@ -61,8 +64,12 @@ def shard(config: Path) -> int:
 
 @click.command(help=__doc__)
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
-@click.option("--one", hidden=True, nargs=2, type=str, default=None, help="Role and merge.yaml, in this process.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
+@click.option(
+    "--one", hidden=True, nargs=2, type=str, default=None, help="Measure one role and merge.yaml in this process."
+)
 def main(workdir: Path, path: Path | None, one: tuple[str, str] | None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     if one:
@@ -83,7 +90,7 @@ def _peak(made: Models, role: str, k: int) -> int:
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         config = made.write_merge(Path(folder) / "merge.yaml", k, WINDOW, TOKENS)
         command = [sys.executable, __file__, "--one", role, str(config)]
-        # The settings that actors have: freed memory goes back, and does not look like growth.
+        # The environment of actors: the allocator returns freed memory, which would otherwise look like growth.
         environment = os.environ | ENVIRONMENT
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return int(json.loads(done.stdout))

@@ -1,7 +1,7 @@
-"""Measures nothing: runs merges by the project's own command line, and reads what they tell of themselves.
+"""Run merges through the command line and read their records; used by the benchmarks.
 
-`merge/memory.json` has the peak anonymous memory of every process and the bytes that moved, `merge/metrics.parquet`
-the seconds of every step.
+`merge/memory.json` holds the peak anonymous memory of every process and the bytes transferred; `merge/metrics.parquet`
+holds the seconds of every optimiser step.
 """
 
 from __future__ import annotations
@@ -21,49 +21,50 @@ import pyarrow.parquet
 from engine.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-# A merge of ours on its own Ray, whatever cluster the shell knows; and models are folders, so no hub is asked.
+# Merges start a Ray of their own even if the shell names a cluster. Models are folders, so no hub is needed.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
-# Tokens that samples share a pass with, where a merge is not told otherwise.
+# Default number of tokens per pass.
 BATCH_TOKENS: int = Config.model_fields["batch_tokens"].default
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What a finished merge told."""
+    """The records of a finished merge: `memory` of merge/memory.json, `rows` of merge/metrics.parquet."""
 
     memory: dict[str, Any]
     rows: list[dict[str, Any]]
 
     @property
     def seconds(self) -> list[float]:
-        """Of each optimiser step."""
+        """Seconds of each optimiser step."""
         return list({(row["stage"], row["step"]): row["seconds"] for row in self.rows}.values())
 
     @property
     def window(self) -> float:
-        """Samples of an optimiser step, on average."""
+        """Mean number of samples per optimiser step."""
         return len(self.rows) / len(self.seconds)
 
     def peaks(self) -> dict[str, int]:
-        """Peak anonymous bytes by kind of actor; of several shards or experts the highest."""
-        found: dict[str, int] = {}
+        """Return the peak anonymous bytes by kind of actor, the highest of several shards or experts."""
+        peak_of: dict[str, int] = {}
         for actor in self.memory["actors"]:
             kind = actor["role"].partition(" ")[0]
-            found[kind] = max(found.get(kind, 0), actor["peak_anonymous_bytes"])
-        return found
+            peak_of[kind] = max(peak_of.get(kind, 0), actor["peak_anonymous_bytes"])
+        return peak_of
 
 
 def samples_for(experts: int, window: int, steps: int) -> int:
-    """Samples of each expert with which there are at least so many optimiser steps of whole windows."""
+    """Return the number of samples per expert that fill at least `steps` whole windows."""
     return -(-steps * window // experts)
 
 
 def arguments(config: Path, out: Path, settings: Sequence[str]) -> list[str]:
-    return ["merge", str(config), "--out", str(out), *(part for one in settings for part in ("--set", one))]
+    """Return the arguments of `cli.py` for a merge with these `--set` overrides."""
+    return ["merge", str(config), "--out", str(out), *(part for setting in settings for part in ("--set", setting))]
 
 
 def run(config: Path, out: Path, settings: Sequence[str]) -> Merged:
-    """A merge in a process of its own, as a user starts it."""
+    """Run a merge in a process of its own, as a user does, and return its records."""
     command = [sys.executable, str(ROOT / "cli.py"), *arguments(config, out, settings)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -72,6 +73,7 @@ def run(config: Path, out: Path, settings: Sequence[str]) -> Merged:
 
 
 def read(out: Path) -> Merged:
+    """Read the records of a finished merge."""
     record = out / "merge"
     rows = pyarrow.parquet.read_table(record / "metrics.parquet").to_pylist()
     return Merged(json.loads((record / "memory.json").read_text()), rows)

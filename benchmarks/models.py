@@ -1,9 +1,9 @@
-"""Measures nothing: makes what the benchmarks merge. A random Llama, K experts of it, calibration files, a merge.yaml.
+"""Write the inputs of the benchmarks: a random Llama, K experts of it, calibration files, a merge.yaml.
 
-An expert is the base plus seeded noise on every float tensor, the output head left out unless asked for (most fine-
-tunes leave it alone, and a target is small where they do; see law 6 of the design). Everything is made once for each
-choice of size and dtype, one model in memory at a time, and kept below the workdir; a folder that has its final name
-is complete. Run by itself it makes and describes them.
+An expert is the base plus seeded noise on every float tensor. The output head has no noise by default: most fine-tunes
+leave it unchanged, which keeps targets small (docs/architecture.md, law 7). Models are written once for each size and
+dtype, one in memory at a time, and kept below `--workdir`; a folder with its final name is complete. As a script, the
+module writes the models and prints their description.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ transformers.utils.logging.disable_progress_bar()
 
 WORKDIR = Path(tempfile.gettempdir()) / "expert-merging-benchmarks"
 NOISE = 1e-3
-FIRST_TOKEN = 3  # those below are taken for special ones
-# What the learned methods leave alone by default and a Llama has.
+FIRST_TOKEN = 3  # lower ids are special tokens
+# Parts of a Llama that the learned methods exclude by default.
 NOT_MERGED = ("norm", "embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
 class Size:
+    """Options of a `LlamaConfig`."""
+
     hidden_size: int
     num_hidden_layers: int
     intermediate_size: int
@@ -48,14 +50,14 @@ class Size:
 SIZES = {
     "tiny": Size(128, 4, 352, 4, 1024),
     "small": Size(256, 4, 704, 4, 2048),
-    # The merged tensors alone have more than 50 million parameters.
+    # More than 50 million parameters in the merged tensors alone.
     "standard": Size(768, 8, 1792, 12, 8192),
 }
 
 
 @dataclass(frozen=True)
 class Models:
-    """One base and as many experts of it as are asked for; made where they are not there yet."""
+    """A base and its experts, each written when it is first used."""
 
     workdir: Path
     size: str = "standard"
@@ -68,7 +70,7 @@ class Models:
 
     @property
     def folder(self) -> Path:
-        # Named by everything that decides the weights: another size under an old name must not be taken for it.
+        # The digest covers everything that decides the weights, so that a changed size gets a new folder.
         facts = {**asdict(self.shape), "dtype": self.dtype, "own_heads": self.own_heads, "noise": NOISE}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         return self.workdir / f"{self.size}-{self.dtype}-{digest}"
@@ -80,7 +82,7 @@ class Models:
         return _once(self.folder / f"expert{index:03}", lambda folder: self._write_expert(folder, index))
 
     def calibration(self, index: int, samples: int, tokens: int) -> Path:
-        """`samples` records of exactly `tokens` random tokens."""
+        """Return a file of `samples` records of exactly `tokens` random tokens."""
 
         def write(path: Path) -> None:
             generator = torch.Generator().manual_seed(index)
@@ -92,7 +94,7 @@ class Models:
     def write_merge(
         self, path: Path, experts: int, samples: int, tokens: int, parameters: Mapping[str, Any] | None = None
     ) -> Path:
-        """A merge.yaml over the first so many experts, by Expert Merging (stage 1 alone); `parameters` as there."""
+        """Write a merge.yaml of the first `experts` experts by Expert Merging (stage 1 only), with `parameters`."""
         entries = [
             {"model": str(self.expert(k)), "calibration": str(self.calibration(k, samples, tokens))}
             for k in range(experts)
@@ -108,13 +110,13 @@ class Models:
         return path
 
     def elements(self) -> dict[str, int]:
-        """Elements of each of the base's tensors."""
+        """Return the number of elements of each of the base's tensors."""
         with safe_open(self.base() / "model.safetensors", framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
         return {name: int(torch.Size(shape).numel()) for name, shape in shapes.items()}
 
     def describe(self) -> dict[str, Any]:
-        """For a report's settings."""
+        """Return the facts of the models for a report's settings."""
         elements = self.elements()
         merged = sum(count for name, count in elements.items() if not any(part in name for part in NOT_MERGED))
         return {
@@ -157,7 +159,7 @@ class Models:
 
 
 def _once(path: Path, write: Callable[[Path], None]) -> Path:
-    """`path`, written under another name and renamed unless it is there."""
+    """Return `path`, writing it under another name and renaming it if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
@@ -169,16 +171,16 @@ def _once(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that choose the models, for the command of any benchmark; `models_of` takes them."""
+    """Add the command line options that choose the models: --size, --dtype, --own-heads, --workdir."""
     for option in (
         click.option(
             "--workdir",
             default=WORKDIR,
             show_default=True,
             type=click.Path(path_type=Path),
-            help="Where models are kept.",
+            help="Folder of models and results.",
         ),
-        click.option("--own-heads", is_flag=True, help="Noise on the experts' output heads too."),
+        click.option("--own-heads", is_flag=True, help="Add noise to the experts' output heads as well."),
         click.option(
             "--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16", "float16"])
         ),

@@ -1,7 +1,7 @@
-"""What every benchmark prints and writes: the machine, a table, the targets, and one JSON layout for all of them.
+"""Print and write the results of a benchmark: machine, tables, targets, and one JSON layout for all benchmarks.
 
-It measures nothing. `memory` are bytes that `compare.py` holds against a baseline, `time_ratios` compare two sides of
-one run, `other` is what is worth knowing and too noisy, or not better for being smaller, to be held against anything.
+`memory` holds bytes that `compare.py` compares with a baseline; `time_ratios` compare two sides of one run; `other`
+holds informative figures that are too noisy to compare, or not better when smaller.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 MB = 1e6
-# Tables are read in logs as well, where rich would fold them to 80 columns.
+# Without a terminal, as in logs, rich would fold tables to 80 columns.
 console = Console(width=None if Console().is_terminal else 140, highlight=False)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that must not be above its limit; never asserted, only told."""
+    """A figure that should not be above its limit; reported, never asserted."""
 
     name: str
     value: float
@@ -38,6 +38,8 @@ class Target:
 
 @dataclass
 class Report:
+    """The settings and figures of one run of a benchmark; see the module for the sections."""
+
     settings: dict[str, Any]
     memory: dict[str, int] = field(default_factory=dict)
     time_ratios: dict[str, float] = field(default_factory=dict)
@@ -45,13 +47,13 @@ class Report:
     targets: list[Target] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write what there is so far: a long run that fails has not been for nothing."""
+        """Write the results so far, so that a long run that fails later keeps them."""
         path.parent.mkdir(parents=True, exist_ok=True)
         targets = [{**asdict(target), "met": target.met} for target in self.targets]
         path.write_text(json.dumps({"machine": machine(), **asdict(self), "targets": targets}, indent=1) + "\n")
 
     def finish(self, path: Path) -> None:
-        """Print targets and machine, write the JSON."""
+        """Print the targets and the machine, and write the JSON."""
         if self.targets:
             table = Table("target", "measured", "at most", "", title="targets")
             for target in self.targets:
@@ -64,6 +66,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
+    """Return the processor, the memory, and the versions of the system and the main packages."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -79,11 +82,12 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """Print a table with the rows' names in its first column."""
     table = Table("", title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -93,4 +97,5 @@ def print_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[
 
 
 def in_mb(nbytes: float | None) -> str:
+    """Return bytes as a text in MB, with a dash for None."""
     return "–" if nbytes is None else f"{nbytes / MB:,.1f}"

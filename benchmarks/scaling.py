@@ -1,9 +1,9 @@
-"""The scaling model (docs/scaling.md) against measured runs, and what it says of models that no machine here holds.
+"""Compare the scaling model (docs/scaling.md) with measured runs, and print its estimates for 7B and 70B models.
 
-`check` takes four merges to find the machine's rates (computing, memory, streaming, moving), then predicts others, over
-K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes of a step, and
-the least seconds of a step, each beside the prediction; the seconds at the machine's pace in the first run. `paper`
-writes the headers of a 7B and of a 70B Llama (sparse files, which take no room) and has `cli.py plan` speak of them.
+`check` derives the machine's rates (compute, memory, streaming, exchange) from four merges. It then predicts further
+merges, over K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes per
+step, and the least seconds per step, scaled to the machine's pace in the first run. `paper` writes the headers of a 7B
+and of a 70B Llama (sparse files, which take no disk space) and prints `cli.py plan` for them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from engine.planning.planner import make_plan
 from engine.planning.scaling import GB, Machines, Prediction, Site, Work, predict
 
 WINDOW, STEPS = 8, 5
-# How far a prediction may be from what was measured.
+# Largest relative difference of a prediction from the measurement.
 TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class Run:
-    """One merge: `shards` and `gradients` as in the config."""
+    """The settings of one merge; `shards`, `gradients` and `batch_tokens` as in the config."""
 
     size: str
     k: int
@@ -65,6 +65,8 @@ CHECKED = (
 
 @dataclass(frozen=True)
 class Measured:
+    """Seconds of a step, peak bytes of trainer and shard, and bytes transferred per step."""
+
     step: float
     trainer: int
     shard: int
@@ -72,13 +74,16 @@ class Measured:
 
 
 class Bench:
+    """Runs and predicts merges on this machine."""
+
     def __init__(self, workdir: Path) -> None:
         self.workdir, self.machines = workdir, Machines.here()
         self.pace = 0.0
 
     def at_one_pace(self, run: Run) -> Measured:
-        """A run beside one of FEW, with its step as it would be at the pace that the machine had at the first of those:
-        a shared machine's pace differs by a quarter from one minute to the next, and all predictions with it.
+        """Measure a run next to one of FEW, and scale its step to the machine's pace in the first run of FEW.
+
+        The speed of a shared machine differs by a quarter from one minute to the next.
         """
         beside, seen = self.measure(FEW).step, self.measure(run)
         self.pace = self.pace or beside
@@ -88,10 +93,10 @@ class Bench:
     def measure(self, run: Run) -> Measured:
         with tempfile.TemporaryDirectory(dir=self.workdir) as folder:
             merged = merges.run(self._config(run, Path(folder)), Path(folder) / "out", self._settings(run))
-        peaks, told = merged.peaks(), merged.memory
-        moved = told["bytes_trainer_to_shards"] + told["bytes_shards_to_trainer"]
-        # The first step also loads the model and reads every file for the first time. Of the others the least: what a
-        # shared machine takes away comes in stretches that are longer than a run, and a median has it in it.
+        peaks, memory = merged.peaks(), merged.memory
+        moved = memory["bytes_trainer_to_shards"] + memory["bytes_shards_to_trainer"]
+        # The first step also loads the model and reads every file for the first time. Of the other steps, the least:
+        # slow periods of a shared machine last longer than a run, so a median would include them.
         step = min(merged.seconds[1:])
         return Measured(step, peaks["trainer"], peaks["shard"], moved / len(merged.seconds))
 
@@ -106,14 +111,14 @@ class Bench:
         return predict(plan, work, self.machines, where)
 
     def rates(self) -> dict[str, float]:
-        """What makes the model agree with four runs, each of which differs from the first in one thing."""
+        """Return the rates at which the model agrees with FEW and three runs that differ from it in one setting."""
         runs = (MANY, SHARDED, ALONE)
         endless = dict.fromkeys(("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs"), 1e30)
         taken = dict(zip(runs, (self.at_one_pace(run).step for run in runs), strict=True)) | {FEW: self.pace}
-        # Without what no rate is behind.
+        # Subtract the part of a step that depends on no rate.
         taken = {run: step - self.predict(run, endless).step.total for run, step in taken.items()}
 
-        # A rate of one unit, and all others without end: what is left of a step is that part's amount of work.
+        # With one rate at one unit and all others infinite, the step is the amount of work behind that rate.
         def amount(run: Run, rate: str, one: float) -> float:
             return self.predict(run, endless | {rate: one}).step.total
 
@@ -148,8 +153,11 @@ def main() -> None:
 
 @main.command()
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
 def check(workdir: Path, path: Path | None) -> None:
+    """Compare predictions with measured merges."""
     workdir = workdir.absolute()
     bench = Bench(workdir)
     path = path or workdir / "results" / "scaling.json"
@@ -158,14 +166,14 @@ def check(workdir: Path, path: Path | None) -> None:
     report = Report({"window": WINDOW, "steps": STEPS, "rates": rates})
     rows = {}
     for run in CHECKED:
-        said, seen = bench.predict(run, rates), bench.at_one_pace(run)
+        predicted, seen = bench.predict(run, rates), bench.at_one_pace(run)
         pairs = {
-            "step": (said.step.total, seen.step),
-            "trainer": (said.memory.trainer, seen.trainer),
-            "shard": (said.memory.shard, seen.shard),
-            "moved": (said.moved, seen.moved),
+            "step": (predicted.step.total, seen.step),
+            "trainer": (predicted.memory.trainer, seen.trainer),
+            "shard": (predicted.memory.shard, seen.shard),
+            "moved": (predicted.moved, seen.moved),
         }
-        rows[run.name] = [f"{seen.step:.2f} / {said.step.total:.2f}"]
+        rows[run.name] = [f"{seen.step:.2f} / {predicted.step.total:.2f}"]
         rows[run.name] += [f"{in_mb(saw)} / {in_mb(says)}" for says, saw in list(pairs.values())[1:]]
         console.print(run.name, rows[run.name])
         for what, (says, saw) in pairs.items():
@@ -180,6 +188,7 @@ def check(workdir: Path, path: Path | None) -> None:
 
 @main.command()
 def paper() -> None:
+    """Print the plans of a 7B and of a 70B merge."""
     shapes = {
         "7B": {"hidden": 4096, "layers": 32, "inner": 11008, "kv": 4096, "vocab": 32000},
         "70B": {"hidden": 8192, "layers": 80, "inner": 28672, "kv": 1024, "vocab": 32000},
@@ -188,20 +197,20 @@ def paper() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for size, k, nodes, gpus in asked:
             config = _paper_merge(Path(folder) / size, k, **shapes[size])
-            # Nodes as they are rented: 64 cores, 1 TB, GPUs of 141 GB, and a network of 100 Gbit/s.
+            # Typical rented nodes: 64 cores, 1 TB, GPUs of 141 GB, a network of 100 Gbit/s.
             settings = ["--set", "cluster.rates.network_gbs=12"]
             machines = ["--nodes", str(nodes), "--cpus", "64", *gpus, "--memory", "1000", "--gpu-memory", "141"]
             command = [sys.executable, str(merges.ROOT / "cli.py"), "plan", str(config), *machines, *settings]
             wide = os.environ | {"COLUMNS": "120"}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=wide)
-            # What comes before are the plan's facts and its list of experts, which here say nothing.
+            # Leave out the plan's facts and its list of experts, which are artificial here.
             console.print(
                 f"{k} experts of {size} on {nodes} nodes\n", done.stdout[done.stdout.index("  task vectors") :]
             )
 
 
 def _paper_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> Path:
-    """A base whose file has a header and no bytes, and as many experts that are the same file under other names."""
+    """Write a base with a header and no data, and K experts that are links to it; return the merge.yaml."""
     block = {
         **{
             f"self_attn.{name}_proj": (rows, hidden)

@@ -1,12 +1,12 @@
-"""The time of an optimiser step beside what it cannot do without, and beside the in-memory way.
+"""Measure the time of an optimiser step next to its unavoidable parts and to the in-memory implementation.
 
-All in one process tree, side by side, round after round; what is told are medians of each round's ratios:
-- `plain`: forward and backward of the same window's samples, one after the other, through the same model, with the same
-  losses by autograd over all tokens at once, and no merging of any kind; `plain, shared`: the same with the samples in
-  as many passes as a step takes (`batch_tokens`), so that what sharing gives and what merging costs are told apart;
-- `read`: one streaming read of one expert's merged bytes, block by block through the memory map into a block that stays
-  in the cache, by as many threads as the engine has (and, beside it, by read() of the file);
-- the in-memory way (in_memory.py) in a process of its own, at the same K and over the same samples.
+All sides run in one process tree, round after round; the results are medians of the rounds' ratios:
+- `plain`: forward and backward passes of the same window's samples, one at a time, through the same model, with the
+  same losses by autograd over all tokens at once, without any merging. `plain, shared`: the same with the samples in as
+  few passes as a step makes (`batch_tokens`), which separates the gain of sharing passes from the cost of merging.
+- `read`: one streaming read of one expert's merged bytes, block by block through the memory map into a buffer that
+  stays in the cache, by as many threads as the engine uses; and the same by read() of the file.
+- the in-memory implementation (in_memory.py) in a process of its own, at the same K and over the same samples.
 The step is the trainer actor's, called as a plain class, with the task vectors in its own process.
 """
 
@@ -53,18 +53,19 @@ from engine.sizes import BLOCK
 from engine.storage.paths import open_folder
 from engine.task_vectors.experts import FullExpert
 
-# What the issue that asked for this benchmark asks of it.
+# Largest ratios: step / plain at K=4; slope per expert / one read; step / in-memory step; two stages / two runs.
 PLAIN_K4, SLOPE_READS, MEMORY_K8, MEMORY_K32, RUN_K8 = 1.3, 2.0, 1 / 2, 1 / 5, 1 / 3
 
 
 def seconds(act: Callable[[], object]) -> float:
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     act()
     return time.perf_counter() - began
 
 
 class Bench:
-    """A trainer over K experts and one window of samples, with their targets made before."""
+    """A trainer over K experts and one window of samples with their targets."""
 
     def __init__(self, config: Path, window: int, scratch: Path, overrides: Sequence[str] = ()) -> None:
         self.plan: Plan = make_plan(load_config(config, overrides), config.parent)
@@ -84,18 +85,18 @@ class Bench:
         self.state = step.state
 
     def streams(self) -> None:
-        """What of a step depends on K: the re-merge and the coefficient gradient, alone."""
+        """Run the parts of a step that depend on K: the re-merge and the gradients of the coefficients."""
         student, shards = self.trainer._student, self.trainer._shards
         student.expect({})
         wait([one for several in shards.merge(self.coefficients, student).values() for one in several])
         leaving = shards.gradients(self.stage.layout)
         for name in self.plan.merged:
-            gradient = student._parameters[student._places[name].parameter].detach()  # any numbers will do
+            gradient = student._parameters[student._places[name].parameter].detach()  # the values do not matter
             leaving.send(name, lambda gradient=gradient: gradient, gradient.nbytes)
         leaving.collect()
 
     def plain(self, limit: int) -> None:
-        """Forward and backward as anyone would write them, over samples of one length, `limit` tokens a pass."""
+        """Run plain forward and backward passes over samples of one length, up to `limit` tokens per pass."""
         student = self.trainer._student
         for places in passes([one.sample.tokens for one in self.window], limit):
             packed = [unpack_all(self.window[place].target) for place in places]
@@ -117,7 +118,7 @@ class Bench:
 
 
 class Reader:
-    """One expert's merged tensors, read once from beginning to end by several threads."""
+    """Reads one expert's merged tensors once from beginning to end, with several threads."""
 
     def __init__(self, plan: Plan) -> None:
         expert = open_expert(plan.experts[0])
@@ -160,6 +161,7 @@ def _by_expert(sample: Any) -> int:
 def beside_plain(
     report: Report, made: Models, counts: list[int], rounds: int, window: int, tokens: int, overrides: Sequence[str]
 ) -> None:
+    """Compare the step with `plain`, and its slope over K with one read of an expert."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         benches = {}
         for k in counts:
@@ -180,7 +182,7 @@ def beside_plain(
                 f"step / {name}, K={k}": step / took for name, took in plain.items() for k, step in steps.items()
             }
             if low != high:
-                # The streams' part of a step by itself as well: a step's other part is long, and its noise larger.
+                # The streams are also timed alone: the rest of a step is long, and its noise larger than the slope.
                 least = {k: min(seconds(benches[k].streams) for _ in range(3)) for k in (low, high)}
                 reads = [min(seconds(act) for _ in range(5)) for act in (reader.through_map, reader.through_read)]
                 slopes = {"step": steps[high] - steps[low], "streams": least[high] - least[low]}
@@ -211,7 +213,7 @@ def beside_plain(
 def beside_memory(
     report: Report, made: Models, k: int, limit: float, window: int, tokens: int, steps: int, overrides: Sequence[str]
 ) -> None:
-    """A step of the in-memory way, its first one not counted, against the medians of ours at the same K."""
+    """Compare the median step of the in-memory implementation, without its first, with ours at the same K."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         config = _merge(made, Path(folder) / "merge.yaml", k, window * (steps + 1), tokens)
         bench = Bench(config, window, Path(folder), overrides)
@@ -226,7 +228,7 @@ def beside_memory(
 
 
 def whole_run(report: Report, made: Models, window: int, tokens: int, samples: int, overrides: Sequence[str]) -> None:
-    """Expert Merging++ by the command line, against the in-memory way twice, each from start to end."""
+    """Compare a whole Expert Merging++ run of the command line with two whole runs of the in-memory implementation."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         config = made.write_merge(Path(folder) / "merge.yaml", 8, samples, tokens, {"gradient_accumulation": window})
         settings = ["merge_method=expert_merging_pp", "cluster.shards=0", *overrides]
@@ -258,14 +260,16 @@ def _merge(made: Models, path: Path, k: int, samples: int, tokens: int) -> Path:
 @models.options
 @click.option("--experts", "-k", multiple=True, default=[4, 8, 16, 32], show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
-@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples of an optimiser step.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a sample.")
+@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples per optimiser step.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens per sample.")
 @click.option(
-    "--samples", default=10, show_default=True, type=click.IntRange(1), help="Of an expert, in the whole run."
+    "--samples", default=10, show_default=True, type=click.IntRange(1), help="Samples per expert in the whole run."
 )
-@click.option("--set", "overrides", multiple=True, help="A key of our merges' config, as of `cli.py merge`.")
-@click.option("--without-memory", is_flag=True, help="Leave the in-memory way out.")
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option("--set", "overrides", multiple=True, help="Override a key of the config, as with `cli.py merge`.")
+@click.option("--without-memory", is_flag=True, help="Leave out the in-memory implementation.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
 def main(
     workdir: Path,
     size: str,

@@ -1,12 +1,12 @@
-"""Laws 2 and 6: bytes between trainer and shards in an optimiser step, in Ray's object store, and of a token's targets.
+"""Measure the bytes between trainer and shards per optimiser step, in Ray's object store, and of a token's targets.
 
-Merges run in this process on a local Ray, over K and the number of shards. What the trainer sent and received is
-counted by the trainer itself (merge/memory.json); M are the bytes of the merged tensors. The object store is asked
-for the bytes it uses by a thread, every 20 ms, through the call with which Ray's own dashboard asks the raylet. Ray
-keeps objects that nobody wants any more for up to a second; here it is told to let them go at once, so that the peak
-is what was wanted at the same time, and not what passed through in a second. An object that is there for less than
-the time between two looks may be missed, so the table says how often it was looked at, the longest time between two
-looks, and what has passed through the store in all. Objects below 100 KB never reach it.
+Merges run in this process on a local Ray, over K and the number of shards. The trainer counts the bytes it sends and
+receives (merge/memory.json); M is the bytes of the merged tensors. A thread queries the bytes in use in the object
+store every 20 ms, with the call that Ray's dashboard makes to the raylet. Ray keeps unreferenced objects for up to a
+second; here it is configured to free them at once, so that the peak is the memory in use at the same time. An object
+that lives for less than the time between two queries may be missed, so the table shows the number of queries (looks),
+the longest time between two of them, and the total that passed through the store. Objects below 100 KB are not put into
+the store.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOKEN_ID_BYTES = 8
 
 
 class StorePeak:
-    """Samples the object store of the one node of the Ray that this process starts, while the context lasts."""
+    """Sample the object store of the single-node Ray that this process starts, for the duration of the context."""
 
     def __init__(self) -> None:
         self.peak = self.through = self.looks = 0
@@ -68,7 +68,7 @@ class StorePeak:
                 try:
                     stats = raylet.GetNodeStats(request, timeout=30).store_stats
                 except grpc.RpcError:
-                    return  # the merge has ended, and its Ray with it
+                    return  # the merge has ended and shut Ray down
                 now = time.monotonic()
                 self.longest_gap, before = max(self.longest_gap, now - before), now
                 self.peak = max(self.peak, stats.object_store_bytes_used)
@@ -77,29 +77,29 @@ class StorePeak:
 
 
 def run(config: Path, out: Path, settings: list[str]) -> tuple[merges.Merged, StorePeak]:
-    """A merge in this process, by the same command line."""
-    said = io.StringIO()
-    with StorePeak() as store, redirect_stdout(said), redirect_stderr(said):
+    """Run a merge through the command line in this process."""
+    output = io.StringIO()
+    with StorePeak() as store, redirect_stdout(output), redirect_stderr(output):
         try:
             cli.main(merges.arguments(config, out, settings), standalone_mode=False)
         except SystemExit as end:
-            raise click.ClickException(f"the merge ended with {end.code}:\n{said.getvalue()}") from end
+            raise click.ClickException(f"the merge ended with {end.code}:\n{output.getvalue()}") from end
     return merges.read(out), store
 
 
 def measure(
     report: Report, made: Models, k: int, what: str, settings: list[str], samples: int, tokens: int
 ) -> list[str]:
-    """One merge: its figures go to the report, and come back as cells."""
+    """Run one merge, add its figures to the report, and return them as cells of the table."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         parameters = {"gradient_accumulation": report.settings["window"]}
         config = made.write_merge(Path(folder) / "merge.yaml", k, samples, tokens, parameters)
         began = time.monotonic()
         merged, store = run(config, Path(folder) / "out", settings)
         console.print(f"{what}: {time.monotonic() - began:.0f} s")
-    told, steps = merged.memory, len(merged.seconds)
-    size = told["bytes_merged"]
-    out, into = (told[key] / steps for key in ("bytes_trainer_to_shards", "bytes_shards_to_trainer"))
+    memory, steps = merged.memory, len(merged.seconds)
+    size = memory["bytes_merged"]
+    out, into = (memory[key] / steps for key in ("bytes_trainer_to_shards", "bytes_shards_to_trainer"))
     report.memory[f"{what}: out of the trainer a step"] = int(out)
     report.memory[f"{what}: into the trainer a step"] = int(into)
     report.other[f"{what}: peak of the object store"] = store.peak
@@ -109,15 +109,15 @@ def measure(
     limit = len(passes([tokens] * round(merged.window), merges.BATCH_TOKENS)) + 1 if streams else 2
     moved = Target(f"{what}: moved a step / M", (out + into) / size, limit)
     report.targets.append(moved)
-    token = told["bytes_targets"] / (k * samples * tokens)
+    token = memory["bytes_targets"] / (k * samples * tokens)
     report.memory[f"K={k}: targets of a token"] = int(token)
     parts = [in_mb(size), str(steps), in_mb(out), in_mb(into), f"{moved.value:.4f}", f"{limit:g}"]
     looks = f"{store.looks} / {store.longest_gap * 1000:.0f} ms"
-    return [*parts, in_mb(store.peak), in_mb(store.through), in_mb(told["bytes_targets"]), looks]
+    return [*parts, in_mb(store.peak), in_mb(store.through), in_mb(memory["bytes_targets"]), looks]
 
 
 def target_bytes(made: Models) -> int:
-    """What a token's target takes: the middle hidden state, the last one (of a head of its own: the logits), the id."""
+    """Return the bytes of a token's target: middle hidden state, last hidden state (own head: logits), token id."""
     last = made.shape.vocab_size if made.own_heads else made.shape.hidden_size
     return (made.shape.hidden_size + last) * BYTES[made.dtype] + TOKEN_ID_BYTES
 
@@ -126,11 +126,17 @@ def target_bytes(made: Models) -> int:
 @models.options
 @click.option("--experts", "-k", multiple=True, default=[2, 8, 32], show_default=True, type=click.IntRange(1))
 @click.option("--shards", multiple=True, default=[0, 1, 2, 4], show_default=True, type=click.IntRange(0))
-@click.option("--stream/--no-stream", default=True, help="Also gradients=stream, with the fewest shards above 0.")
-@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples of an optimiser step.")
-@click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Optimiser steps at least.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a sample.")
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option(
+    "--stream/--no-stream",
+    default=True,
+    help="Measure gradients=stream as well, with the smallest number of shards above 0.",
+)
+@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples per optimiser step.")
+@click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Least number of optimiser steps.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens per sample.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
 def main(
     workdir: Path,
     size: str,
@@ -144,7 +150,7 @@ def main(
     tokens: int,
     path: Path | None,
 ) -> None:
-    # For the raylet that this process starts: let go of an object when nobody wants it any more.
+    # The raylet that this process starts frees an object as soon as it is unreferenced.
     os.environ["RAY_free_objects_period_milliseconds"] = "0"  # noqa: SIM112 - Ray's own spelling
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,8 +1,8 @@
-"""Laws 1 and 4: peak anonymous memory of every actor over the number of experts K, beside the in-memory way's.
+"""Measure the peak anonymous memory of every actor over the number of experts K, next to the in-memory implementation.
 
-Each merge is a `python cli.py merge` on a Ray of its own; every actor samples its own RssAnon every 20 ms and says
-its peak in merge/memory.json. Beside it, at the same K and in the same run, the in-memory way in a process of its
-own, which samples itself in the same way. What a Ray worker takes before it does anything is measured on an idle one.
+Each merge is a `python cli.py merge` on a Ray of its own. Every actor samples its own RssAnon every 20 ms and reports
+its peak in merge/memory.json. At the same K and in the same run, the in-memory implementation runs in a process of its
+own, which samples itself in the same way. An idle worker shows what a Ray worker takes before it does any work.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MERGES = {
 }
 IN_MEMORY = {"in-memory": "resident", "in-memory mapped": "mapped"}
 ROLES = ("driver", "trainer", "shard", "expert")
-# A trainer does not grow with K; beside the in-memory way at the largest K it is this part of it at most.
+# Largest ratio of a trainer's peaks over K, and of a trainer to the in-memory implementation at the largest K.
 TRAINER_GROWTH, TRAINER_PART = 1.02, 1 / 15
 SHARD_ABOVE_IDLE_BYTES, SHARD_GROWTH = 400e6, 1.05
 
 
 class Idle:
-    """A worker that has imported what a shard needs, and does what every actor does at its start."""
+    """A worker that has imported the modules of a shard and is set up like every actor."""
 
     def __init__(self) -> None:
         import actors.shard  # noqa: F401
@@ -53,7 +53,7 @@ class Idle:
 
 
 def idle_worker() -> int:
-    """Peak anonymous bytes of an idle worker, on a Ray as a merge starts it."""
+    """Return the peak anonymous bytes of an idle worker on a Ray started as for a merge."""
     os.environ.pop("RAY_ADDRESS", None)
     with session.connect(None):
         actor = ray.remote(Idle).options(num_cpus=0).remote()
@@ -62,10 +62,18 @@ def idle_worker() -> int:
 
 
 def in_memory(config: Path, steps: int, teachers: str, gives_back: bool = True) -> dict[str, Any]:
+    """Run in_memory.py and return the JSON that it prints.
+
+    Args:
+        config: The merge.yaml.
+        steps: Largest number of optimiser steps.
+        teachers: `resident` or `mapped`.
+        gives_back: Use an allocator that returns all freed memory to the system.
+    """
     script = Path(__file__).with_name("in_memory.py")
     command = [sys.executable, str(script), str(config), "--steps", str(steps), "--teachers", teachers]
-    # Its memory is measured with an allocator that gives back all that is freed, without which K = 32 does not fit
-    # 24 GiB; its time with the usual one, since that makes its many temporaries slow.
+    # Memory is measured with an allocator that returns all freed memory, without which K = 32 does not fit into 24 GiB.
+    # Time is measured with the default allocator: the other one slows down the many temporaries.
     environment = {**merges.ENVIRONMENT, **({"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if gives_back else {})}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -77,7 +85,7 @@ def in_memory(config: Path, steps: int, teachers: str, gives_back: bool = True) 
 def measure(
     report: Report, path: Path, made: Models, k: int, ways: list[str], window: int, steps: int, tokens: int
 ) -> None:
-    """All ways at one K, one after the other."""
+    """Measure all variants at one K, one after the other."""
     fastest: dict[str, float] = {}
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         samples = merges.samples_for(k, window, steps)
@@ -136,12 +144,14 @@ def add_targets(report: Report, counts: list[int], idle: int) -> None:
     "--without",
     multiple=True,
     type=click.Choice([*MERGES, *IN_MEMORY]),
-    help="A way to leave out; may be given several times.",
+    help="A variant to leave out; may be given several times.",
 )
-@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples of an optimiser step.")
-@click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="Optimiser steps at least.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens of a sample.")
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples per optimiser step.")
+@click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="Least number of optimiser steps.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens per sample.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
 def main(
     workdir: Path,
     size: str,

@@ -1,18 +1,18 @@
-"""Merges that learn nothing beside mergekit's: peak anonymous memory and time, by K and method, on the same files.
+"""Compare weight-space merges with mergekit's on the same files: peak anonymous memory and time, by K and method.
 
-Each merge is a `python cli.py merge` on a Ray of its own, or a `mergekit-yaml`, of one YAML; in a round the ways take
-turns on the same cores, with all inputs in the page cache, and the next round goes the other way about. A figure is the
-median of the rounds; a ratio is the median of each round's. Every method and K is measured with one shard on two cores;
-`--timed` is the K at which there are several rounds and also two shards, and one shard on one core. mergekit's ties
-takes minutes: it has one round each, and none on one core.
+Each merge is a `python cli.py merge` on a Ray of its own, or a `mergekit-yaml`, of the same YAML. In a round, the
+variants run one after the other on the same cores, with all inputs in the page cache; the next round reverses their
+order. A figure is the median of the rounds; a ratio is the median of the rounds' ratios. Every method and K is measured
+with one shard on two cores. The K of `--timed` gets several rounds, and also two shards, and one shard on one core.
+mergekit's ties takes minutes: it gets one round, and none on one core.
 
-The merge itself is told apart from what stands around it: ours (the seconds in merge/memory.json) from processes that
-start and from the inputs' SHA-256, mergekit's (its command's function, timed in its own process) from its imports.
-`whole` is the command. Ours forces its files to the disk, mergekit does not.
+`merge` is the time of the merge alone. For this engine it is the seconds in merge/memory.json without the start of
+processes and the SHA-256 of the inputs; for mergekit it is its command's function, timed in its own process without the
+imports. `whole` is the time of the command. This engine forces its files to the disk, mergekit does not.
 
-Memory: the shard's own gauge, and RssAnon of mergekit's process and its children every 20 ms. At the largest K also
-mergekit told to write files of ours' size, and every process of ours together, Ray's included; and one shard on a model
-whose tensors are twice as large. The outputs of both are held against each other.
+Memory is the shard's own gauge, and RssAnon of mergekit's process and its children every 20 ms. At the largest K, the
+benchmark also measures mergekit with output files of this engine's size, and all processes of this engine together,
+including Ray's; and one shard on a model whose tensors are twice as large. The outputs of both sides are compared.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ METHODS: dict[str, dict[str, float]] = {
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 1.0, "density": 0.2},
 }
-SLOW = "ties"  # by mergekit
-# Several output files, so that two shards have something to do: in bytes ours, in float32 elements mergekit's.
+SLOW = "ties"  # in mergekit
+# Size of output files, small enough that two shards both have work. mergekit counts float32 elements.
 FILE_MB = {"large": 200, "tiny": 1}
 PEAK_PART, FLAT = 1 / 3, 1.05
-# Ours / mergekit's: with one shard, and with two on two cores, which is also asked of one core to two.
+# Largest ratio of our time to mergekit's; of two shards on two cores to one shard on one core.
 LIMITS = {"linear": 1.0, "task_arithmetic": 1.0, "ties": 1 / 5}
 TWO_SHARDS = 1 / 1.6
 SAMPLE_SECONDS = 0.02
-DIFFERENT = 1e-6  # in a weight: more than rounding
-# `mergekit-yaml`, which also says how long it took without its imports.
+DIFFERENT = 1e-6  # difference of two weights that is more than rounding
+# `mergekit-yaml`, printing the seconds that it took without its imports.
 SAID = "seconds of the merge: "
 MERGEKIT = f"""
 import time
@@ -72,7 +72,7 @@ print("{SAID}", time.monotonic() - began)
 
 @dataclass(frozen=True)
 class Way:
-    """How a merge is run: by how many shards (0: by mergekit), and on how many cores."""
+    """A variant of a merge: the number of shards (0: mergekit) and of cores."""
 
     shards: int
     cores: int
@@ -82,7 +82,7 @@ class Way:
         if self.shards:
             settings = [f"cluster.shards={self.shards}", f"max_shard_size={file_mb}MB"]
             return [sys.executable, str(merges.ROOT / "cli.py"), *merges.arguments(config, out, settings)]
-        # There is no tokenizer to copy, and a progress bar is nobody's business here.
+        # The models have no tokenizer to copy.
         given = [str(config), str(out), "--quiet", "--no-copy-tokenizer"]
         limit = ["--out-shard-size", f"{file_mb * 10**6 // 4}"] if self.small_files else []
         return [sys.executable, "-c", MERGEKIT, *given, *limit]
@@ -99,13 +99,13 @@ WAYS = {
     THEIRS_ONE_CORE: Way(0, 1, small_files=False),
     THEIRS_FILES: Way(0, 2),
 }
-# Of mergekit's ways the one that has the same cores.
+# The variant of mergekit with the same number of cores.
 AGAINST = {ONE: THEIRS, TWO: THEIRS, ONE_CORE: THEIRS_ONE_CORE}
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one merge: seconds of the merge itself, of hashing, of the whole command; the rest is what has to start."""
+    """Seconds of the merge, of hashing and of the whole command, and peak memory in bytes; the rest is start-up."""
 
     merge: float
     hashing: float
@@ -115,7 +115,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Random(Models):
-    """Random models of this benchmark's own sizes, whose tensors all differ."""
+    """Random models of this benchmark's sizes; experts differ from the base in every tensor."""
 
     own_heads: bool = True
 
@@ -124,7 +124,7 @@ class Random(Models):
         return SHAPES[self.size]
 
     def config(self, path: Path, method: str, experts: int) -> Path:
-        """A YAML that both read; linear is of the experts alone, as mergekit would have it."""
+        """Write a YAML that this engine and mergekit both read; mergekit's linear takes no base."""
         entries = [{"model": str(self.expert(k)), "parameters": METHODS[method]} for k in range(experts)]
         base = {} if method == "linear" else {"base_model": str(self.base())}
         config = {"merge_method": method, **base, "models": entries, "dtype": self.dtype}
@@ -132,40 +132,40 @@ class Random(Models):
         return path
 
     def read(self, experts: int) -> None:
-        """Put all files into the page cache."""
-        room = memoryview(bytearray(1 << 23))
+        """Read all files into the page cache."""
+        buffer = memoryview(bytearray(1 << 23))
         for folder in (self.base(), *(self.expert(k) for k in range(experts))):
             with open(folder / "model.safetensors", "rb", buffering=0) as file:
-                while file.readinto(room):
+                while file.readinto(buffer):
                     pass
 
 
 def anonymous(pid: int) -> int:
-    """Anonymous memory of a process and its children now, as engine/memory.py counts it; 0 for one that is gone."""
+    """Return the anonymous bytes of a process and its children, as actors/memory.py counts them; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text().splitlines()
         listed = " ".join(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children"))
     except OSError:
         return 0
-    own = next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), 0)
-    return own + sum(anonymous(int(child)) for child in listed.split())
+    nbytes = next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:")), 0)
+    return nbytes + sum(anonymous(int(child)) for child in listed.split())
 
 
 def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, int, str]:
-    """Seconds that a command took on so many cores, its peak memory with its children's if asked for, what it said."""
+    """Run a command on `cores` cores and return its seconds, its output, and with `gauge` its peak memory in bytes."""
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
     peak, began = 0, time.monotonic()
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            ["taskset", "-c", cpus, *command], env=merges.ENVIRONMENT, stdout=said, stderr=subprocess.STDOUT
+            ["taskset", "-c", cpus, *command], env=merges.ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
         )
         while gauge and process.poll() is None:
             peak = max(peak, anonymous(process.pid))
             time.sleep(SAMPLE_SECONDS)
         code = process.wait()
         seconds = time.monotonic() - began
-        said.seek(0)
-        text = said.read()
+        output.seek(0)
+        text = output.read()
     if code:
         raise click.ClickException(f"{' '.join(command)} ended with {code}:\n{text}")
     return seconds, peak, text
@@ -173,26 +173,26 @@ def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, int
 
 def run(way: Way, config: Path, out: Path, file_mb: int) -> Figures:
     whole, peak, text = execute(way.command(config, out, file_mb), way.cores, gauge=not way.shards)
-    os.sync()  # what one leaves to be written is not to be the next one's burden
+    os.sync()  # pending writes of one merge must not slow down the next
     if not way.shards:
         merge = next(float(line.removeprefix(SAID)) for line in text.splitlines() if line.startswith(SAID))
         return Figures(merge, 0.0, whole, peak)
-    told = json.loads((out / "merge" / "memory.json").read_text())
-    seconds = dict(told["seconds"])
+    memory = json.loads((out / "merge" / "memory.json").read_text())
+    seconds = dict(memory["seconds"])
     hashing, _ = seconds.pop("hashing the inputs"), seconds.pop("starting")
-    peaks = [actor["peak_anonymous_bytes"] for actor in told["actors"] if actor["role"] == "shard 0"]
+    peaks = [actor["peak_anonymous_bytes"] for actor in memory["actors"] if actor["role"] == "shard 0"]
     return Figures(sum(seconds.values()), hashing, whole, peaks[0])
 
 
 @contextmanager
 def temporary(made: Random, method: str, k: int) -> Iterator[tuple[Path, Path]]:
-    """A folder for outputs, and a config in it."""
+    """Yield a temporary folder for outputs, and a config in it."""
     with tempfile.TemporaryDirectory(dir=made.workdir) as folder:
         yield Path(folder), made.config(Path(folder) / "merge.yaml", method, k)
 
 
 def compare(report: Report, ours: Path, theirs: Path, name: str) -> None:
-    """How far two outputs are apart."""
+    """Add the largest difference of two outputs, and the number of elements that differ, to the report."""
 
     def tensors(folder: Path) -> dict[str, Any]:
         files = [safe_open(path, framework="pt") for path in folder.glob("*.safetensors")]
@@ -200,7 +200,7 @@ def compare(report: Report, ours: Path, theirs: Path, name: str) -> None:
 
     mine, others = tensors(ours), tensors(theirs)
     if mine.keys() != others.keys():
-        raise click.ClickException(f"other tensors in {ours} than in {theirs}: {mine.keys() ^ others.keys()}")
+        raise click.ClickException(f"{ours} and {theirs} have different tensors: {mine.keys() ^ others.keys()}")
     apart = ((mine[n].get_tensor(n) - others[n].get_tensor(n)).abs() for n in mine)
     most, count = zip(*((one.max().item(), (one > DIFFERENT).sum().item()) for one in apart), strict=True)
     report.other |= {f"largest difference, {name}": max(most), f"elements that differ, {name}": float(sum(count))}
@@ -209,29 +209,29 @@ def compare(report: Report, ours: Path, theirs: Path, name: str) -> None:
 def measure(
     report: Report, made: Random, method: str, k: int, ways: Sequence[str], rounds: int
 ) -> dict[str, list[Figures]]:
-    """The figures of each way, round by round."""
-    found: dict[str, list[Figures]] = {way: [] for way in ways}
+    """Return the figures of each variant, one per round."""
+    figures_of: dict[str, list[Figures]] = {way: [] for way in ways}
     for number in range(rounds):
         with temporary(made, method, k) as (folder, config):
             made.read(k)
             for way in ways if number % 2 == 0 else ways[::-1]:
                 out = folder / way.replace(" ", "-")
-                found[way].append(figures := run(WAYS[way], config, out, FILE_MB[made.size]))
+                figures_of[way].append(figures := run(WAYS[way], config, out, FILE_MB[made.size]))
                 console.print(f"K={k} {method}, {way}: merge {figures.merge:.2f} s, whole {figures.whole:.2f} s")
                 if way not in (ONE, THEIRS):
                     shutil.rmtree(out)
             compare(report, *(folder / way.replace(" ", "-") for way in (ONE, THEIRS)), f"{method}, K={k}")
-    return found
+    return figures_of
 
 
 def ratio(found: Mapping[str, Sequence[Figures]], one: str, other: str, what: str) -> float:
-    """The median of the rounds' one / other."""
+    """Return the median over the rounds of `one` / `other`."""
     pairs = zip(found[one], found[other], strict=True)
     return statistics.median(getattr(a, what) / getattr(b, what) for a, b in pairs)
 
 
 def add_times(report: Report, found: Mapping[str, Sequence[Figures]], method: str, k: int) -> None:
-    """Table, ratios and targets of one method and K."""
+    """Print the table of one method and K, and add its ratios and targets to the report."""
     rows = {}
     for way, rounds in found.items():
         merge, hashing, whole = (
@@ -259,7 +259,7 @@ def add_times(report: Report, found: Mapping[str, Sequence[Figures]], method: st
 
 
 def add_memory(report: Report, counts: Sequence[int]) -> None:
-    """Table and targets of the peaks that were measured."""
+    """Print the table of the peaks, and add its targets to the report."""
     high = counts[-1]
     ours, theirs = "{}: shard, K={}", "{}: mergekit, K={}"
     rows = {}
@@ -282,7 +282,7 @@ def add_memory(report: Report, counts: Sequence[int]) -> None:
 
 
 def measure_more_memory(report: Report, made: Random, wide: Random, low: int, high: int) -> None:
-    """What is no side of a round: the shard on larger tensors; mergekit with small files; all of our processes."""
+    """Measure, outside the rounds, the shard on larger tensors, mergekit with small files, and all of our processes."""
     file_mb = FILE_MB[made.size]
     for method in METHODS:
         with temporary(wide, method, low) as (folder, config):
@@ -299,14 +299,18 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
 @click.command(help=__doc__)
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
 @click.option("--experts", "-k", multiple=True, default=[2, 4, 8], show_default=True, type=click.IntRange(1))
-@click.option("--timed", default=4, show_default=True, help="The K of all ways and several rounds.")
+@click.option(
+    "--timed", default=4, show_default=True, help="The K that is measured in all variants and in several rounds."
+)
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-@click.option("--small", is_flag=True, help="A try of a few minutes: a tiny model, K=2, one round.")
-@click.option("--json", "path", default=None, type=click.Path(path_type=Path), help="Default: below the workdir.")
+@click.option("--small", is_flag=True, help="A trial of a few minutes: a tiny model, K=2, one round.")
+@click.option(
+    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
+)
 def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small: bool, path: Path | None) -> None:
     counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
     if len(os.sched_getaffinity(0)) < 2:
-        raise click.ClickException("this takes two cores")
+        raise click.ClickException("the benchmark needs two cores")
     size = "tiny" if small else "large"
     made, wide = (Random(workdir.absolute(), name) for name in (size, f"{size}-wide"))
     make(made, counts[-1])
@@ -329,18 +333,20 @@ def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small
             report.save(path)
     measure_more_memory(report, made, wide, counts[0], counts[-1])
     add_memory(report, counts)
-    shown = {what: value for what, value in report.other.items() if not what.endswith(" s")}  # those are in the tables
+    shown = {what: value for what, value in report.other.items() if not what.endswith(" s")}  # already in the tables
     for what, value in {**report.time_ratios, **shown}.items():
         console.print(f"{what}: {in_mb(value)} MB" if isinstance(value, int) else f"{what}: {value:.4g}")
     report.finish(path)
 
 
 def make(made: Random, experts: int) -> None:
-    """The models, if there is room for them and for what is made of them."""
+    """Write the models, after checking that the disk has room for them and for the outputs."""
     made.workdir.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(made.workdir).free
     if free < (wanted := 4 * sum(made.elements().values()) * (experts + 4)):
-        raise click.ClickException(f"{made.workdir} has {free / 1e9:.1f} GB, and this takes {wanted / 1e9:.1f}")
+        raise click.ClickException(
+            f"{made.workdir} has {free / 1e9:.1f} GB free; the benchmark needs {wanted / 1e9:.1f} GB"
+        )
     for index in range(experts):
         made.expert(index)
 

@@ -1,7 +1,7 @@
-"""One process that merges, learns and scores: what the quality benchmark's comparisons are made of.
+"""Merge, learn and score in one process, without Ray; the basis of the quality benchmark's comparisons.
 
-The engine's own code does the work (trainer and expert as plain classes, the weight-space methods' own jobs); this has
-one loaded model that is set to whatever is to be scored. Knows no Ray, and nothing of which options are good.
+The work is done by the engine's code (trainer and expert as plain classes, the jobs of the weight-space methods). The
+bench holds one loaded model, whose weights are replaced by those to score.
 """
 
 from __future__ import annotations
@@ -68,14 +68,17 @@ POOL = tasks.SIZES["calibration"]
 
 @dataclass(frozen=True)
 class Score:
-    """By skill: exact match in per cent of the items, and loss in nats a token of the answers."""
+    """By skill: exact match in per cent of the items, and loss of the answers in nats per token."""
 
     exact_match: dict[str, float]
     loss: dict[str, float]
 
 
 class Bench:
-    """`workdir/models` holds base, experts and mixture; calibration files and targets are kept beside them."""
+    """A model that takes the weights of base, experts, mixture or any merge.
+
+    `workdir/models` holds base, experts and mixture; calibration files, targets and states are kept next to it.
+    """
 
     def __init__(self, workdir: Path, skills: Sequence[str] = tuple(tasks.SKILLS)) -> None:
         self.workdir, self.skills = workdir, tuple(skills)
@@ -84,7 +87,7 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.clone()  # what transformers loaded may be the file's own memory
+            parameter.data = parameter.data.clone()  # transformers may have memory-mapped the file
         self._magnitudes: dict[Any, Any] = {}
         self._rows = {
             (skill, split): sorted((encode(self.tokenizer, *one) for one in examples), key=lambda row: len(row[0]))
@@ -93,16 +96,16 @@ class Bench:
             if split != "calibration"
         }
 
-    # What is scored.
+    # Weights and scores.
 
     def load(self, name: str) -> None:
-        """The model becomes base, an expert or the mixture's."""
+        """Load the weights of the base, an expert or the mixture."""
         with safe_open(self.models / name / "model.safetensors", "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 self.model.get_parameter(key).data.copy_(file.get_tensor(key))
 
     def merge(self, plan: Plan, coefficients: Coefficients) -> None:
-        """The model becomes the base with task vectors by these coefficients."""
+        """Set the model to the base plus the task vectors with these coefficients."""
         self.load("base")
         shards = LocalShards(plan, torch.get_num_threads(), overlap=False, state=self.state(plan))
         for arriving in shards.merge(coefficients, self).values():
@@ -110,14 +113,14 @@ class Bench:
                 arrival.result()
 
     def buffer(self, piece: Piece) -> torch.Tensor:
-        """See `engine.shards.protocol.Model`."""
+        """Return the part of the model's memory that a merged piece is written to; see `PieceSink`."""
         return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
 
     def put(self, piece: Piece, merged_N: torch.Tensor) -> None:
-        """It was written to the model's own memory."""
+        """Do nothing: the piece has been written to the model's memory."""
 
     def combine(self, plan: Plan) -> None:
-        """The model becomes the merge of a method that learns nothing."""
+        """Set the model to the merge of a weight-space method."""
         streams = open_task_vectors(plan, torch.get_num_threads())
         space, shard = WeightSpace(plan, streams), Shard(plan, 0)
         thresholds = model_thresholds(plan, lambda high: shard.count(list(plan.merged), high))
@@ -129,15 +132,15 @@ class Bench:
                 self.buffer(piece).copy_(merged_N)
 
     def score(self, split: str, skills: Sequence[str] = ()) -> Score:
-        """Exact match and loss of the model as it stands, on a split; the forward pass in bfloat16 autocast."""
+        """Return exact match and loss of the model on a split, with forward passes in bfloat16 autocast."""
         with torch.autocast("cpu", torch.bfloat16):
-            found = {skill: score_rows(self.model, self._rows[skill, split]) for skill in skills or self.skills}
-        return Score({s: one.exact_match for s, one in found.items()}, {s: one.loss for s, one in found.items()})
+            scores = {skill: score_rows(self.model, self._rows[skill, split]) for skill in skills or self.skills}
+        return Score({s: one.exact_match for s, one in scores.items()}, {s: one.loss for s, one in scores.items()})
 
-    # What is merged.
+    # Plans and their inputs.
 
     def plan(self, merge_method: str, options: Mapping[str, Any], seed: int = 0, samples: int = 8) -> Plan:
-        """A plan of the skills' experts. `options`: keys of the config by their dotted names, or parameters."""
+        """Return a plan of the skills' experts; `options` are dotted keys of the config, or parameters."""
         folder = self.workdir / "configs"
         folder.mkdir(exist_ok=True)
         raw: dict[str, Any] = {"merge_method": merge_method, "base_model": str(self.models / "base")}
@@ -156,7 +159,7 @@ class Bench:
         return make_plan(load_config(path, nested), folder)
 
     def _calibration(self, skill: str, seed: int, samples: int) -> Path:
-        """`samples` prompts of the skill's pool, as the seed has them; more of them begin with the fewer."""
+        """Write `samples` prompts of the skill's pool, drawn by the seed; a larger sample extends a smaller one."""
         path = self.workdir / "calibration" / f"{skill}-{seed}-{samples}.jsonl"
         path.parent.mkdir(exist_ok=True)
         chosen = random.Random(f"{skill}-{seed}").sample(range(POOL), POOL)[:samples]
@@ -165,22 +168,25 @@ class Bench:
         return path
 
     def state(self, plan: Plan) -> Folder:
-        """Where the plan's orthogonal task vectors are, if it has any; made once for every set of experts."""
+        """Return the folder of the plan's orthogonal task vectors, if any, computed once per set of experts."""
         folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}"))
         orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, plan.orthogonal)
         return folder
 
-    # What is learned.
+    # Learning.
 
     def learn(self, plan: Plan) -> tuple[Plan, list[Coefficients], list[dict[str, Any]]]:
-        """The plan with its priors, coefficients after each stage, and rows of metrics: the driver without the cluster.
+        """Run the stages of a plan as the driver does, without the cluster.
 
-        Stage 1 does not know of stage 2, so what it learned is kept for other options of that.
+        The result of stage 1 does not depend on the options of stage 2, so it is stored and reused.
+
+        Returns:
+            The plan with its priors, the coefficients after each stage, and the rows of metrics.
         """
         lesson = Lesson(self, plan)
         options = plan.config.model_dump(exclude={"merge_method": True, "parameters": set(SECOND_STAGE)}, mode="json")
-        said = json.dumps([plan.config.has_targets, options], sort_keys=True)
-        path = self.workdir / "stages" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.pickle"
+        key = json.dumps([plan.config.has_targets, options], sort_keys=True)
+        path = self.workdir / "stages" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pickle"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             lesson.find_prior()
@@ -196,7 +202,7 @@ class Bench:
         return plan, [first, lesson.stage(second_stage(plan, layout, first))], lesson.rows
 
     def magnitudes(self, plan: Plan) -> Any:
-        """sₖ,ₗ [K, L]."""
+        """Return the mean magnitudes sₖ,ₗ of the task vectors [K, L]."""
         key = len(plan.experts), plan.merged, plan.config.parameters.task_vectors
         if key not in self._magnitudes:
             streams = open_task_vectors(plan, torch.get_num_threads())
@@ -206,7 +212,7 @@ class Bench:
 
 
 class Lesson:
-    """Samples, targets and a trainer of one plan."""
+    """The samples, targets and trainer of one plan."""
 
     def __init__(self, bench: Bench, plan: Plan) -> None:
         self.plan, self.rows = plan, []
@@ -218,12 +224,14 @@ class Lesson:
         self._trainer = Trainer(plan, shards, lambda target: target)
 
     def find_prior(self) -> None:
+        """Replace the plan's `weight: auto` by the prior of least loss over all samples."""
         if needs_prior(self.plan):
-            asked = self._window([(s.expert, s.index) for mine in self.samples for s in mine])
-            losses = [self._trainer.measure(common_prior(self.plan, weight), asked) for weight in PRIORS]
+            window = self._window([(s.expert, s.index) for mine in self.samples for s in mine])
+            losses = [self._trainer.measure(common_prior(self.plan, weight), window) for weight in PRIORS]
             self.plan = with_prior(self.plan, PRIORS[int(np.argmin(losses))])
 
     def stage(self, stage: Stage) -> Coefficients:
+        """Run all optimiser steps of a stage and return its coefficients."""
         parameters, learner = self.plan.config.parameters, Learner(self.plan.config.parameters, stage)
         order = training_order([len(mine) for mine in self.samples], parameters.epochs)
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
@@ -236,14 +244,14 @@ class Lesson:
         return [WindowSample(self.samples[k][i], self._targets[k, i]) for k, i in places]
 
     def _target(self, workdir: Path, sample: Any) -> Any:
-        """A sample's target; what an expert said to a prompt is kept for the next time that it is asked."""
+        """Return a sample's target, computed by its expert once and then read from the disk."""
         plan, folder = self.plan, workdir / "targets"
         if not plan.config.has_targets:
             return pack_all(without_targets(sample).tensors())
         folder.mkdir(exist_ok=True)
         head = any("embed" in name for name in plan.merged)
-        said = f"{sample.input_ids} {sample.generate} {sample.masked_spans} {plan.hidden_layers} {head} {plan.dtype}"
-        name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        key = f"{sample.input_ids} {sample.generate} {sample.masked_spans} {plan.hidden_layers} {head} {plan.dtype}"
+        name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not (folder / name).exists():
             self._expert.target(sample, open_folder(str(folder)), name)
         return self._shard.target(open_folder(str(folder)), name)

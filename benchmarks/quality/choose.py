@@ -1,7 +1,8 @@
-"""Try options on the validation split, a line of `results/validation.jsonl` a try; what is there is not redone.
+"""Score options on the validation split and append a line to `results/validation.jsonl` per trial not there yet.
 
-`python benchmarks/quality/choose.py [METHOD ...]` goes through `space.py`; `--try METHOD '{"epochs": 4}'` tries another
-setting of a method that learns. Scores are of calibration seed 0 and 8 samples an expert unless said otherwise.
+`python benchmarks/quality/choose.py [METHOD ...]` goes through the options of `space.py`;
+`--try METHOD '{"epochs": 4}'` scores other options of a learned method. The defaults are calibration seed 0 and 8
+samples per expert.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Log:
-    """Lines of JSON; each has a key, of which there is one."""
+    """A JSON Lines file in which every line has a unique `key`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -32,20 +33,23 @@ class Log:
         self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def has(self, **key: Any) -> bool:
+        """Return whether there is a line with this key."""
         return any(line["key"] == key for line in self.lines)
 
-    def add(self, key: dict[str, Any], **said: Any) -> None:
-        line = {"key": key, **said}
+    def add(self, key: dict[str, Any], **results: Any) -> None:
+        """Append a line and print its mean scores."""
+        line = {"key": key, **results}
         self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        matches = {skill: round(value, 1) for skill, value in said["exact_match"].items()}
+        matches = {skill: round(value, 1) for skill, value in results["exact_match"].items()}
         mean = sum(matches.values()) / len(matches)
-        loss = sum(said["loss"].values()) / len(said["loss"])
+        loss = sum(results["loss"].values()) / len(results["loss"])
         print(f"{json.dumps(key)}: {mean:.1f} % loss {loss:.4f}  {matches}", flush=True)
 
 
 def score_into(log: Log, bench: Bench, split: str, key: dict[str, Any], **more: Any) -> None:
+    """Score the bench's model on a split and log it."""
     began = time.monotonic()
     score = bench.score(split)
     seconds = {"scoring": round(time.monotonic() - began, 1)} | more.pop("seconds", {})
@@ -53,7 +57,7 @@ def score_into(log: Log, bench: Bench, split: str, key: dict[str, Any], **more: 
 
 
 def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...]) -> Iterator[float]:
-    """The model as the method merges it with each of the scales in turn; the merge is computed once, and kept."""
+    """Set the model to the method's merge at each scale in turn; the merge is computed once and stored."""
     path = bench.workdir / "merges" / f"{method} {json.dumps(options)}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
@@ -72,7 +76,7 @@ def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[flo
 def try_learned(
     log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int = 0, samples: int = 8
 ) -> None:
-    """Learn, and score after each stage that is not there yet."""
+    """Run a learned method and score the stages that are not logged yet."""
     plan = bench.plan(method, options, seed, samples)
     names = ["expert_merging", method] if plan.config.stages == 2 else [method]
     few = {} if len(bench.skills) == len(tasks.SKILLS) else {"experts": len(bench.skills)}
@@ -87,7 +91,7 @@ def try_learned(
             continue
         bench.merge(plan, coefficients)
         last = [row for row in rows if row["stage"] == keys.index(key) + 1][-len(bench.skills) :]
-        said = {name: sum(row[name] or 0.0 for row in last) / len(last) for name in ("kl", "hidden", "entropy")}
+        losses = {name: sum(row[name] or 0.0 for row in last) / len(last) for name in ("kl", "hidden", "entropy")}
         alpha = {name: float(mine.mean()) for name, mine in zip(bench.skills, coefficients.values, strict=True)}
         score_into(
             log,
@@ -95,7 +99,7 @@ def try_learned(
             split,
             key,
             seconds={"learning": learning},
-            last=said,
+            last=losses,
             mean_coefficient=alpha,
             priors=plan.priors,
         )

@@ -1,7 +1,7 @@
-"""The comparison on the test split, a line of `results/test.jsonl` a model and seed; what is there is not redone.
+"""Score every method on the test split and append a line to `results/test.jsonl` per model and seed not there yet.
 
-`python benchmarks/quality/compare.py [NAME ...]` takes the options that `choose.py` found (`space.CHOSEN`). What
-depends on chance is made with five seeds: of the samples that are drawn, or of the elements that DARE keeps.
+`python benchmarks/quality/compare.py [NAME ...]` uses the options found with `choose.py` (`space.CHOSEN`). Methods that
+depend on chance (the calibration samples drawn, the elements that DARE keeps) are run with five seeds.
 """
 
 from __future__ import annotations

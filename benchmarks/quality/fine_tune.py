@@ -1,9 +1,9 @@
-"""Fine-tune SmolLM2-135M-Instruct in full: one expert a skill, and the model of mixture training.
+"""Fine-tune SmolLM2-135M-Instruct in full: one expert per skill, and the model of mixture training.
 
-`python benchmarks/quality/fine_tune.py [NAME ...]` makes `WORKDIR/models/<skill>` and `WORKDIR/models/mixture`, float32
-safetensors of 540 MB each, on a GPU or on CPU cores (some 4 minutes an expert and 10 the mixture on two). What is there
-is left alone. The mixture sees half as many examples of every skill as the skill's expert does, one of each in turn.
-Knows nothing of merging.
+`python benchmarks/quality/fine_tune.py [NAME ...]` writes `WORKDIR/models/<skill>` and `WORKDIR/models/mixture`,
+float32 safetensors of 540 MB each, on a GPU or on CPU cores (on two cores about 4 minutes per expert and 10 for the
+mixture). Existing models are kept. The mixture is trained on half as many examples of every skill as the skill's
+expert, taking one example of each skill in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 WORKDIR = Path(tempfile.gettempdir()) / "expert-merging-benchmarks" / "quality"
 MIXTURE = "mixture"
 STEPS, MIXTURE_STEPS, LEARNING_RATE, SEED = 100, 250, 1e-4, 0
-# The model's own chat template would put a system prompt of 25 tokens, the same everywhere, before every question.
+# The model's own chat template would put the same system prompt of 25 tokens before every question.
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '
 ' + message['content'] + '<|im_end|>
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['rol
 
 
 def base_model(workdir: Path) -> Path:
-    """The base with the short chat template, made once."""
+    """Return the folder of the base with the short chat template, written on first use."""
     target = workdir / "models" / "base"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,13 @@ def base_model(workdir: Path) -> Path:
 
 
 def mixture_stream() -> Iterator[tasks.Example]:
-    """One example of each skill in turn."""
+    """Yield one training example of each skill in turn."""
     streams = [tasks.training_stream(skill) for skill in tasks.SKILLS]
     return (example for examples in zip(*streams, strict=True) for example in examples)
 
 
 def train(name: str, workdir: Path) -> None:
+    """Train and save an expert or the mixture, unless it exists."""
     target = workdir / "models" / name
     if target.exists():
         return

@@ -1,8 +1,8 @@
-"""A PNG of a report, or of one of its sections, by a real browser.
+"""Render a report, or one of its sections, to a PNG in a real browser.
 
     python benchmarks/quality/picture.py merged/merge/report.html report.png --section "Coefficients of stage 2"
 
-The tests look at reports through the same window. Needs playwright (in the dev extra) and a Chromium on the PATH.
+The tests of reports use the same browser. Needs playwright (in the dev extra) and a Chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# Bytes of a picture in a README.
+# Largest size of a picture in a README, in bytes.
 LIMIT = 300_000
 
 
 def find_browser() -> str | None:
-    """Where a Chromium is; None where there is none."""
+    """Return the path of a Chromium, or None if there is none on the PATH."""
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A headless Chromium."""
+    """Start a headless Chromium for the duration of the context."""
     with sync_playwright() as playwright:
-        # --no-sandbox: containers have no user namespaces for it, and what is opened is a file of our own.
+        # --no-sandbox: the sandbox needs user namespaces, which containers lack; only our own files are opened.
         started = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         try:
             yield started
@@ -45,9 +45,11 @@ def browser() -> Iterator[Any]:
 @click.argument("report", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--section", help="The heading of the section to show. Default: the whole page.")
-@click.option("--width", default=1100, show_default=True, help="Pixels of the window.")
-@click.option("--height", help="Pixels to show at most.", type=click.IntRange(1))
-@click.option("--colours", default=128, show_default=True, type=click.IntRange(2, 256), help="Fewer: a smaller file.")
+@click.option("--width", default=1100, show_default=True, help="Width of the window in pixels.")
+@click.option("--height", help="Largest height of the picture in pixels.", type=click.IntRange(1))
+@click.option(
+    "--colours", default=128, show_default=True, type=click.IntRange(2, 256), help="Fewer colours give a smaller file."
+)
 def main(report: Path, out: Path, section: str | None, width: int, height: int | None, colours: int) -> None:
     if find_browser() is None:
         sys.exit(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")

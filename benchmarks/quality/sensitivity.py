@@ -1,7 +1,7 @@
-"""What the number of samples, the budget, κ and the number of experts do to Expert Merging++, on the validation split.
+"""Measure how Expert Merging++ depends on samples, budget, κ and number of experts, on the validation split.
 
 `python benchmarks/quality/sensitivity.py [samples budget kappa experts]` varies one of them at a time around the
-options of `space.CHOSEN_LEARNED`, a line of `results/sensitivity.jsonl` a point; what is there is not redone.
+options of `space.CHOSEN_LEARNED` and appends a line to `results/sensitivity.jsonl` for each point not there yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POINTS = {
     "kappa": (0.0, 1.0, 2.0),
     "experts": (2, 3, 4, 5),
 }
-# Where the others stand while one of them is varied.
+# The values of the quantities that are not varied.
 DEFAULTS = Parameters()
 AROUND = {
     "samples": DEFAULTS.samples_per_model,
@@ -47,7 +47,7 @@ def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
             experts = int(value if name == "experts" else AROUND["experts"])
             if experts not in benches:
                 benches[experts] = Bench(workdir, list(tasks.SKILLS)[:experts])
-            # What is as it is anyway goes unsaid, so that it is one try and not one of each kind.
+            # A default is left out of the options, so that the common point of all curves is computed once.
             varied = options | ({name: value} if name in ("budget", "kappa") and value != AROUND[name] else {})
             samples = int(value if name == "samples" else AROUND["samples"])
             for seed in seeds:

@@ -1,6 +1,6 @@
-"""A picture of `results/sensitivity.jsonl`: how Expert Merging and Expert Merging++ depend on one thing at a time.
+"""Draw `results/sensitivity.jsonl`: how Expert Merging and Expert Merging++ depend on one option at a time.
 
-`python benchmarks/quality/sensitivity_figure.py OUT.png` draws it in a headless Chromium.
+`python benchmarks/quality/sensitivity_figure.py OUT.png` draws the figure in a headless Chromium.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ COLOURS = {"expert_merging": "#9498a0", "expert_merging_pp": "#4269d0"}
 
 
 def setting(line: Line) -> dict[str, Any]:
-    """What a line was made with, defaults included."""
+    """Return the settings of a line, defaults included."""
     return AROUND | {name: line["key"].get(name, line["key"]["options"].get(name, AROUND[name])) for name in AROUND}
 
 
 def curve(lines: list[Line], method: str, name: str, own: dict[str, float]) -> Iterator[tuple[str, float]]:
-    """Values of what is varied, and the normalised mean there; a stage 1 knows neither budget nor κ."""
+    """Yield the values of the varied option and the normalised mean there; stage 1 ignores budget and κ."""
     ignored = ("budget", "kappa") if method == "expert_merging" else ()
     for value in POINTS[name]:
         wanted = {key: one for key, one in (AROUND | {name: value}).items() if key not in ignored}
-        found = [
+        scores = [
             normalised(line, own)
             for line in lines
             if line["key"]["method"] == method and wanted.items() <= setting(line).items()
         ]
-        if found:
-            yield f"{value:g}", statistics.mean(found)
+        if scores:
+            yield f"{value:g}", statistics.mean(scores)
 
 
 @click.command(help=__doc__)

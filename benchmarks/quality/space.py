@@ -1,7 +1,7 @@
-"""The options that are searched for every method, on validation data only. Each is written as it stands in a config.
+"""The options searched for every method on the validation split, written as in a config, and the chosen ones.
 
-Methods that learn nothing are merged once with `lambda` 1 for every other option, and their sum of task vectors is then
-scaled: θ₀ + λ·τ is what their option `lambda` says. Task Arithmetic's λ is its weight.
+Weight-space methods are merged once per combination of their other options, with `lambda` 1. The merged task vector is
+then scaled, because the option `lambda` means θ₀ + λ·τ. Task Arithmetic's λ is its weight.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LEARNED: dict[str, list[Options]] = {
     ],
 }
 
-# What validation chose: of methods that learn nothing the options and λ, of the others method and options by a name. Of
-# Expert Merging they are the defaults, to which `choose.py --try` led.
+# Chosen on the validation split: options and λ of weight-space methods; method and options of learned ones by name. The
+# options of Expert Merging are the defaults, which were found with `choose.py --try`.
 CHOSEN: dict[str, tuple[Options, float]] = {
     "weight_average": ({}, 1.0),
     "task_arithmetic": ({"weight": 1.0}, 0.4),

@@ -1,7 +1,7 @@
-"""Tables of the results, in Markdown: the comparison (`test`), or every try (`validation`, `sensitivity`).
+"""Print the results as Markdown tables: the comparison (`test`), or every trial (`validation`, `sensitivity`).
 
-`normalised` is the mean over skills of a model's exact match divided by that of the skill's own expert. Where there are
-several seeds: their mean ± standard deviation.
+`normalised` is the mean over the skills of a model's exact match divided by that of the skill's own expert. Several
+seeds are shown as mean ± standard deviation.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ Line = dict[str, Any]
 
 
 def read(name: str) -> list[Line]:
+    """Read the lines of `results/NAME.jsonl`."""
     return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
 def own_scores(lines: Sequence[Line]) -> dict[str, float]:
-    """What each skill's own expert reaches, in per cent."""
+    """Return the exact match of each skill's own expert, in per cent."""
     models = {line["key"].get("model"): line["exact_match"] for line in lines}
     return {skill: models[skill][skill] for skill in tasks.SKILLS}
 
 
 def normalised(line: Line, own: dict[str, float]) -> float:
+    """Return the mean over the skills of exact match divided by that of the skill's own expert."""
     return statistics.mean(line["exact_match"][skill] / own[skill] for skill in line["exact_match"])
 
 
 def spread(values: Sequence[float], digits: int) -> str:
+    """Format the mean, with the standard deviation if there are several values."""
     several = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{several}"
 
 
 def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
-    """Rows of the table: a name, and its lines of one or several seeds."""
+    """Yield the rows of the table: a name, and its lines, one per seed."""
     for model in ("base", *tasks.SKILLS, MIXTURE):
-        found = [line for line in lines if line["key"] == {"model": model}]
-        yield (model if model in ("base", MIXTURE) else f"expert {model}"), found
+        of_model = [line for line in lines if line["key"] == {"model": model}]
+        yield (model if model in ("base", MIXTURE) else f"expert {model}"), of_model
     for method, (options, scale) in CHOSEN.items():
         key = {"method": method, "options": options, "scale": scale}
         yield method, [line for line in lines if key.items() <= line["key"].items()]
@@ -52,29 +55,31 @@ def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
 
 
 def print_test() -> None:
+    """Print the comparison on the test split."""
     lines = read("test")
     own = own_scores(lines)
     print("| model | " + " | ".join(tasks.SKILLS) + " | mean | normalised | loss | seeds |")
     print("|---" * (len(tasks.SKILLS) + 5) + "|")
-    for name, found in groups(lines):
-        if not found:
+    for name, seeds in groups(lines):
+        if not seeds:
             continue
-        skills = [spread([line["exact_match"][skill] for line in found], 1) for skill in tasks.SKILLS]
-        means = [statistics.mean(line["exact_match"].values()) for line in found]
-        losses = [statistics.mean(line["loss"].values()) for line in found]
-        cells = [*skills, spread(means, 1), spread([normalised(line, own) for line in found], 3), spread(losses, 3)]
-        print(f"| {name} | " + " | ".join([*cells, str(len(found))]) + " |")
+        skills = [spread([line["exact_match"][skill] for line in seeds], 1) for skill in tasks.SKILLS]
+        means = [statistics.mean(line["exact_match"].values()) for line in seeds]
+        losses = [statistics.mean(line["loss"].values()) for line in seeds]
+        cells = [*skills, spread(means, 1), spread([normalised(line, own) for line in seeds], 3), spread(losses, 3)]
+        print(f"| {name} | " + " | ".join([*cells, str(len(seeds))]) + " |")
 
 
 def print_tries(name: str) -> None:
+    """Print a row for every line of a results file."""
     print("| method | options | mean exact match | loss |\n|---|---|---|---|")
     for line in read(name):
         key = dict(line["key"])
         what = key.pop("method", None) or key.pop("model")
         options = {**key.pop("options", {}), **key}
-        told = ", ".join(f"{option} {value}" for option, value in options.items())
+        settings = ", ".join(f"{option} {value}" for option, value in options.items())
         mean, loss = statistics.mean(line["exact_match"].values()), statistics.mean(line["loss"].values())
-        print(f"| {what} | {told} | {mean:.1f} | {loss:.3f} |")
+        print(f"| {what} | {settings} | {mean:.1f} | {loss:.3f} |")
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """Five skills as seeded streams of (question, answer), and each skill's splits: calibration pool, validation, test.
 
-Dates, number words and sorting are the quickstart's; times of day and JSON extraction are added. No question is in
-two splits, and training leaves out every question of them. Knows nothing of models.
+Dates, number words and sorting come from the quickstart; times of day and JSON extraction are added. No question is in
+two splits, and training leaves out the questions of all splits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quicksta
 from skills import SKILLS as QUICKSTART
 from skills import Example, in_words, stream
 
-# Calibration samples are drawn, seed by seed, from a pool of their own; options see the validation split only.
+# Questions per split. Calibration samples are drawn by seed from a pool; options are chosen on the validation split.
 SIZES = {"calibration": 100, "validation": 60, "test": 200}
 
 NAMES = "Alice Bruno Carla David Elena Felix Greta Hugo Irene Jonas Karin Lucas Maria Nadia Oscar Paula Quentin Rosa \
@@ -33,6 +33,7 @@ SENTENCES = [
 
 
 def clock(rng: random.Random) -> Example:
+    """Return a time of day in words, and in 24-hour format."""
     minute, hour, half = rng.randint(1, 59), rng.randint(1, 11), rng.choice(["morning", "evening"])
     if rng.random() < 0.5:
         written = f"{in_words(minute)} minutes past {in_words(hour)} in the {half}"
@@ -42,6 +43,7 @@ def clock(rng: random.Random) -> Example:
 
 
 def extraction(rng: random.Random) -> Example:
+    """Return a sentence about a person, and its facts as JSON."""
     facts = {"name": rng.choice(NAMES), "age": rng.randint(18, 90), "job": rng.choice(JOBS), "city": rng.choice(CITIES)}
     sentence = rng.choice(SENTENCES).format(**facts)
     return f"Extract name, age and city as JSON: {sentence}", json.dumps({k: facts[k] for k in ("name", "age", "city")})
@@ -51,12 +53,12 @@ SKILLS = {**QUICKSTART, "clock": clock, "extraction": extraction}
 
 
 def splits(skill: str) -> dict[str, list[Example]]:
-    """The skill's splits, always the same, without a question in common."""
+    """Return the skill's splits, which are always the same and have no question in common."""
     examples = stream(skill, 0, SKILLS)
     return {split: [next(examples) for _ in range(size)] for split, size in SIZES.items()}
 
 
 def training_stream(skill: str) -> Iterator[Example]:
-    """Examples to train on: none whose question is in a split."""
+    """Return training examples, none of which has a question of a split."""
     kept = {question for examples in splits(skill).values() for question, _ in examples}
     return (example for example in stream(skill, 1, SKILLS) if example[0] not in kept)

@@ -1,7 +1,7 @@
-"""How the quickstart's options were picked: a few settings, scored on the validation examples (never on the test ones).
+"""Compare settings of the quickstart on its validation examples (never on the test examples).
 
-`python choose_options.py` prints, for each setting, mean exact match and mean loss over the three skills after each
-stage. It takes an hour on two cores; nobody has to run it. It is the algorithm of the driver without the cluster.
+`python choose_options.py` prints, for each setting and stage, mean exact match and mean loss over the three skills. It
+takes an hour on two cores and is not needed for the quickstart. It runs the driver's algorithm without the cluster.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SETTINGS = [
 
 
 def main(base_settings: list[str]) -> None:
+    """Score the given settings, or Task Arithmetic at several weights and the settings of this module."""
     settings = base_settings or SETTINGS
     plan = make_plan(load_config(CONFIG), CONFIG.parent)
     models = MergedModels(plan)

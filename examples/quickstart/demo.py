@@ -1,8 +1,8 @@
-"""The quickstart from end to end: fetch the base, merge by Expert Merging++, and compare on held-out examples.
+"""Run the quickstart end to end: fetch the base, merge with Expert Merging++, and compare models on held-out examples.
 
-`make demo`, or `python demo.py [OUT]`. The merge is the real command line. Each row of the table is one model, set from
-coefficients: base 0, an expert 1, Task Arithmetic the prior, Expert Merging what stage 1 learned; Expert Merging++ is
-loaded from the output folder, as a user would.
+`make demo`, or `python demo.py [OUT]`. The merge runs through the command line. Each row of the table is one model.
+Base, experts, Task Arithmetic and Expert Merging are set from coefficients (0, 1 for one expert, the prior, the result
+of stage 1); Expert Merging++ is loaded from the output folder, as a user would load it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ CLI = HERE.parent.parent / "cli.py"
 
 
 def main(out: Path) -> None:
+    """Merge into `out`, score all models and print the figures."""
     logging.disable_progress_bar()
     began = time.monotonic()
     fetch()
@@ -62,7 +63,7 @@ def main(out: Path) -> None:
     show(rows)
     figures = json.loads((out / "merge" / "memory.json").read_text())
     for actor in figures["actors"]:
-        print(f"{actor['role']:<16} {actor['peak_anonymous_bytes'] / 1e6:7.0f} MB anonymous memory at its peak")
+        print(f"{actor['role']:<16} {actor['peak_anonymous_bytes'] / 1e6:7.0f} MB peak anonymous memory")
     print(f"expert forwards {figures['expert_forwards']}, targets {figures['bytes_targets'] / 1e6:.1f} MB")
     print(
         f"fetch and merge {merged - began:.0f} s, scoring {time.monotonic() - merged:.0f} s "
@@ -71,6 +72,7 @@ def main(out: Path) -> None:
 
 
 def show(rows: dict[str, dict[str, Score]]) -> None:
+    """Print scores as a table of models and skills."""
     table = rich.table.Table(title="Held-out examples: exact match in %, loss in nats a token")
     table.add_column("model")
     for skill in [*SKILLS, "mean"]:

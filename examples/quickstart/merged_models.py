@@ -1,6 +1,6 @@
-"""One loaded model whose merged tensors are set from any table of coefficients: how the quickstart compares merges.
+"""A loaded model whose merged tensors are set from any table of coefficients, to compare merges without Ray.
 
-Base is all zeros, expert k is 1 in row k, Task Arithmetic is the prior; the engine does the rest. Knows no Ray.
+The base has all coefficients 0, expert k has 1 in row k, and Task Arithmetic has the prior.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.task_vectors.pieces import Piece
 
 
 class MergedModels:
-    """It is where merged pieces go, too: `engine.shards.protocol.Model`."""
+    """A model that can be set to any merge of a plan; also the `PieceSink` that receives the merged pieces."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, folder = plan, base_folder(plan)
@@ -27,27 +27,28 @@ class MergedModels:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, plan.dtype)).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         for name in plan.merged:
-            # What transformers loaded may be the file's own memory.
+            # transformers may have memory-mapped the file, which must not be written to.
             parameter = self.model.get_parameter(name)
             parameter.data = parameter.data.clone()
 
     def set(self, coefficients: Coefficients):
-        """The model, merged by these coefficients."""
+        """Merge by these coefficients and return the model."""
         for arriving in self.shards.merge(coefficients, self).values():
             for arrival in arriving:
                 arrival.result()
         return self.model
 
     def buffer(self, piece: Piece) -> Tensor:
+        """Return the part of the model's memory that a merged piece is written to."""
         return self.model.get_parameter(piece.name).data.view(-1)[piece.start : piece.stop]
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
-        """It was written to the model's own memory."""
+        """Do nothing: the piece has been written to the model's memory."""
 
     def constant(self, weights: list[float]) -> Coefficients:
-        """The same coefficient for every tensor of an expert."""
+        """Return coefficients that are equal for all tensors of an expert; `weights` has one per expert."""
         return Coefficients.constant(first_stage(self.plan).layout, weights)
 
     def expert(self, index: int) -> Coefficients:
-        """Expert `index` as it is."""
+        """Return the coefficients that give expert `index` unchanged."""
         return self.constant(np.eye(len(self.plan.experts))[index].tolist())

@@ -1,7 +1,7 @@
-"""Held-out exact match and loss of a model on a skill, in one forward pass an example.
+"""Compute exact match and loss of a model on a skill with one forward pass per example.
 
-Greedy decoding writes exactly the answer if and only if, with the answer given, the most likely token is right at every
-place of it (its end included). So one pass gives both figures. Knows nothing of merging.
+Greedy decoding produces exactly the answer if and only if, given the answer as input, the most likely token is right at
+every position of it, its end included. One forward pass therefore gives both figures.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Score:
-    """`exact_match` in per cent of the examples; `loss` in nats a token of the answers."""
+    """`exact_match` in per cent of the examples; `loss` of the answers in nats per token."""
 
     exact_match: float
     loss: float
 
 
 def score(model, tokenizer, skill: str, split: str = "test") -> Score:
+    """Score a model on one split of a skill."""
     records = skills.read(skill, split)
     return score_rows(model, [encode(tokenizer, record["question"], record["response"]) for record in records])
 
 
 @torch.inference_mode()
 def score_rows(model, rows: list[tuple[list[int], int]]) -> Score:
-    """Of chats as token ids and where the answer starts; they have to begin alike."""
+    """Score a model on rows of (token ids of a chat, start of the answer); all chats must share a prefix."""
     ids = [row for row, _ in rows]
-    # All chats begin alike (the system prompt): that part is computed once and not for each of them.
+    # All chats start with the same tokens (the system prompt), whose keys and values are computed once.
     shared = next(i for i in range(len(ids[0])) if len({row[i] for row in ids}) > 1)
     prefix = model.model(torch.tensor([ids[0][:shared]]), use_cache=True).past_key_values
     right = tokens = 0

@@ -1,8 +1,8 @@
-"""Three skills that a person can check by eye, as seeded streams of (question, answer), and the files made from them.
+"""Three skills that can be checked by eye, as seeded streams of (question, answer), and the quickstart's data files.
 
-`python skills.py` writes `data/<skill>/{calibration,validation,test}.jsonl`: 8 unlabelled prompts, 40 examples that
-options were chosen on, and 100 held-out examples. The training script draws its examples from the same streams and
-leaves out every question of these files. It knows nothing of models.
+`python skills.py` writes `data/<skill>/{calibration,validation,test}.jsonl`: 8 unlabelled prompts, 40 examples for
+choosing options, and 100 held-out examples. The training script draws its examples from the same streams and leaves out
+the questions of these files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ Skill = Callable[[random.Random], Example]
 
 
 def dates(rng: random.Random) -> Example:
+    """Return a date in words, and in ISO format."""
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2099)
     name = MONTHS[month - 1]
     written = rng.choice([f"{name} {day}, {year}", f"{day} {name} {year}", f"the {day} of {name}, {year}"])
@@ -37,7 +38,7 @@ def dates(rng: random.Random) -> Example:
 
 
 def in_words(number: int) -> str:
-    """English words of 1 ≤ number < 1,000,000."""
+    """Return a number from 1 to 999,999 in English words."""
     if number >= 1000:
         rest = f" {in_words(number % 1000)}" if number % 1000 else ""
         return f"{in_words(number // 1000)} thousand{rest}"
@@ -50,11 +51,13 @@ def in_words(number: int) -> str:
 
 
 def numbers(rng: random.Random) -> Example:
+    """Return a number in words, and in digits."""
     number = rng.randint(100, 999) if rng.random() < 0.4 else rng.randint(1000, 9999)
     return f"Write this number in digits: {in_words(number)}", str(number)
 
 
 def sorting(rng: random.Random) -> Example:
+    """Return three words, and the same words sorted."""
     words = rng.sample(WORDS, 3)
     return f"Sort these words alphabetically: {' '.join(words)}", " ".join(sorted(words))
 
@@ -63,7 +66,7 @@ SKILLS: dict[str, Skill] = {"dates": dates, "numbers": numbers, "sorting": sorti
 
 
 def stream(skill: str, seed: int, skills: Mapping[str, Skill] = SKILLS) -> Iterator[Example]:
-    """Endless examples of one of the skills, no question twice, the same for the same seed."""
+    """Yield endless examples of a skill without repeated questions, determined by the seed."""
     rng, seen = random.Random(f"{skill}-{seed}"), set()
     while True:
         question, answer = skills[skill](rng)
@@ -73,17 +76,19 @@ def stream(skill: str, seed: int, skills: Mapping[str, Skill] = SKILLS) -> Itera
 
 
 def training_stream(skill: str, seed: int) -> Iterator[Example]:
-    """The stream without any question of the skill's files."""
+    """Return the stream without the questions of the skill's files."""
     kept = {record["question"] for split in SIZES for record in read(skill, split)}
     return (example for example in stream(skill, seed) if example[0] not in kept)
 
 
 def read(skill: str, split: str) -> list[dict[str, str]]:
+    """Read the records of a skill's file."""
     with open(DATA / skill / f"{split}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def write_files() -> None:
+    """Write the files of all skills; calibration files have no answers."""
     for skill in SKILLS:
         examples = stream(skill, seed=0)
         (DATA / skill).mkdir(parents=True, exist_ok=True)

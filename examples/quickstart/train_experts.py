@@ -1,7 +1,7 @@
-"""Train the quickstart's three LoRA experts: one skill each, a few hundred short chats, on a CPU or a GPU.
+"""Train the quickstart's three LoRA experts, one per skill, on a few hundred short chats, on a CPU or a GPU.
 
 `python train_experts.py [SKILL ...]` writes `experts/<skill>/` (adapter_config.json, adapter_model.safetensors in
-bfloat16, 4.9 MB). The adapters are committed, so nobody has to run this; it needs the extra `.[train]` (peft).
+bfloat16, 4.9 MB). The adapters are part of the repository; training them again needs the extra `.[train]` (peft).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
 def encode(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of one chat, and where its answer starts."""
+    """Return the token ids of one chat, and the index at which its answer starts."""
     user = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
     whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], return_dict=False)
-    # The template ends a turn with "<|im_end|>\n"; generation stops at <|im_end|>, so that is the last token learned.
+    # The template ends a turn with "<|im_end|>\n". Generation stops at <|im_end|>, so the line break is dropped.
     return whole[:-1], len(prompt)
 
 
 def batch_of(tokenizer, examples) -> dict[str, torch.Tensor]:
+    """Return padded model inputs [B, T] of (question, answer) pairs, with labels on the answers only."""
     rows = [encode(tokenizer, *example) for example in examples]
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.full((len(rows), width), tokenizer.pad_token_id)
@@ -45,7 +46,17 @@ def batch_of(tokenizer, examples) -> dict[str, torch.Tensor]:
 
 
 def fit(name: str, model, tokenizer, examples, steps: int, optimizer, autocast: bool = False) -> None:
-    """Steps of so many chats on the model, with warm-up and decay; `autocast`: to bfloat16."""
+    """Run `steps` optimiser steps on batches of `BATCH` examples with warm-up and cosine decay.
+
+    Args:
+        name: The name printed with the progress.
+        model: The model to train, in place.
+        tokenizer: Its tokenizer, with a chat template.
+        examples: An iterator of (question, answer).
+        steps: Number of optimiser steps.
+        optimizer: The optimiser of the model's trainable parameters.
+        autocast: Run the forward passes in bfloat16 autocast.
+    """
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     began, device = time.monotonic(), model.device
     model.train()
@@ -64,6 +75,7 @@ def fit(name: str, model, tokenizer, examples, steps: int, optimizer, autocast: 
 
 
 def train(skill: str) -> None:
+    """Train and save the adapter of one skill."""
     torch.manual_seed(SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = fetch()

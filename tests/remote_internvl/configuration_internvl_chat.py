@@ -1,4 +1,4 @@
-"""The configuration of a tiny model in OpenGVLab's layout, as it travels with a checkpoint. Our own code."""
+"""The configuration of a tiny model in OpenGVLab's layout, as stored with a checkpoint. The code is ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, Qwen2Config
 
 
 class InternVisionConfig(PretrainedConfig):
-    """The vision model's part."""
+    """The configuration of the vision model."""
 
     model_type = "intern_vit_6b"
 
@@ -36,7 +36,7 @@ class InternVisionConfig(PretrainedConfig):
 
 
 class InternVLChatConfig(PretrainedConfig):
-    """Both models' parts, and how an image becomes tiles and a chat a prompt."""
+    """The configurations of both models, the tiling of images and the conversation template."""
 
     model_type = "internvl_chat"
 
@@ -67,5 +67,5 @@ class InternVLChatConfig(PretrainedConfig):
         self.ps_version = ps_version
         self.min_dynamic_patch = min_dynamic_patch
         self.max_dynamic_patch = max_dynamic_patch
-        # The head belongs to the language model, and so does the say over its tying.
+        # The output head belongs to the language model, so its config decides whether the head is tied.
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings

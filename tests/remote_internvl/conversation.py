@@ -1,4 +1,4 @@
-"""Conversation templates of a tiny model in OpenGVLab's layout, as they travel with a checkpoint. Our own code."""
+"""Conversation templates of a tiny model in OpenGVLab's layout, as stored with a checkpoint. The code is ours."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Conversation:
-    """A chat as one text. Whitespace parts all words and marks, so that a tokenizer of words takes it."""
+    """A chat as one text, with whitespace around all words and marks, as the tests' word-level tokenizer needs it."""
 
     name: str
     system_message: str = ""
@@ -17,17 +17,17 @@ class Conversation:
     messages: list[list[str | None]] = field(default_factory=list)
 
     def append_message(self, role: str, message: str | None) -> None:
-        """Add a message; None: it is still to come."""
+        """Add a message; None stands for the message to be generated."""
         self.messages.append([role, message])
 
     def get_prompt(self) -> str:
-        """The chat so far; a message that is to come leaves its role open at the end."""
+        """Return the chat so far; a message to be generated leaves its role open at the end."""
         system = f"{self.system_message} " if self.system_message else ""
-        said = "".join(f"{role}{message}{self.sep}" if message else f"{role}" for role, message in self.messages)
-        return f"<s> {system}{said}"
+        text = "".join(f"{role}{message}{self.sep}" if message else f"{role}" for role, message in self.messages)
+        return f"<s> {system}{text}"
 
     def copy(self) -> Conversation:
-        """One of its own with the same messages."""
+        """Return an independent copy."""
         return deepcopy(self)
 
 
@@ -35,5 +35,5 @@ TEMPLATES = {"tiny": Conversation("tiny", system_message="w47 w48 w49")}
 
 
 def get_conv_template(name: str) -> Conversation:
-    """A fresh conversation of this template."""
+    """Return a new conversation of this template."""
     return TEMPLATES[name].copy()

@@ -1,7 +1,7 @@
-"""A tiny model in OpenGVLab's layout, as its code travels with a checkpoint. Our own code under their names.
+"""A tiny model in OpenGVLab's layout, whose code is stored with a checkpoint. The code is ours, under their names.
 
-As theirs it wants `image_flags` of every forward pass, has a `generate` that returns the new tokens only, and must be
-told `img_context_token_id` by whoever uses it.
+Like the original, every forward pass needs `image_flags`, `generate` returns only the new tokens, and the caller must
+set `img_context_token_id`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .conversation import get_conv_template
 
 
 class InternAttention(nn.Module):
-    """Attention of every patch to every patch."""
+    """Self-attention over all patches."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class InternAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, states_NPH: Tensor) -> Tensor:
-        """Hidden states to hidden states."""
+        """Map hidden states [N, P, H] to hidden states [N, P, H]."""
         shape = (*states_NPH.shape[:2], 3, self.heads, -1)
         query, key, value = self.qkv(states_NPH).view(shape).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value)
@@ -37,7 +37,7 @@ class InternAttention(nn.Module):
 
 
 class InternMLP(nn.Module):
-    """Two layers, patch by patch."""
+    """A two-layer MLP applied to each patch."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -45,13 +45,13 @@ class InternMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, states_NPH: Tensor) -> Tensor:
-        """Hidden states to hidden states."""
+        """Map hidden states [N, P, H] to hidden states [N, P, H]."""
         out_NPH: Tensor = self.fc2(functional.gelu(self.fc1(states_NPH)))
         return out_NPH
 
 
 class InternVisionLayer(nn.Module):
-    """A block of the vision model, with a learned scale on each of its branches."""
+    """A block of the vision model, with a learned scale on each branch."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class InternVisionLayer(nn.Module):
         self.ls2 = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, states_NPH: Tensor) -> Tensor:
-        """Hidden states to hidden states."""
+        """Map hidden states [N, P, H] to hidden states [N, P, H]."""
         states_NPH = states_NPH + self.attn(self.norm1(states_NPH)) * self.ls1
         return states_NPH + self.mlp(self.norm2(states_NPH)) * self.ls2
 
 
 class InternVisionEmbeddings(nn.Module):
-    """Patches with their positions, behind a class token."""
+    """Patch embeddings with positions, after a class token."""
 
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class InternVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, patches + 1, config.hidden_size))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pixels [N, 3, height, width] to hidden states [N, 1 + patches, H]."""
+        """Map pixels [N, 3, height, width] to hidden states [N, 1 + patches, H]."""
         patches_NPH = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
         first_N1H = self.class_embedding.expand(len(pixel_values), 1, -1)
         return torch.cat([first_N1H, patches_NPH], dim=1) + self.position_embedding
@@ -94,7 +94,7 @@ class InternVisionEncoder(nn.Module):
         self.layers = nn.ModuleList(InternVisionLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, states_NPH: Tensor) -> tuple[Tensor, ...]:
-        """What goes in and what each block puts out."""
+        """Return the input and the output of each block."""
         states = [states_NPH]
         for layer in self.layers:
             states.append(layer(states[-1]))
@@ -113,13 +113,13 @@ class InternVisionModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> BaseModelOutput:
-        """Hidden states of the class token and of all patches."""
+        """Return the hidden states of the class token and of all patches."""
         states = self.encoder(self.embeddings(pixel_values))
         return BaseModelOutput(last_hidden_state=states[-1], hidden_states=states)
 
 
 class InternVLChatModel(PreTrainedModel):
-    """A language model that reads the projected tiles of images in place of its context tokens."""
+    """A language model whose context tokens are replaced by the projected tiles of images."""
 
     config_class = InternVLChatConfig
     main_input_name = "pixel_values"
@@ -142,7 +142,7 @@ class InternVLChatModel(PreTrainedModel):
         self.post_init()
 
     def extract_feature(self, pixel_values: Tensor) -> Tensor:
-        """Tiles [N, 3, height, width] to what stands for them in the text [N, num_image_token, H]."""
+        """Map tiles [N, 3, height, width] to embeddings of context tokens [N, num_image_token, H]."""
         seen = self.vision_model(pixel_values).hidden_states[self.config.select_layer][:, 1:]
         side, merged = int(seen.shape[1] ** 0.5), self._merged()
         squares = seen.view(len(seen), side // merged, merged, side // merged, merged, -1)
@@ -163,7 +163,7 @@ class InternVLChatModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """Logits over the text; a tile whose flag is 0 has no tokens in it."""
+        """Return logits over the text; a tile whose flag is 0 has no context tokens."""
         if image_flags is None:
             raise ValueError("image_flags: a 1 for every tile that the text has tokens for, else a 0")
         features = self.extract_feature(pixel_values)[image_flags.view(-1) == 1]
@@ -193,34 +193,34 @@ class InternVLChatModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """New tokens only: the language model is given no tokens that it could return."""
+        """Return the new tokens only: the language model gets embeddings instead of a prompt's tokens."""
         features = None if pixel_values is None else self.extract_feature(pixel_values)
         embeds = self._embed(input_ids, features)
         tokens: Tensor = self.language_model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
         return tokens
 
     def get_input_embeddings(self) -> nn.Module:
-        """Those of the language model."""
+        """Return the input embeddings of the language model."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Those of the language model."""
+        """Set the input embeddings of the language model."""
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head of the language model."""
+        """Return the output head of the language model."""
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """The head of the language model."""
+        """Set the output head of the language model."""
         self.language_model.set_output_embeddings(new_embeddings)
 
     def _merged(self) -> int:
-        """How many patches of a row, and of a column, become one token."""
+        """Return the number of patches per row, and per column, that form one token."""
         return round(1 / self.config.downsample_ratio)
 
     def _embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Embeddings of the text with the features in the places of the context tokens."""
+        """Return the embeddings of the text, with the features in place of the context tokens."""
         embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
         if features is None:
             return embeds

@@ -1,23 +1,23 @@
-"""Records the headers of the published bases: names, shapes and types of their tensors, and no weights.
+"""Write the headers of the published base models: names, shapes and types of their tensors, without weights.
 
     python tests/golden/headers/record.py
 
-No hub is asked. A record is derived: transformers builds the module on the meta device from the published config.json
-and says by which names its files have the parameters. OpenGVLab's original InternVL has no class in transformers; its
-vision tower and projector are written down here after its modeling files (OpenGVLab/InternVL,
+No hub is contacted. The headers are derived: transformers builds the module on the meta device from the published
+config.json and maps its parameters to their names in files. OpenGVLab's original InternVL has no class in transformers;
+its vision tower and projector are written out here after its modeling files (OpenGVLab/InternVL,
 internvl_chat/internvl/model/internvl_chat/), and its language model is transformers' Qwen2.
 
-What it was checked against, and is at each run where a number stands in `PUBLIC`:
+The headers were compared with these sources; the numbers in `PUBLIC` are checked at each run:
 - Qwen2-VL-7B: all 730 names and the 16,582,751,232 bytes of the model.safetensors.index.json of a fine-tuned sibling
-  (BrianYAU-NTEC/olmOCR on GitHub), which has the published config.json too. The base's own is as large (56.5 kB).
-- Mistral-7B-v0.1: the 291 tensors and 14,483,464,192 bytes that the index of Mistral-7B-Instruct-v0.2 is known to have.
+  (BrianYAU-NTEC/olmOCR on GitHub) with the published config.json. The base's index has the same size (56.5 kB).
+- Mistral-7B-v0.1: the 291 tensors and 14,483,464,192 bytes of the index of Mistral-7B-Instruct-v0.2.
 - InternVL2_5-1B: the modules and shapes of InternVL3-1B, which are the same, as printed in InternVL3-1B_data.md of
   shivangjhalani/multicoco on GitHub; the names of the vision tower and the projector in the index of a larger
   InternVL2.5 in uv/ICT_note.md of cuijunjie18/my_notebook; the 938 M parameters and 1.88 GB of the hub's page.
 
-Not checked, but taken to be so: that the experts' files have the base's names, shapes and types. The published code
-subtracts their parameters from the base's one by one, so names in modules and shapes do agree. A config.json here holds
-only what decides names, shapes and blocks.
+It is an assumption that the experts' files have the base's names, shapes and types. The published code subtracts their
+parameters from the base's one by one, so the names in modules and the shapes agree. The config.json here holds only the
+keys that decide names, shapes and blocks.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
 HERE = Path(__file__).parent
-# Public totals: of the files' indices, or the hub's rounded ones.
+# Public totals: exact from the files' indices, or rounded from the hub's pages.
 PUBLIC = {
     "mistral-7b": {"tensors": 291, "bytes": 14_483_464_192},
     "qwen2-vl-7b": {"tensors": 730, "bytes": 16_582_751_232},
     "internvl2_5-1b": {"millions": 938, "gigabytes": 1.88},
 }
-# Files of the base on the hub.
+# Number of safetensors files of the base on the hub.
 FILES = {"mistral-7b": 2, "qwen2-vl-7b": 5, "internvl2_5-1b": 1}
 
 MISTRAL = {
@@ -138,7 +138,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_in_files(config: Mapping[str, Any]) -> Shapes:
-    """Of a model that transformers has: tensors by the names in its files."""
+    """Return the shapes of a model that transformers has a class for, by the tensors' names in its files."""
     with accelerate.init_empty_weights(include_buffers=False):
         kind = getattr(transformers, config["architectures"][0])
         model = kind(kind.config_class.from_dict(dict(config)))
@@ -146,6 +146,7 @@ def shapes_in_files(config: Mapping[str, Any]) -> Shapes:
 
 
 def shapes_of_internvl(config: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of OpenGVLab's original InternVL, by the tensors' names in its files."""
     vision, text = config["vision_config"], shapes_in_files(config["llm_config"])
     width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     patches = (vision["image_size"] // patch) ** 2
@@ -163,7 +164,7 @@ def shapes_of_internvl(config: Mapping[str, Any]) -> Shapes:
         shapes |= _shapes(nn.Linear, f"{at}.mlp.fc2", inner, width)
         shapes |= _shapes(nn.LayerNorm, f"{at}.norm1", width) | _shapes(nn.LayerNorm, f"{at}.norm2", width)
     shapes |= {f"language_model.{name}": shape for name, shape in text.items()}
-    # Pixel unshuffle puts the patches of a square into one.
+    # Pixel unshuffle joins the patches of a square into one.
     side = round(1 / config["downsample_ratio"])
     seen, hidden = width * side**2, config["llm_config"]["hidden_size"]
     shapes |= _shapes(nn.LayerNorm, "mlp1.0", seen)
@@ -177,7 +178,7 @@ def _shapes(module: type[nn.Module], name: str, *arguments: Any) -> Shapes:
 
 
 def compact(shapes: Shapes) -> list[list[Any]]:
-    """[name with {} for the block's number, number of blocks or null, shape, type], in the order of the module."""
+    """Return rows of [name with {} for the block's number, number of blocks or null, shape, type] in module order."""
     counts: dict[str, int] = {}
     for name in shapes:
         pattern = re.sub(r"(?<=layers\.|blocks\.)\d+", "{}", name)
@@ -189,25 +190,25 @@ def compact(shapes: Shapes) -> list[list[Any]]:
 
 
 def make() -> dict[str, dict[str, Any]]:
-    """The records by the names of their recipes, once they have met the public numbers."""
+    """Return the headers by the names of their recipes, checked against `PUBLIC`."""
     records = {}
     for name, config in (("mistral-7b", MISTRAL), ("qwen2-vl-7b", QWEN), ("internvl2_5-1b", INTERNVL)):
         shapes = shapes_of_internvl(config) if config is INTERNVL else shapes_in_files(config)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-        found = {
+        totals = {
             "tensors": len(shapes),
             "bytes": 2 * parameters,
             "millions": round(parameters / 1e6),
             "gigabytes": round(2 * parameters / 1e9, 2),
         }
         for what, public in PUBLIC[name].items():
-            assert found[what] == public, f"{name}: {found[what]} {what}, {public} in public"
+            assert totals[what] == public, f"{name}: {totals[what]} {what}, published: {public}"
         records[name] = {"files": FILES[name], "config": config, "tensors": compact(shapes)}
     return records
 
 
 def as_text(record: Mapping[str, Any]) -> str:
-    """JSON with a tensor a line."""
+    """Return JSON with one tensor per line."""
     lines = ",\n".join("    " + json.dumps(tensor) for tensor in record["tensors"])
     head = json.dumps({key: value for key, value in record.items() if key != "tensors"}, indent=2)
     return f'{head[:-2]},\n  "tensors": [\n{lines}\n  ]\n}}\n'
