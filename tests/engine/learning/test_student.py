@@ -43,8 +43,8 @@ CPU = torch.device("cpu")
 # Of a gradient's largest element: it came through 7 matrices a block and the head, there and back, by sums of 64 terms
 # at most, and each of them may be taken in any order.
 GRADIENT = bound(2 * (7 * tiny.COMMON["num_hidden_layers"] + 1) * tiny.VOCAB, 1)
-# Of a divergence at T = 1.5, T² · Σ p·(ln p − ln q): logarithms of about ln V, each of a sum of H terms and 8 roundings.
-# Tokens' errors go either way, so that their mean has less.
+# Of a divergence at T = 1.5, T² · Σ p·(ln p − ln q): logarithms of about ln V, each of a sum of H terms and of 8 more
+# roundings. Tokens' errors go either way, so that their mean has less.
 DIVERGENCE = bound(tiny.COMMON["hidden_size"] + 8, 1.5**2 * math.log(tiny.VOCAB), safety=1)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import bound
 
 from engine.errors import RunError
 from engine.task_vectors.coefficients import (
@@ -150,7 +152,9 @@ def test_logit_undoes_sigmoid(a: float) -> None:
 
 
 def test_sigmoid_by_hand() -> None:
-    np.testing.assert_allclose(sigmoid(np.array([0.0, math.log(3), -math.log(3)])), [0.5, 0.75, 0.25], rtol=1e-15)
+    # numpy's exp is within 4 units of the last place, 8u, on any processor; ln 3, the sum and the quotient are rounded.
+    error = bound(12, 1, torch.float64)
+    np.testing.assert_allclose(sigmoid(np.array([0.0, math.log(3), -math.log(3)])), [0.5, 0.75, 0.25], rtol=error)
 
 
 def test_the_parquet_file_has_the_schema_of_the_design(tmp_path: Path) -> None:
