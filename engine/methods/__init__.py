@@ -1,1 +1,1 @@
-"""Weight-space methods, one file each, behind `engine.methods.registry`. A merge by one of them learns nothing."""
+"""Merge methods: one file per weight-space method or family, the options of the learned methods, and the registry."""

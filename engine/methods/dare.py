@@ -1,12 +1,15 @@
-"""DARE: elements of task vectors are dropped at random, and the others scaled up for them.
+"""DARE: task vectors with elements dropped at random and the kept ones rescaled.
 
-Source: Yu et al., Language Models are Super Mario, arXiv 2311.03099; the semantics are mergekit 0.1.5's, and an option
-chooses the paper's scale. Formula: τ̂ₖ = cₖ·mₖ∘τₖ with mₖ ~ Bernoulli(density); cₖ keeps the sum of absolute values of
-the tensor (`rescale_by: l1`) or is 1/density (`rescale_by: density`, the paper's 1/(1 − p)), or 1 if `rescale` is
-false. Then as Task Arithmetic (dare_linear) or TIES (dare_ties): θ = θ₀ + λ·Σₖ wₖ·τ̂ₖ, over the experts that agree in
-sign for dare_ties. Options: `weight` (an expert, 0.1), `density` (an expert, 1.0), `rescale` (true), `rescale_by` (l1),
-`normalize` (false), `lambda` (1.0); `divide_by` (weight) of dare_ties. An element's mask is a hash of the seed, the
-tensor, the expert and the element's place: whoever computes it, wherever.
+Source: Yu et al., Language Models are Super Mario, arXiv 2311.03099, with the semantics of mergekit 0.1.5; an option
+selects the paper's scale.
+Formula: τ̂ₖ = cₖ·mₖ∘τₖ with mₖ ~ Bernoulli(density); cₖ preserves the tensor's sum of absolute values
+(`rescale_by: l1`), or is 1/density (`rescale_by: density`, the paper's 1/(1 − p)), or 1 if `rescale` is false. Then as
+in Task Arithmetic (dare_linear) or TIES (dare_ties): θ = θ₀ + λ·Σₖ wₖ·τ̂ₖ, for dare_ties over the experts that agree in
+sign.
+Options: `weight` (per expert, 0.1), `density` (per expert, 1.0), `rescale` (true), `rescale_by` (l1), `normalize`
+(false), `lambda` (1.0); dare_ties also `divide_by` (weight).
+The mask of an element is a hash of seed, tensor, expert and the element's index, so it does not depend on the process
+or the order of computation.
 """
 
 from __future__ import annotations
@@ -25,31 +28,27 @@ if TYPE_CHECKING:
 RESCALE_BY = Option(
     "rescale_by",
     "l1",
-    "what `rescale` keeps: the sum of absolute values, or the expected value, by 1/density as in the paper",
+    "what `rescale` preserves: `l1` the sum of absolute values, `density` the expected value (the paper's 1/density)",
     kind=str,
     choices=("l1", "density"),
 )
 
-
 OPTIONS = (WEIGHT, DENSITY, rescale(True), RESCALE_BY, normalize(False), LAMBDA, INT8_MASK)
-
 
 SOURCE = "Yu et al., Language Models are Super Mario, arXiv 2311.03099"
 
-
 LINEAR = Method(
     "dare_linear",
-    "task vectors thinned at random, then Task Arithmetic",
+    "randomly thinned task vectors, combined by Task Arithmetic",
     SOURCE,
     "θ = θ₀ + λ·Σₖ wₖ·τ̂ₖ, τ̂ₖ = cₖ·mₖ∘τₖ, mₖ ~ Bernoulli(density)",
     OPTIONS,
     aliases=("dare_ta",),
 )
 
-
 TIES = Method(
     "dare_ties",
-    "task vectors thinned at random, then the signs of TIES",
+    "randomly thinned task vectors, combined by the sign election of TIES",
     SOURCE,
     "θ = θ₀ + λ·Σ_A wₖ·τ̂ₖ, τ̂ₖ = cₖ·mₖ∘τₖ, A: the experts that agree in sign",
     (*OPTIONS, DIVIDE_BY),
@@ -57,13 +56,13 @@ TIES = Method(
 
 
 def prepare_linear(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: one pass for the scales, where they need one, and one that merges."""
+    """Return the tensor's `Fill` for dare_linear: a merging pass, after a pass for the scales if they need one."""
     weights = [float(weight) for weight in tensor.each_own("weight")]
     return tensor.summed(_thinned(tensor), [weight * scale(tensor, weights) for weight in weights])
 
 
 def prepare_ties(tensor: MergeTensor) -> Fill:
-    """As `prepare_linear`, with an election of signs."""
+    """Return the tensor's `Fill` for dare_ties, with the passes of `prepare_linear`."""
     return tensor.elected(_thinned(tensor))
 
 

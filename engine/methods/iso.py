@@ -1,8 +1,8 @@
-"""Iso-C: the sum of the task vectors with all its singular values made equal.
+"""Iso-C: the sum of the task vectors with all singular values made equal.
 
 Source: Marczak et al., No Task Left Behind: Isotropic Model Merging, arXiv 2502.04959 (Iso-C).
-Formula: U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ); θ = θ₀ + λ·σ̄·U·Vᵀ. Tensors that are no matrices (biases, norms, embeddings
-and heads): θ₀ + (λ/K)·Σₖ τₖ.
+Formula: U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ); θ = θ₀ + λ·σ̄·U·Vᵀ. Tensors that are not matrices (biases, norms) and
+those with one row per token (embedding, head): θ₀ + (λ/K)·Σₖ τₖ.
 Options: `lambda` (1.0).
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 METHOD = Method(
     "iso",
-    "the sum of task vectors with equal singular values (Iso-C)",
+    "the sum of the task vectors with all singular values made equal (Iso-C)",
     "Marczak et al., No Task Left Behind, arXiv 2502.04959",
     "θ = θ₀ + λ·σ̄·U·Vᵀ, U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ)",
     (LAMBDA,),
@@ -28,7 +28,7 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: one singular value decomposition, of the sum."""
+    """Return the tensor's `Fill`, after one singular value decomposition of the sum."""
     import torch
 
     from engine.checkpoints.vocabulary import is_matrix

@@ -1,6 +1,6 @@
-"""The methods that learn coefficients, as a user sees them; what they do is the driver's and the trainer's.
+"""The learned methods: their options, defaults and descriptions.
 
-Options and defaults are those of `engine.methods.learned.Parameters`.
+The learning itself is in `engine/learning/`. Source: Zhang et al., Expert Merging, arXiv 2509.25712.
 """
 
 from __future__ import annotations
@@ -9,16 +9,62 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from engine.fields import Float, Int, Section
 from engine.methods.options import Method, Option
 
+# Defaults of the published command line that differ from those of `Parameters` (`preset: paper`).
+PAPER: dict[str, Any] = {
+    "weight": 0.1,
+    "samples_per_model": 5,
+    "task_vectors": "whole",
+    "hidden_loss": "mse",
+    "temperature": 1.0,
+    "loss_tokens": "all",
+    "regularization": 5.0,
+    "learning_rate": 0.5,
+    "gradient_accumulation": 8,
+    "epochs": 1,
+    "budget": 1.1,
+    "fixed": "prior",
+    "start": "prior",
+}
+
+# Defaults of AdaMerging: the prior of its paper, and no regularization.
+ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
+
+# Description of each option, for docs/methods.md and errors.
+ABOUT = {
+    "weight": "prior ᾱₖ: the coefficient at which learning starts and towards which `regularization` pulls",
+    "loss_weight": "βₖ, the weight of the expert's losses",
+    "samples_per_model": "number of calibration samples of the expert",
+    "task_vectors": "`whole`, or `orthogonal`: leading singular parts, made orthogonal across experts (TSV-M), times 4",
+    "hidden_layers": "S, the compared hidden states: `middle`, `all`, or a list of indices",
+    "hidden_loss": "`mse`, or `relative`: divided by the variance of the expert's hidden states",
+    "hidden_weight": "λ_hid, the weight of the hidden loss",
+    "temperature": "T, the temperature of the logit loss",
+    "loss_tokens": "positions that count in the losses: `all`, `text` (no images), `response`, or `auto`",
+    "regularization": "γ, the strength of the pull towards the prior",
+    "learning_rate": "learning rate of AdamW on a, with α = σ(a)",
+    "weight_decay": "weight decay of AdamW",
+    "max_grad_norm": "maximum norm of the gradient, enforced by clipping",
+    "gradient_accumulation": "samples per optimiser step",
+    "epochs": "passes over the samples",
+    "budget": "B, the coefficients per expert as a multiple of the number of merged tensors",
+    "kappa": "κ, the exponent of the importance: 0 spreads the chunks evenly, above 1 sharpens the differences",
+    "fixed": "coefficient of a tensor without chunks: `prior`, or `stage1` for its value of stage 1",
+    "start": "start of stage 2: `prior`, or `stage1` for the coefficients of stage 1",
+    "granularity": "`layer`: one coefficient per expert and tensor; `task`: one per expert",
+}
+
+# Options of stage 2, and of the losses against the expert's targets: those that some methods lack.
+SECOND_STAGE = ("budget", "kappa", "fixed", "start")
+ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
+
 
 class ModelParameters(Section):
-    """Options that an expert may have of its own; None: the top level's."""
+    """Options of one expert; None means the merge's value in `Parameters`."""
 
     weight: Float | Literal["auto"] | None = None
     loss_weight: Annotated[Float, Field(ge=0)] | None = None
@@ -26,7 +72,7 @@ class ModelParameters(Section):
 
 
 class Parameters(Section):
-    """Options of the method, by the paper's names; the defaults are what `benchmarks/quality` found, see also PAPER."""
+    """Options of a merge. The defaults were chosen by `benchmarks/quality`; `PAPER` has those of the published code."""
 
     weight: Float | Literal["auto"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0)] = 1.0
@@ -50,58 +96,6 @@ class Parameters(Section):
     granularity: Literal["layer", "task"] = "layer"
 
 
-# Defaults of the published command line, where ours are others; and of AdaMerging: its
-# paper's prior, no pull back to it, and prompts as they are, since no expert answers them.
-PAPER: dict[str, Any] = {
-    "weight": 0.1,
-    "samples_per_model": 5,
-    "task_vectors": "whole",
-    "hidden_loss": "mse",
-    "temperature": 1.0,
-    "loss_tokens": "all",
-    "regularization": 5.0,
-    "learning_rate": 0.5,
-    "gradient_accumulation": 8,
-    "epochs": 1,
-    "budget": 1.1,
-    "fixed": "prior",
-    "start": "prior",
-}
-
-
-ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
-
-
-ABOUT = {
-    "weight": "ᾱₖ, the prior: where learning starts, and what it is pulled back to",
-    "loss_weight": "βₖ, what the expert's losses count",
-    "samples_per_model": "calibration samples of an expert",
-    "task_vectors": "whole, or their leading singular parts made orthogonal (TSV-M), times 4",
-    "hidden_layers": "S, the hidden states that are compared: middle, all, or indices",
-    "hidden_loss": "of hidden states: mse, or relative to the expert's own variance",
-    "hidden_weight": "λ_hid, what the hidden loss counts",
-    "temperature": "T of the logit loss",
-    "loss_tokens": "whose losses count: all, text (no image), response (from what predicts its first token), or auto",
-    "regularization": "γ, the pull back to the prior",
-    "learning_rate": "of AdamW on a, α = σ(a)",
-    "weight_decay": "of AdamW",
-    "max_grad_norm": "the gradient's norm is clipped to it",
-    "gradient_accumulation": "samples of an optimiser step",
-    "epochs": "how often the samples are gone through",
-    "budget": "B, coefficients of an expert as a multiple of the merged tensors",
-    "kappa": "κ: 0 spreads chunks evenly, above 1 sharpens the importance",
-    "fixed": "what a tensor without chunks keeps: prior or stage1",
-    "start": "where stage 2 starts: prior or stage1",
-    "granularity": "one coefficient an expert and tensor (layer), or one an expert (task)",
-}
-
-
-SECOND_STAGE = ("budget", "kappa", "fixed", "start")
-
-
-ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
-
-
 def _options(without: tuple[str, ...], defaults: Mapping[str, Any] = MappingProxyType({})) -> tuple[Option, ...]:
     return tuple(
         Option(
@@ -119,7 +113,7 @@ def _options(without: tuple[str, ...], defaults: Mapping[str, Any] = MappingProx
 METHODS = (
     Method(
         "expert_merging",
-        "coefficients learned on unlabelled samples, one an expert and tensor",
+        "coefficients learned from unlabelled samples, one per expert and tensor",
         "Zhang et al., Expert Merging, arXiv 2509.25712",
         "θ = θ₀ + Σₖ αₖ·τₖ, α = argmin L_logit + λ_hid·L_hid + γ·R",
         _options(("granularity", *SECOND_STAGE)),
@@ -127,7 +121,7 @@ METHODS = (
     ),
     Method(
         "expert_merging_pp",
-        "the same, and then several coefficients for important tensors",
+        "Expert Merging, then a second stage with several coefficients for important tensors",
         "Zhang et al., Expert Merging, arXiv 2509.25712 (Expert Merging++)",
         "θ = θ₀ + Σₖ Σₛ αₖ,ₛ·τₖ,ₛ",
         _options(("granularity",)),

@@ -1,9 +1,9 @@
 """Linear: a weighted mean of models (model soups).
 
-Source: Wortsman et al., Model soups, arXiv 2203.05482; the semantics are mergekit 0.1.5's.
-Formula: θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ over the models, and the base where it is listed among them; without the division if
-`normalize` is false. In float32, rounded once.
-Options: `weight` (a model, 1.0), `normalize` (true).
+Source: Wortsman et al., Model soups, arXiv 2203.05482, with the semantics of mergekit 0.1.5.
+Formula: θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ over the models, including the base if it is listed among them; without the division if
+`normalize` is false. Computed in float32, rounded once.
+Options: `weight` (per model, 1.0), `normalize` (true).
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ METHOD = Method(
     "a weighted mean of the models",
     "Wortsman et al., Model soups, arXiv 2203.05482",
     "θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ",
-    (Option("weight", 1.0, "wᵢ, the model's weight", "model"), normalize(True)),
+    (Option("weight", 1.0, "wᵢ, the weight of the model", "model"), normalize(True)),
     base="optional",
 )
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: one pass over every model.
+    """Return the tensor's `Fill`: one pass over every model.
 
     Raises:
-        ConfigError: the weights of a tensor sum to zero and are to be divided by it.
+        ConfigError: `normalize` is true and the weights of the tensor sum to zero.
     """
     weights = [float(weight) for weight in tensor.each_own("weight")]
-    own = float(tensor.base_values["weight"]) if tensor.base_values is not None else 0.0
-    total = sum(weights) + own if tensor.values["normalize"] else 1.0
+    base_weight = float(tensor.base_values["weight"]) if tensor.base_values is not None else 0.0
+    total = sum(weights) + base_weight if tensor.values["normalize"] else 1.0
     if total == 0:
         raise ConfigError(
-            "the weights sum to zero, by which they would be divided",
+            "the weights sum to zero and cannot be normalized",
             tensor.name,
-            do="other weights, or normalize: false",
+            do="change the weights, or set normalize: false",
         )
-    return tensor.sum_of_models(own / total, [weight / total for weight in weights])
+    return tensor.sum_of_models(base_weight / total, [weight / total for weight in weights])

@@ -1,7 +1,7 @@
-"""The methods that mergekit's own library has and this package has not, run tensor by tensor by that library.
+"""The methods that only mergekit's library has, run by that library tensor by tensor.
 
-Optional: `pip install ".[mergekit]"`. Knows the library's public interface of 0.1.5 (`merge_methods`), nothing of its
-planner, loaders or files. A tensor of the base and of every expert stands in memory whole, in float32.
+Optional: `pip install ".[mergekit]"`. Uses the public interface of mergekit 0.1.5 (`merge_methods`), not its planner,
+loaders or files. A tensor is in memory as a whole in float32, once for the base and once for every expert.
 """
 
 from __future__ import annotations
@@ -24,43 +24,40 @@ if TYPE_CHECKING:
 
 INSTALL = 'pip install ".[mergekit]"'
 
-
-# What mergekit 0.1.5 has beside ours, with a line for those who have not installed it.
+# Methods that mergekit 0.1.5 has in addition, described here so that they can be listed without the library.
 NAMES = {
     "slerp": "spherical interpolation between two models",
     "nuslerp": "spherical interpolation of task vectors or models, with weights",
     "multislerp": "spherical interpolation of any number of models",
     "karcher": "the Riemannian (Karcher) mean of models",
-    "model_stock": "towards the base by the angle between experts",
-    "sce": "select by variance, calculate weights, erase minorities",
-    "della": "task vectors thinned at random by rank, with the signs of TIES",
-    "della_linear": "task vectors thinned at random by rank",
+    "model_stock": "interpolation between the base and the experts' mean, by the angle between their task vectors",
+    "sce": "elements of high variance selected, weighted per expert, minority signs erased",
+    "della": "task vectors randomly thinned by magnitude rank, with the sign election of TIES",
+    "della_linear": "task vectors randomly thinned by magnitude rank",
     "breadcrumbs": "task vectors without their largest and smallest elements",
-    "breadcrumbs_ties": "breadcrumbs with the signs of TIES",
-    "nearswap": "the base moved to where the other model is near",
-    "arcee_fusion": "the elements of one model that changed much",
-    "ram": "agents' weights where one or several changed them",
-    "ramplus_tl": "ram, scaled up by how much is shared",
+    "breadcrumbs_ties": "breadcrumbs with the sign election of TIES",
+    "nearswap": "the base, interpolated towards another model where the two are close",
+    "arcee_fusion": "the base with the most important changes of one model",
+    "ram": "Reinforced Agent Merging: changes of one expert kept, shared changes averaged",
+    "ramplus_tl": "RAM with the changes of one expert scaled up by the share of common changes",
     "passthrough": "one model, scaled",
 }
 
-
-# The base among the inputs; no expert's name has such a sign.
+# Name of the base among the inputs; no expert's name contains a NUL.
 BASE = "\0base"
 
-
-# Some draw random numbers from torch's one generator: one tensor at a time, from a seed of its own.
+# Some methods draw from torch's global generator, so tensors are merged one at a time, each with its own seed.
 _generator = threading.Lock()
 
 
-@cache  # options make their checks once, and are asked for every tensor
+@cache  # the options are looked up for every tensor, and building them is slow
 def method(name: str) -> Method | None:
-    """The library's method of that name as one of ours; None where it has none."""
+    """Return the library's method `name` as a `Method`, or None if the library has no such method."""
     from mergekit.merge_methods import registered_methods
 
-    for found in registered_methods():
-        if found.spec.name == name:
-            spec = found.spec
+    for registered in registered_methods():
+        if registered.spec.name == name:
+            spec = registered.spec
             return Method(
                 name,
                 NAMES.get(name, spec.pretty_name or name),
@@ -74,10 +71,10 @@ def method(name: str) -> Method | None:
 
 
 def check_models(name: str, models: list[str], has_base: bool) -> None:
-    """Whether the method takes so many models, with or without a base.
+    """Check that the method accepts these models, with or without a base.
 
     Raises:
-        ConfigError: in the library's words.
+        ConfigError: the library refuses them; the error contains its message.
     """
     from mergekit.merge_methods import get
 
@@ -88,7 +85,7 @@ def check_models(name: str, models: list[str], has_base: bool) -> None:
 
 
 def preparation(name: str) -> Callable[[MergeTensor], Fill]:
-    """The method's arithmetic: the library's, on one tensor."""
+    """Return the function that merges one tensor by the library's method `name`."""
     return lambda tensor: _prepare(name, tensor)
 
 
@@ -102,10 +99,10 @@ def _prepare(name: str, tensor: MergeTensor) -> Fill:
         models.insert(len(models) if tensor.base_place is None else tensor.base_place, (BASE, base))
     parameters: dict[str, Any] = dict(tensor.values)
     for parameter in get(name).spec.input_parameters:
-        own = {model: mine[parameter.name] for model, mine in zip(tensor.models, tensor.own, strict=True)}
+        by_model = {model: values[parameter.name] for model, values in zip(tensor.models, tensor.own, strict=True)}
         if tensor.has_base and parameter.scope.value == "input":
-            own[BASE] = (tensor.base_values or {})[parameter.name]
-        parameters[parameter.name] = own
+            by_model[BASE] = (tensor.base_values or {})[parameter.name]
+        parameters[parameter.name] = by_model
     parameters = {option: value for option, value in parameters.items() if value is not None}
     try:
         with _generator, torch.no_grad():
@@ -117,7 +114,7 @@ def _prepare(name: str, tensor: MergeTensor) -> Fill:
                 base=BASE if tensor.has_base else None,
             )[tensor.name]
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"mergekit's {name} refuses the tensor: {error}", tensor.name) from error
+        raise ConfigError(f"mergekit's {name} cannot merge the tensor: {error}", tensor.name) from error
     merged_N = merged.reshape(-1)
 
     def fill(piece: Piece, out_N: Tensor) -> None:

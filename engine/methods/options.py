@@ -1,8 +1,8 @@
-"""What a method is to a user: its name, source and formula, its options and their defaults. No arithmetic, no torch.
+"""Methods and options as data: names, sources, formulas, defaults, and the evaluation of settings. Free of torch.
 
-A setting is what a YAML gives for an option, in mergekit's forms: a value; a list of values, which is a gradient over
-the layers; `{filter, value}`, or a list of those, of which the first whose `filter` is part of the tensor's name
-counts.
+A setting is the value of an option in a YAML, in one of mergekit's forms: a value; a list of values, which is a
+gradient over the layers; `{filter, value}`; or a list of `{filter, value}`, of which the first applies whose `filter`
+is part of the tensor's name.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from typing import Any, Literal
 import pydantic
 
 Value = bool | int | float | str
-
-
 Setting = Any
-
-
 Settings = Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a method; its type is that of `kind`.
+    """An option of a method.
 
-    `scope`: `merge`, one value a tensor; `expert`, one an expert and tensor; `model`, as `expert`, and one for the base
-    where it takes part. `required`: there is no default, so one has to be given.
+    Attributes:
+        name: Its key in the config.
+        default: Its default; None for a required option.
+        about: One line for docs/methods.md, and the `expected` part of errors.
+        scope: `merge`: one value per tensor. `expert`: one per expert and tensor. `model`: as `expert`, and one for the
+            base if it is one of the models.
+        kind: Type of a value, as pydantic validates it.
+        choices: The allowed values, if not all of the type are.
+        low, high: Bounds of a number, inclusive.
+        required: The option has no default.
     """
 
     name: str
@@ -44,7 +48,7 @@ class Option:
 
     @property
     def kind_name(self) -> str:
-        """The type in a word."""
+        """Name of the type."""
         return getattr(self.kind, "__name__", str(self.kind))
 
     @cached_property
@@ -52,36 +56,39 @@ class Option:
         return pydantic.TypeAdapter(self.kind)
 
     def value(self, given: Any) -> Value:
-        """What was given, as the option's type.
+        """Return `given` converted to the option's type.
 
         Raises:
-            ValueError: it is of another type, or out of bounds.
+            ValueError: it has another type, or is none of the choices, or out of bounds.
         """
         if isinstance(given, bool) and self.kind is not bool:
-            raise ValueError(f"{given} is no {self.kind_name}")
+            raise ValueError(f"{given} is not of type {self.kind_name}")
         try:
             value: Value = self._adapter.validate_python(given)
         except pydantic.ValidationError as error:
-            raise ValueError(f"{given!r} is no {self.kind_name}") from error
+            raise ValueError(f"{given!r} is not of type {self.kind_name}") from error
         if self.choices and value not in self.choices:
-            raise ValueError(f"{given!r} is none of {', '.join(self.choices)}")
+            raise ValueError(f"{given!r} is not one of {', '.join(self.choices)}")
         if isinstance(value, int | float) and not (math.isfinite(value) and self.low <= value <= self.high):
-            raise ValueError(f"{given!r} is not within {self.low:g} and {self.high:g}")
+            raise ValueError(f"{given!r} is not between {self.low:g} and {self.high:g}")
         return value
 
     def check(self, setting: Setting) -> None:
-        """Look at every value of a setting.
+        """Check the form of a setting and each of its values.
 
         Raises:
-            ValueError: one is not allowed, or the setting has no form that is known.
+            ValueError: a value is not allowed, or the setting has an unknown form.
         """
         for value in _values(setting):
             self.value(value)
 
     def resolve(self, scopes: Iterable[Settings | None], tensor: str, depth: float) -> Value | None:
-        """The value for a tensor: that of the first of the scopes which says one, else the default.
+        """Return the option's value for a tensor.
 
-        `depth`: where the tensor's layer stands between the first (0) and the last (1).
+        Args:
+            scopes: Settings in order of precedence. The first with a value for the tensor applies, else the default.
+            tensor: The tensor's name.
+            depth: Position of the tensor's layer, from 0 (first) to 1 (last).
         """
         for scope in scopes:
             if scope is not None and self.name in scope:
@@ -94,19 +101,20 @@ class Option:
 def _values(setting: Setting) -> Iterator[Any]:
     if isinstance(setting, Mapping):
         if "value" not in setting or set(setting) - {"filter", "value"}:
-            raise ValueError("a mapping has `value`, and `filter` where it is for some tensors only")
+            raise ValueError("a mapping must have `value`, optionally `filter`, and no other key")
         if not isinstance(setting.get("filter"), str | None):
-            raise ValueError("`filter` is part of a tensor's name")
+            raise ValueError("`filter` must be a text, a part of a tensor's name")
         yield from _values(setting["value"])
     elif isinstance(setting, list):
-        if any(isinstance(one, Mapping) for one in setting) and not all(isinstance(one, Mapping) for one in setting):
-            raise ValueError("a list has values or {filter, value}, not both")
+        mappings = sum(isinstance(item, Mapping) for item in setting)
+        if 0 < mappings < len(setting):
+            raise ValueError("a list must not mix values and {filter, value}")
         if not setting:
-            raise ValueError("a list has at least one value")
-        if any(isinstance(one, list) for one in setting):
-            raise ValueError("a list has no lists in it")
-        for one in setting:
-            yield from _values(one)
+            raise ValueError("a list must not be empty")
+        if any(isinstance(item, list) for item in setting):
+            raise ValueError("a list must not contain lists")
+        for item in setting:
+            yield from _values(item)
     else:
         yield setting
 
@@ -117,26 +125,35 @@ def _evaluate(setting: Setting, tensor: str, depth: float, of: Callable[[Any], V
         return of(conditions)
     if isinstance(conditions[0], Mapping):
         for condition in conditions:
-            wanted = condition.get("filter")
-            if wanted is None or wanted == "*" or wanted in tensor:
+            part = condition.get("filter")
+            if part is None or part == "*" or part in tensor:
                 return _evaluate(condition["value"], tensor, depth, of)
         return None
-    values = [of(one) for one in conditions]
+    values = [of(item) for item in conditions]
     place = depth * (len(values) - 1)
     below = int(place)
     if any(isinstance(value, bool | str) for value in values):
         return values[below]
     above = min(below + 1, len(values) - 1)
-    part = place - below
-    return of((1 - part) * float(values[below]) + part * float(values[above]))
+    fraction = place - below
+    return of((1 - fraction) * float(values[below]) + fraction * float(values[above]))
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: `summary` in one line, `source` (paper), `formula` of one tensor, its options.
+    """A merge method.
 
-    `base`: whether θ₀ must be given. `outputs`: one model, or one an expert. `whole`: it holds whole tensors in memory,
-    a bounded number whatever the number of experts; else a bounded number of elements.
+    Attributes:
+        name: Its `merge_method` in the config.
+        summary: A noun phrase for lists of methods.
+        source: The paper.
+        formula: The merged tensor.
+        options: Its options.
+        base: Whether `base_model` is required.
+        outputs: One merged model, or one per expert.
+        whole: It holds a bounded number of whole tensors in memory; otherwise a bounded number of elements.
+        aliases: Other names accepted in a config.
+        learned: Its coefficients are learned.
     """
 
     name: str
@@ -152,30 +169,27 @@ class Method:
 
     @cached_property
     def by_name(self) -> dict[str, Option]:
-        """The options by their names."""
+        """The options, by name."""
         return {option.name: option for option in self.options}
 
 
-# What several methods share.
+# Options shared by several methods.
 WEIGHT = Option("weight", 0.1, "wₖ, the coefficient of the expert's task vector", "expert")
-
-
-DENSITY = Option("density", 1.0, "the part of the task vector's elements that is kept", "expert", low=0, high=1)
-
-
-LAMBDA = Option("lambda", 1.0, "λ, what the sum of the task vectors is multiplied by")
-
-
-INT8_MASK = Option("int8_mask", False, "of mergekit's configs; changes nothing here", kind=bool)
+DENSITY = Option("density", 1.0, "fraction of the task vector's elements that is kept", "expert", low=0, high=1)
+LAMBDA = Option("lambda", 1.0, "λ, the factor of the sum of the task vectors")
+INT8_MASK = Option("int8_mask", False, "accepted for mergekit's configs; has no effect", kind=bool)
 
 
 def normalize(default: bool) -> Option:
-    """Whether a sum is divided by the sum of its weights."""
+    """Return the option `normalize`: division of a weighted sum by the sum of the weights."""
     return Option("normalize", default, "divide by the sum of the weights", kind=bool)
 
 
 def rescale(default: bool) -> Option:
-    """Whether elements that are kept are scaled up for those that are not."""
+    """Return the option `rescale`: scaling of the kept elements to make up for the dropped ones."""
     return Option(
-        "rescale", default, "scale what is kept, so that the tensor's sum of absolute values is as before", kind=bool
+        "rescale",
+        default,
+        "scale the kept elements so that the tensor's sum of absolute values is preserved",
+        kind=bool,
     )

@@ -1,6 +1,6 @@
-"""Every method by its name: those of this package, those that are learned, and what mergekit's library may add.
+"""All methods by name: the learned ones, the weight-space methods of this package, and those of mergekit's library.
 
-Knows what methods are called and take; a method's arithmetic is in its own file, and is imported when a merge starts.
+Importing this module does not import torch; a method imports its arithmetic when a merge starts.
 """
 
 from __future__ import annotations
@@ -48,62 +48,56 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
     )
 }
 
-
 LEARNED = {method.name: method for method in learned.METHODS}
-
-
 NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
-
-
 MERGEKIT, INSTALL = mergekit_library.NAMES, mergekit_library.INSTALL
-
-
 ALIASES = {alias: method.name for method in NATIVE.values() for alias in method.aliases}
-
-
-# Every name that a config may give, as far as it is known without mergekit's library.
+# All names that a config may contain and that are known without mergekit's library.
 NAMES = (*LEARNED, *NATIVE, *ALIASES, *MERGEKIT)
 
 
 def has_mergekit() -> bool:
-    """Whether mergekit's library is installed."""
+    """Return whether mergekit's library is installed."""
     return importlib.util.find_spec("mergekit") is not None
 
 
 def find_method(name: str) -> Method | None:
-    """The method of that name or alias; None where there is none, or only in a library that is not installed."""
+    """Return the method with this name or alias, or None if it is unknown or its library is not installed."""
     name = ALIASES.get(name, name)
-    found = LEARNED.get(name) or NATIVE.get(name)
-    return found or (mergekit_library.method(name) if has_mergekit() else None)
+    method = LEARNED.get(name) or NATIVE.get(name)
+    return method or (mergekit_library.method(name) if has_mergekit() else None)
 
 
 def get_method(name: str) -> Method:
-    """The method of a name that a config was read with."""
+    """Return the method with this name or alias, which must exist, as in a config that has been read."""
     method = find_method(name)
     assert method is not None, name
     return method
 
 
 def known_options() -> dict[str, Option]:
-    """Every option of every method of ours: a config may keep those of one method when it is run by another."""
+    """Return all options of learned and native methods, by name.
+
+    A config may keep options of one method when it is run with another.
+    """
     return {option.name: option for method in (*LEARNED.values(), *NATIVE.values()) for option in method.options}
 
 
 def preparation(name: str) -> Prepare:
-    """The arithmetic of a method that learns nothing."""
+    """Return the `prepare` function of a weight-space method."""
     if name in _NATIVE:
         return _NATIVE[name][1]
     return mergekit_library.preparation(name)
 
 
 def check_inputs(name: str, models: list[str], has_base: bool) -> None:
-    """Whether a method takes so many models, with or without a base.
+    """Check that a weight-space method accepts these models, with or without a base.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: the method needs a base, or mergekit's library refuses the models.
     """
     method = get_method(name)
     if method.base == "required" and not has_base:
-        raise ConfigError(f"{name} needs a base", "base_model", "the model that the experts were fine-tuned from")
+        raise ConfigError(f"{name} requires a base", "base_model", "the model that the experts were fine-tuned from")
     if name not in NATIVE:
         mergekit_library.check_models(name, models, has_base)

@@ -1,13 +1,13 @@
-"""Task singular vectors: the leading singular vectors of every task vector, made orthogonal to each other's (TSV-M).
+"""Task singular vectors: the leading singular parts of every task vector, made orthogonal across experts (TSV-M).
 
 Source: Gargiulo et al., Task Singular Vectors, arXiv 2412.00081 (TSV-Merge).
 Formula: of each τₖ = Uₖ·Σₖ·Vₖᵀ the leading r = ⌊rank·min(m, n)⌋ parts; U = [U₁ … U_K], V = [V₁ … V_K] and their nearest
-orthogonal matrices U⊥ = P·Qᵀ with P·D·Qᵀ = U, V⊥ likewise; θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ. Tensors that are no
-matrices: θ₀ + (λ/K)·Σₖ τₖ.
-Options: `rank` (0, which means 1/K: as many parts in all as a matrix has), `lambda` (1.0).
+orthogonal matrices U⊥ = P·Qᵀ with P·D·Qᵀ = U, V⊥ likewise; θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ. Tensors that are
+not matrices: θ₀ + (λ/K)·Σₖ τₖ.
+Options: `rank` (0, which means 1/K: as many parts in total as a matrix has), `lambda` (1.0).
 
-`svd_intermediate` stops half-way: one model an expert, θ₀ + λ·(the leading r parts of τₖ); tensors that are no matrices
-are the expert's, θ₀ + λ·τₖ.
+`svd_intermediate` writes one model per expert, θ₀ + λ·(the leading r parts of τₖ); for tensors that are not matrices,
+θ₀ + λ·τₖ.
 """
 
 from __future__ import annotations
@@ -21,25 +21,22 @@ if TYPE_CHECKING:
     from engine.task_vectors.pipeline import Fill
 
 
-RANK = Option("rank", 0.0, "r as a part of min(m, n); 0: 1/K", low=0, high=1)
-
+RANK = Option("rank", 0.0, "r as a fraction of min(m, n); 0 means 1/K", low=0, high=1)
 
 SOURCE = "Gargiulo et al., Task Singular Vectors, arXiv 2412.00081"
 
-
 METHOD = Method(
     "svd",
-    "the leading singular vectors of every task vector, made orthogonal (TSV-M)",
+    "the leading singular parts of every task vector, made orthogonal across experts (TSV-M)",
     SOURCE,
     "θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ, of the leading parts of τₖ = Uₖ·Σₖ·Vₖᵀ",
     (RANK, LAMBDA),
     whole=True,
 )
 
-
 INTERMEDIATE = Method(
     "svd_intermediate",
-    "each expert with its task vector cut to its leading singular values: one model an expert",
+    "one model per expert: the base plus the leading singular parts of the expert's task vector",
     SOURCE,
     "θ⁽ᵏ⁾ = θ₀ + λ·Uₖ,ᵣ·Σₖ,ᵣ·Vₖ,ᵣᵀ",
     (RANK, LAMBDA),
@@ -49,7 +46,7 @@ INTERMEDIATE = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: K singular value decompositions, and two of what is left of them."""
+    """Return the tensor's `Fill` for svd, after K singular value decompositions and two of their concatenated parts."""
     from engine.checkpoints.vocabulary import is_matrix
     from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors, orthogonal_parts
 
@@ -63,7 +60,7 @@ def prepare(tensor: MergeTensor) -> Fill:
 
 
 def prepare_intermediate(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed, of a merge that has one expert: its own output."""
+    """Return the tensor's `Fill` for the output of svd_intermediate of one expert, the only one of `tensor`."""
     from engine.checkpoints.vocabulary import is_matrix
     from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors
 

@@ -1,8 +1,8 @@
-"""Task Arithmetic: the base and a weighted sum of task vectors.
+"""Task Arithmetic: the base plus a weighted sum of task vectors.
 
-Source: Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089; the semantics are mergekit 0.1.5's.
-Formula: θ = θ₀ + λ·Σₖ wₖ·τₖ, the sum divided by Σₖ wₖ if `normalize`. In float32, rounded once.
-Options: `weight` (an expert, 0.1), `normalize` (false), `lambda` (1.0).
+Source: Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089, with the semantics of mergekit 0.1.5.
+Formula: θ = θ₀ + λ·Σₖ wₖ·τₖ, the sum divided by Σₖ wₖ if `normalize` is true. Computed in float32, rounded once.
+Options: `weight` (per expert, 0.1), `normalize` (false), `lambda` (1.0).
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from engine.task_vectors.pipeline import Fill
 
 
-# mergekit divides by no sum that is smaller.
+# As in mergekit, a smaller sum of weights does not divide.
 LEAST_SUM = 1e-8
-
 
 METHOD = Method(
     "task_arithmetic",
-    "the base and a weighted sum of task vectors",
+    "the base plus a weighted sum of task vectors",
     "Ilharco et al., Editing Models with Task Arithmetic, arXiv 2212.04089",
     "θ = θ₀ + λ·Σₖ wₖ·τₖ",
     (WEIGHT, normalize(False), LAMBDA, INT8_MASK),
@@ -30,13 +29,13 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: one pass over every expert."""
+    """Return the tensor's `Fill`: one pass over every expert."""
     weights = [float(weight) for weight in tensor.each_own("weight")]
     return tensor.sum_of_task_vectors([weight * scale(tensor, weights) for weight in weights])
 
 
 def scale(tensor: MergeTensor, weights: list[float]) -> float:
-    """λ, or λ / Σₖ wₖ."""
+    """Return the factor of the weighted sum: λ, or λ / Σₖ wₖ if `normalize` is true."""
     total = sum(weights)
     divisor = total if tensor.values["normalize"] and abs(total) >= LEAST_SUM else 1.0
     return float(tensor.values["lambda"]) / divisor

@@ -1,14 +1,14 @@
-"""TIES: task vectors are trimmed, a sign is elected for every element, and those that have it are averaged.
+"""TIES: trimmed task vectors, averaged per element over the experts that agree with an elected sign.
 
-Source: Yadav et al., TIES-Merging, arXiv 2306.01708; the semantics are mergekit 0.1.5's, and two options choose those
-of the paper's published code. Formula: τ̂ₖ = the elements of τₖ that are largest by absolute value, max(1, ⌊density·n⌋)
-of n; s = sign(Σₖ wₖ·τ̂ₖ), + where the sum is zero; A = the experts whose wₖ·τ̂ₖ has the sign s; θ = θ₀ + λ·Σ_A wₖ·τ̂ₖ /
-Σ_A wₖ (no division if `normalize` is false). Of elements that are equal by absolute value the first of the tensor are
-kept.
-Options: `weight` (an expert, 0.1), `density` (an expert, 1.0), `normalize` (true), `lambda` (1.0), `rescale` (false);
-`trim: model` counts the n elements over the whole model, and keeps all that are equal to the smallest that is kept;
-`divide_by: count` divides by the number of experts in A instead of their weights.
-The smallest element that is kept is found exactly by counting, in two passes, and never by sorting.
+Source: Yadav et al., TIES-Merging, arXiv 2306.01708, with the semantics of mergekit 0.1.5; two options select those of
+the paper's published code. Formula: τ̂ₖ = the max(1, ⌊density·n⌋) elements of τₖ with the largest absolute values, of n;
+s = sign(Σₖ wₖ·τ̂ₖ), + where the sum is zero; A = the experts whose wₖ·τ̂ₖ has the sign s; θ = θ₀ + λ·Σ_A wₖ·τ̂ₖ / Σ_A wₖ
+(no division if `normalize` is false). Among elements with absolute values equal to the threshold, the first ones of the
+tensor are kept.
+Options: `weight` (per expert, 0.1), `density` (per expert, 1.0), `normalize` (true), `lambda` (1.0), `rescale` (false);
+`trim: model` counts the n elements over the whole model and keeps all that are equal to the threshold; `divide_by:
+count` divides by the number of experts in A instead of the sum of their weights.
+The threshold is found exactly, by counting in two passes instead of sorting.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ if TYPE_CHECKING:
 TRIM = Option(
     "trim",
     "tensor",
-    "where `density` is counted: in each tensor, or over the whole model as the paper's code does",
+    "scope of `density`: each `tensor`, or the whole `model` as in the paper's code",
     kind=str,
     choices=("tensor", "model"),
 )
 
-
 DIVIDE_BY = Option(
     "divide_by",
     "weight",
-    "what `normalize` divides by: the weights of the experts that agree, or their count as the paper's code does",
+    "divisor of `normalize`: the agreeing experts' `weight`, or their `count` as in the paper's code",
     kind=str,
     choices=("weight", "count"),
 )
 
-
 METHOD = Method(
     "ties",
-    "trimmed task vectors, a sign elected for every element, the mean of those that have it",
+    "trimmed task vectors, averaged per element over the experts that agree with the elected sign",
     "Yadav et al., TIES-Merging, arXiv 2306.01708",
     "θ = θ₀ + λ·Σ_A wₖ·τ̂ₖ / Σ_A wₖ, A: the experts that agree with sign(Σₖ wₖ·τ̂ₖ)",
     (WEIGHT, DENSITY, normalize(True), LAMBDA, rescale(False), TRIM, DIVIDE_BY, INT8_MASK),
@@ -50,7 +48,7 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: two passes that count, where density is below 1, and one that merges."""
+    """Return the tensor's `Fill`: one merging pass, after two counting passes if a density is below 1."""
     from engine.methods.arithmetic.sparse import Dense, Trimmed
     from engine.methods.arithmetic.tensor import Sparse
 

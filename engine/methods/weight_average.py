@@ -1,7 +1,7 @@
 """Weight average: the plain mean of the experts.
 
 Source: Wortsman et al., Model soups, arXiv 2203.05482 (the uniform soup).
-Formula: θ = (1/K)·Σₖ θₖ. The base takes no part. No options.
+Formula: θ = (1/K)·Σₖ θₖ, without the base. No options.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed: one pass over every expert."""
+    """Return the tensor's `Fill`: one pass over every expert."""
     experts = len(tensor.task_vectors)
     return tensor.sum_of_models(0.0, [1 / experts] * experts)

@@ -1,16 +1,17 @@
-"""WUDI: the task vector that disturbs every expert least in the subspace of that expert's own, by gradient descent.
+"""WUDI: a merged task vector that interferes least with each expert's task vector, found by gradient descent.
 
 Source: Cheng et al., Whoever Started the Interference Should End It, arXiv 2503.08099 (wudi); Wei et al., Unifying
 Multimodal LLM Capabilities and Modalities via Model Merging, arXiv 2505.19892 (wudi2).
 Formula: τ = argmin Σₖ ‖(τ − Tₖ)·Rₖᵀ‖²_F / ‖τₖ‖²_F, from Σₖ τₖ by `steps` steps of Adam; θ = θ₀ + λ·τ.
 wudi: Tₖ = Rₖ = τₖ. wudi2: with the leading r = ⌊min(m, n)/K⌋ parts, Rₖ = Σₖ,ᵣ·Vₖ,ᵣᵀ of τₖ, and Tₖ = τ̄ + the leading
-parts of τₖ − τ̄, τ̄ = (1/K)·Σₖ τₖ (of the published code for fully fine-tuned experts); for adapters it takes `center`
-false, `start: mean`, `optimizer: sgd` and a learning rate of 1e-4. Tensors that are no matrices: θ₀ + (λ/K)·Σₖ τₖ.
-Options: `steps` (300), `learning_rate` (1e-5), `lambda` (1.0); of wudi2 `center` (true), `start` (sum), `optimizer`
+parts of τₖ − τ̄, τ̄ = (1/K)·Σₖ τₖ. These are the defaults of the published code for fully fine-tuned experts; for
+adapters it uses `center: false`, `start: mean`, `optimizer: sgd` and a learning rate of 1e-4. Tensors that are not
+matrices: θ₀ + (λ/K)·Σₖ τₖ.
+Options: `steps` (300), `learning_rate` (1e-5), `lambda` (1.0); wudi2 also `center` (true), `start` (sum), `optimizer`
 (adam).
 
-The loss is quadratic in τ: its gradient is 2·(τ·A − B) with A = Σₖ RₖᵀRₖ/‖τₖ‖² and B = Σₖ Tₖ·RₖᵀRₖ/‖τₖ‖², so that what
-stands in memory, and what a step costs, does not grow with the number of experts.
+The loss is quadratic in τ: its gradient is 2·(τ·A − B) with A = Σₖ RₖᵀRₖ/‖τₖ‖² and B = Σₖ Tₖ·RₖᵀRₖ/‖τₖ‖². Memory and
+the cost of a step are therefore independent of the number of experts.
 """
 
 from __future__ import annotations
@@ -26,36 +27,26 @@ if TYPE_CHECKING:
     from engine.task_vectors.pipeline import Fill
 
 
-STEPS = Option("steps", 300, "steps of gradient descent a tensor", kind=int, low=0)
-
-
-LEARNING_RATE = Option("learning_rate", 1e-5, "of the optimiser", low=0)
-
-
-CENTER = Option("center", True, "cut τₖ − τ̄ to its leading parts, not τₖ", kind=bool)
-
-
+STEPS = Option("steps", 300, "gradient descent steps per tensor", kind=int, low=0)
+LEARNING_RATE = Option("learning_rate", 1e-5, "learning rate of the optimiser", low=0)
+CENTER = Option("center", True, "cut τₖ − τ̄ to its leading parts instead of τₖ", kind=bool)
 START = Option(
-    "start", "sum", "where τ begins: the sum of the task vectors, or their mean", kind=str, choices=("sum", "mean")
+    "start", "sum", "start of τ: the `sum` of the task vectors, or their `mean`", kind=str, choices=("sum", "mean")
 )
-
-
-OPTIMIZER = Option("optimizer", "adam", "adam, or sgd with a momentum of 0.9", kind=str, choices=("adam", "sgd"))
-
+OPTIMIZER = Option("optimizer", "adam", "`adam`, or `sgd` with momentum 0.9", kind=str, choices=("adam", "sgd"))
 
 METHOD = Method(
     "wudi",
-    "the task vector that disturbs every expert's own least",
+    "a merged task vector that interferes least with each expert's task vector",
     "Cheng et al., Whoever Started the Interference Should End It, arXiv 2503.08099",
     "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − τₖ)·τₖᵀ‖²_F / ‖τₖ‖²_F",
     (STEPS, LEARNING_RATE, LAMBDA),
     whole=True,
 )
 
-
 SECOND = Method(
     "wudi2",
-    "wudi against the leading parts of the task vectors (WUDI v2)",
+    "WUDI on the leading singular parts of the task vectors (WUDI v2)",
     "Wei et al., Unifying Multimodal LLM Capabilities and Modalities via Model Merging, arXiv 2505.19892",
     "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − Tₖ)·Rₖᵀ‖²_F / ‖τₖ‖²_F, Rₖ = Σₖ,ᵣ·Vₖ,ᵣᵀ",
     (STEPS, LEARNING_RATE, LAMBDA, CENTER, START, OPTIMIZER),
@@ -64,7 +55,7 @@ SECOND = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """How the tensor's pieces are computed, of wudi and of wudi2."""
+    """Return the tensor's `Fill` for wudi and wudi2, after `steps` optimiser steps."""
     import torch
 
     from engine.checkpoints.vocabulary import is_matrix
@@ -98,7 +89,7 @@ def prepare(tensor: MergeTensor) -> Fill:
 
 
 def _descend(tensor: MergeTensor, start: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """τ [m, n] after the steps, from the gradient 2·(τ·A − B)."""
+    """Return τ [m, n] after `steps` optimiser steps from `start`, with the gradient 2·(τ·A − B)."""
     import torch
 
     tau = torch.nn.Parameter(start.clone())

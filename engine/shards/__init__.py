@@ -1,1 +1,1 @@
-"""Streams over the experts' files: what shards do, wherever they run."""
+"""The work of a shard, in the trainer's process or in an actor: streams over the experts' files."""

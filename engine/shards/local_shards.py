@@ -1,7 +1,7 @@
-"""What a trainer asks of the task vectors, wherever they are, and the way to ask those of its own process.
+"""Shards in the trainer's own process. `cluster/remote_shards.py` implements the same protocol with shard actors.
 
-Merged pieces arrive while the model is already computing with others; gradients leave while it still computes others; a
-bounded number of bytes is under way. Knows no Ray: `cluster/exchange.py` asks shards of other processes the same.
+With overlap, merged pieces arrive while the model already computes with earlier ones, and gradients are sent while
+others are still being computed. The number of bytes in flight is bounded.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ from engine.task_vectors.streams import TaskVectors
 
 
 class LocalShards:
-    """Task vectors in the trainer's own process: nothing travels.
+    """The `Shards` of a trainer that streams the task vectors itself, without any transfer.
 
-    With `overlap` they are at work while the model computes, as is right where it computes on a GPU. Without, model and
-    task vectors take turns: on the same cores each would only be in the other's way (twice the time, measured).
+    Args:
+        plan: The plan.
+        threads: Number of threads of the streams.
+        overlap: Run the streams while the model computes, for a model on a GPU. Without overlap, model and streams take
+            turns: on the same cores they slow each other down (twice the time, measured).
+        state: The folder of the run's state; needed for orthogonal task vectors.
     """
 
     def __init__(self, plan: Plan, threads: int, overlap: bool, state: Folder | None = None) -> None:
@@ -37,13 +41,15 @@ class LocalShards:
         """See `Shards.merge`."""
         streams = self._task_vectors
 
-        def one(piece: Piece) -> None:
+        def merge_into_model(piece: Piece) -> None:
             buffer_N = model.buffer(piece)
             streams.merge(piece, coefficients.of(piece.name), buffer_N)
             model.put(piece, buffer_N)
 
         arrivals = {
-            name: [streams.pool.submit(one, piece) for piece in pieces(name, streams.base.tensors[name].shape)]
+            name: [
+                streams.pool.submit(merge_into_model, piece) for piece in pieces(name, streams.base.tensors[name].shape)
+            ]
             for name in in_order_of_use(coefficients.layout.tensors)
         }
         if not self._overlap:
@@ -60,7 +66,7 @@ class LocalShards:
 
     @cached_property
     def _task_vectors(self) -> TaskVectors:
-        # Opened at the first call, not at the start: what a call raises reaches the driver as it is.
+        # Opened at the first call: an error of a call reaches the driver unchanged, one of a constructor does not.
         return with_orthogonal(self._plan, open_task_vectors(self._plan, self._threads), self._state)
 
 
@@ -87,7 +93,7 @@ class _LocalGradients:
     def _start(self) -> None:
         for name, fetch in self._held:
             for piece in pieces(name, self._streams.base.tensors[name].shape):
-                self._parts.append((name, self._streams.pool.submit(self._one, piece, fetch)))
+                self._parts.append((name, self._streams.pool.submit(self._gradient, piece, fetch)))
         self._held.clear()
 
     def _finish(self) -> None:
@@ -95,6 +101,6 @@ class _LocalGradients:
         wait(future for _, future in self._parts)
         self._bytes = 0
 
-    def _one(self, piece: Piece, fetch: Callable[[], Tensor]) -> Array:
+    def _gradient(self, piece: Piece, fetch: Callable[[], Tensor]) -> Array:
         gradient_N = fetch().reshape(-1)[piece.start : piece.stop]
         return self._streams.gradients(piece, gradient_N, self._layout.edges_of[piece.name])

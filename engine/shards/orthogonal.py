@@ -1,10 +1,10 @@
-"""Task vectors that keep out of each other's way: each tensor's, cut to their leading singular parts, made orthogonal.
+"""Orthogonal task vectors: per matrix, the leading singular parts of every expert, made orthogonal across experts.
 
-They are computed once, tensor by tensor with all its experts, and kept as files; from then on they stand for the
-experts' own, whoever merges, learns or writes. Knows no models and no Ray.
+They are computed once, matrix by matrix over all experts, and stored as files in the run's state. Merging, learning and
+writing then read them in place of the experts' own task vectors.
 Source: Gargiulo et al., Task Singular Vectors, arXiv 2412.00081: of τₖ = Uₖ·Σₖ·Vₖᵀ the leading r = ⌊min(m, n)/K⌋
 parts, τ⊥ₖ = U⊥ₖ·Σₖ·V⊥ₖᵀ with U⊥ the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise. TSV-Merge adds all of them
-with one λ; here a coefficient is learned for each. Letters: N elements of a flattened tensor.
+with one λ; here a coefficient is learned for each. Letters: m rows and n columns of a matrix, r rank, K experts.
 """
 
 from __future__ import annotations
@@ -29,39 +29,40 @@ from engine.task_vectors.kinds import Product, Stored, TaskVector
 from engine.task_vectors.streams import TaskVectors
 from engine.task_vectors.sums import whole
 
-# The folder in the state of a run.
+# Subfolder of the run's state.
 FOLDER = "orthogonal"
-
-
-# What λ multiplies: a coefficient lies between 0 and 1, and λ is best above 1 (1.6 for five experts, measured).
+# Factor of the stored task vectors: coefficients lie between 0 and 1, but the best λ is above 1 (1.6 for five experts,
+# measured).
 TASK_VECTOR_SCALE = 4.0
-
-
 # U [m, r], Σ [r], Vᵀ [r, n].
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def file_name(name: str) -> str:
-    """Where a tensor's are in the state of a run: a name of ours, as a checkpoint's may be any text (`../..`)."""
+    """Return the file of a tensor's task vectors in the run's state.
+
+    The name is a hash, since a tensor's name in a checkpoint may be any text (`../..`).
+    """
     return f"{FOLDER}/{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
 
 
 def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str]) -> None:
-    """Store REACH · τ⊥ₖ of these tensors, as far as they are not there; `streams` have the experts' own.
+    """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices, except those already stored.
 
-    Experts and tensors are decomposed side by side; the factors of all that are asked for stand in memory.
+    All matrices and experts are decomposed in parallel on the pool of `streams`, which read the experts' own task
+    vectors. The factors of all named matrices are in memory at a time.
     """
     missing = [name for name in names if not state.exists(file_name(name))]
     decompose = partial(_decompose, streams, len(plan.experts))
-    begun = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
-    parts = ({k: part for k, one in enumerate(mine) if (part := one.result())} for mine in begun)
-    ended = [streams.pool.submit(_store, plan, state, name, mine) for name, mine in zip(missing, parts, strict=True)]
-    for one in ended:
-        one.result()
+    decomposed = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
+    parts = ({k: part for k, future in enumerate(row) if (part := future.result())} for row in decomposed)
+    written = [streams.pool.submit(_store, plan, state, name, some) for name, some in zip(missing, parts, strict=True)]
+    for future in written:
+        future.result()
 
 
 def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts | None:
-    """The leading parts of one expert's matrix; None where it is the base's."""
+    """Return the leading parts of expert k's matrix, or None if it equals the base's."""
     task_vector = streams.experts[k][1].task_vector(name)
     if task_vector is None:
         return None
@@ -69,67 +70,70 @@ def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts |
     if not tau.any():
         return None
     u, s, vt = leading(tau, max(1, min(tau.shape) // experts))
-    return u.clone(), s.clone(), vt.clone()  # parts of larger tensors, which can go
+    return u.clone(), s.clone(), vt.clone()  # copies, so that the full factors can be freed
 
 
-def _store(plan: Plan, state: Folder, name: str, found: Mapping[int, Parts]) -> None:
-    """One file: of each expert that changes the matrix its part of the orthogonal ones."""
+def _store(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
+    """Write the file of one matrix from the `parts` of the experts that change it.
+
+    An expert k has one entry `k`, or the factors `k.left` and `k.right` if it is an adapter.
+    """
     shape = plan.base_header.tensors[name].shape
     code = "F32" if plan.dtype == "float32" else "BF16"
-    factors = dict(zip(found, _orthogonal(list(found.values())), strict=True)) if found else {}
+    factors = dict(zip(parts, _orthogonal(list(parts.values())), strict=True)) if parts else {}
     entries: list[OutputTensor] = []
     for k, (left, _) in factors.items():
         rank = left.shape[1]
         if plan.experts[k].kind == "adapter":
-            # As it came: two factors, where K whole matrices would take many times the room.
+            # Kept as factors: K whole matrices would take many times the space.
             entries += [_entry(f"{k}.left", (shape[0], rank), "F32"), _entry(f"{k}.right", (rank, shape[1]), "F32")]
         else:
             entries.append(_entry(str(k), shape, code))
 
-    def part(entry: OutputTensor) -> Iterator[Tensor]:
+    def values(entry: OutputTensor) -> Iterator[Tensor]:
         k, _, side = entry.name.partition(".")
         left, right = factors[int(k)]
         yield {"left": left, "right": right}[side] if side else (left @ right).to(torch_dtype(entry.dtype))
 
-    write_file(state, OutputFile(file_name(name), tuple(entries)), part)
+    write_file(state, OutputFile(file_name(name), tuple(entries)), values)
 
 
 def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
     return OutputTensor(name, shape, code, shape[0] * shape[1] * BYTES[code])
 
 
-def _orthogonal(found: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each expert the factors REACH · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n]."""
-    left, values, right = orthogonal_parts(found)
-    ranks = [len(s) for _, s, _ in found]
+def _orthogonal(parts: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the factors TASK_VECTOR_SCALE · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n] of each expert."""
+    left, values, right = orthogonal_parts(parts)
+    ranks = [len(s) for _, s, _ in parts]
     yield from zip(
         torch.split(left * (TASK_VECTOR_SCALE * values), ranks, dim=1), torch.split(right, ranks), strict=True
     )
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
-    """The streams with what `orthogonalise` stored in place of the experts' own; the same where the plan asks for none.
+    """Return streams that read stored orthogonal task vectors for the matrices in `plan.orthogonal`.
 
-    What is stored need not be there yet: it is opened as it is asked for.
+    Returns `streams` itself if the plan has none. A file is opened at its first use and may be written until then.
     """
     names = frozenset(plan.orthogonal)
     if not names:
         return streams
     assert state is not None
     files = _Files(state)
-    experts = [(model, _OrthogonalExpert(own, k, names, files)) for k, (model, own) in enumerate(streams.experts)]
+    experts = [(model, _OrthogonalExpert(expert, k, names, files)) for k, (model, expert) in enumerate(streams.experts)]
     return streams.over(experts)
 
 
 class _Files:
-    """What is stored, each file opened once and its tensors kept as views: every piece of every step asks for them."""
+    """The stored task vectors. Each file is opened once and kept as views, since every piece of every step reads it."""
 
     def __init__(self, state: Folder) -> None:
         self._state, self._lock = state, threading.Lock()
         self._opened: dict[str, dict[int, TaskVector]] = {}
 
     def of(self, name: str) -> Mapping[int, TaskVector]:
-        """τ⊥ₖ of a matrix by k, of the experts that change it."""
+        """Return τ⊥ₖ of a matrix by k, for the experts that change it."""
         with self._lock:
             if name not in self._opened:
                 with borrowed(self._state, file_name(name)) as path, safe_open(path, framework="pt") as file:
@@ -138,25 +142,25 @@ class _Files:
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[int, TaskVector]:
-    """What a file holds, by expert; see `_store`."""
-    found: dict[int, TaskVector] = {}
+    """Return the task vectors of a file written by `_store`, by expert."""
+    task_vectors: dict[int, TaskVector] = {}
     for key, tensor in tensors.items():
         k, _, side = key.partition(".")
         if side == "left":
-            found[int(k)] = Product(tensor, tensors[f"{k}.right"])
+            task_vectors[int(k)] = Product(tensor, tensors[f"{k}.right"])
         elif not side:
-            found[int(k)] = Stored(tensor.reshape(-1))
-    return found
+            task_vectors[int(k)] = Stored(tensor.reshape(-1))
+    return task_vectors
 
 
 class _OrthogonalExpert:
-    """See `engine.task_vectors.experts.Expert`: its own task vectors, but for the matrices."""
+    """The `ExpertWeights` of expert k with the matrices `names` read from `files`, all other tensors from `expert`."""
 
-    def __init__(self, own: ExpertWeights, k: int, names: frozenset[str], files: _Files) -> None:
-        self._own, self._k, self._names, self._files = own, k, names, files
+    def __init__(self, expert: ExpertWeights, k: int, names: frozenset[str], files: _Files) -> None:
+        self._expert, self._k, self._names, self._files = expert, k, names, files
 
     def task_vector(self, name: str) -> TaskVector | None:
-        return self._files.of(name).get(self._k) if name in self._names else self._own.task_vector(name)
+        return self._files.of(name).get(self._k) if name in self._names else self._expert.task_vector(name)
 
     def stored(self, name: str) -> Tensor | None:
-        return self._own.stored(name)
+        return self._expert.stored(name)

@@ -1,4 +1,7 @@
-"""A part of the house that has no words of its own yet."""
+"""The interface between the trainer and the shards: protocols, the limit on bytes in flight, the sum of gradients.
+
+Letters: N elements of a piece, K experts, C coefficients of one expert, m chunks of a tensor.
+"""
 
 from __future__ import annotations
 
@@ -13,71 +16,80 @@ from torch import Tensor
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece
 
-# Tensor name → what is done when all of the tensor's merged pieces are in the model.
+# Tensor name → one future per piece, done when the merged piece is in the model.
 Arrivals = Mapping[str, Sequence["Future[None]"]]
 
 
 class PieceSink(Protocol):
-    """Where merged pieces go."""
+    """The receiver of merged pieces, such as the trainer's model."""
 
     def buffer(self, piece: Piece) -> Tensor:
-        """CPU memory [piece.numel] in the run's dtype to write the merged piece to."""
+        """Return CPU memory [N] in the run's dtype for the merged piece."""
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
-        """Take what was written to the piece's room."""
+        """Accept the merged piece [N]; the buffer it was written to may be used again."""
 
 
 class Shards(Protocol):
-    """The task vectors as a trainer sees them."""
+    """The task vectors as the trainer uses them."""
 
     def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
-        """Begin to compute every merged tensor and to put it into the model, first what the model needs first."""
+        """Start to merge every tensor and to put its pieces into `model`, in the order in which the model uses them.
+
+        Returns:
+            One future per piece, by tensor name. A future raises the error of its piece.
+        """
 
     def gradients(self, layout: ChunkLayout) -> Gradients:
-        """Begin to take weight gradients."""
+        """Start a collection of weight gradients; see `Gradients`."""
 
     def traffic(self) -> dict[str, int]:
-        """Bytes of weight gradients sent out and of merged tensors received, so far."""
+        """Return the bytes of weight gradients sent and of merged tensors received so far."""
 
 
 class Gradients(Protocol):
-    """Weight gradients on their way out, coefficient gradients on their way back."""
+    """A collection in progress: weight gradients are sent, coefficient gradients collected."""
 
     def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
-        """Let the gradient of a whole tensor leave; `fetch` gives it on the CPU, from whatever thread.
+        """Send the gradient of a whole tensor.
 
-        Returns when there is room for it, which need not be when it has left. A tensor may leave more than once: what
-        counts is the sum.
+        The call blocks until the limit on bytes in flight admits the gradient, and may return before it is sent. A
+        tensor may be sent several times; the gradients add up.
+
+        Args:
+            name: The tensor's name.
+            fetch: Returns the gradient on the CPU. Called from any thread.
+            nbytes: Size of the gradient in bytes.
         """
 
     def collect(self) -> Array:
-        """∂L/∂α [K, C] of all that was sent; C are the layout's columns."""
+        """Wait for all gradients sent and return ∂L/∂α [K, C], float64, in the layout's columns."""
 
 
 class InFlightLimit:
-    """At most `limit` bytes under way, or one thing that is larger."""
+    """A limit on bytes in flight: at most `limit` bytes, or a single larger item."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used = limit, 0
         self._changed = threading.Condition()
 
     def enter(self, nbytes: int) -> None:
-        """Wait until there is room."""
+        """Wait until `nbytes` more are admitted, and count them."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + nbytes <= self._limit)
             self._used += nbytes
 
     def leave(self, nbytes: int) -> None:
-        """Make room."""
+        """Release `nbytes`."""
         with self._changed:
             self._used -= nbytes
             self._changed.notify_all()
 
 
 def coefficient_gradient(layout: ChunkLayout, experts: int, parts: Iterable[tuple[str, Array]]) -> Array:
-    """∂L/∂α [K, C] from what each piece of each weight gradient gives, (tensor name, [K, m]), zero where nothing does.
+    """Return ∂L/∂α [K, C], float64, from parts (tensor name, [K, m]); columns without a part are zero.
 
-    Float64; the parts of a tensor are added in their order, so that the sum is the same every time.
+    The parts of a tensor are added in the order of `parts`, which makes the sum reproducible.
     """
     gradient = np.zeros((experts, layout.width))
     columns = layout.columns

@@ -1,7 +1,4 @@
-"""The tensors of a merge that learns nothing: for each, its options' values, its task vectors, and how its pieces come.
-
-Between a plan and the methods; knows which tensor is which, and no arithmetic.
-"""
+"""The tensors of a weight-space merge: per tensor its option values, its task vectors and its job in the pipeline."""
 
 from __future__ import annotations
 
@@ -23,21 +20,26 @@ from engine.task_vectors.streams import TaskVectors
 
 
 class WeightSpace:
-    """Base and experts, and what the plan's method does with them."""
+    """The weight-space merge of a plan: base and experts as streams, and the arithmetic of the plan's method."""
 
     def __init__(self, plan: Plan, streams: TaskVectors) -> None:
         self._plan, self._streams = plan, streams
         self._prepare = preparation(plan.config.merge_method)
 
     def tensor(self, name: str, thresholds: Sequence[Threshold] | None = None, only: int | None = None) -> MergeTensor:
-        """A merged tensor as a method sees it; `only`: with this one of the experts.
+        """Return the `MergeTensor` of a merged tensor.
+
+        Args:
+            name: The tensor's name.
+            thresholds: The experts' thresholds over the whole model; see `model_thresholds`.
+            only: Index of an expert: the tensor then has this expert alone.
 
         Raises:
-            ConfigError: an option that has no default has no value for this tensor.
+            ConfigError: a required option has no value for this tensor.
         """
         plan, recipe = self._plan, self._plan.config.recipe
         assert recipe is not None
-        values, own, base_values = resolve(plan, name)
+        values, expert_values, base_values = resolve(plan, name)
         experts = range(len(plan.experts)) if only is None else [only]
         task_vectors = self._streams.of(name)
         return MergeTensor(
@@ -47,7 +49,7 @@ class WeightSpace:
             models=tuple(plan.experts[k].name for k in experts),
             task_vectors=[task_vectors[k] for k in experts],
             values=values,
-            own=[own[k] for k in experts],
+            own=[expert_values[k] for k in experts],
             base_values=base_values,
             seed=plan.config.seed,
             pool=self._streams.pool,
@@ -66,7 +68,10 @@ class WeightSpace:
         thresholds: Sequence[Threshold] | None,
         only: int | None,
     ) -> TensorJob:
-        """How a tensor of the output is computed, in `dtype` (the file's if None)."""
+        """Return the job of an output tensor, in `dtype` (default: the base's dtype of the tensor).
+
+        See `tensor` for `thresholds` and `only`.
+        """
         name = entry.name
 
         def prepare() -> Fill:
@@ -78,10 +83,10 @@ class WeightSpace:
         return TensorJob(name, entry.shape, dtype or self._streams.base.read(name).dtype, prepare)
 
     def _check_buffer(self, name: str) -> None:
-        """What is no float cannot be merged, so all have to agree on it.
+        """Check that a tensor that is not of a float dtype is equal in base and experts, since it cannot be merged.
 
         Raises:
-            CheckpointError: an expert has other numbers.
+            CheckpointError: an expert has other values.
         """
         base = self._streams.base.read(name)
         if base.is_floating_point():
@@ -90,12 +95,17 @@ class WeightSpace:
             other = expert.stored(name)
             if other is not None and not torch.equal(other, base.reshape(-1)):
                 raise CheckpointError(
-                    f"{name!r} is no float, and differs from the base's", f"expert {model!r}", "the same numbers"
+                    f"{name!r} has a dtype that cannot be merged, and its values differ from the base's",
+                    f"expert {model!r}",
+                    "the base's values",
                 )
 
 
 def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> list[Threshold] | None:
-    """Of each expert's whole task vector, where `trim` asks for them; `count` as in `select`, over all tensors."""
+    """Return each expert's threshold over the whole model, or None if no tensor has `trim: model`.
+
+    `count` counts magnitudes over all merged tensors; see `select`.
+    """
     if "trim" not in get_method(plan.config.merge_method).by_name:
         return None
     resolved = {name: resolve(plan, name) for name in plan.merged}
@@ -103,39 +113,43 @@ def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> li
         return None
     total = sum(plan.numels.values())
     kept = [
-        sum(float(own[k]["density"]) * plan.numels[name] for name, (_, own, _) in resolved.items()) / total
+        sum(float(values[k]["density"]) * plan.numels[name] for name, (_, values, _) in resolved.items()) / total
         for k in range(len(plan.experts))
     ]
     return select(count, [kept_of(density, total) for density in kept])
 
 
 def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, Value]], dict[str, Value] | None]:
-    """The options' values for a tensor: one each, those of each expert, those of the base where it is a model.
+    """Return the option values of a tensor: those of the merge, of each expert, and of the base.
 
-    The model's own settings come first, then the slice's, then the top level's, then the default.
+    The values of the base are None if it takes no part as a model. A value is looked up in the model's settings, the
+    slice's, the top level's, and the defaults, in this order.
 
     Raises:
-        ConfigError: an option that has no default has no value.
+        ConfigError: a required option has no value.
     """
     recipe, method = plan.config.recipe, get_method(plan.config.merge_method)
     assert recipe is not None
 
     def value(option: Option, *scopes: Settings) -> Value:
-        found = option.resolve((*scopes, recipe.slice, recipe.top), tensor, plan.depths[tensor])
-        if found is None and option.required:
+        resolved = option.resolve((*scopes, recipe.slice, recipe.top), tensor, plan.depths[tensor])
+        if resolved is None and option.required:
             raise ConfigError(
-                f"{method.name} needs a value of {option.name!r} for every model", tensor, do=f"give {option.name}"
+                f"{method.name} needs a value of {option.name!r} for every model", tensor, do=f"set {option.name}"
             )
-        return found  # type: ignore[return-value]  # None is the default of some of mergekit's options
+        return resolved  # type: ignore[return-value]  # None is the default of some of mergekit's options
 
     of_merge = [option for option in method.options if option.scope == "merge"]
     of_models = [option for option in method.options if option.scope != "merge"]
-    own = [{option.name: value(option, mine) for option in of_models} for mine in recipe.models]
+    expert_values = [{option.name: value(option, settings) for option in of_models} for settings in recipe.models]
     of_base = [option for option in of_models if option.scope == "model"]
     base = None
-    # As in mergekit a base that is not listed is a model, too; where nothing says its weight, it is only the base.
-    told = method.name not in NATIVE or any(option.name in {**recipe.top, **recipe.slice} for option in of_base)
-    if recipe.base is not None or (told and not recipe.baseless):
+    # As in mergekit, a base that is not listed among the models counts as one if the config sets one of its options.
+    # The methods of mergekit's library always count it.
+    base_is_model = method.name not in NATIVE or any(
+        option.name in {**recipe.top, **recipe.slice} for option in of_base
+    )
+    if recipe.base is not None or (base_is_model and not recipe.baseless):
         settings = recipe.base.settings if recipe.base else {}
         base = {option.name: value(option, settings) for option in of_base}
-    return {option.name: value(option) for option in of_merge}, own, base
+    return {option.name: value(option) for option in of_merge}, expert_values, base

@@ -1,4 +1,4 @@
-"""Memory that a thread keeps from one block to the next, since fresh memory would cost more than the sums in it."""
+"""Scratch memory of a thread, reused from block to block: allocating it costs more than the sums computed in it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class ThreadMemory(threading.local):
         self._memory_N = torch.empty(0)
 
     def take(self, count: int, at_least: int = 0) -> Tensor:
-        """Return `count` elements of this thread's buffer, of any content; `at_least` elements are allocated.
+        """Return `count` elements [count] of this thread's buffer, uninitialised.
 
-        The next call in the same thread returns the same memory.
+        A buffer that is too small is replaced by one of at least `at_least` elements. The next call in the same thread
+        returns the same memory.
         """
         if self._memory_N.numel() < count:
             self._memory_N = torch.empty(max(count, at_least))

@@ -1,7 +1,7 @@
-"""The table of coefficients αₖ,ₗ,ₛ, how it is cut into chunks, its sigmoid parametrisation and its parquet form.
+"""The table of coefficients αₖ,ₗ,ₛ: its chunk layout, its sigmoid parametrisation and its parquet file.
 
-Values are float64 in the trainer (a few thousand numbers) and float32 wherever they meet weights and files. Knows no
-weights. Letters in array names: K experts, C coefficients of one expert.
+Values are float64 in the trainer (a few thousand numbers) and float32 in merges and files.
+Letters in array names: K experts, C coefficients of one expert, m chunks of one tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from engine.errors import RunError
 
 Array = npt.NDArray[np.float64]
 
-
 SCHEMA = pa.schema(
     [
         ("stage", pa.int8()),
@@ -39,9 +38,10 @@ SCHEMA = pa.schema(
 
 
 def chunk_edges(numel: int, chunks: int) -> tuple[int, ...]:
-    """Where the chunks of a flattened tensor of `numel` elements begin, and `numel` at the end.
+    """Return the first element of each chunk of a flattened tensor, followed by `numel`.
 
-    Contiguous pieces of ⌈nₗ/mₗ⌉ elements, the last one shorter; fewer than `chunks` where that yields fewer.
+    Chunks are contiguous and have ⌈nₗ/mₗ⌉ elements, the last one possibly fewer. There are fewer than `chunks` chunks
+    if chunks of that size cover the tensor earlier (Expert Merging++, arXiv 2509.25712).
     """
     assert numel > 0 and chunks > 0
     size = math.ceil(numel / chunks)
@@ -50,9 +50,9 @@ def chunk_edges(numel: int, chunks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ChunkLayout:
-    """How the merged tensors are cut: for each, its edges, and whether its coefficients are learned or fixed.
+    """The chunks of the merged tensors: per tensor its edges, and whether its coefficients are learned or fixed.
 
-    The columns of one expert's coefficients run over the tensors in order, and within each over its chunks.
+    The columns of one expert's coefficients run over the tensors in order, and over the chunks within each tensor.
     """
 
     tensors: tuple[str, ...]
@@ -61,36 +61,36 @@ class ChunkLayout:
 
     @classmethod
     def make(cls, numels: Mapping[str, int], chunks: Mapping[str, int]) -> ChunkLayout:
-        """A layout from the number of chunks mₗ of each tensor; 0 means one coefficient that is fixed."""
+        """Return the layout for mₗ chunks per tensor; 0 chunks mean one coefficient that is fixed."""
         tensors = tuple(numels)
         edges = tuple(chunk_edges(numels[name], max(1, chunks[name])) for name in tensors)
         return cls(tensors, edges, tuple(chunks[name] > 0 for name in tensors))
 
     @cached_property
     def columns(self) -> dict[str, slice]:
-        """The columns of each tensor's coefficients."""
+        """Columns of the coefficients, by tensor name."""
         starts = np.concatenate([[0], np.cumsum([len(edges) - 1 for edges in self.edges])]).tolist()
         return {name: slice(starts[i], starts[i + 1]) for i, name in enumerate(self.tensors)}
 
     @cached_property
     def learned_columns(self) -> npt.NDArray[np.bool_]:
-        """Which columns are learned, [C]."""
+        """Mask of the learned columns, [C]."""
         return np.repeat(np.array(self.learned), [len(edges) - 1 for edges in self.edges])
 
     @cached_property
     def edges_of(self) -> dict[str, tuple[int, ...]]:
-        """The edges of each tensor by its name."""
+        """Chunk edges, by tensor name."""
         return dict(zip(self.tensors, self.edges, strict=True))
 
     @property
     def width(self) -> int:
-        """Coefficients of one expert, fixed ones included."""
+        """Number of coefficients of one expert (C), fixed ones included."""
         return sum(len(edges) - 1 for edges in self.edges)
 
 
 @dataclass(frozen=True)
 class TensorCoefficients:
-    """What one merged tensor needs: `edges` of its m chunks and `values` [K, m], float32 as they meet the weights."""
+    """The coefficients of one merged tensor: `edges` of its m chunks and `values` [K, m], float32."""
 
     edges: tuple[int, ...]
     values: npt.NDArray[np.float32]
@@ -98,62 +98,62 @@ class TensorCoefficients:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A layout and its values [K, C], float64."""
+    """A chunk layout with its values [K, C], float64."""
 
     layout: ChunkLayout
     values: Array
 
     @classmethod
     def constant(cls, layout: ChunkLayout, weights: Sequence[float]) -> Coefficients:
-        """Every coefficient of expert k at `weights[k]`: Task Arithmetic, and where learning starts."""
+        """Set every coefficient of expert k to `weights[k]`: Task Arithmetic, and the start of learning."""
         return cls(layout, np.repeat(np.array(weights, dtype=np.float64)[:, None], layout.width, axis=1))
 
     def of(self, tensor: str) -> TensorCoefficients:
-        """The coefficients of one merged tensor."""
+        """Return the coefficients of one merged tensor."""
         values = self.values[:, self.layout.columns[tensor]].astype(np.float32)
         return TensorCoefficients(self.layout.edges_of[tensor], values)
 
     def same_as(self, other: Coefficients) -> bool:
-        """Whether both merge to the same weights, bit for bit."""
+        """Return whether layout and values are identical, so that both tables merge to the same bits."""
         return self.layout == other.layout and np.array_equal(self.values, other.values)
 
     def per_tensor(self) -> Array:
-        """Σₛ αₖ,ₗ,ₛ / mₗ, [K, tensors]: the value of the tensor where it has one coefficient."""
+        """Return the mean over the chunks of each tensor, Σₛ αₖ,ₗ,ₛ / mₗ, [K, tensors]."""
         columns = self.layout.columns
         return np.stack([self.values[:, columns[name]].mean(axis=1) for name in self.layout.tensors], axis=1)
 
     def spread(self, layout: ChunkLayout) -> Coefficients:
-        """The same value per tensor in another layout: how stage 2 starts from stage 1."""
+        """Return a table in another layout with the mean of each tensor in all its chunks (`start: stage1`)."""
         repeats = [len(edges) - 1 for edges in layout.edges]
         return Coefficients(layout, np.repeat(self.per_tensor(), repeats, axis=1))
 
 
 def sigmoid(a: Array) -> Array:
-    """σ(a) = 1 / (1 + e⁻ᵃ)."""
+    """Return σ(a) = 1 / (1 + e⁻ᵃ)."""
     return np.asarray(1.0 / (1.0 + np.exp(-a)))
 
 
 def logit(alpha: Array) -> Array:
-    """a = ln(α / (1 − α)) for 0 < α < 1."""
+    """Return a = ln(α / (1 − α)) for 0 < α < 1."""
     return np.asarray(np.log(alpha) - np.log1p(-alpha))
 
 
 def write_coefficients(path: Path, stages: Sequence[Coefficients], models: Sequence[str]) -> None:
-    """merge/coefficients.parquet: a row a coefficient, of each stage in turn."""
+    """Write merge/coefficients.parquet: one row per coefficient, stage after stage."""
     rows = [row for stage, table in enumerate(stages, start=1) for row in _rows(stage, table, models)]
     columns = [pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
     pyarrow.parquet.write_table(pa.table(columns, schema=SCHEMA), path)
 
 
 def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
-    """Models and table of one stage of merge/coefficients.parquet.
+    """Read the model names and the coefficients of one stage (1 or 2) from merge/coefficients.parquet.
 
     Raises:
-        RunError: the file has no such stage.
+        RunError: the file does not contain the stage.
     """
     table = pyarrow.parquet.read_table(path, schema=SCHEMA, filters=[("stage", "==", stage)])
     if not table.num_rows:
-        raise RunError(f"no stage {stage} in it", str(path))
+        raise RunError(f"the file has no stage {stage}", str(path))
     models = table["model"].unique().to_pylist()
     first = table.filter(pc.equal(table["model"], models[0])).to_pylist()
     tensors = tuple(dict.fromkeys(row["tensor"] for row in first))

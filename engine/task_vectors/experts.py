@@ -1,7 +1,8 @@
-"""Weights, lazily: tensors by name as memory-mapped views, and task vectors of an expert block by block.
+"""Experts as task vectors: full checkpoints, LoRA adapters, and a checkpoint with an adapter.
 
-What is read is never written to: a view is the file's own memory, shared by all who read it. Knows no models, only
-names. Letters in tensor names: N elements of a flattened tensor, R rank of an adapter.
+Tensors are read lazily as memory-mapped views. A view is the file's own memory, shared by all its readers, and is never
+written to. Letters in tensor names: N elements of a flattened tensor, R rank of an adapter, I input and O output
+features.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded,
 
 
 class ExpertWeights(Protocol):
-    """The weights of one expert, whatever they are stored as."""
+    """The weights of one expert, independent of how they are stored."""
 
     def task_vector(self, name: str) -> TaskVector | None:
-        """τ of the tensor `name`; None where it is known to be zero."""
+        """Return τ of the tensor `name`, or None if it is known to be zero."""
 
     def stored(self, name: str) -> Tensor | None:
-        """The tensor as its file has it, flattened; None where it has none of its own."""
+        """Return the tensor `name` as stored, flattened [N], or None if the expert's files do not contain it."""
 
 
 class FullExpert:
-    """An expert that is a full checkpoint: τ = θₖ − θ₀, of the tensors that `match` says are the base's."""
+    """An expert that is a full checkpoint: τ = θₖ − θ₀, with the tensors matched to the base's by `match`."""
 
     def __init__(self, checkpoint: Checkpoint, base: Checkpoint | None = None, match: Match = NO_EXCEPTIONS) -> None:
         self.checkpoint, self.base, self.match = checkpoint, base, match
 
     def task_vector(self, name: str) -> TaskVector | None:
-        """τ of the tensor `name`, read from both files as it is asked for; None where it has no such tensor."""
+        """Return τ of the tensor `name`, or None if the checkpoint lacks the tensor. See `ExpertWeights`."""
         expert_N = self.stored(name)
         if expert_N is None:
             return None
@@ -45,44 +46,44 @@ class FullExpert:
         return _Difference(expert_N[:numel])
 
     def stored(self, name: str) -> Tensor | None:
-        """See `Expert`."""
+        """See `ExpertWeights`."""
         if name in self.match.absent:
             return None
         return self.checkpoint.read(self.match.renamed.get(name, name)).reshape(-1)
 
 
 class AdapterExpert:
-    """An expert that is a LoRA adapter of the base: τ = scaling · B·A, never written to a file."""
+    """An expert that is a LoRA adapter of the base: τ = scaling · B·A (Hu et al., LoRA, arXiv 2106.09685)."""
 
     def __init__(self, checkpoint: Checkpoint, pairs: dict[str, LoraPair]) -> None:
         self.checkpoint, self.pairs = checkpoint, pairs
 
     def task_vector(self, name: str) -> TaskVector | None:
-        """τ of the tensor `name`; None where the adapter does not change it."""
+        """Return τ of the tensor `name`, or None if the adapter does not change it."""
         pair = self.pairs.get(name)
         if pair is None:
             return None
-        # Copies of the small factors, so that the product reads aligned float32 memory whatever the file's layout.
+        # The small factors are copied so that the product reads aligned float32 memory, whatever the file's layout.
         a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
         left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
         return Product(left.mul_(pair.scaling), right)
 
     def stored(self, name: str) -> Tensor | None:
-        """See `Expert`."""
+        """See `ExpertWeights`: an adapter stores no tensor of the base."""
         return None
 
 
 class CheckpointWithAdapter:
-    """An expert that is a full checkpoint and an adapter of it: τ = θₖ + ΔW − θ₀."""
+    """An expert that is a full checkpoint with an adapter on top: τ = θₖ + ΔW − θ₀."""
 
     def __init__(self, checkpoint: FullExpert, adapter: AdapterExpert) -> None:
         self._checkpoint, self._adapter = checkpoint, adapter
 
     def task_vector(self, name: str) -> TaskVector | None:
-        """τ of the tensor `name`; None where neither changes it."""
+        """Return τ of the tensor `name`, or None if neither part changes it."""
         first, second = self._checkpoint.task_vector(name), self._adapter.task_vector(name)
         return _Sum(first, second) if first is not None and second is not None else first or second
 
     def stored(self, name: str) -> Tensor | None:
-        """See `Expert`."""
+        """See `ExpertWeights`: the tensor of the checkpoint, without the adapter."""
         return self._checkpoint.stored(name)

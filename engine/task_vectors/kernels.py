@@ -1,8 +1,9 @@
-"""The two sums that go over every expert's bytes, compiled: an element is read once, and nothing of τ is written.
+"""Compiled kernels for the two sums over all experts' elements: each element is read once, and τ is never stored.
 
-No operation of torch subtracts and multiplies at once: its differences went to the cache and came back, which made a
-pass over an expert take half as long again as reading it. Four experts go side by side, as several streams keep the
-memory busier than one. Knows arrays alone. An operand is float32 [n], or bfloat16 as the uint16 of its bits [n].
+torch has no operation that subtracts and multiplies at once. Its intermediate differences went through the cache, and a
+pass over an expert took 1.5 times as long as reading it. Each kernel takes four experts, since several memory streams
+use more bandwidth than one. An operand is float32 [n], or bfloat16 as the uint16 of its bits [n].
+Letters: B elements of a block.
 Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
 """
 
@@ -14,12 +15,12 @@ import numba
 import numba.extending
 import numpy as np
 
-# Elements whose products are summed in float32, before float64 takes their sum.
+# Number of elements whose products are summed in float32; the sums of spans are added in float64.
 SPAN = 1 << 12
 
 
 def _widen(value: Any) -> Any:
-    """A stored number as float32; compiled code alone calls it."""
+    """Convert a stored number to float32. Exists only in compiled code, see `_widen_compiled`."""
     raise NotImplementedError
 
 
@@ -38,7 +39,10 @@ def _widen_compiled(value: Any) -> Any:
 def _add_differences(
     sum_B: Any, base_B: Any, x0_B: Any, x1_B: Any, x2_B: Any, x3_B: Any, alpha: Any, first: int, last: int
 ) -> None:
-    """sum += Σᵢ αᵢ · (xᵢ − base) between `first` and `last`, in float32; the four in their order."""
+    """Add Σᵢ αᵢ · (xᵢ − base) to `sum_B` from `first` to `last`, in float32; the four terms are added in order.
+
+    `alpha` is float32 [4]. An `x` may be a bfloat16 operand; `sum_B` and `base_B` are float32.
+    """
     sums, base = sum_B[first:last], base_B[first:last]
     x0, x1, x2, x3 = x0_B[first:last], x1_B[first:last], x2_B[first:last], x3_B[first:last]
     a0, a1, a2, a3 = alpha[0], alpha[1], alpha[2], alpha[3]
@@ -62,15 +66,15 @@ def _span_products(slope: Any, base: Any, x0: Any, x1: Any, x2: Any, x3: Any) ->
     return p0, p1, p2, p3
 
 
-# A sum of products may be taken in any order of its terms (as many at a time as the processor has lanes for); a merged
-# weight has one order. Both may multiply and add in one rounding.
+# An inner product may be summed in any order, so that the compiler can use all SIMD lanes; the terms of a merged weight
+# are added in a fixed order. Both may fuse a multiplication and an addition into one rounding.
 _products_of_span = numba.njit(_span_products, nogil=True, fastmath={"reassoc", "nsz", "contract"})
 
 
 def _inner_products(
     sums: Any, slope_B: Any, base_B: Any, x0_B: Any, x1_B: Any, x2_B: Any, x3_B: Any, first: int, last: int
 ) -> None:
-    """sumsᵢ += ⟨slope, xᵢ − base⟩ between `first` and `last`: spans in float32, their sums in float64 [4]."""
+    """Add ⟨slope, xᵢ − base⟩ from `first` to `last` to `sums` [4], float64; each span is summed in float32."""
     for start in range(first, last, SPAN):
         stop = min(start + SPAN, last)
         p0, p1, p2, p3 = _products_of_span(
@@ -87,8 +91,6 @@ def _inner_products(
         sums[3] += p3
 
 
-# Compiled at the first call for the types that are met, in half a second; without the interpreter's lock.
+# Each combination of operand types is compiled at its first call, which takes half a second. The GIL is released.
 add_differences = numba.njit(_add_differences, nogil=True, fastmath={"contract"})
-
-
 inner_products = numba.njit(_inner_products, nogil=True)

@@ -1,4 +1,7 @@
-"""A part of the house that has no words of its own yet."""
+"""The kinds of task vectors: a difference of two files, a product of factors, stored values, a padded tensor, a sum.
+
+Letters in tensor names: N elements of a flattened tensor, or of a range of it.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# What kernels take: float32, or the bits of bfloat16.
+# Input array of a kernel: float32, or the bits of bfloat16.
 Operand = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 
 class TaskVector(Protocol):
-    """τ of one tensor of one expert, flattened, in blocks."""
+    """τ of one tensor of one expert, flattened and read in blocks."""
 
     @property
     def minus_base(self) -> bool:
-        """Whether `operand` gives θₖ, from which θ₀ is yet to be subtracted; else τ itself."""
+        """Whether `operand` returns θₖ, from which the kernel subtracts θ₀; otherwise it returns τ itself."""
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
-        """Elements `start` to `stop`: the file's own memory if kernels take it, else written to `buffer_N`, float32."""
+        """Return elements `start` to `stop` [N] as kernel input.
+
+        This is the file's memory if a kernel can read its dtype; otherwise the elements are written to `buffer_N`
+        [N], float32, and the buffer is returned.
+        """
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
-        """Write τ[start:stop] in float32 to `out_N`; `base_N` holds the base's elements there, in float32."""
+        """Write τ[start:stop] to `out_N` [N], float32; `base_N` [N] are the base's elements of that range, float32."""
 
 
 class _Difference:
@@ -48,7 +55,7 @@ class _Difference:
 
 
 class Stored:
-    """τ as it stands in memory or a file, flattened, float32 or bfloat16."""
+    """τ as a flattened tensor [N] in memory or in a file, float32 or bfloat16."""
 
     minus_base = False
 
@@ -65,7 +72,7 @@ class Stored:
 
 
 class _FromOperand:
-    """A tensor that is put together in memory: θₖ first, and τ from it."""
+    """A task vector whose `block` is computed as its operand θₖ minus θ₀."""
 
     minus_base = True
 
@@ -78,34 +85,34 @@ class _FromOperand:
 
 
 class _Padded(_FromOperand):
-    """A tensor that ends before the base's does, which stands for the rest."""
+    """τ of a tensor with fewer elements than the base's; the base's elements fill the rest, where τ is zero."""
 
     def __init__(self, expert_N: Tensor, base_N: Tensor) -> None:
         self._expert_N, self._base_N = expert_N, base_N
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
-        own = min(max(len(self._expert_N) - start, 0), stop - start)
-        buffer_N[:own].copy_(self._expert_N[start : start + own])
-        buffer_N[own:].copy_(self._base_N[start + own : stop])
+        count = min(max(len(self._expert_N) - start, 0), stop - start)
+        buffer_N[:count].copy_(self._expert_N[start : start + count])
+        buffer_N[count:].copy_(self._base_N[start + count : stop])
         return as_operand(buffer_N)
 
 
 class _Sum(_FromOperand):
-    """A checkpoint's τ and that of an adapter on top of it."""
+    """τ of a checkpoint plus τ of an adapter on top of it."""
 
     def __init__(self, checkpoint: TaskVector, adapter: TaskVector) -> None:
         self._checkpoint, self._adapter = checkpoint, adapter
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
-        own = torch.empty_like(buffer_N)
-        found = torch.from_numpy(self._checkpoint.operand(start, stop, own))
-        own.copy_(found.view(torch.bfloat16) if found.dtype == torch.uint16 else found)
-        self._adapter.block(start, stop, own, buffer_N)
-        return as_operand(buffer_N.add_(own))
+        expert_N = torch.empty_like(buffer_N)
+        operand_N = torch.from_numpy(self._checkpoint.operand(start, stop, expert_N))
+        expert_N.copy_(operand_N.view(torch.bfloat16) if operand_N.dtype == torch.uint16 else operand_N)
+        self._adapter.block(start, stop, expert_N, buffer_N)
+        return as_operand(buffer_N.add_(expert_N))
 
 
 class Product:
-    """τ as a product of two factors, [m, r] and [r, n] in float32, computed in blocks."""
+    """τ as the product of two float32 factors, `left` [m, r] and `right` [r, n], computed block by block."""
 
     minus_base = False
 
@@ -129,5 +136,5 @@ class Product:
 
 
 def as_operand(tensor_N: Tensor) -> Operand:
-    """The memory of a float32 or bfloat16 tensor on the CPU, as kernels take it."""
+    """Return the memory of a float32 or bfloat16 CPU tensor as a kernel's input array."""
     return (tensor_N.view(torch.uint16) if tensor_N.dtype == torch.bfloat16 else tensor_N).numpy()

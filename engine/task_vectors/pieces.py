@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The division of a flattened tensor into pieces (one thread's unit of work) and blocks (which fit a core's cache)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.sizes import BLOCK, PIECE
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements `start` to `stop` of the flattened tensor `name`."""
+    """Elements `start` to `stop` (exclusive) of the flattened tensor `name`."""
 
     name: str
     start: int
@@ -24,19 +24,25 @@ class Piece:
 
 
 def pieces(name: str, shape: Sequence[int]) -> Iterator[Piece]:
-    """The pieces of a tensor: whole blocks, so that its shape alone decides how its sums are ordered."""
+    """Yield the pieces of a tensor.
+
+    A piece consists of whole blocks, so that the order of additions depends on the tensor's shape alone.
+    """
     numel, block = math.prod(shape), _block_size(shape)
     size = max(1, PIECE // block) * block
     return (Piece(name, start, min(start + size, numel)) for start in range(0, numel, size))
 
 
 def blocks(shape: Sequence[int], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """Where the blocks of a flattened tensor begin and end, between `start` and `stop`."""
+    """Yield first and last element (exclusive) of each block of a flattened tensor, between `start` and `stop`."""
     stop, size = math.prod(shape) if stop is None else stop, _block_size(shape)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def _block_size(shape: Sequence[int]) -> int:
-    """Whole rows of the last dimension where they fit: what a product of two factors gives without waste."""
+    """Return the elements of a block: whole rows of the last dimension if one fits.
+
+    A product of two factors then computes only the rows of the block.
+    """
     row = shape[-1] if shape else 1
     return BLOCK // row * row if 0 < row <= BLOCK else BLOCK

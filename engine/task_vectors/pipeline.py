@@ -1,6 +1,7 @@
-"""Tensors of a file computed one after the other: pieces in their order, several at a time, a bounded number in memory.
+"""The ordered, bounded pipeline that computes the tensors of an output file piece by piece on several threads.
 
-While the pieces of one tensor are computed and written, the next tensors are already being prepared. Knows no method.
+While the pieces of one tensor are computed and written, the next tensors are prepared.
+Letters in tensor names: N elements of a piece.
 """
 
 from __future__ import annotations
@@ -19,17 +20,14 @@ from engine.errors import RunError
 from engine.task_vectors.pieces import Piece, pieces
 
 T = TypeVar("T")
-
-
+# Computes a piece of a merged tensor and writes it to a tensor [N] of the output's dtype.
 Fill = Callable[[Piece, Tensor], None]
-
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """A tensor to compute: its shape, the dtype to write it in, and what prepares the filling of its pieces."""
+    """A tensor to compute: its shape, its output dtype, and the function that returns its `Fill`."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +36,7 @@ class TensorJob:
 
 
 def copy_of(tensor: Tensor) -> Fill:
-    """Pieces of a tensor as it is, or rounded to another dtype."""
+    """Return a fill that copies `tensor`, rounding it if the output has another dtype."""
     tensor_N = tensor.reshape(-1)
 
     def fill(piece: Piece, out_N: Tensor) -> None:
@@ -48,13 +46,13 @@ def copy_of(tensor: Tensor) -> Fill:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
-    # A sum is finite only if all are; where it overflows by itself, the elements decide.
+    """Return whether no element is NaN or infinite."""
+    # A finite sum implies finite elements. The sum of finite elements may overflow, so the elements are checked then.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> Iterator[T]:
-    """What the calls return, in their order; `ahead` of them, and one, are with the pool at a time."""
+    """Yield the results of the calls in order; at most `ahead` + 1 calls are submitted to the pool at a time."""
     pending: deque[Future[T]] = deque()
     for call in calls:
         pending.append(pool.submit(call))
@@ -65,12 +63,13 @@ def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> It
 
 
 def stream(jobs: Sequence[TensorJob], pool: Executor, threads: int) -> Iterator[Tensor]:
-    """The pieces [N] of all jobs in their order, computed by the `threads` threads of `pool`.
+    """Yield the pieces [N] of all jobs in order, computed by the `threads` threads of `pool`.
 
     Raises:
-        RunError: a piece that is not finite, named with its tensor.
+        RunError: a piece has an element that is NaN or infinite; `where` is the tensor's name.
     """
-    # Preparing waits for the pool's threads, so it needs threads of its own; sums must not depend on how many.
+    # A preparation waits for work in `pool`, so it runs in threads of its own. One intra-op thread each: the sums of a
+    # preparation must not depend on the number of threads.
     with ThreadPoolExecutor(threads, "prepare", initializer=torch.set_num_threads, initargs=(1,)) as conductors:
         prepared: deque[Future[Fill]] = deque()
         todo = iter(jobs)
@@ -81,18 +80,18 @@ def stream(jobs: Sequence[TensorJob], pool: Executor, threads: int) -> Iterator[
                     prepared.append(conductors.submit(ahead.prepare))
                 fill = prepared.popleft().result()
                 for piece in pieces(job.name, job.shape):
-                    yield partial(_one, fill, piece, job.dtype)
+                    yield partial(_computed, fill, piece, job.dtype)
 
         yield from in_order(calls(), pool, threads)
 
 
-def _one(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
+def _computed(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
     out_N = torch.empty(piece.numel, dtype=dtype)
     fill(piece, out_N)
     if dtype in FLOATS and not all_finite(out_N):
         raise RunError(
-            f"the merged tensor has a weight that is NaN or infinite in {str(dtype).removeprefix('torch.')}",
+            f"the merged tensor has a NaN or infinite weight in {str(dtype).removeprefix('torch.')}",
             piece.name,
-            do="look at the models' weights, lower the weights, or take a wider `out_dtype`",
+            do="check the models' weights, lower the coefficients, or set a wider `out_dtype`",
         )
     return out_N

@@ -1,10 +1,9 @@
-"""Streams over the checkpoints: merged tensors from coefficients, coefficient gradients from weight gradients.
+"""Streams over base and experts: merged tensors from coefficients, coefficient gradients from weight gradients.
 
-All work that grows with the number of experts is here. The unit of work is a piece of a tensor, gone through by one
-thread in blocks that fit a core's cache: one pass over each expert's bytes, in float32, with the sums of blocks in
-float64. The result does not depend on who computes it, nor beside whom; no task vector ever stands whole. Knows no
-models and no Ray.
-Letters: N elements of a flattened tensor, B of a block, K experts, G experts of a group, m chunks of the tensor.
+The unit of work is a piece of a tensor. One thread processes it in blocks that fit a core's cache, with one pass over
+each expert's bytes: float32 arithmetic, float64 sums over blocks. The result does not depend on the process, the thread
+or the other pieces in flight. A task vector is never in memory as a whole.
+Letters: N elements of a piece, K experts, m chunks of a tensor.
 Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
 """
 
@@ -30,56 +29,63 @@ from engine.task_vectors.sums import inner_products, mean_magnitudes, merge_piec
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a first reading of one tensor tells: sₖ = mean |τₖ| of each expert, [K]."""
+    """Statistics of one tensor: `magnitudes` sₖ = mean |τₖ| of each expert, [K]."""
 
     magnitudes: Array
 
 
 class TaskVectors:
-    """The base and K experts as streams; what is computed for several pieces is computed on `pool`."""
+    """The base and K experts as streams.
+
+    Args:
+        base: The base's tensors.
+        experts: Name and weights of each expert.
+        dtype: Dtype of merged tensors, unless a call names another.
+        threads: Number of threads of `pool`, on which the methods for several pieces or tensors run.
+    """
 
     def __init__(
         self, base: Checkpoint, experts: Sequence[tuple[str, ExpertWeights]], dtype: torch.dtype, threads: int
     ) -> None:
         self.base, self.experts, self.dtype, self.threads = base, experts, dtype, threads
-        # One thread a piece, and none inside an operation: sums must not depend on how many threads there are.
+        # One thread per piece and one intra-op thread: sums must not depend on the number of threads.
         self.pool = ThreadPoolExecutor(threads, "task-vectors", initializer=torch.set_num_threads, initargs=(1,))
 
     def merge(self, piece: Piece, wanted: TensorCoefficients, out_N: Tensor) -> None:
-        """Write the merged tensor's elements of the piece to `out_N` [piece.numel], rounded once to its dtype."""
+        """Write the merged elements of the piece to `out_N` [N], rounded once to its dtype."""
         merge_piece(piece, self.base.read(piece.name), self.of(piece.name), wanted, out_N)
 
     def gradients(self, piece: Piece, gradient_N: Tensor, edges: tuple[int, ...]) -> Array:
-        """What the piece adds to ∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩ [K, m], from its elements of G, `gradient_N`."""
+        """Return the piece's part of ∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩, [K, m] float64, from its part [N] of G = ∂L/∂θ."""
         return inner_products(piece, gradient_N, self.base.read(piece.name), self.of(piece.name), edges)
 
     def merge_all(
         self, wanted: Mapping[Piece, TensorCoefficients], dtype: torch.dtype | None = None
     ) -> dict[Piece, Tensor]:
-        """The merged elements of several pieces, in `dtype` (the run's if None)."""
+        """Return the merged elements [N] of several pieces in `dtype` (default: the dtype of these streams)."""
 
-        def one(piece: Piece) -> Tensor:
+        def merged(piece: Piece) -> Tensor:
             out_N = torch.empty(piece.numel, dtype=dtype or self.dtype)
             self.merge(piece, wanted[piece], out_N)
             return out_N
 
-        return dict(zip(wanted, self.pool.map(one, wanted), strict=True))
+        return dict(zip(wanted, self.pool.map(merged, wanted), strict=True))
 
     def gradients_all(
         self, weight_gradients: Mapping[Piece, Tensor], edges: Mapping[str, tuple[int, ...]]
     ) -> dict[Piece, Array]:
-        """What several pieces add to their tensors' coefficient gradients."""
+        """Return, for several pieces, their parts [K, m] of the coefficient gradients; see `gradients`."""
 
-        def one(piece: Piece) -> Array:
+        def gradient(piece: Piece) -> Array:
             return self.gradients(piece, weight_gradients[piece], edges[piece.name])
 
-        return dict(zip(weight_gradients, self.pool.map(one, weight_gradients), strict=True))
+        return dict(zip(weight_gradients, self.pool.map(gradient, weight_gradients), strict=True))
 
     def inspect(self, names: Iterable[str]) -> dict[str, Inspection]:
-        """Read the given tensors of base and experts once.
+        """Read the named tensors of base and experts once and return their statistics.
 
         Raises:
-            CheckpointError: a weight that is NaN or infinite, named with its tensor and model.
+            CheckpointError: a tensor has a NaN or infinite weight; the error names the tensor and the model.
         """
         names = list(names)
         return dict(zip(names, self.pool.map(self._inspect, names), strict=True))
@@ -91,17 +97,17 @@ class TaskVectors:
         base_magnitude, magnitudes = mean_magnitudes(base, self.of(name))
         owners = ["the base", *(f"expert {model!r}" for model, _ in self.experts)]
         for owner, magnitude in zip(owners, [base_magnitude, *magnitudes], strict=True):
-            # A sum of absolute values is finite only if all of them are, so the check costs no reading of its own.
+            # A sum of absolute values is finite only if every value is, so the check needs no reading of its own.
             if not np.isfinite(magnitude):
-                raise CheckpointError(f"the tensor {name!r} has a weight that is NaN or infinite", owner)
+                raise CheckpointError(f"the tensor {name!r} has a NaN or infinite weight", owner)
         return Inspection(magnitudes)
 
     def over(self, experts: Sequence[tuple[str, ExpertWeights]]) -> TaskVectors:
-        """Streams over other experts of the same base, on the same pool."""
+        """Return streams over other experts of the same base, on the same pool."""
         others = copy.copy(self)
         others.experts = experts
         return others
 
     def of(self, name: str) -> list[TaskVector | None]:
-        """τₖ of a tensor, of each expert; None where it is the base's."""
+        """Return τₖ of the tensor `name` for each expert, None if the expert does not change it."""
         return [expert.task_vector(name) for _, expert in self.experts]

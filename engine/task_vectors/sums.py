@@ -1,4 +1,8 @@
-"""A part of the house that has no words of its own yet."""
+"""The streamed sums over task vectors: merged pieces, inner products with gradients, mean magnitudes.
+
+Letters: N elements of a piece, B of a block, K experts, G experts of a group (`GROUP`), m chunks of the tensor.
+Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +26,19 @@ from engine.task_vectors.kinds import Operand, TaskVector, as_operand
 from engine.task_vectors.pieces import Piece, blocks
 
 
+class _PerThread(threading.local):
+    """The buffers of the thread's last block size, and their memory."""
+
+    def __init__(self) -> None:
+        self.memory = ThreadMemory()
+        self.buffers: _Buffers | None = None
+
+
+_threads = _PerThread()
+
+
 def whole(task_vector: TaskVector, base: Tensor) -> Tensor:
-    """τ of one tensor as it stands, float32 in the base's shape: for what takes matrices apart."""
+    """Return τ of one tensor as a whole, float32 in the base's shape, for methods that decompose matrices."""
     out_N = torch.empty(base.numel())
     task_vector.block(0, base.numel(), base.reshape(-1).float(), out_N)
     return out_N.view(base.shape)
@@ -37,8 +52,9 @@ def merge_piece(
     out_N: Tensor,
     base_weight: float | None = None,
 ) -> None:
-    """θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece; a float32 sum over k, rounded once to the dtype of `out_N`.
+    """Write θ = θ₀ + Σₖ Σₛ αₖ,ₛ · τₖ,ₛ of one piece to `out_N` [N]: a float32 sum over k, rounded once to its dtype.
 
+    `base` is the whole tensor, of any shape and float dtype; `task_vectors` [K] has None for an expert equal to it.
     With `base_weight` the result is base_weight · θ₀ + Σₖ αₖ · xₖ, where xₖ is θₖ for a full checkpoint and τₖ for an
     adapter.
     """
@@ -47,7 +63,7 @@ def merge_piece(
     for start, stop in blocks(base.shape, piece.start, piece.stop):
         buffers = _buffers(stop - start)
         base_B, sum_B = buffers.float32(base_N[start:stop]), buffers.other_B
-        # Summed in a buffer of our own: where an output lies in memory must not decide its last bit.
+        # Summed in the thread's buffer: the alignment of the output in memory must not change the last bit.
         torch.mul(base_B, 1.0 if base_weight is None else base_weight, out=sum_B)
         subtracted, sums = as_operand(base_B if base_weight is None else buffers.zero_B), as_operand(sum_B)
         for group, values in zip(groups, values_mG, strict=True):
@@ -64,9 +80,10 @@ def inner_products(
     task_vectors: Sequence[TaskVector | None],
     edges: tuple[int, ...],
 ) -> Array:
-    """⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m]: products in float32, sums of spans and blocks in float64.
+    """Return ⟨Gₛ, τₖ,ₛ⟩ of one piece, [K, m] float64: float32 products, float64 sums of spans and blocks.
 
-    τ is formed before the product: the difference of ⟨G, θₖ⟩ and ⟨G, θ₀⟩ would cancel.
+    `gradient_N` [N] is the piece's part of G = ∂L/∂θ, and `edges` are those of the tensor's m chunks. τ is formed
+    before the product: the difference of ⟨G, θₖ⟩ and ⟨G, θ₀⟩ would cancel.
     """
     groups, base_N = _groups(task_vectors), base.reshape(-1)
     sums_mG = [np.zeros((len(edges) - 1, GROUP)) for _ in groups]
@@ -86,7 +103,7 @@ def inner_products(
 
 
 def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
-    """mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; sums of blocks in float64."""
+    """Return mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; blocks are summed in float64."""
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
     for start, stop in blocks(base.shape):
@@ -102,13 +119,16 @@ def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> 
 
 
 def _sum(block_B: Tensor) -> float:
-    """The sum of a block: in float64, which takes a copy of the block, only where float32 overflows."""
+    """Return the sum of a block; in float64, which copies the block, only if float32 overflows."""
     total = block_B.sum().item()
     return total if math.isfinite(total) else block_B.sum(dtype=torch.float64).item()
 
 
 def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:
-    """The experts that change the tensor, a few at a time, in their order; those of a group are stored alike."""
+    """Return the experts that change the tensor in groups of at most `GROUP`, in order.
+
+    The members of a group have the same `minus_base`, so that one kernel call subtracts the same base from all.
+    """
     groups: list[list[int]] = []
     for k, task_vector in enumerate(task_vectors):
         if task_vector is None:
@@ -122,12 +142,12 @@ def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:
 
 
 def _filled(values_Gm: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """With zeros in place of the experts that a group lacks."""
+    """Return the values [GROUP, m], with zeros for the experts that a smaller group lacks."""
     return np.concatenate([values_Gm, np.zeros((GROUP - len(values_Gm), values_Gm.shape[1]), np.float32)])
 
 
 def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """The chunks that a block meets: number, first and last element as places in the block."""
+    """Yield each chunk that overlaps the block: its index, and its first and last element within the block."""
     chunk = bisect_right(edges, start) - 1
     while chunk < len(edges) - 1 and edges[chunk] < stop:
         yield chunk, max(edges[chunk], start) - start, min(edges[chunk + 1], stop) - start
@@ -136,7 +156,7 @@ def _chunks_within(edges: tuple[int, ...], start: int, stop: int) -> Iterator[tu
 
 @dataclass(frozen=True)
 class _Buffers:
-    """Memory for one block, in float32: of the base, another one, zeros, and one for each expert of a group."""
+    """float32 buffers for one block: the base, a result or gradient, zeros, and one per expert of a group."""
 
     base_B: Tensor
     other_B: Tensor
@@ -144,35 +164,26 @@ class _Buffers:
     expert_GB: tuple[Tensor, ...]
 
     def float32(self, base_B: Tensor) -> Tensor:
-        """A block of the base, converted where it has to be."""
+        """Return a block of the base in float32, converted if necessary."""
         return base_B if base_B.dtype == torch.float32 else self.base_B.copy_(base_B)
 
     def operands(
         self, task_vectors: Sequence[TaskVector | None], group: Sequence[int], start: int, stop: int, base_B: Operand
     ) -> list[Operand]:
-        """What a kernel subtracts, and what it subtracts it from, four times; a group that lacks some repeats one."""
+        """Return a kernel's inputs: the subtrahend, then `GROUP` operands; a smaller group repeats its last one."""
         members = [task_vector for k in group if (task_vector := task_vectors[k]) is not None]
-        found = [one.operand(start, stop, buffers) for one, buffers in zip(members, self.expert_GB, strict=False)]
+        operands = [
+            member.operand(start, stop, buffer) for member, buffer in zip(members, self.expert_GB, strict=False)
+        ]
         subtracted = base_B if members[0].minus_base else as_operand(self.zero_B)
-        return [subtracted, *found, *[found[-1]] * (GROUP - len(found))]
+        return [subtracted, *operands, *[operands[-1]] * (GROUP - len(operands))]
 
 
 def _buffers(count: int) -> _Buffers:
-    """This thread's buffers for a block of `count` elements."""
-    found = _threads.buffers
-    if found is None or found.base_B.numel() != count:
+    """Return this thread's buffers for a block of `count` elements."""
+    buffers = _threads.buffers
+    if buffers is None or buffers.base_B.numel() != count:
         rows_RB = _threads.memory.take((3 + GROUP) * BLOCK).view(3 + GROUP, BLOCK)[:, :count]
         base_B, other_B, zero_B, *expert_GB = rows_RB
-        found = _threads.buffers = _Buffers(base_B, other_B, zero_B.zero_(), tuple(expert_GB))
-    return found
-
-
-class _PerThread(threading.local):
-    """The buffers that a thread used last, and the memory in which they lie."""
-
-    def __init__(self) -> None:
-        self.memory = ThreadMemory()
-        self.buffers: _Buffers | None = None
-
-
-_threads = _PerThread()
+        buffers = _threads.buffers = _Buffers(base_B, other_B, zero_B.zero_(), tuple(expert_GB))
+    return buffers

@@ -1,1 +1,1 @@
-"""The arithmetic that weight-space methods share."""
+"""Arithmetic shared by the weight-space methods."""

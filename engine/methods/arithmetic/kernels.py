@@ -1,7 +1,7 @@
-"""What sparse methods do to every element, compiled: count, trim, thin, elect. Knows arrays alone.
+"""Compiled kernels of the sparse methods: counting, trimming, thinning and sign election of a block's elements.
 
-Absolute values are compared by their bits, which for floats that are not negative is the order of the numbers: exact,
-and no sum of anything. Arrays are float32 of a block [B] or of all experts' [K, B] unless said.
+Absolute values are compared by their bits: for non-negative floats the order of the bits is that of the numbers, so the
+comparison is exact. Arrays are float32 [B], the elements of a block, unless a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -11,47 +11,47 @@ from typing import Any
 import numba
 import numpy as np
 
-# Counting goes over the upper bits first, without the sign, and then over the lower ones.
+# Magnitudes are counted by their upper 15 bits (without the sign) first, then by their lower 16 bits.
 LOW_BITS = 16
-
-
 HIGH_BINS, LOW_BINS = 1 << 15, 1 << LOW_BITS
-
-
+# Mask of a float32's bits without the sign.
 MAGNITUDE = 0x7FFFFFFF
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def count_high(bits_B: Any, counts: Any) -> None:
-    """Add one to `counts` [HIGH_BINS] for each element, at the upper bits of its absolute value; `bits_B` uint32."""
+    """Count the elements of `bits_B`, uint32, by the upper bits of their magnitude in `counts` [HIGH_BINS], int64."""
     for i in range(bits_B.shape[0]):
         counts[(bits_B[i] & np.uint32(MAGNITUDE)) >> np.uint32(LOW_BITS)] += 1
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def count_low(bits_B: Any, high: Any, counts: Any) -> None:
-    """The same at the lower bits [LOW_BINS], of the elements whose upper bits are `high`."""
-    wanted = np.uint32(high)
+    """Count the elements with the upper bits `high` by their lower bits in `counts` [LOW_BINS], int64."""
+    upper = np.uint32(high)
     for i in range(bits_B.shape[0]):
         magnitude = bits_B[i] & np.uint32(MAGNITUDE)
-        if magnitude >> np.uint32(LOW_BITS) == wanted:
+        if magnitude >> np.uint32(LOW_BITS) == upper:
             counts[magnitude & np.uint32(LOW_BINS - 1)] += 1
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def count_equal(bits_B: Any, threshold: int) -> Any:
-    """How many elements have the absolute value whose bits are `threshold`."""
-    found = 0
+    """Return the number of elements whose magnitude has the bits `threshold`."""
+    count = 0
     for i in range(bits_B.shape[0]):
-        found += np.int64(bits_B[i] & np.uint32(MAGNITUDE)) == threshold
-    return found
+        count += np.int64(bits_B[i] & np.uint32(MAGNITUDE)) == threshold
+    return count
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def trim(tau_B: Any, bits_B: Any, threshold: int, allowed: int) -> Any:
-    """Zero what is below `threshold`, and what is equal to it after the first `allowed`; how many are still allowed.
+    """Zero the elements below `threshold`, and those equal to it except the first `allowed`.
 
     `bits_B` is the memory of `tau_B` as uint32.
+
+    Returns:
+        How many equal elements are still allowed in the following blocks.
     """
     for i in range(tau_B.shape[0]):
         magnitude = np.int64(bits_B[i] & np.uint32(MAGNITUDE))
@@ -65,9 +65,10 @@ def trim(tau_B: Any, bits_B: Any, threshold: int, allowed: int) -> Any:
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def thin(tau_B: Any, seed: Any, first: int, below: Any) -> None:
-    """Zero the elements whose hash is not below `below` of 2³²; `first` is the place of the block in its tensor.
+    """Keep each element with probability `below` / 2³² and zero the others; `first` is the index of element 0.
 
-    The hash is splitmix64's: one multiplication chain a number, and no state.
+    An element is kept if a hash of the seed and its index in the tensor is less than `below`. The hash is splitmix64
+    (Steele et al., Fast Splittable Pseudorandom Number Generators, 2014), which needs no state.
     """
     for i in range(tau_B.shape[0]):
         z = np.uint64(seed) + np.uint64(first + i + 1) * np.uint64(0x9E3779B97F4A7C15)
@@ -80,7 +81,7 @@ def thin(tau_B: Any, seed: Any, first: int, below: Any) -> None:
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def absolute_sum(tau_B: Any) -> Any:
-    """Σ |τ| in float64."""
+    """Return Σ |τ| in float64."""
     total = 0.0
     for i in range(tau_B.shape[0]):
         total += abs(np.float64(tau_B[i]))
@@ -89,14 +90,14 @@ def absolute_sum(tau_B: Any) -> Any:
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def add(sum_B: Any, tau_B: Any, factor: Any) -> None:
-    """sum += factor·τ."""
+    """Add factor·τ to `sum_B`."""
     for i in range(sum_B.shape[0]):
         sum_B[i] += factor * tau_B[i]
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def agree(sum_B: Any, divisor_B: Any, sign_B: Any, tau_B: Any, factor: Any, weight: Any) -> None:
-    """sum += factor·τ and divisor += weight where factor·τ has the sign of `sign_B`, + where that is zero."""
+    """Add factor·τ to `sum_B` and weight to `divisor_B` where factor·τ has the sign of `sign_B` (+ if that is zero)."""
     for i in range(sum_B.shape[0]):
         value = factor * tau_B[i]
         agrees = value > 0 if sign_B[i] >= 0 else value < 0
@@ -106,7 +107,7 @@ def agree(sum_B: Any, divisor_B: Any, sign_B: Any, tau_B: Any, factor: Any, weig
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def finish(base_B: Any, sum_B: Any, divisor_B: Any, factor: Any) -> None:
-    """sum = base + factor·sum/divisor, undivided where the divisor is zero."""
+    """Set `sum_B` to base + factor·sum/divisor; a divisor of zero counts as one."""
     for i in range(sum_B.shape[0]):
         divisor = divisor_B[i] if divisor_B[i] != 0 else np.float32(1)
         sum_B[i] = base_B[i] + factor * (sum_B[i] / divisor)

@@ -1,4 +1,7 @@
-"""What the methods of singular values share: the matrices of the experts, and what becomes of other tensors."""
+"""Functions shared by the matrix methods (iso, svd, wudi, orthogonal task vectors): singular parts and results.
+
+Letters: m rows and n columns of a matrix, r rank, K experts.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +16,32 @@ from engine.task_vectors.pipeline import Fill
 
 
 def mean_of_task_vectors(tensor: MergeTensor) -> Fill:
-    """θ₀ + (λ/K)·Σₖ τₖ: what the published codes do with tensors that are no matrices."""
+    """Return the fill of θ₀ + (λ/K)·Σₖ τₖ, the published codes' merge of tensors that are not matrices."""
     experts = len(tensor.task_vectors)
     return tensor.sum_of_task_vectors([float(tensor.values["lambda"]) / experts] * experts)
 
 
 def changed(tensor: MergeTensor) -> Iterator[Tensor]:
-    """τₖ of the experts that change the matrix, one after the other, [m, n] float32."""
+    """Yield τₖ [m, n], float32, of each expert that changes the matrix."""
     for k, task_vector in enumerate(tensor.task_vectors):
         if task_vector is not None and bool((whole := tensor.task_vector(k)).any()):
             yield whole
 
 
 def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
-    """θ₀ + λ·τ of a τ [m, n] that stands whole."""
+    """Return the fill of θ₀ + λ·τ for a whole τ [m, n], float32."""
     tau_N, base_N = tau.reshape(-1), tensor.base.reshape(-1)
     factor = float(tensor.values["lambda"])
 
     def fill(piece: Piece, out_N: Tensor) -> None:
-        some = slice(piece.start, piece.stop)
-        out_N.copy_(torch.add(base_N[some].float(), tau_N[some], alpha=factor))
+        elements = slice(piece.start, piece.stop)
+        out_N.copy_(torch.add(base_N[elements].float(), tau_N[elements], alpha=factor))
 
     return fill
 
 
 def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], Σ [r], Vᵀ [r, n] of at most `rank` leading parts: without those that are zero but for rounding."""
+    """Return U [m, r], Σ [r], Vᵀ [r, n] of the `rank` leading singular parts, less those that are zero by rounding."""
     import torch
 
     u, s, vt = torch.linalg.svd(tau, full_matrices=False)
@@ -47,7 +50,10 @@ def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts, side by side in their order."""
+    """Return U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts (U, Σ, Vᵀ), concatenated in order.
+
+    U⊥ is the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise (Gargiulo et al., arXiv 2412.00081).
+    """
     import torch
 
     left, values, right = zip(*parts, strict=True)
@@ -55,7 +61,7 @@ def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Te
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
-    """P·Qᵀ of P·D·Qᵀ = matrix: the nearest with orthogonal columns or rows."""
+    """Return P·Qᵀ of matrix = P·D·Qᵀ, the nearest matrix with orthonormal columns (or rows, if it is wide)."""
     import torch
 
     p, _, qt = torch.linalg.svd(matrix, full_matrices=False)

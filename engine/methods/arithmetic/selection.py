@@ -1,4 +1,4 @@
-"""The k-th largest absolute value of very many, exactly, from two rounds of counting. Knows no weights."""
+"""Exact selection of the k-th largest absolute value of many elements, by two rounds of counting."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy.typing as npt
 from engine.methods.arithmetic.kernels import LOW_BITS
 
 Counts = npt.NDArray[np.int64]
-
-
-# Bits below and above those of every number: keep all, keep none.
+# Thresholds below and above the bits of every magnitude: keep all elements, keep none.
 ALL, NONE = -1, 0x7FFFFFFF
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Kept are elements whose absolute value has bits above `bits`, and `equal` of the `found` that have these bits."""
+    """The threshold of one expert, as the bits of a float32 magnitude.
+
+    Elements above `bits` are kept, and `equal` of the `found` elements that are equal to it.
+    """
 
     bits: int
     equal: int
@@ -27,27 +28,30 @@ class Threshold:
 
 
 def select(count: Callable[[Counts | None], Counts], keep: Sequence[int | None]) -> list[Threshold]:
-    """The threshold of each expert, of whose elements `keep` are to stay (None: all of them).
+    """Return the threshold of each expert at which its `keep[k]` largest elements are kept (None: all).
 
-    `count(None)` gives how many elements have each upper half of bits, [K, bins], and `count(high)` how many of those
-    whose upper half is `high[k]` have each lower half.
+    Args:
+        count: `count(None)` returns the number of elements per value of the upper bits, [K, HIGH_BINS]. `count(high)`
+            with `high` [K] returns the number per value of the lower bits among those with the upper bits `high[k]`,
+            [K, LOW_BINS].
+        keep: Number of elements to keep, per expert.
     """
     highs, left = zip(*(_rank(row, kept) for row, kept in zip(count(None), keep, strict=True)), strict=True)
     lows = count(np.array(highs, dtype=np.int64))
-    found = []
+    thresholds = []
     for k, kept in enumerate(keep):
         if kept is None:
-            found.append(Threshold(ALL, 0, 0))
+            thresholds.append(Threshold(ALL, 0, 0))
         elif kept == 0:
-            found.append(Threshold(NONE, 0, 0))
+            thresholds.append(Threshold(NONE, 0, 0))
         else:
             low, equal = _rank(lows[k], left[k])
-            found.append(Threshold(highs[k] << LOW_BITS | low, equal, int(lows[k][low])))
-    return found
+            thresholds.append(Threshold(highs[k] << LOW_BITS | low, equal, int(lows[k][low])))
+    return thresholds
 
 
 def _rank(counts: npt.NDArray[np.int64], kept: int | None) -> tuple[int, int]:
-    """The bin in which the `kept`-th from above is, and how many of that bin are still to be kept."""
+    """Return the bin that contains the `kept`-th largest element, and how many elements of that bin are kept."""
     if not kept:
         return 0, 0
     from_above = np.cumsum(counts[::-1])

@@ -1,8 +1,8 @@
-"""One tensor of a merge, as a method sees it: the base and the task vectors in blocks, the options' values, its seeds.
+"""The input of a weight-space method, one tensor of a merge: base, task vectors, option values and seeds.
 
-A method's `prepare` reads what it has to know of the whole tensor and returns a `Fill`, which computes any piece of it
-in whatever thread. What stands in memory is a bounded number of elements, whatever the tensor's size and the number of
-experts. Letters: N elements of a piece, B of a block, K experts.
+A method's `prepare` makes its passes over the whole tensor and returns a `Fill`, which computes any piece of it in any
+thread. The number of elements in memory is bounded, independent of the tensor's size and the number of experts.
+Letters: N elements of a piece, B of a block, K experts.
 """
 
 from __future__ import annotations
@@ -31,36 +31,54 @@ from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import Fill, all_finite, in_order
 from engine.task_vectors.sums import merge_piece, whole
 
+T = TypeVar("T")
 Block = npt.NDArray[np.float32]
 
-
-class Sparse(Protocol):
-    """Which elements of τₖ stay."""
-
-    def state(self, piece: Piece) -> npt.NDArray[np.int64]:
-        """What the blocks of a piece, in their order, hand on to each other."""
-
-    def apply(self, k: int, start: int, tau_B: Block, state: npt.NDArray[np.int64]) -> None:
-        """Zero the other elements of a block of τₖ, which begins at the tensor's element `start`."""
-
-
-T = TypeVar("T")
-
-
-# mergekit scales by no sum of absolute values that is smaller.
+# As in mergekit, a smaller sum of absolute values does not rescale.
 LEAST_NORM = 1e-7
-
 
 _memory = ThreadMemory()
 
 
+class Sparse(Protocol):
+    """The choice of the elements of τₖ that are kept."""
+
+    def state(self, piece: Piece) -> npt.NDArray[np.int64]:
+        """Return the state of a piece, which `apply` updates from block to block."""
+
+    def apply(self, k: int, start: int, tau_B: Block, state: npt.NDArray[np.int64]) -> None:
+        """Zero the elements of a block of τₖ that are not kept.
+
+        The blocks of a piece are passed in order.
+
+        Args:
+            k: The expert.
+            start: Index in the tensor of the block's first element.
+            tau_B: The block of τₖ, changed in place.
+            state: The state of the piece, changed in place.
+        """
+
+
 @dataclass(frozen=True)
 class MergeTensor:
-    """A tensor and what a method may know of it.
+    """One tensor of a merge.
 
-    `task_vectors`, None where an expert's tensor is the base's; `values` of the options that are one a tensor, `own` of
-    those that are one an expert, `base_values` those of the base where it is listed among the models; `thresholds`: of
-    the whole model, where the method asks for them.
+    Attributes:
+        name: The tensor's name.
+        shape: Its shape.
+        base: The base's tensor.
+        models: Names of the K experts.
+        task_vectors: Their task vectors; None for an expert whose tensor equals the base's.
+        values: Values of the options with scope `merge`.
+        own: Values of the options with scope `expert` or `model`, per expert.
+        base_values: Values of the options with scope `model` for the base; None if the base is not one of the models.
+        seed: Seed of the run.
+        pool, threads: Executor of the passes over the tensor, and its number of threads.
+        experts_in_all: Number of experts of the merge, which may be more than K (svd_intermediate).
+        has_base: The config has a base.
+        base_place: Position of the base among the models, if it is listed there.
+        is_vocabulary: The tensor has one row per token.
+        thresholds: Thresholds of the experts over the whole model, for `trim: model`.
     """
 
     name: str
@@ -82,30 +100,30 @@ class MergeTensor:
 
     @property
     def numel(self) -> int:
-        """Elements of the tensor."""
+        """Number of elements of the tensor."""
         return self.base.numel()
 
     def each_own(self, option: str) -> list[Any]:
-        """An option's value for each expert."""
-        return [mine[option] for mine in self.own]
+        """Return an option's value for each expert."""
+        return [values[option] for values in self.own]
 
     def seeds(self) -> list[int]:
-        """A number of 64 bits for each expert, of the run's seed, the tensor and the expert alone."""
+        """Return a 64-bit seed per expert, which depends on the run's seed, the tensor and the expert's name alone."""
         return [_hash(f"{self.seed}\0{self.name}\0{model}") for model in self.models]
 
     def tensor_seed(self) -> int:
-        """A number of 64 bits of the run's seed and the tensor alone."""
+        """Return a 64-bit seed, which depends on the run's seed and the tensor alone."""
         return _hash(f"{self.seed}\0{self.name}")
 
     def each(self, of: Callable[[Piece], T]) -> Iterator[T]:
-        """A function of every piece, in their order; a bounded number at work at a time."""
+        """Yield the results of `of` for all pieces in order, with a bounded number in flight on `pool`."""
         todo = (partial(of, piece) for piece in pieces(self.name, self.shape))
         return in_order(todo, self.pool, 2 * self.threads)
 
     def blocks(self, piece: Piece, experts: Sequence[int]) -> Iterator[tuple[int, int, Tensor, Block]]:
-        """The blocks of a piece: first and last element, the base [B] and τ of the experts [K, B], in float32.
+        """Yield the blocks of a piece: first and last element, base [B] and τ of the given experts [K, B], float32.
 
-        Both are this thread's memory, which the next block takes.
+        Both arrays are buffers of this thread, overwritten by the next block.
         """
         base_N = self.base.reshape(-1)
         size = max(SMALLEST_BLOCK, min(ROOM // 8, ROOM // max(1, len(experts))))
@@ -126,10 +144,10 @@ class MergeTensor:
             yield start, stop, base_B, tau_KB.numpy()
 
     def task_vector(self, k: int) -> Tensor:
-        """τₖ whole, float32, in the tensor's shape: for methods of matrices.
+        """Return τₖ as a whole, float32 in the tensor's shape, for matrix methods.
 
         Raises:
-            CheckpointError: it has an element that is not finite.
+            CheckpointError: τₖ has a NaN or infinite element.
         """
         task_vector = self.task_vectors[k]
         tau = torch.zeros(self.shape) if task_vector is None else whole(task_vector, self.base)
@@ -137,21 +155,23 @@ class MergeTensor:
         return tau
 
     def sum_of_task_vectors(self, factors: Sequence[float]) -> Fill:
-        """θ₀ + Σₖ factorₖ·τₖ."""
+        """Return the fill of θ₀ + Σₖ factorₖ·τₖ."""
         wanted = self._coefficients(factors)
         return lambda piece, out_N: merge_piece(piece, self.base, self.task_vectors, wanted, out_N)
 
-    def sum_of_models(self, own: float, factors: Sequence[float]) -> Fill:
-        """own·θ₀ + Σₖ factorₖ·θₖ."""
+    def sum_of_models(self, base_weight: float, factors: Sequence[float]) -> Fill:
+        """Return the fill of base_weight·θ₀ + Σₖ factorₖ·θₖ."""
         wanted = self._coefficients(factors)
-        # What is given as a difference, or is the base's, brings the base with it.
+        # θₖ = θ₀ + τₖ for an expert that is read as τₖ, or that equals the base.
         for factor, task_vector in zip(factors, self.task_vectors, strict=True):
             if task_vector is None or not task_vector.minus_base:
-                own += factor
-        return lambda piece, out_N: merge_piece(piece, self.base, self.task_vectors, wanted, out_N, base_weight=own)
+                base_weight += factor
+        return lambda piece, out_N: merge_piece(
+            piece, self.base, self.task_vectors, wanted, out_N, base_weight=base_weight
+        )
 
     def summed(self, sparse: Sparse, factors: Sequence[float]) -> Fill:
-        """θ₀ + Σₖ factorₖ·cₖ·τ̂ₖ, with cₖ as `rescale` says."""
+        """Return the fill of θ₀ + Σₖ factorₖ·cₖ·τ̂ₖ, with τ̂ₖ from `sparse` and the scale cₖ from `rescale`."""
         scaled = _float32(factor * c for factor, c in zip(factors, self._rescale(sparse), strict=True))
 
         def fill(piece: Piece, out_N: Tensor) -> None:
@@ -164,7 +184,10 @@ class MergeTensor:
         return fill
 
     def elected(self, sparse: Sparse) -> Fill:
-        """θ₀ + λ·Σ_A wₖ·cₖ·τ̂ₖ / Σ_A wₖ, where A are the experts that agree with the elected sign, for each element."""
+        """Return the fill of θ₀ + λ·Σ_A wₖ·cₖ·τ̂ₖ / Σ_A wₖ.
+
+        A is, per element, the set of experts that agree with the elected sign; see `engine.methods.ties`.
+        """
         weights = [float(weight) for weight in self.each_own("weight")]
         factors = _float32(w * c for w, c in zip(weights, self._rescale(sparse), strict=True))
         by_count = self.values.get("divide_by") == "count"
@@ -189,7 +212,7 @@ class MergeTensor:
         state = sparse.state(piece)
         for start, stop, base_B, tau_KB in self.blocks(piece, range(len(self.task_vectors))):
             for k, tau_B in enumerate(tau_KB):
-                # Now, as what is trimmed, thinned or outvoted no longer shows in the result.
+                # Checked before elements are dropped or outvoted, which would hide them from the check of the result.
                 self._check_finite(k, torch.from_numpy(tau_B))
                 sparse.apply(k, start, tau_B, state)
             yield start, stop, base_B, tau_KB
@@ -197,12 +220,12 @@ class MergeTensor:
     def _check_finite(self, k: int, tau_N: Tensor) -> None:
         if not all_finite(tau_N):
             raise CheckpointError(
-                f"the tensor {self.name!r} has a weight that is NaN or infinite",
+                f"the tensor {self.name!r} has a NaN or infinite weight",
                 f"expert {self.models[k]!r} or the base",
             )
 
     def _rescale(self, sparse: Sparse) -> list[float]:
-        """cₖ of each expert: 1, 1/density, or what keeps Σ |τₖ|, which takes a pass over all of them."""
+        """Return cₖ of each expert: 1, 1/density, or the scale that preserves Σ |τₖ|, which takes a pass over all."""
         experts = range(len(self.task_vectors))
         densities = [float(density) for density in self.each_own("density")]
         if not self.values["rescale"] or all(density >= 1 for density in densities):
@@ -211,14 +234,14 @@ class MergeTensor:
             return [1 / density if density > 0 else 1.0 for density in densities]
 
         def sums(piece: Piece) -> npt.NDArray[np.float64]:
-            found = np.zeros((2, len(experts)))
+            before_after = np.zeros((2, len(experts)))
             state = sparse.state(piece)
             for start, _, _, tau_KB in self.blocks(piece, experts):
                 for k, tau_B in enumerate(tau_KB):
-                    found[0, k] += absolute_sum(tau_B)
+                    before_after[0, k] += absolute_sum(tau_B)
                     sparse.apply(k, start, tau_B, state)
-                    found[1, k] += absolute_sum(tau_B)
-            return found
+                    before_after[1, k] += absolute_sum(tau_B)
+            return before_after
 
         total = np.zeros((2, len(experts)))
         for part in self.each(sums):
@@ -230,7 +253,7 @@ class MergeTensor:
 
 
 def _float32(factors: Iterable[float]) -> list[np.float32]:
-    """Rounded; one that is too large becomes infinite, and the result an error that names the tensor."""
+    """Round to float32. A factor that overflows becomes infinite, and the check of the result then names the tensor."""
     with np.errstate(over="ignore"):
         return [np.float32(factor) for factor in factors]
 
