@@ -1,6 +1,6 @@
-"""The command line: thin. Arguments in, errors out as exit codes; what is done is done elsewhere.
+"""The command line: parses arguments, calls the engine or the cluster, and turns errors into exit codes.
 
-Imports neither torch nor Ray until a merge starts.
+torch and Ray are imported when a command needs them, so that `--help` and `plan` start fast.
 """
 
 from __future__ import annotations
@@ -24,20 +24,13 @@ from engine.planning.planner import make_plan
 from engine.storage.paths import is_uri, locate
 
 QUICKSTART = Path(__file__).resolve().parent / "examples" / "quickstart"
-
-
+# The exit code after Ctrl-C or SIGTERM.
 INTERRUPTED = 130
-
-
 _config = click.argument("config", required=False, type=click.Path(path_type=Path))
-
-
 _set = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config."
+    "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config; repeatable."
 )
-
-
-_debug = click.option("--debug", is_flag=True, help="Show tracebacks and the actors' own output.")
+_debug = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,20 +41,23 @@ def main() -> None:
 
 @main.command()
 @_config
-@click.option("--out", default="merged", show_default=True, help="The output folder, or its s3:// or gs:// URI.")
+@click.option("--out", default="merged", show_default=True, help="Output folder, or its s3:// or gs:// URI.")
 @_set
 @click.option(
-    "--address", help="A running Ray cluster; without one (and without RAY_ADDRESS) Ray starts on this machine."
+    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else Ray starts on this machine."
 )
-@click.option("--fresh", is_flag=True, help="Discard the state of an earlier start, and replace an earlier merge.")
+@click.option("--fresh", is_flag=True, help="Discard the state of an earlier start and replace an earlier merge.")
 @_debug
 def merge(
     config: Path | None, out: str, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
 ) -> None:
-    """Merge the experts of CONFIG (merge.yaml here if left out, else the bundled quickstart) into one model folder."""
+    """Merge the experts of CONFIG into one model folder.
+
+    CONFIG defaults to merge.yaml in the current folder, else to the bundled quickstart.
+    """
 
     def run() -> None:
-        # From the first moment on: a stop leaves by our way out, whatever is going on.
+        # Set first, so that SIGTERM at any later time raises KeyboardInterrupt, as Ctrl-C does.
         signal.signal(signal.SIGTERM, _stop)
         plan = _plan(config, overrides)
         from cluster.driver import merge as merge_by
@@ -70,7 +66,7 @@ def merge(
         if merge_by(plan, target, address, fresh, debug):
             click.echo(f"merged {len(plan.experts)} experts into {target}")
         else:
-            click.echo(f"{target} is this very merge already; --fresh makes it anew")
+            click.echo(f"{target} already holds this merge; use --fresh to redo it")
 
     _guarded(run, debug)
 
@@ -78,14 +74,16 @@ def merge(
 @main.command()
 @_config
 @_set
-@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Nodes of the cluster, all alike.")
-@click.option("--cpus", type=click.FloatRange(1), help="CPUs of a node. Default: this machine's, as for what follows.")
-@click.option("--gpus", type=click.FloatRange(0), help="GPUs of a node.")
-@click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory of a node in GB.")
-@click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory of a GPU in GB.")
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Number of equal nodes.")
+@click.option(
+    "--cpus", type=click.FloatRange(1), help="CPUs per node. Default for this and the next three: as on this machine."
+)
+@click.option("--gpus", type=click.FloatRange(0), help="GPUs per node.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
+@click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
 @_debug
 def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
-    """Check CONFIG and its inputs from their headers alone, and say what a merge would do and take."""
+    """Check CONFIG and its inputs from file headers alone, and estimate memory, traffic and time of the merge."""
 
     def run() -> None:
         from engine.calibration.records import read_records
@@ -106,52 +104,67 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--data", "files", multiple=True, metavar="FILE", help="Records (.json, .jsonl, .parquet); repeatable.")
+@click.option(
+    "--data", "files", multiple=True, metavar="FILE", help="File with records (.json, .jsonl, .parquet); repeatable."
+)
 @click.option(
     "--expert",
     "experts",
     multiple=True,
     metavar="MODEL",
-    help="Whom unlabelled records are compared with: one for all --data, or one for each in its order.",
+    help="Model with which texts are compared: one for all --data, or one per --data in the same order.",
 )
 @click.option(
-    "--out", default="evaluation.parquet", show_default=True, help="The results, a path or s3:// or gs:// URI."
+    "--out",
+    default="evaluation.parquet",
+    show_default=True,
+    help="Parquet file for the results, a path or s3:// or gs:// URI.",
 )
-@click.option("--limit", type=click.IntRange(1), help="The first so many records of each file and task.")
-@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Records at a time.")
-@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens of an answer.")
-@click.option("--max-length", default=2048, show_default=True, type=click.IntRange(1), help="Tokens of a record.")
+@click.option("--limit", type=click.IntRange(1), help="Use only the first records of each file and task.")
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Records per forward pass.")
+@click.option(
+    "--max-new-tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum tokens of a generated answer.",
+)
+@click.option(
+    "--max-length", default=2048, show_default=True, type=click.IntRange(1), help="Maximum tokens of a record."
+)
 @click.option(
     "--dtype",
     default="auto",
     show_default=True,
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="What models compute in; auto: what their weights are.",
+    help="Dtype of the computation; auto: the dtype of the weights.",
 )
-@click.option("--task", "tasks", multiple=True, metavar="NAME", help="A task of lm-evaluation-harness; repeatable.")
+@click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task of lm-evaluation-harness; repeatable.")
 @click.option(
     "--task-path",
     metavar="DIR",
     type=click.Path(exists=True, file_okay=False, resolve_path=True),
-    help="A folder with tasks of your own for the harness.",
+    help="Folder with your own tasks for the harness.",
 )
-@click.option("--num-gpus", type=click.IntRange(0), help="GPUs of one model. Default: one where there are any.")
-@click.option("--address", help="A running Ray cluster; without one Ray starts on this machine where it is needed.")
-@click.option("--trust-remote-code", is_flag=True, help="Let Python code in the models' folders run.")
+@click.option("--num-gpus", type=click.IntRange(0), help="GPUs per model. Default: one if there are any.")
+@click.option(
+    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else Ray starts here if needed."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run.")
 @_debug
 def evaluate(**options: Any) -> None:
-    """Measure each MODEL (a folder, a URI or a hub id) on records and on tasks.
+    """Evaluate each MODEL (a folder, URI or hub id) on records and on tasks.
 
-    Records with a `response`: exact_match and f1 of the text that the model generates, loss and perplexity of the
-    response. Records with `choices` and `answer`: accuracy by generation, and by likelihood. Other records: perplexity,
-    and with --expert kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md defines each metric.
+    Records with a `response`: exact_match and f1 of the generated answer, loss and perplexity of the response. Records
+    with `choices` and `answer`: accuracy by generation and by likelihood. Other records: perplexity, and with --expert
+    kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md defines the metrics.
     """
     _guarded(lambda: _evaluate(EvaluateOptions(**options)), options["debug"], "nothing was written")
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The arguments and options of `evaluate`, by click's names."""
+    """The arguments and options of `evaluate`, by their click names."""
 
     models: tuple[str, ...]
     files: tuple[str, ...]
@@ -192,18 +205,20 @@ def _evaluate(given: EvaluateOptions) -> None:
 
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
+@click.option(
+    "--out", default="report.html", show_default=True, type=click.Path(path_type=Path), help="File for the page."
+)
 @click.option(
     "--evaluation",
     "evaluations",
     multiple=True,
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Scores that `evaluate` wrote, beside those in RUN/merge/evaluation.parquet; repeatable.",
+    help="Scores written by `evaluate`, in addition to RUN/merge/evaluation.parquet; repeatable.",
 )
 @_debug
 def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debug: bool) -> None:
-    """Show what the merge in each RUN, its output folder or URI, learned and took: one page of HTML, for a browser."""
+    """Write an HTML report of the merge in each RUN (an output folder or URI): coefficients, losses, memory, time."""
 
     def run() -> None:
         from engine.report.page import write_report
@@ -216,7 +231,7 @@ def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debu
 
 @main.command()
 def methods() -> None:
-    """List the methods that `merge_method` may name, with their options and defaults."""
+    """List the methods for `merge_method`, with their options and defaults."""
     from engine.methods.catalog import print_methods
 
     print_methods()
@@ -238,7 +253,7 @@ def _default_config() -> Path:
         raise ConfigError(
             "there is no merge.yaml here, and this installation has no quickstart",
             str(Path.cwd()),
-            do="name a config, or run cli.py of a checkout, which has examples/quickstart",
+            do="give a config, or run cli.py in a checkout, which contains examples/quickstart",
         )
     if not (QUICKSTART / "base" / "config.json").is_file():
         fetched = subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=False)
@@ -246,7 +261,7 @@ def _default_config() -> Path:
             raise ConfigError(
                 "there is no merge.yaml here, and the base of the bundled quickstart could not be fetched",
                 str(Path.cwd()),
-                do="name a config, or see the lines above",
+                do="give a config, or fix the cause shown above",
             )
     click.echo(f"config: {QUICKSTART / 'merge.yaml'} (the bundled quickstart; there is no merge.yaml here)")
     return QUICKSTART / "merge.yaml"
@@ -256,8 +271,8 @@ def _stop(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _guarded(run: Callable[[], None], debug: bool, stopped: str = "the same command goes on from here") -> None:
-    """Run, and leave with the exit code of what went wrong; `stopped` is what a stop leaves."""
+def _guarded(run: Callable[[], None], debug: bool, stopped: str = "run the same command to resume") -> None:
+    """Call `run`, and exit with the code of its error. `stopped` is printed after Ctrl-C or SIGTERM."""
     try:
         run()
     except MergeError as error:
@@ -266,7 +281,7 @@ def _guarded(run: Callable[[], None], debug: bool, stopped: str = "the same comm
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except OSError as error:
-        # A file that cannot be read or written, for want of room or right: the run failed, and its state is kept.
+        # A file cannot be read or written, such as on a full disk: the run failed, and its state is kept.
         if debug:
             raise
         click.echo(f"error: {error}", err=True)

@@ -1,1 +1,1 @@
-"""Everything that knows Ray: where actors run, how they talk, and the driver that runs the algorithm over them."""
+"""The Ray layer: the driver of a merge, the placement of its actors, and the communication between them."""

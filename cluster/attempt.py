@@ -1,4 +1,4 @@
-"""What every merge on a cluster does, whatever its method: ask the shards, hash the inputs, gather memory figures."""
+"""The parts that all merges share: distributing work over the shards, writing files, hashing inputs, memory figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.run.run_folder import RunFolder
 
 
 class Attempt:
-    """One attempt at a merge on a connected cluster: its plan, its folder, and what its actors said of themselves."""
+    """One attempt at a merge on a connected cluster: its plan, its run folder, and the memory reports of its actors."""
 
     def __init__(self, plan: Plan, folder: RunFolder, progress: Progress) -> None:
         self.plan, self.folder, self.progress = plan, folder, progress
@@ -30,13 +30,19 @@ class Attempt:
         self.reports: list[Report] = []
 
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
-        """The output's weight files by the shards, each the next one when it is done, and what stands beside them; in
-        a folder of an expert's name where the method makes a model an expert. Files that are there are not made again.
+        """Write the weight files of the output on the shards, and the files beside them.
+
+        Files that an earlier attempt wrote are kept.
+
+        Args:
+            shards: The shard actors.
+            ask: Calls a shard to write one file, and returns the reference.
+            expert: The name of an expert, for a method whose output is one model per expert; also the model's folder.
         """
         files = output_files(self.plan)
-        under = [replace(file, name=f"{expert}/{file.name}") if expert else file for file in files]
-        there = self.folder.written()
-        missing = [file for file in under if file.name not in there]
+        named = [replace(file, name=f"{expert}/{file.name}") if expert else file for file in files]
+        written = self.folder.written()
+        missing = [file for file in named if file.name not in written]
         self.spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
@@ -44,38 +50,38 @@ class Attempt:
         write_companions(folder, self.plan, base_folder(self.plan), files, tokenizer)
 
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:
-        """SHA-256 of the inputs' weight and calibration files, by path or URI."""
-        files = sorted({file for mine in input_files(self.plan).values() for file in mine})
-        return self.dealt("hashing the inputs", shards, files, lambda shard, mine: shard.digests.remote(mine))
+        """Return the SHA-256 of the input files by path or URI, computed by the shards."""
+        files = sorted({file for of_model in input_files(self.plan).values() for file in of_model})
+        return self.dealt("hashing the inputs", shards, files, lambda shard, share: shard.digests.remote(share))
 
     def dealt(
         self, phase: str, shards: Sequence[Any], items: Sequence[str], ask: Callable[[Any, Sequence[str]], Any]
     ) -> dict[str, Any]:
-        """What the shards say of the items, each of its share of them."""
-        asked = [ask(shard, items[index :: len(shards)]) for index, shard in enumerate(shards)]
-        return {item: said for part in self.answers(phase, asked) for item, said in part.items()}
+        """Deal the items to the shards in equal shares, and return their results by item."""
+        references = [ask(shard, items[index :: len(shards)]) for index, shard in enumerate(shards)]
+        return {item: value for part in self.answers(phase, references) for item, value in part.items()}
 
-    def answers(self, phase: str, asked: Sequence[Any]) -> list[Any]:
-        """The values of references that make a phase, in their order."""
-        self.progress.phase(phase, len(asked))
+    def answers(self, phase: str, references: Sequence[Any]) -> list[Any]:
+        """Return the values of the references in order, reported as one phase."""
+        self.progress.phase(phase, len(references))
         answers = []
-        for reference in asked:
+        for reference in references:
             answers.append(self.watch.answer(reference, phase))
             self.progress.advance(phase, len(answers))
         return answers
 
     def report(self, actor: Any) -> None:
-        """Keep what an actor says of its memory."""
+        """Store the memory report of an actor."""
         self.reports.append(self.watch.answer(actor.report.remote(), "asking for memory figures"))
 
     def finish(self, **more: int) -> None:
-        """merge/memory.json and merge/report.html, and with them the output is whole."""
+        """Write merge/memory.json and merge/report.html, and complete the output; `more` adds to the counts."""
         write_json(self.folder.composed / "merge" / "memory.json", self._memory(**more))
         write_report([str(self.folder.composed)], self.folder.composed / "merge" / "report.html")
         self.folder.finish()
 
     def _memory(self, **more: int) -> dict[str, Any]:
-        """Memory by actor, what was moved and computed, and seconds by phase."""
+        """Return the contents of merge/memory.json: memory by actor, bytes moved, forward passes, seconds by phase."""
         reports = [self.process.report(), *self.reports]
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
         return {
@@ -99,7 +105,7 @@ class Attempt:
         ask: Callable[[Any, Task], Any],
         done_before: int = 0,
     ) -> list[Any]:
-        """Ask the workers to do all tasks, each the next one when it is done with one; what they say, in any order."""
+        """Distribute the tasks over the workers as they become free, and return the results in any order."""
         self.progress.phase(phase, len(tasks) + done_before, done_before)
         answers: list[Any] = []
         for _, answer in self.watch.hand_out(tasks, workers, ask, phase):

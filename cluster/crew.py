@@ -1,6 +1,6 @@
-"""The actors of a merge: where `ray.remote` is applied, and where they are told to start again after a death.
+"""The actors of a merge: the application of `ray.remote`, with restarts and retries.
 
-No actor keeps what a call would need from an earlier one, so Ray may start any of them again and repeat the call.
+No actor depends on state from an earlier call, so Ray may restart any of them and retry the call.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Shards
 from engine.storage.folder import Folder
 
-# How often a dead actor is started again, and a call that it took with it repeated: a fault that repeats must end.
+# Restarts of a dead actor, and retries of its call. Bounded, so that a repeating fault ends the run.
 RESTARTS = 3
-
-
 Arguments = Callable[[Plan, Folder], tuple[Any, ...]]
 
 
 class Crew:
-    """Makes and dismisses the actors of one merge, each in its seat; a context that leaves none behind.
+    """Starts and dismisses the actors of one merge, each in its seat. On exit, the context dismisses all of them.
 
-    `state` is the folder where they find the plan.
+    `state` is the folder from which the actors load the plan.
     """
 
     def __init__(self, plan: Plan, state: Folder, layout: Seating, watch: Watch) -> None:
@@ -64,26 +62,26 @@ class Crew:
 
     @property
     def seats(self) -> int:
-        """How many experts can be at work at a time."""
+        """The number of experts that can run at the same time."""
         return len(self.layout.experts)
 
     def expert(self, index: int) -> Any:
-        """An actor for experts in the seat of that index."""
+        """Start the expert actor in the seat of that index."""
         layout, home = self.layout, len(self.layout.shards)
-        # Beside the trainer, the first has a seat that is reserved; the others wait for theirs by themselves.
+        # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
         place = (home + 1 if index == 0 else None) if layout.beside else home
         return self._spawn(Expert, layout.experts[index], place, lambda plan, _: (plan, index))
 
     def trainer(self) -> Any:
-        """The trainer, in its home; the shards must be there."""
+        """Start the trainer in its home. The shards must be running."""
         assert self.layout.trainer is not None
-        # By name, not by handle: a handle among the arguments would be one more thing to lose before a restart.
+        # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
         arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get)  # noqa: E731
         return self._spawn(Trainer, self.layout.trainer, len(self.layout.shards), arguments)
 
     def dismiss(self, actor: Any) -> None:
-        """End an actor; what its methods returned belongs to the driver and outlives it."""
+        """Kill an actor. The driver owns the objects that its methods returned, so they outlive it."""
         self._alive.remove(actor)
         self._watch.gone(actor)
         ray.kill(actor)
@@ -108,10 +106,10 @@ class Crew:
 
 
 def _planned(kind: type) -> type:
-    """The actor class, with its arguments made from the plan where it runs.
+    """Return the actor class with an `__init__` that loads the plan on the actor's own node.
 
-    A plan is too large to travel with the call that makes an actor: Ray would put it into the object store, where an
-    actor that is started again may not find it.
+    A plan is too large for the arguments of an actor: Ray would put it into the object store, where a restarted actor
+    may not find it.
     """
 
     def start(self: Any, state: Folder, arguments: Arguments) -> None:
@@ -121,14 +119,16 @@ def _planned(kind: type) -> type:
 
 
 def _shards_named(plan: Plan, state: Folder, names: Sequence[str]) -> Shards:
-    """The shards of those names; without names, the task vectors in this process."""
+    """Return the shard actors of those names or, without names, shards within this process."""
     if not names:
         return LocalShards(plan, usable_cpus(), overlap=torch.cuda.is_available(), state=state)
     return RemoteShards(plan, [ray.get_actor(name) for name in names])
 
 
 def _shard(index: int) -> Arguments:
-    """A shard's. A closure, which travels by value: by name it would make a shard import this module and, with it, all
-    that experts and trainer need.
+    """Return the arguments of a shard as a closure.
+
+    A closure is pickled by value. A module-level function would be pickled by name, and a shard would import this
+    module and with it all imports of experts and trainer.
     """
     return lambda plan, state: (plan, index, state)

@@ -1,4 +1,8 @@
-"""The algorithm over the cluster: targets, stage 1, importance, stage 2, write. Holds references and small tables."""
+"""The entry points of a merge on a cluster: `merge` prepares the run, `attempt` computes the result.
+
+An attempt is a `LearnedMerge` (targets, stage 1, importance, stage 2, output) or a `WeightSpaceMerge` (output only).
+The driver holds references and small tables, never a tensor of a model.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,24 @@ from engine.run.run_folder import RunFolder, check_output, open_run
 
 
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
-    """Merge by the plan into `out`, a folder or a URI; False where that very merge is there already.
+    """Merge according to the plan into `out`.
 
-    After a loss the merge is attempted again on the nodes that are left, from the state that the folder keeps.
+    After the loss of a node, the merge is attempted again on the remaining nodes, from the state in `OUT.run/`.
+
+    Args:
+        plan: The plan of the merge.
+        out: The output folder, an absolute path or a URI.
+        address: The address of a running Ray cluster; None uses RAY_ADDRESS or starts Ray on this machine.
+        fresh: Discard the state of an earlier start, and replace an earlier merge.
+        debug: Show the actors' own output.
+
+    Returns:
+        False if `out` already holds this merge, else True.
 
     Raises:
-        MergeError: the input, the cluster or the run is at fault.
+        InputError: the config, a model, a calibration file or the output folder is wrong.
+        ClusterError: the cluster cannot be reached or lacks resources.
+        RunError: the merge failed; its state is kept.
     """
     check_trackers(plan.config, out)
     records: Records = []
@@ -29,7 +45,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         plan, records = check_inputs(plan)
     plan_identity = identity(plan)
     if check_output(out, plan_identity, fresh):
-        if RunFolder(out).exists():  # a driver that died after its last act but one
+        if RunFolder(out).exists():
+            # The output was renamed into place, but the driver died before it removed OUT.run.
             with open_run(out, plan_identity, fresh=False) as run:
                 run.discard()
         return False
@@ -48,6 +65,13 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
 
 
 def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, plan_identity: str) -> None:
-    """The merge from where its state is to its end, on the nodes that there are."""
-    kind = LearnedMerge(plan, samples, run, progress) if plan.config.learned else WeightSpaceMerge(plan, run, progress)
-    kind.run(plan_identity)
+    """Complete the merge from its stored state, on the nodes that are alive.
+
+    Raises:
+        Lost: a node or an object was lost; the merge can be attempted again.
+        MergeError: the merge cannot continue.
+    """
+    if plan.config.learned:
+        LearnedMerge(plan, samples, run, progress).run(plan_identity)
+    else:
+        WeightSpaceMerge(plan, run, progress).run(plan_identity)

@@ -1,4 +1,4 @@
-"""An evaluation: every input checked, then each model put to its data, here or as tasks on Ray. Knows no measures."""
+"""Evaluations: checks of all inputs, then one job per model, in this process or as tasks on Ray."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from engine.models.loading import load_tokenizer
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What one process does: a model, called `name`, on some data. `model` is as any node finds it."""
+    """A model, reported under `name`, to be evaluated on data sets and tasks by one process.
+
+    `model` is a path, URI or hub id that is valid on every node.
+    """
 
     name: str
     model: str
@@ -40,18 +43,20 @@ class EvaluationJob:
 def make_jobs(
     models: Sequence[str], data: Sequence[DataSet], experts: Sequence[str], tasks: Tasks, options: Options
 ) -> list[EvaluationJob]:
-    """A job for each model, everything checked. `experts`: none, one for all data, or one for each.
+    """Check all inputs and return one job per model. `experts`: none, one for all data sets, or one for each.
 
     Raises:
-        InputError: naming the option, the model or the record at fault.
+        ConfigError: there is nothing to evaluate on, or the number of experts is wrong.
+        CheckpointError: a model or an expert cannot be loaded, or an expert differs in size.
+        CalibrationError: a model cannot process a record.
     """
     if not data and not tasks.names:
-        raise ConfigError("there is nothing to evaluate on", "--data", "a file, or a --task")
+        raise ConfigError("there is nothing to evaluate on", "--data", "at least one --data or --task")
     if len(experts) not in {0, 1, len(data)}:
         raise ConfigError(
             f"{len(experts)} experts for {len(data)} files",
             "--expert",
-            "one for all --data, or one for each in its order",
+            "one for all --data, or one per --data in the same order",
         )
     if tasks.names:
         check_tasks(tasks)
@@ -75,12 +80,20 @@ def make_jobs(
 
 
 def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, num_gpus: int | None = None) -> list[Row]:
-    """The figures of all jobs, each model's together; `num_gpus` are a model's, by default one where there are any.
+    """Run all jobs and return their rows, model by model.
 
-    One model on a machine with one GPU or none is put to its data in this process, more on Ray.
+    A single model on a machine with at most one GPU is evaluated in this process, all others on Ray.
+
+    Args:
+        jobs: The jobs, from `make_jobs`.
+        address: The address of a running Ray cluster; None uses RAY_ADDRESS or starts Ray on this machine.
+        debug: Show the workers' own output.
+        num_gpus: GPUs per model; None is one if there are any.
 
     Raises:
-        MergeError: the cluster or the run is at fault.
+        ClusterError: the cluster cannot be reached, or no node has the GPUs.
+        CheckpointError: a model's logits are not finite.
+        RunError: the evaluation failed.
     """
     with Progress() as progress:
         alone = len(jobs) == 1 and torch.cuda.device_count() < 2
@@ -93,7 +106,7 @@ def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, nu
 
 
 def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> list[Row]:
-    """One job, in this process; `done` is told how many of its files and lists of tasks are."""
+    """Run one job in this process. `done` is called with the number of completed parts (see `_parts`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject, rows = Subject(job.model, job.options), list[Row]()
     try:
@@ -102,7 +115,7 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
         for number, one in enumerate(job.data, start=1):
             wanted = one.expert if one.kind == "text" else None
             if wanted is not None and wanted != loaded:
-                # The earlier one goes before the next comes.
+                # Free the previous expert before the next is loaded.
                 expert = None
                 expert, loaded = Subject(wanted, job.options), wanted
                 expert.load(device)
@@ -114,65 +127,66 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
             done(_parts(job))
     except torch.OutOfMemoryError as error:
         raise RunError(
-            f"the GPU's memory does not do for {job.name}", do="lower --batch-size, or give it more GPUs by --num-gpus"
+            f"the GPU memory does not suffice for {job.name}", do="lower --batch-size, or raise --num-gpus"
         ) from error
     return rows
 
 
 def _parts(job: EvaluationJob) -> int:
+    """Return the number of parts of a job: its data sets, and all of its tasks together."""
     return len(job.data) + bool(job.tasks.names)
 
 
-def spread(jobs: Sequence[EvaluationJob], gpus: int, there: Sequence[Node]) -> list[EvaluationJob]:
-    """The jobs, a model's files apart where the nodes have GPUs for more of them at a time."""
-    shares = max(1, int(sum(node.gpus for node in there) / gpus / len(jobs))) if gpus else 1
-    found = []
+def spread(jobs: Sequence[EvaluationJob], gpus: int, nodes: Sequence[Node]) -> list[EvaluationJob]:
+    """Return the jobs, split by data set if the nodes have GPUs for several jobs per model."""
+    shares = max(1, int(sum(node.gpus for node in nodes) / gpus / len(jobs))) if gpus else 1
+    split = []
     for job in jobs:
         parts = [replace(job, data=job.data[place::shares]) for place in range(shares)]
-        # The harness's tasks go with the first, or alone.
+        # The tasks of the harness belong to the first part.
         parts[1:] = [replace(part, tasks=Tasks(())) for part in parts[1:]]
-        found += [part for part in parts if part.data or part.tasks.names]
-    return found
+        split += [part for part in parts if part.data or part.tasks.names]
+    return split
 
 
 def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> list[Row]:
-    """A task for each job; the figures in their order."""
+    """Run each job as a Ray task, and return the rows in the order of the jobs."""
     cpus = task_cpus(nodes(), gpus, len(jobs))
     task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
     ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place])  # noqa: E731
-    found: dict[int, list[Row]] = {}
+    results: dict[int, list[Row]] = {}
     watch = Watch(progress.say)
     progress.phase("evaluating", len(jobs))
 
     def attempt() -> None:
-        missing = [place for place in range(len(jobs)) if place not in found]
-        # Ray places a task wherever its CPUs and GPUs are free, so all of them are handed out at once.
+        missing = [place for place in range(len(jobs)) if place not in results]
+        # Ray starts a task when its CPUs and GPUs are free, so all of them are submitted at once.
         for place, rows in watch.hand_out(missing, [task] * len(missing), ask, "evaluating"):
-            found[place] = rows
-            progress.advance("evaluating", len(found), jobs[place].name)
+            results[place] = rows
+            progress.advance("evaluating", len(results), jobs[place].name)
 
-    until_done(attempt, lambda: len(found), progress.say)
-    return [row for place in range(len(jobs)) for row in found[place]]
+    until_done(attempt, lambda: len(results), progress.say)
+    return [row for place in range(len(jobs)) for row in results[place]]
 
 
 def _task(job: EvaluationJob) -> list[Row]:
-    """A job in a worker of Ray's, on the CPUs that it was given."""
+    """Run a job in a Ray worker, with as many threads as Ray assigned CPUs."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, min(int(given), usable_cpus())))
     return _run(job)
 
 
-def task_cpus(there: Sequence[Node], gpus: int, tasks: int) -> int:
-    """CPUs of a task: as many as all can have at a time.
+def task_cpus(nodes: Sequence[Node], gpus: int, tasks: int) -> int:
+    """Return the CPUs of a task such that all tasks can run at the same time, at least 1.
 
     Raises:
-        ClusterError: no node has what one asks for.
+        ClusterError: no node has the CPU and the GPUs of a task.
     """
-    able = [node for node in there if node.cpus >= 1 and node.gpus >= gpus]
+    able = [node for node in nodes if node.cpus >= 1 and node.gpus >= gpus]
     if not able:
-        most = max((node.gpus for node in there), default=0)
+        most = max((node.gpus for node in nodes), default=0)
         raise ClusterError(
-            f"no node has a CPU and {gpus} GPUs", "the cluster", do=f"lower --num-gpus: the most of a node is {most:g}"
+            f"no node has a CPU and {gpus} GPUs", "the cluster", do=f"lower --num-gpus; no node has more than {most:g}"
         )
     share = sum(node.cpus for node in able) // tasks
     return int(max(1, min(share, *(node.cpus for node in able))))

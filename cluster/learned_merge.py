@@ -1,4 +1,7 @@
-"""A part of the house that has no words of its own yet."""
+"""A merge by a learned method on a cluster: targets, stage 1, importance, stage 2, output.
+
+Source: Expert Merging, arXiv 2509.25712. AdaMerging (arXiv 2310.02575) minimises an entropy and needs no targets.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ Samples = Sequence[Sequence[Sample]]
 
 
 class LearnedMerge(Attempt):
-    """One attempt at a merge by a method that learns coefficients."""
+    """One attempt at a merge by a learned method."""
 
     def __init__(self, plan: Plan, samples: Samples, folder: RunFolder, progress: Progress) -> None:
         super().__init__(plan, folder, progress)
         self.samples = samples
 
     def run(self, plan_identity: str) -> None:
-        """The whole algorithm."""
-        for s in (s for mine in self.samples for s in mine if s.cut):
+        """Run the merge to its end, from the state in the run folder."""
+        for s in (s for of_expert in self.samples for s in of_expert if s.cut):
             self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
         with Crew(self.plan, self.folder.state, self._layout(), self.watch) as crew:
             trainer = crew.trainer() if crew.layout.beside else None
@@ -46,17 +49,18 @@ class LearnedMerge(Attempt):
             magnitudes = self._magnitudes(crew)
             if not crew.layout.overlap:
                 targets.all_stored()
+            # Without a seat of its own, the trainer starts after the experts.
             trainer = trainer or crew.trainer()
-            learning = Stages(self, self.samples, crew, trainer, targets)
-            self.plan = learning.find_prior()
-            stages = [learning.stage(first_stage(self.plan))]
+            training = Stages(self, self.samples, crew, trainer, targets)
+            self.plan = training.find_prior()
+            stages = [training.stage(first_stage(self.plan))]
             importance = None
             if self.plan.config.stages == 2:
                 self.progress.phase("importance", 1)
                 options = self.plan.config.parameters
                 layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
                 self.progress.advance("importance", 1)
-                stages.append(learning.stage(second_stage(self.plan, layout, stages[0])))
+                stages.append(training.stage(second_stage(self.plan, layout, stages[0])))
             self.report(trainer)
             crew.dismiss(trainer)
             self._write(crew, stages[-1])
@@ -69,14 +73,14 @@ class LearnedMerge(Attempt):
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 
     def _layout(self) -> Seating:
-        """Seats on the nodes that there are, or that come within `cluster.wait` seconds."""
+        """Return seats on the nodes that are alive, or that join within `cluster.wait` seconds."""
         config, kept = self.plan.config, self.folder.kept("devices")
-        work = Work.of(config, [[len(sample.input_ids) for sample in mine] for mine in self.samples])
+        work = Work.of(config, [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples])
 
         def find() -> tuple[Devices, Seating]:
-            there = nodes()
-            devices = Devices.of(there, config) if kept is None else Devices(*map(float, kept))
-            return devices, arrange(there, self.plan, work, devices)
+            alive = nodes()
+            devices = Devices.of(alive, config) if kept is None else Devices(*map(float, kept))
+            return devices, arrange(alive, self.plan, work, devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
@@ -84,37 +88,40 @@ class LearnedMerge(Attempt):
         return layout
 
     def _targets(self, crew: Crew) -> TargetComputation:
-        """The targets, each computed once in the life of a run; experts are at work on those that are not there."""
+        """Start the experts whose targets are not stored yet. A target is computed once in the life of a run."""
         wanted = self.samples if self.plan.config.has_targets else []
-        there = self.folder.stored_targets() if wanted else set()
-        missing = [[sample for sample in mine if self.folder.target(sample) not in there] for mine in wanted]
-        self.progress.phase("targets", sum(map(len, wanted)), len(there))
-        targets = TargetComputation(self, crew, missing, len(there))
-        targets.nbytes += sum(map(self.folder.state.size, there))
+        stored = self.folder.stored_targets() if wanted else set()
+        missing = [[sample for sample in samples if self.folder.target(sample) not in stored] for samples in wanted]
+        self.progress.phase("targets", sum(map(len, wanted)), len(stored))
+        targets = TargetComputation(self, crew, missing, len(stored))
+        targets.nbytes += sum(map(self.folder.state.size, stored))
         return targets
 
     def _magnitudes(self, crew: Crew) -> Array:
-        """sₖ,ₗ = mean |τₖ,ₗ| [K, L] of the merged tensors; every weight of every model is read, and must be finite.
+        """Return sₖ,ₗ = mean |τₖ,ₗ| of the merged tensors, [K, L]; with orthogonal task vectors, compute these first.
 
-        Where task vectors are to be orthogonal they are made so here, and it is these that are measured.
+        Reads every weight of every model once.
+
+        Raises:
+            CheckpointError: a weight is not finite.
         """
         kept = self.folder.kept("magnitudes")
         if kept is not None:
             return kept
         names = list(self.plan.base_header.tensors)
-        ask = lambda shard, mine: shard.inspect.remote(mine)  # noqa: E731
-        found: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
+        ask = lambda shard, share: shard.inspect.remote(share)  # noqa: E731
+        inspections: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
         matrices = self.plan.orthogonal
-        some = [matrices[first : first + MATRICES_PER_CALL] for first in range(0, len(matrices), MATRICES_PER_CALL)]
-        make = lambda shard, names: shard.orthogonalise.remote(names)  # noqa: E731
-        for made in self.spread("orthogonal task vectors", crew.shards, some, make) if some else ():
-            found |= made
-        magnitudes = np.stack([found[name].magnitudes for name in self.plan.merged], axis=1)
+        groups = [matrices[first : first + MATRICES_PER_CALL] for first in range(0, len(matrices), MATRICES_PER_CALL)]
+        orthogonalise = lambda shard, group: shard.orthogonalise.remote(group)  # noqa: E731
+        for done in self.spread("orthogonal task vectors", crew.shards, groups, orthogonalise) if groups else ():
+            inspections |= done
+        magnitudes = np.stack([inspections[name].magnitudes for name in self.plan.merged], axis=1)
         self.folder.keep("magnitudes", magnitudes)
         return magnitudes
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
-        """The output by the shards, tensor by tensor, in a folder that is not the output yet."""
+        """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""
         self.folder.start_output()
 
         def ask(shard: Any, file: OutputFile) -> Any:

@@ -1,4 +1,4 @@
-"""Which node each actor of a merge sits on, and what it asks for there: a function of nodes and plan. Knows no Ray."""
+"""The seats of a merge: the node of each actor and the resources it requests there, computed from nodes and plan."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from engine.planning.plan import Plan, slices
 from engine.planning.scaling import GB, Machines, Site, Work, choose
 
 Bundle = dict[str, float]
-
-
-MORE = "add nodes, or ask for less: num_gpus, labels or shards in the config's `cluster`"
+MORE = "add nodes, or request less with num_gpus, labels or shards in the config's `cluster`"
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node of the cluster has, in use or not, and the labels that it was started with."""
+    """A node of the cluster: its resources, in use or not, memory in bytes, and the labels given at its start."""
 
     cpus: float
     gpus: float
@@ -30,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Seat:
-    """An actor's place: a node, by its id, and what the actor asks for there."""
+    """The seat of an actor: a node, by its id, and the resources that the actor requests there."""
 
     node: str
     cpus: float
@@ -38,17 +36,23 @@ class Seat:
 
     @property
     def bundle(self) -> Bundle:
-        """As Ray names resources."""
+        """The resources by Ray's names."""
         return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
 
 
 @dataclass(frozen=True)
 class Seating:
-    """Everybody's seats. `trainer` is None where nothing is learned.
+    """The seats of all actors of a merge.
 
-    `beside`: experts and trainer have seats of their own. Else the experts take their turns within `home`, which is
-    large enough for either, and the trainer comes when they are gone. `overlap`: the trainer may compute while experts
-    do. `within_trainer`: it asks task vectors of its own, and the shards only read and write files.
+    Attributes:
+        shards: The seats of the shards.
+        trainer: The seat of the trainer; None for a weight-space method.
+        experts: The seats of the experts that can run at the same time.
+        home: The reserved seat in which the trainer runs.
+        beside: Experts have seats besides the trainer's. Else they run within `home`, which is large enough for
+            either, and the trainer starts after them.
+        overlap: The trainer may compute while experts do.
+        within_trainer: The trainer computes the sums over task vectors itself; shards only read and write files.
     """
 
     shards: tuple[Seat, ...]
@@ -61,16 +65,18 @@ class Seating:
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
-        """What a merge cannot do without, to be had together: shards, the trainer's home, one expert. Further experts
-        join as their seats become free.
+        """The seats that must be free before the merge starts: the shards', the trainer's home, the first expert's.
+
+        Further experts start as their seats become free.
         """
         return (*self.shards, *([self.home] if self.home else []), *(self.experts[:1] if self.beside else []))
 
 
 @dataclass(frozen=True)
 class Devices:
-    """GPUs that the trainer and each expert ask for. A run keeps those of its first start, whatever nodes it loses:
-    another kind of device has other last bits.
+    """The GPUs that the trainer and each expert request.
+
+    A run keeps those of its first start even if it loses nodes, because another kind of device gives other last bits.
     """
 
     trainer: float
@@ -78,27 +84,27 @@ class Devices:
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
-        """As the config says; auto: one each where there are any."""
-        there = float(min(1.0, sum(node.gpus for node in useful(nodes, config))))
+        """Return the numbers of the config; `auto` is one GPU if the nodes have any."""
+        auto = float(min(1.0, sum(node.gpus for node in useful(nodes, config))))
         trainer, expert = config.cluster.trainer.num_gpus, config.cluster.expert.num_gpus
-        return cls(there if trainer == "auto" else trainer, there if expert == "auto" else expert)
+        return cls(auto if trainer == "auto" else trainer, auto if expert == "auto" else expert)
 
 
 def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> Seating:
-    """The layout that the scaling model says is the quickest (docs/scaling.md).
+    """Return the seats of the layout that the scaling model estimates to be the fastest (docs/scaling.md).
 
     Raises:
-        ClusterError: the nodes have not what it takes; with the numbers.
+        ClusterError: no node fits the trainer or an expert.
     """
-    way = choose(plan, work, machines(nodes, plan.config, devices))
-    return lay_out(nodes, plan, devices, way.where, way.shards)
+    fastest = choose(plan, work, machines(nodes, plan.config, devices))
+    return lay_out(nodes, plan, devices, fastest.where, fastest.shards)
 
 
 def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> None:
-    """Whether any node holds the trainer's weights and gradient, where it computes on the CPU.
+    """Check that the largest node can hold the trainer's weights and gradient, if the trainer computes on the CPU.
 
     Raises:
-        ClusterError: none does.
+        ClusterError: it cannot.
     """
     largest = max((node.memory for node in useful(nodes, plan.config)), default=0.0)
     wanted = choose(plan, work, machines(nodes, plan.config, devices)).memory.model
@@ -107,54 +113,54 @@ def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices
             f"the merged weights and their gradient take {wanted / GB:.1f} GB",
             "the trainer",
             f"at most the {largest / GB:.1f} GB of the largest node",
-            "`gradients: stream`, `dtype: bfloat16`, or a larger node; `plan` shows what each takes",
+            "set `gradients: stream` or `dtype: bfloat16`, or use a larger node; `plan` shows the estimates",
         )
 
 
 def machines(nodes: Sequence[Node], config: Config, devices: Devices) -> Machines:
-    """The cluster as the scaling model sees it: its smallest node, as many times as there are nodes that compute."""
-    there = useful(nodes, config)
-    gpus = max((node.gpus for node in there), default=0.0) if devices.trainer else 0.0
-    memory = min((node.memory for node in there), default=0.0)
-    return Machines(max(1, len(there)), min((node.cpus for node in there), default=1.0), gpus, memory or None)
+    """Return the input of the scaling model: the smallest node, multiplied by the number of nodes with CPUs."""
+    usable = useful(nodes, config)
+    gpus = max((node.gpus for node in usable), default=0.0) if devices.trainer else 0.0
+    memory = min((node.memory for node in usable), default=0.0)
+    return Machines(max(1, len(usable)), min((node.cpus for node in usable), default=1.0), gpus, memory or None)
 
 
 def useful(nodes: Sequence[Node], config: Config) -> list[Node]:
-    """The nodes that may be used, the largest first: they have CPUs, and the labels that `cluster.labels` asks for."""
-    there = [node for node in nodes if node.cpus > 0 and _has(node, config.cluster.labels)]
-    return sorted(there, key=lambda node: (-node.memory, -node.gpus, -node.cpus, node.id))
+    """Return the nodes with CPUs and the labels of `cluster.labels`, the largest first."""
+    usable = [node for node in nodes if node.cpus > 0 and _has(node, config.cluster.labels)]
+    return sorted(usable, key=lambda node: (-node.memory, -node.gpus, -node.cpus, node.id))
 
 
 def lay_out(
     nodes: Sequence[Node], plan: Plan, devices: Devices, where: Site = "nodes", shards: int | None = None
 ) -> Seating:
-    """Trainer, experts and shards on their nodes.
+    """Return the seats of trainer, experts and shards.
 
-    As many experts at a time as there are GPUs for beside the trainer, or one a node where they compute on the CPU, as
-    each uses all of its cores. CPU figures only say where actors may be: thirds of a node's at most, so that trainer,
-    expert and shards fit even a node of one CPU.
+    The experts that run at the same time are as many as the GPUs besides the trainer's admit or, on the CPU, one per
+    node, because each uses all of its cores. Requested CPUs serve placement only: at most a third of a node's per kind
+    of actor, so that trainer, expert and shards fit on a node with a single CPU.
 
     Raises:
-        ClusterError: there is no node for the trainer or for an expert; with the numbers.
+        ClusterError: no node fits the trainer or an expert.
     """
     config = plan.config
-    there = useful(nodes, config)
+    usable = useful(nodes, config)
     for role, gpus in (("trainer", devices.trainer), ("expert", devices.expert)):
-        if not _candidates(there, config, role, gpus):
+        if not _candidates(usable, config, role, gpus):
             raise _shortage(nodes, config, role, gpus)
-    asked = len(plan.experts) if config.has_targets else 0
-    homes = _candidates(there, config, "trainer", devices.trainer)
-    home = max(homes, key=lambda node: len(_places(there, config, devices, node)))
-    places = _places(there, config, devices, home)
+    most = len(plan.experts) if config.has_targets else 0
+    homes = _candidates(usable, config, "trainer", devices.trainer)
+    home = max(homes, key=lambda node: len(_places(usable, config, devices, node)))
+    places = _places(usable, config, devices, home)
     beside = bool(places)
-    places = (places or [home] * int(home.gpus // devices.expert))[:asked]
+    places = (places or [home] * int(home.gpus // devices.expert))[:most]
     on = Counter(node.id for node in places)
     trainer = Seat(home.id, _share(home, 1), devices.trainer)
     if beside:
         reserved = trainer
         experts = tuple(Seat(node.id, _share(node, on[node.id]), devices.expert) for node in places)
     else:
-        # In turns: the larger of the two needs, in CPUs as in GPUs.
+        # Experts and trainer take turns in one seat: the larger request of the two, in CPUs as in GPUs.
         experts = tuple(Seat(node.id, _share(node, len(places)), devices.expert) for node in places)
         reserved = Seat(
             home.id,
@@ -163,34 +169,35 @@ def lay_out(
         )
     within = config.cluster.shards == 0 or where == "trainer"
     return Seating(
-        _shards([home] if where == "node" else there, plan, shards),
+        _shards([home] if where == "node" else usable, plan, shards),
         trainer,
         experts,
         reserved,
         beside,
-        # On the CPU both would want the same cores; a GPU is each one's own.
+        # On the CPU they would compete for the same cores; GPUs are exclusive.
         beside and (devices.trainer > 0 or home.id not in on),
         within,
     )
 
 
 def lay_out_shards(nodes: Sequence[Node], plan: Plan) -> Seating:
-    """Shards alone, for a merge that learns nothing: one a node, which uses all its cores, or as many as asked for.
+    """Return the seats of shards alone, for a weight-space method: one shard per node, or `cluster.shards`.
 
     Raises:
-        ClusterError: no node may be used.
+        ClusterError: no node has CPUs and the labels of the config.
     """
-    there = useful(nodes, plan.config)
-    if not there:
+    usable = useful(nodes, plan.config)
+    if not usable:
         raise _shortage(nodes, plan.config, "shard", 0)
-    return Seating(_shards(there, plan, None))
+    return Seating(_shards(usable, plan, None))
 
 
-def _places(there: Sequence[Node], config: Config, devices: Devices, home: Node) -> list[Node]:
-    """The node of each expert that fits beside a trainer at `home`: every node once, then every node again, …; the
-    trainer's own comes last.
+def _places(usable: Sequence[Node], config: Config, devices: Devices, home: Node) -> list[Node]:
+    """Return the node of each expert that fits beside a trainer at `home`.
+
+    The nodes take turns; the trainer's own comes last in each turn.
     """
-    nodes = _candidates(there, config, "expert", devices.expert)
+    nodes = _candidates(usable, config, "expert", devices.expert)
     others = [node for node in nodes if node.id != home.id]
     if not devices.expert:
         return others or nodes
@@ -200,23 +207,23 @@ def _places(there: Sequence[Node], config: Config, devices: Devices, home: Node)
     return [node for turn in range(rounds) for node in order if left[node.id] // devices.expert > turn]
 
 
-def _shards(there: Sequence[Node], plan: Plan, count: int | None) -> tuple[Seat, ...]:
-    """Each shard, the one with the most bytes first, on the node that has least of them for its memory."""
+def _shards(usable: Sequence[Node], plan: Plan, count: int | None) -> tuple[Seat, ...]:
+    """Return the seat of each shard: in order of size, on the node with the smallest load relative to its memory."""
     wanted = plan.config.cluster.shards
-    count = count or (wanted if isinstance(wanted, int) and wanted else len(there))
+    count = count or (wanted if isinstance(wanted, int) and wanted else len(usable))
     sizes = [sum(plan.numels[name] for name in names) for names in slices(plan, count)]
-    loads = {node.id: 0.0 for node in there}
+    loads = {node.id: 0.0 for node in usable}
     owner: dict[int, Node] = {}
     for index in sorted(range(count), key=lambda index: -sizes[index]):
-        node = min(there, key=lambda node: (loads[node.id] + max(1, sizes[index])) / (node.memory or 1))
+        node = min(usable, key=lambda node: (loads[node.id] + max(1, sizes[index])) / (node.memory or 1))
         owner[index] = node
         loads[node.id] += max(1, sizes[index])
     on = Counter(node.id for node in owner.values())
     return tuple(Seat(owner[index].id, _share(owner[index], on[owner[index].id])) for index in range(count))
 
 
-def _candidates(there: Sequence[Node], config: Config, role: str, gpus: float) -> list[Node]:
-    return [node for node in there if node.gpus >= gpus and _has(node, _labels(config, role))]
+def _candidates(usable: Sequence[Node], config: Config, role: str, gpus: float) -> list[Node]:
+    return [node for node in usable if node.gpus >= gpus and _has(node, _labels(config, role))]
 
 
 def _labels(config: Config, role: str) -> Mapping[str, str]:
@@ -228,20 +235,19 @@ def _has(node: Node, labels: Mapping[str, str]) -> bool:
 
 
 def _share(node: Node, actors: int) -> float:
-    """What each of so many actors of a kind asks of a third of the node: a CPU at most, in hundredths, rounded down."""
+    """Return the CPUs that each actor of a kind requests: its part of a third of the node, 0.01 to 1, rounded down."""
     return max(0.01, int(100 * min(1.0, node.cpus / 3 / max(1, actors))) / 100)
 
 
 def _shortage(nodes: Sequence[Node], config: Config, role: str, gpus: float) -> ClusterError:
     labels = {**config.cluster.labels, **_labels(config, role)}
-    asked = [f"{gpus:g} GPUs" if gpus else "CPUs", *(f"the label {key}={value}" for key, value in labels.items())]
-    there = useful(nodes, config)
-    largest = max((node.gpus for node in there if _has(node, labels)), default=0.0)
-    fitting = sum(_has(node, labels) for node in there)
+    needs = [f"{gpus:g} GPUs" if gpus else "CPUs", *(f"the label {key}={value}" for key, value in labels.items())]
+    fitting = [node for node in useful(nodes, config) if _has(node, labels)]
+    largest = max((node.gpus for node in fitting), default=0.0)
     total = sum(node.gpus for node in nodes)
     return ClusterError(
-        f"no node for the {role}: it asks for one with {' and '.join(asked)}; of {len(nodes)} nodes with "
-        f"{total:g} GPUs in all, {fitting} would do but for GPUs, the largest has {largest:g}",
+        f"no node fits the {role}, which needs {' and '.join(needs)}: of {len(nodes)} nodes with {total:g} GPUs in "
+        f"total, {len(fitting)} match apart from GPUs, and the largest of these has {largest:g}",
         "the cluster",
         do=MORE,
     )

@@ -1,4 +1,4 @@
-"""What is seen while a merge runs: a live display on a terminal, plain flushed lines elsewhere, and telemetry."""
+"""The progress of a merge: a live display on a terminal, plain flushed lines elsewhere, and telemetry."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from cluster.telemetry import Telemetry
 
 
 class Progress:
-    """Phases of known length, by their names; one may begin while another is not done. `seconds` are those of phases
-    that are done.
+    """Shows phases of known length, by name. Phases may overlap.
+
+    `seconds` holds the durations of completed phases.
     """
 
     def __init__(self, telemetry: Telemetry | None = None, console: rich.console.Console | None = None) -> None:
@@ -47,12 +48,12 @@ class Progress:
         self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line."""
         self._console.print(line, markup=False)
         self._console.file.flush()
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        """Begin a phase of `total` parts, of which `done` were done before."""
+        """Begin a phase of `total` parts, of which `done` were completed by an earlier start."""
         self._totals[name], self._since[name] = total, time.monotonic()
         if self._telemetry:
             self._telemetry.phase(name, total, done)
@@ -62,7 +63,7 @@ class Progress:
             self.say(f"[{self._seconds()}] {name}: {total}" + (f" ({done} done before)" if done else ""))
 
     def advance(self, name: str, done: int, note: str = "") -> None:
-        """`done` parts of the phase are done."""
+        """Report that `done` parts of the phase are complete."""
         if name in self._tasks:
             self._live.update(self._tasks[name], completed=done, note=note)
         else:
@@ -75,8 +76,13 @@ class Progress:
                 self._telemetry.phase_seconds(name, self.seconds[name])
 
     def step(self, name: str, done: int, rows: Sequence[Mapping[str, Any]], traffic: Mapping[str, int]) -> None:
-        """`done` optimiser steps of the phase are done, the last with these rows of merge/metrics.parquet; `traffic`
-        are the bytes that moved so far, by direction.
+        """Report that `done` optimiser steps of the phase are complete.
+
+        Args:
+            name: The phase.
+            done: The number of completed steps.
+            rows: The rows of merge/metrics.parquet of the last step.
+            traffic: The bytes moved so far, by direction.
         """
         if self._telemetry:
             for direction, nbytes in traffic.items():
@@ -89,7 +95,7 @@ class Progress:
 
 
 def step_note(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What an optimiser step saw, from its rows of merge/metrics.parquet."""
+    """Return the losses, learning rate and duration of an optimiser step as text, from its metrics rows."""
     if rows[0].get("entropy") is not None:
         entropy = sum(row["entropy"] for row in rows) / len(rows)
         return f"entropy {entropy:.4f}  lr {rows[0]['learning_rate']:.3g}  {rows[0]['seconds']:.1f} s"

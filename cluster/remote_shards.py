@@ -1,7 +1,7 @@
-"""What the trainer's process says to the shards over Ray: buckets of bounded size, a bounded number in flight.
+"""The trainer's view of shard actors over Ray: buckets of bounded size, with a bounded number in flight.
 
-A step moves one gradient out and one set of merged tensors in, whatever the number of experts and shards; what waits in
-the object store is a few buckets, not a model. A thread of its own does the talking, while the model computes.
+A step moves one gradient out and one set of merged tensors in, whatever the number of experts and shards. The object
+store holds a few buckets at a time, not a model. A separate thread communicates while the model computes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RemoteShards:
         self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in plan.merged}
         item = BYTES[SAFETENSORS[plan.dtype]]
         self.bucket_bytes = bucket_bytes(len(self.handles), item)
-        # The shards in turn, so that all of them are at work.
+        # Alternating between the shards, so that all of them are busy.
         turns = zip_longest(*(self._buckets(names, item) for names in owned))
         self._merged = [(shard, bucket) for turn in turns for shard, bucket in enumerate(turn) if bucket]
         self.thread = ThreadPoolExecutor(1, "exchange")
@@ -45,20 +45,20 @@ class RemoteShards:
 
     def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
         """See `Shards.merge`."""
-        asked: list[Any] = []
+        requests: list[Any] = []
 
         def receive(number: int) -> None:
-            while len(asked) < min(len(self._merged), number + IN_FLIGHT * len(self.handles)):
-                shard, bucket = self._merged[len(asked)]
+            while len(requests) < min(len(self._merged), number + IN_FLIGHT * len(self.handles)):
+                shard, bucket = self._merged[len(requests)]
                 wanted = {piece.name: coefficients.of(piece.name) for piece in bucket}
-                asked.append(self.handles[shard].merge.remote(bucket, wanted))
-            packed: Mapping[Piece, Packed] = ray.get(asked[number])
-            asked[number] = None
+                requests.append(self.handles[shard].merge.remote(bucket, wanted))
+            packed: Mapping[Piece, Packed] = ray.get(requests[number])
+            requests[number] = None  # lets Ray free the bucket
             self.received += sum(one.nbytes for one in packed.values())
             for piece, tensor in unpack_all(packed).items():
-                room = model.buffer(piece)
-                room.copy_(tensor)
-                model.put(piece, room)
+                buffer = model.buffer(piece)
+                buffer.copy_(tensor)
+                model.put(piece, buffer)
 
         arrivals = defaultdict(list)
         for number, (_, bucket) in enumerate(self._merged):
@@ -89,12 +89,14 @@ class RemoteShards:
 
 
 class _RemoteGradients:
+    """`engine.shards.protocol.Gradients` of one step: buckets of weight gradients out, coefficient gradients in."""
+
     def __init__(self, shards: RemoteShards, layout: ChunkLayout) -> None:
         self._shards, self._layout = shards, layout
         self._window = InFlightLimit(WINDOW_BYTES)
         self._posted: list[Future[None]] = []
         self._open: dict[int, dict[Piece, Tensor]] = defaultdict(dict)
-        self._asked: dict[int, list[Any]] = defaultdict(list)
+        self._requests: dict[int, list[Any]] = defaultdict(list)
 
     def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
         self._window.enter(nbytes)
@@ -107,9 +109,9 @@ class _RemoteGradients:
             posted.result()
         for shard in range(len(self._shards.handles)):
             self._ship(shard)
-        # A tensor belongs to one shard, and its pieces are shipped in order.
-        answers = (answer for asked in self._asked.values() for answer in asked)
-        parts = ((piece.name, part) for answer in answers for piece, part in ray.get(answer).items())
+        # A tensor belongs to one shard, and its pieces are shipped in order, so the order of the sums is fixed.
+        requests = (request for of_shard in self._requests.values() for request in of_shard)
+        parts = ((piece.name, part) for request in requests for piece, part in ray.get(request).items())
         return coefficient_gradient(self._layout, self._shards.experts, parts)
 
     def _post(self, name: str, fetch: Callable[[], Tensor]) -> None:
@@ -124,15 +126,15 @@ class _RemoteGradients:
                 self._ship(shard)
             self._open[shard][piece] = part_N
         if gradient_N.nbytes > limit:
-            # What is left over would keep the whole gradient until the next one comes.
+            # The rest is a view, which would keep the whole gradient in memory until the next tensor arrives.
             self._ship(shard)
 
     def _ship(self, shard: int) -> None:
         bucket = pack_all(self._open.pop(shard, {}))
         if not bucket:
             return
-        if len(self._asked[shard]) >= IN_FLIGHT:
-            ray.wait([self._asked[shard][-IN_FLIGHT]])
+        if len(self._requests[shard]) >= IN_FLIGHT:
+            ray.wait([self._requests[shard][-IN_FLIGHT]])
         edges = {piece.name: self._layout.edges_of[piece.name] for piece in bucket}
-        self._asked[shard].append(self._shards.handles[shard].gradients.remote(bucket, edges))
+        self._requests[shard].append(self._shards.handles[shard].gradients.remote(bucket, edges))
         self._shards.sent += sum(one.nbytes for one in bucket.values())

@@ -1,4 +1,4 @@
-"""A connection to Ray, the nodes that it has, and seats reserved on them. Knows no merging."""
+"""The connection to Ray, the nodes of the cluster, and reserved seats on them."""
 
 from __future__ import annotations
 
@@ -20,52 +20,42 @@ from cluster.watch import Lost
 from engine.errors import ClusterError
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
-
-
-# glibc would keep large buffers that were freed for itself, and a trainer would seem to grow. Those below 4 MiB it may
-# keep, 128 MiB at most: memory that is asked for anew at every operation costs a step a part of its time (a seventh at
-# 2 MiB, nothing to be seen at 4, measured).
+# By default glibc keeps large freed buffers, and the memory of a trainer seems to grow. With these settings it returns
+# buffers of 4 MiB and more, and keeps at most 128 MiB of smaller ones. A lower threshold costs time, because memory is
+# requested again at every operation: measured, a seventh of a step at 2 MiB, nothing noticeable at 4 MiB.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-TOKEN = "see that the head is up; if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here, too"
-
-
+TOKEN = "check that the head is running; if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
 SAY_EVERY = 5.0
-
-
 KNOCK_SECONDS = 10.0
-
-
 Found = TypeVar("Found")
 
 
 @contextmanager
 def connect(address: str | None, debug: bool = False) -> Iterator[None]:
-    """Use the cluster at `address` (or RAY_ADDRESS, which a submitted job has), else start Ray on this machine.
+    """Connect to the cluster at `address` or RAY_ADDRESS (set in a submitted job), else start Ray on this machine.
 
     Raises:
-        ClusterError: there is no cluster at that address.
+        ClusterError: no cluster answers at the address, or Ray does not start.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any]
     if address:
-        _knock(address)
+        _check_port(address)
         environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
         if not os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-            # A job brings its working directory along; a driver outside of one has to.
+            # A job ships its working directory; a driver outside a job must ship the packages itself.
             environment["py_modules"] = PACKAGES
         options = {"address": address, "runtime_env": environment}
     else:
-        # Workers of a Ray of our own inherit this process's environment, and need no other.
+        # Workers of a local Ray inherit the environment of this process.
         os.environ.update(ENVIRONMENT)
         options = {"address": "local", "include_dashboard": False}
-    # A stop in the middle of it would be Ray's to handle. A Ray of our own would give this on to its processes.
+    # Ray would handle a SIGTERM that arrives while it starts. The processes of a local Ray would inherit the block.
     blocked = {signal.SIGTERM} if address else set()
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
@@ -77,7 +67,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine", do=TOKEN) from error
     finally:
-        # Ray has set a handler of its own, which would end the driver at once: a stop must leave by our way out.
+        # Ray sets a SIGTERM handler that ends the driver at once. Restore ours, which raises KeyboardInterrupt.
         signal.signal(signal.SIGTERM, on_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     try:
@@ -86,8 +76,8 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
-def _knock(address: str | None) -> None:
-    """Fail at once where nothing listens at host:port: Ray itself would go on trying for minutes."""
+def _check_port(address: str | None) -> None:
+    """Fail at once if nothing listens at host:port. Ray itself would retry for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
@@ -99,12 +89,12 @@ def _knock(address: str | None) -> None:
 
 
 def nodes() -> list[Node]:
-    """The nodes that are alive, with all that they have, in use or not."""
+    """Return the nodes that are alive, with all of their resources, in use or not."""
     return [
         Node(
             node["Resources"].get("CPU", 0.0),
             node["Resources"].get("GPU", 0.0),
-            # What Ray sets aside for its object store is page cache to us until it is used.
+            # Memory that Ray reserves for its object store serves as page cache until it is used.
             node["Resources"].get("memory", 0.0) + node["Resources"].get("object_store_memory", 0.0),
             node["NodeID"],
             node["Labels"],
@@ -115,10 +105,10 @@ def nodes() -> list[Node]:
 
 
 def await_layout(find: Callable[[], Found], wait: float, say: Callable[[str], None]) -> Found:
-    """What `find` returns, as soon as it raises no ClusterError any more: nodes may join, or come again.
+    """Call `find` until it raises no ClusterError, and return its result. In the meantime nodes may join.
 
     Raises:
-        ClusterError: its last one, after `wait` seconds.
+        ClusterError: the last error of `find`, after `wait` seconds.
     """
     began = time.monotonic()
     while True:
@@ -134,11 +124,11 @@ def await_layout(find: Callable[[], Found], wait: float, say: Callable[[str], No
 
 @contextmanager
 def reserved(seats: Sequence[Seat], wait: float, say: Callable[[str], None]) -> Iterator[PlacementGroup]:
-    """Hold the seats while the context lasts, all of them or none.
+    """Reserve all of the seats while the context lasts.
 
     Raises:
-        ClusterError: they are not to be had within `wait` seconds, as others have them.
-        Lost: a node went meanwhile.
+        ClusterError: other jobs occupy the resources, and they do not become free within `wait` seconds.
+        Lost: the node of a seat was lost while waiting.
     """
     group = placement_group(
         [seat.bundle for seat in seats],
@@ -149,7 +139,7 @@ def reserved(seats: Sequence[Seat], wait: float, say: Callable[[str], None]) -> 
         began = time.monotonic()
         while not group.wait(min(SAY_EVERY, max(0.1, wait))):
             if not {seat.node for seat in seats} <= {node.id for node in nodes()}:
-                raise Lost("a node went before it was used")
+                raise Lost("a node was lost before its actors started")
             _say_or_stop(seats, time.monotonic() - began, wait, say)
         yield group
     finally:
@@ -157,15 +147,15 @@ def reserved(seats: Sequence[Seat], wait: float, say: Callable[[str], None]) -> 
 
 
 def _say_or_stop(seats: Sequence[Seat], waited: float, wait: float, say: Callable[[str], None]) -> None:
-    asked = {kind: sum(seat.bundle.get(kind, 0) for seat in seats) for kind in ("CPU", "GPU")}
+    needed = {kind: sum(seat.bundle.get(kind, 0) for seat in seats) for kind in ("CPU", "GPU")}
     free = ray.available_resources()
-    parts = [f"{asked[kind]:g} {kind}s ({free.get(kind, 0):g} are free)" for kind in asked if asked[kind]]
-    missing = f"asked for: {' and '.join(parts)}, in {len(seats)} parts"
+    parts = [f"{needed[kind]:g} {kind}s ({free.get(kind, 0):g} free)" for kind in needed if needed[kind]]
+    request = f"{' and '.join(parts)}, in {len(seats)} seats"
     if waited >= wait:
         raise ClusterError(
-            f"the resources were not to be had within {wait:g} seconds",
+            f"the resources did not become free within {wait:g} seconds",
             "the cluster",
-            missing,
-            "free some, add nodes, or lower num_gpus or shards in the config's `cluster`",
+            request,
+            "free resources, add nodes, or lower num_gpus or shards in the config's `cluster`",
         )
-    say(f"waiting for resources ({waited:.0f} of {wait:g} s); {missing}")
+    say(f"waiting for resources ({waited:.0f} of {wait:g} s): {request}")

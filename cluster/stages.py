@@ -1,6 +1,7 @@
-"""A trainer actor's lessons: the prior where it is to be found, and the optimiser steps of a stage; all of it is kept.
+"""The training: the search for the prior (`weight: auto`) and the optimiser steps of a stage, on the trainer actor.
 
-Asks the trainer, a window of samples at a time, as soon as its targets are stored. What is computed is the engine's.
+The trainer is called with one window of samples at a time, as soon as the targets of the window are stored. The state
+is stored after every call, so that a restarted run resumes there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from engine.task_vectors.coefficients import Coefficients
 
 @dataclass(frozen=True)
 class Stages:
-    """Of one attempt at a merge, with the trainer and the targets that it has."""
+    """The stages of one attempt at a merge, on its trainer and with its targets."""
 
     attempt: Attempt
     samples: Sequence[Sequence[Sample]]
@@ -37,36 +38,36 @@ class Stages:
     targets: TargetComputation
 
     def find_prior(self) -> Plan:
-        """The plan with every prior: where it is `auto`, the common weight of the smallest loss over all samples."""
+        """Return the plan with every prior; `auto` becomes the common weight of the smallest loss over all samples."""
         if not needs_prior(self.attempt.plan):
             return self.attempt.plan
         kept = self.attempt.folder.kept("prior")
         losses = [] if kept is None else kept.tolist()
         once = windows(
-            training_order([len(mine) for mine in self.samples], 1),
+            training_order([len(samples) for samples in self.samples], 1),
             self.attempt.plan.config.parameters.gradient_accumulation,
         )
         self.attempt.progress.phase("prior", len(PRIORS), len(losses))
         for weight in PRIORS[len(losses) :]:
             coefficients = ray.put(common_prior(self.attempt.plan, weight))
-            asked = [self.trainer.measure.remote(coefficients, self._window(window)) for window in once]
-            losses.append(sum(self.attempt.watch.answer(one, "measuring a prior") for one in asked))
+            measured = [self.trainer.measure.remote(coefficients, self._window(window)) for window in once]
+            losses.append(sum(self.attempt.watch.answer(loss, "measuring a prior") for loss in measured))
             self.attempt.folder.keep("prior", np.array(losses))
             self.attempt.progress.advance("prior", len(losses))
         return with_prior(self.attempt.plan, PRIORS[int(np.argmin(losses))])
 
     def stage(self, stage: Stage) -> Coefficients:
-        """One stage: an optimiser step a window, as soon as its targets are stored; its state is kept after each."""
+        """Run a stage, one optimiser step per window, and return its coefficients. The state is stored every step."""
         parameters = self.attempt.plan.config.parameters
-        order = training_order([len(mine) for mine in self.samples], parameters.epochs)
+        order = training_order([len(samples) for samples in self.samples], parameters.epochs)
         steps = windows(order, parameters.gradient_accumulation)
         state = self.attempt.folder.load_stage(stage.number) or StageState(0, None)
         phase = f"stage {stage.number}"
         self.attempt.progress.phase(phase, len(steps), state.steps)
         reference = ray.put(stage)
         for number in range(state.steps, len(steps)):
-            asked = self.trainer.step.remote(reference, state.learner, number, self._window(steps[number]))
-            step = self.attempt.watch.answer(asked, "taking a step")
+            taken = self.trainer.step.remote(reference, state.learner, number, self._window(steps[number]))
+            step = self.attempt.watch.answer(taken, "taking a step")
             state = StageState(number + 1, step.state)
             self.attempt.folder.save_stage(stage.number, state, step.rows)
             self.attempt.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
@@ -76,12 +77,12 @@ class Stages:
         return learner.coefficients
 
     def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
-        """The samples of a window, their targets stored."""
+        """Wait until the targets of a window are stored, and return its samples with references to the targets."""
         self.targets.stored(places)
         return [WindowSample(self.samples[k][i], self._target(self.samples[k][i])) for k, i in places]
 
     def _target(self, sample: Sample) -> Any:
-        """A reference to a target, which Ray can have read again from its file when a node is lost."""
+        """Return a reference to a target. If a node is lost, Ray can read it again from its file."""
         files = [self.attempt.folder.inputs(sample)] if sample.inputs else []
         files += [self.attempt.folder.target(sample)] if self.attempt.plan.config.has_targets else []
         if not files:

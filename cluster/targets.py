@@ -1,4 +1,4 @@
-"""Experts at work in waves: as many at a time as have a seat, each released when there is nothing left to compute."""
+"""The computation of targets: as many experts at a time as there are seats."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ WHAT = "computing targets"
 
 
 class TargetComputation:
-    """Computes the targets of `wanted`, the samples of one expert after the other, while other things are waited for.
+    """Computes the targets of the samples in `wanted` on expert actors, in the background of other waits.
 
-    An actor that is done with an expert takes the next, without a new process. `before` targets were stored by an
-    earlier start of the run; `nbytes` are those of the targets that are stored.
+    An actor that has finished the samples of one expert takes the next expert. When no samples are left, it is
+    dismissed and its GPU is free.
+
+    Attributes:
+        before: The number of targets that an earlier start of the run stored.
+        nbytes: The bytes of the stored targets.
+        reports: The memory reports of the dismissed actors.
     """
 
     def __init__(
@@ -31,24 +36,24 @@ class TargetComputation:
     ) -> None:
         self._crew, self._watch, self._folder = crew, attempt.watch, attempt.folder
         self._advance = attempt.progress.advance
-        self._waiting = deque(mine for mine in wanted if mine)
-        self._missing = {(sample.expert, sample.index) for mine in wanted for sample in mine}
+        self._waiting = deque(samples for samples in wanted if samples)
+        self._missing = {(sample.expert, sample.index) for samples in wanted for sample in samples}
         self.before, self._count, self.nbytes = before, before, 0
         self._coming: dict[Any, Any] = {}
         self._open: dict[Any, int] = {}
         self.reports: list[Report] = []
         for seat in range(min(len(self._waiting), crew.seats)):
             actor = crew.expert(seat)
-            # Nothing is asked of it until it is there: a seat that is still another job's must hold nothing up.
+            # The actor gets work after it has started: a seat that another job still occupies must delay nothing.
             self._coming[actor] = actor.report.remote()
             self._watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert")
 
     def stored(self, samples: Sequence[tuple[int, int]]) -> None:
-        """Return when the targets of these samples, as (expert, index), are stored."""
+        """Wait until the targets of these samples, given as (expert, index), are stored."""
         self._watch.until(lambda: self._missing.isdisjoint(samples), WHAT)
 
     def all_stored(self) -> None:
-        """Return when every target is stored, and every expert is gone."""
+        """Wait until every target is stored and every expert actor is dismissed."""
         self._watch.until(lambda: not self._missing and not self._open, WHAT)
 
     def _arrived(self, actor: Any, _: Report) -> None:
@@ -63,8 +68,8 @@ class TargetComputation:
         for sample in self._waiting.popleft():
             self._open[actor] += 1
             inputs = self._folder.inputs(sample) if sample.inputs else None
-            asked = actor.target.remote(sample, self._folder.state, self._folder.target(sample), inputs)
-            self._watch.later(asked, partial(self._stored, actor, sample), WHAT)
+            stored = actor.target.remote(sample, self._folder.state, self._folder.target(sample), inputs)
+            self._watch.later(stored, partial(self._stored, actor, sample), WHAT)
         if not self._waiting:
             for late, reference in self._coming.items():
                 self._watch.forget(reference)

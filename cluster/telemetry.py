@@ -1,7 +1,7 @@
-"""What others may look at while a merge runs: gauges on the cluster's metrics ports, and trackers of experiments.
+"""Telemetry of a running merge: gauges on the cluster's metrics ports, and experiment trackers.
 
-Ray exports the gauges (as `ray_expert_merging_…`); accelerate has the trackers. Knows nothing of the merge but the
-names of its phases and the rows of its steps.
+Ray exports the gauges as `ray_expert_merging_…`. The trackers are those of accelerate. Both show the phases of the
+merge by name, and the metrics rows of its steps.
 """
 
 from __future__ import annotations
@@ -25,53 +25,46 @@ from engine.errors import ConfigError, RunError
 from engine.storage.paths import as_path, is_uri
 
 PROJECT = "expert-merging"
-
-
+# Trackers that write files on the driver's node.
 WRITE_FILES = ("aim", "dvclive", "tensorboard")
-
-
-# Ray forgets a gauge that was not set within two of its intervals of ten seconds, and a step may take longer.
+# Ray drops a gauge that was not set within two of its intervals of 10 seconds, and a step may take longer.
 REPEAT_SECONDS = 5.0
-
-
-# Of a row of merge/metrics.parquet: what is each sample's own, and what is the whole step's.
+# Columns of merge/metrics.parquet with values per sample, and those with values per step by the name of their gauge.
 OF_SAMPLES = ("kl", "hidden", "entropy")
-
-
 OF_STEP = {
     "regularization": "regularization",
     "grad_norm": "grad_norm",
     "learning_rate": "learning_rate",
     "seconds": "step_seconds",
 }
-
-
 GAUGES = {
-    "step": ("stage", "Optimiser step of a stage that was taken last, from 0."),
+    "step": ("stage", "Last optimiser step of a stage, from 0."),
     "kl": ("stage", "Logit loss, mean over the samples of the last step."),
     "hidden": ("stage", "Hidden loss, mean over the samples of the last step."),
     "entropy": ("stage", "Entropy of the predictions, mean over the samples of the last step."),
-    "regularization": ("stage", "Pull of the coefficients back to the prior, at the last step."),
-    "grad_norm": ("stage", "Norm of the coefficients' gradient at the last step, before it is clipped."),
+    "regularization": ("stage", "Regularization towards the prior at the last step."),
+    "grad_norm": ("stage", "Gradient norm of the coefficients at the last step, before clipping."),
     "learning_rate": ("stage", "Learning rate of the last step."),
-    "step_seconds": ("stage", "Seconds of the last step in the trainer."),
-    "phase_parts": ("phase", "Parts of a phase."),
-    "phase_parts_done": ("phase", "Parts of a phase that are done."),
-    "phase_seconds": ("phase", "Seconds that a phase took."),
+    "step_seconds": ("stage", "Duration of the last step in the trainer, in seconds."),
+    "phase_parts": ("phase", "Number of parts of a phase."),
+    "phase_parts_done": ("phase", "Completed parts of a phase."),
+    "phase_seconds": ("phase", "Duration of a phase, in seconds."),
     "bytes": ("direction", "Bytes moved so far."),
 }
 
 
 def check_trackers(config: Config, out: str) -> None:
-    """Fail before anything is started if a tracker is not there, or has nowhere to write.
+    """Check, before anything starts, that the trackers are installed and have a folder to write to.
 
     Raises:
-        ConfigError: a package is not installed, or a folder for logs is missing beside an output that is no folder.
+        ConfigError: a package is not installed, or a tracker that writes files needs `log_dir` because `out` is a URI.
     """
     installed = {str(name) for name in get_available_trackers()}
     if missing := [name for name in config.log_with if name not in installed]:
         raise ConfigError(
-            f"not installed: {', '.join(missing)}", "log_with", do=f"pip install {' '.join(missing)}, or leave it out"
+            f"not installed: {', '.join(missing)}",
+            "log_with",
+            do=f"run `pip install {' '.join(missing)}`, or remove them from log_with",
         )
     if (
         is_uri(out)
@@ -79,14 +72,14 @@ def check_trackers(config: Config, out: str) -> None:
         and (writing := [name for name in config.log_with if name in WRITE_FILES])
     ):
         raise ConfigError(
-            f"{', '.join(writing)} cannot write beside {out}", "log_with", do="give `log_dir`, a folder that stays"
+            f"{', '.join(writing)} cannot write next to {out}", "log_with", do="set `log_dir` to a folder that is kept"
         )
 
 
 class Telemetry:
-    """One merge as gauges and trackers show it, while the context lasts; Ray must be connected.
+    """The gauges and trackers of one merge while the context lasts. Ray must be connected.
 
-    `run` names the merge, and is the same when it is started again: letters, digits, `_` and `-`.
+    `run` is the name of the run, of letters, digits, `_` and `-`. A restarted run has the same name.
 
     Raises:
         ConfigError: a tracker does not start.
@@ -100,7 +93,7 @@ class Telemetry:
         self._leaving = ExitStack()
         self._gauges = _Gauges(run)
         self._totals: dict[str, int] = {}
-        # The number of the last step over all stages, and what is still to be logged with a step.
+        # The number of the last step over all stages, and values that will be logged with the next step.
         self._number, self._waiting = 0, dict[str, float]()
 
     def __enter__(self) -> Telemetry:
@@ -119,7 +112,7 @@ class Telemetry:
             self._log(self._number, {})
 
     def phase(self, name: str, total: int, done: int = 0) -> None:
-        """Begin a phase of `total` parts, of which `done` were done before; `stage 1` and `stage 2` have steps."""
+        """Begin a phase of `total` parts, of which `done` were completed before. A part of `stage N` is a step."""
         self._totals[name] = total
         if (stage := re.fullmatch(r"stage (\d+)", name)) and done:
             self._number = self._over_stages(int(stage[1]), done - 1)
@@ -127,21 +120,21 @@ class Telemetry:
         self.advance(name, done)
 
     def advance(self, name: str, done: int) -> None:
-        """`done` parts of the phase are done."""
+        """Report that `done` parts of the phase are complete."""
         self._gauges.set("phase_parts_done", done, name)
 
     def phase_seconds(self, name: str, seconds: float) -> None:
-        """A phase took so long."""
+        """Report the duration of a phase."""
         self._gauges.set("phase_seconds", seconds, name)
         self._waiting[f"seconds/{_key(name)}"] = seconds
 
     def bytes(self, direction: str, total: int) -> None:
-        """So many bytes moved in this direction since the run began."""
+        """Report the total bytes moved in a direction since the run began."""
         self._gauges.set("bytes", total, direction)
         self._waiting[f"bytes/{_key(direction)}"] = total
 
     def step(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """An optimiser step was taken, by its rows of merge/metrics.parquet; the phase of its stage has begun."""
+        """Report an optimiser step by its rows of merge/metrics.parquet. The phase of its stage must have begun."""
         first = rows[0]
         stage, step = first["stage"], first["step"]
         values = {key: fmean(row[key] for row in rows) for key in OF_SAMPLES if first.get(key) is not None}
@@ -151,24 +144,28 @@ class Telemetry:
         self._log(self._over_stages(stage, step), values)
 
     def _over_stages(self, stage: int, step: int) -> int:
-        """The number of a step when those of stage 2 are counted on after stage 1's; both have as many."""
+        """Return the number of a step over both stages, which have equally many steps."""
         return (stage - 1) * self._totals[f"stage {stage}"] + step
 
     def _log(self, number: int, values: Mapping[str, float]) -> None:
-        """Tell the trackers, with what waited for a step: some refuse a number that is not above their last."""
-        self._number, told, self._waiting = number, {**values, **self._waiting}, {}
-        if told:
+        """Send the values of a step and the waiting ones to the trackers.
+
+        Values between steps wait for the next step, because some trackers refuse a number that does not increase.
+        """
+        self._number, logged, self._waiting = number, {**values, **self._waiting}, {}
+        if logged:
+            advice = "run the same command to resume, without the tracker if it fails again"
             for name, tracker in self._trackers.items():
-                with _told(name, RunError, "start it again, perhaps without the tracker: it goes on from here"):
-                    tracker.log(told, step=number)
+                with _tracker_errors_as(RunError, name, advice):
+                    tracker.log(logged, step=number)
 
     def _finish(self, name: str) -> None:
-        with _told(name, RunError, "what was logged last may be missing there"):
+        with _tracker_errors_as(RunError, name, "check the tracker: the last values may be missing"):
             self._trackers.pop(name).finish()
 
 
 class _Gauges:
-    """The gauges of one run, set again and again while the context lasts, with their last values."""
+    """The gauges of one run. While the context lasts, a thread repeats their last values."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -189,7 +186,7 @@ class _Gauges:
         self._thread.join()
 
     def set(self, name: str, value: float, tag: str) -> None:
-        """The gauge's value for one stage, phase or direction."""
+        """Set the value of a gauge for one stage, phase or direction."""
         self._values[name, tag] = value
         self._gauges[name].set(value, {"run": self._run, GAUGES[name][0]: tag})
 
@@ -200,9 +197,9 @@ class _Gauges:
 
 
 def _started(name: str, run: str, log_dir: Path) -> Any:
-    """A tracker that goes on with what it has of this run, where it can."""
-    PartialState()  # accelerate's trackers ask it whether they are in the main process, and this is the only one
-    with _told(name, ConfigError, "see what it says, or leave it out"):
+    """Start a tracker, which continues its record of this run if it can."""
+    PartialState()  # accelerate's trackers ask it whether they are in the main process; this is the only process
+    with _tracker_errors_as(ConfigError, name, "fix the cause, or remove the tracker from log_with"):
         where, options = _place(name, run, log_dir)
         tracker = LOGGER_TYPE_TO_CLASS[name](where, **options)
         tracker.start()
@@ -210,9 +207,9 @@ def _started(name: str, run: str, log_dir: Path) -> Any:
 
 
 def _place(name: str, run: str, log_dir: Path) -> tuple[str, dict[str, Any]]:
-    """What a tracker is told first, its project or the run, and what more lets it find the run again.
+    """Return the first argument of a tracker (project or run name) and the options that make it resume the run.
 
-    aim, clearml and comet_ml do not: started again, they have another run of the same name.
+    aim, clearml and comet_ml cannot resume: a restarted merge is another run of the same name.
     """
     if name in ("aim", "tensorboard"):
         return run, {"logging_dir": log_dir}
@@ -228,25 +225,25 @@ def _place(name: str, run: str, log_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _mlflow_run(run: str) -> str | None:
-    """MLflow chooses the ids of its runs itself: that of the run of this name, if there is one."""
+    """Return the id of the MLflow run of this name, or None. MLflow chooses the ids itself."""
     import mlflow
 
-    found = mlflow.search_runs(
+    runs = mlflow.search_runs(
         experiment_names=[os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)],
         filter_string=f"attributes.run_name = '{run}'",
         max_results=1,
         output_format="list",
     )
-    return str(found[0].info.run_id) if found else None
+    return str(runs[0].info.run_id) if runs else None
 
 
 @contextmanager
-def _told(name: str, kind: Callable[..., Exception], do: str) -> Iterator[None]:
-    """What a tracker raises, and it may raise anything, as an error of ours."""
+def _tracker_errors_as(error_type: Callable[..., Exception], name: str, do: str) -> Iterator[None]:
+    """Raise `error_type` for any exception that a tracker raises."""
     try:
         yield
     except Exception as error:
-        raise kind(f"the tracker {name} failed: {type(error).__name__}: {error}", "log_with", do=do) from error
+        raise error_type(f"the tracker {name} failed: {type(error).__name__}: {error}", "log_with", do=do) from error
 
 
 def _key(name: str) -> str:

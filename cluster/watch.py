@@ -1,7 +1,6 @@
-"""Answers of actors waited for, while the cluster is watched: what failed, what was lost, and what can go on.
+"""Waiting for results of actors while the cluster is watched for lost nodes.
 
-Turns Ray's failures into the project's errors, or into `Lost` where the state that is kept can be gone on from. Knows
-no merging.
+Ray's failures become the project's errors, or `Lost` if the run can resume from its stored state.
 """
 
 from __future__ import annotations
@@ -25,28 +24,23 @@ from ray.exceptions import (
 
 from engine.errors import MergeError, RunError
 
+# Seconds between two lines while nothing arrives.
 HEARTBEAT = 30.0
-
-
-# How often the nodes are looked at; a node that is gone takes nothing along but what was on it.
+# Seconds between two checks of the nodes.
 LOOK_EVERY = 1.0
-
-
-# How often a run goes on from its state without getting any further, before that is its end.
+# Attempts in a row that may be lost without progress before the run fails.
 TRIES = 3
-
-
 Result = TypeVar("Result")
 Task = TypeVar("Task")
 Worker = TypeVar("Worker")
 
 
 class Lost(Exception):
-    """A node or an object is gone; everything else is to be placed anew, and the run goes on from its state."""
+    """A node or an object was lost. The run must place its actors again and resume from its stored state."""
 
 
 class Watch:
-    """Waits for references. Whatever is waited for, the references given to `later` are served in the meantime."""
+    """Waits for references. During every wait, the callbacks of references given to `later` are called."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
@@ -55,39 +49,39 @@ class Watch:
         self._looked = 0.0
 
     def on(self, actor: Any, node: str) -> None:
-        """Remember where an actor is: its node's loss is ours."""
+        """Watch the node of an actor."""
         self._nodes[actor] = node
 
     def gone(self, actor: Any) -> None:
-        """The actor was dismissed; its node does not matter any more for its sake."""
+        """Stop watching the node of a dismissed actor."""
         self._nodes.pop(actor, None)
 
     def later(self, reference: Any, then: Callable[[Any], None], what: str) -> None:
-        """Call `then` with the value of the reference when it is there and something is waited for."""
+        """Call `then` with the value of the reference, during the first wait in which it is ready."""
         self._later[reference] = then, what
 
     def forget(self, reference: Any) -> None:
-        """Do not wait for a reference that was given to `later`."""
+        """Drop a reference that was given to `later`."""
         self._later.pop(reference)
 
     def until(self, done: Callable[[], bool], what: str) -> None:
-        """Serve the references given to `later` until `done`."""
+        """Call the callbacks of references given to `later` until `done` returns True."""
         began = beat = time.monotonic()
         while not done():
             assert self._later, f"nothing to wait for: {what}"
             beat = self._turn([], began, beat, what)
 
     def answer(self, reference: Any, what: str) -> Any:
-        """The value of one reference, with a line every half minute while it is not there; see `first`."""
+        """Wait for one reference and return its value; see `first`."""
         return self.first([reference], what)[1]
 
     def first(self, references: Iterable[Any], what: str) -> tuple[Any, Any]:
-        """The first of the references to be there, and its value.
+        """Wait until a reference is ready, and return it with its value. A line every 30 seconds says what is awaited.
 
         Raises:
-            MergeError: one that an actor raised, as it was raised there.
-            RunError: an actor died more often than it is started again, or failed in a way that we did not foresee.
-            Lost: a node is gone on which an actor was, or an object that no actor can give again.
+            MergeError: the error that an actor raised.
+            RunError: an actor died more often than Ray restarts it, or failed unexpectedly.
+            Lost: a watched node was lost, or an object that no actor can compute again.
         """
         wanted = list(references)
         began = beat = time.monotonic()
@@ -100,9 +94,9 @@ class Watch:
     def hand_out(
         self, tasks: Iterable[Task], workers: Iterable[Worker], ask: Callable[[Worker, Task], Any], what: str
     ) -> Iterator[tuple[Task, Any]]:
-        """Ask the workers to do all tasks, each the next one when it has done one; (task, answer) as they are done.
+        """Distribute the tasks over the workers as they become free, and yield (task, value) as tasks complete.
 
-        `ask` returns a reference. Raises what `first` raises.
+        `ask` calls a worker with a task and returns the reference. Raises the errors of `first`.
         """
         waiting, free = deque(tasks), deque(workers)
         busy: dict[Any, tuple[Worker, Task]] = {}
@@ -116,7 +110,7 @@ class Watch:
             yield task, answer
 
     def _turn(self, wanted: Sequence[Any], began: float, beat: float, what: str) -> float:
-        """Wait a while for any reference, serve what is ready of the later ones, look at the nodes; the last beat."""
+        """Wait up to LOOK_EVERY, call callbacks, check the nodes, and return the time of the last heartbeat."""
         ready, _ = ray.wait([*wanted, *self._later], num_returns=1, timeout=LOOK_EVERY)
         for reference in ready:
             if reference in self._later:
@@ -134,7 +128,7 @@ class Watch:
     def _look(self) -> None:
         lost = set(self._nodes.values()) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if lost:
-            raise Lost(f"{len(lost)} of the nodes in use {'is' if len(lost) == 1 else 'are'} gone")
+            raise Lost(f"{len(lost)} of the nodes in use {'was' if len(lost) == 1 else 'were'} lost")
 
     def _value(self, reference: Any, what: str) -> Any:
         try:
@@ -146,52 +140,58 @@ class Watch:
             if isinstance(cause, MergeError):
                 raise cause from error
             if isinstance(cause, RayError):
-                # A trainer that lost a shard, or a target.
+                # The trainer lost a shard or a target.
                 self._judge(cause, what)
             raise RunError(
-                f"an actor failed while {what}: {type(cause).__name__}: {cause}", do="--debug shows where"
+                f"an actor failed while {what}: {type(cause).__name__}: {cause}",
+                do="run with --debug to see where",
             ) from error
         except RayError as error:
             self._judge(error, what)
 
     def _judge(self, error: RayError, what: str) -> NoReturn:
-        """Whether a failure of Ray's is a loss, or the end."""
+        """Raise Lost if the run can resume after a failure of Ray, else RunError."""
         if isinstance(error, ObjectLostError):
-            raise Lost(f"what an actor had computed is gone ({type(error).__name__})") from error
+            raise Lost(f"a result of an actor was lost ({type(error).__name__})") from error
         if isinstance(error, NodeDiedError | ActorUnschedulableError):
-            raise Lost(f"an actor's node is gone ({type(error).__name__})") from error
+            raise Lost(f"the node of an actor was lost ({type(error).__name__})") from error
         if isinstance(error, OutOfDiskError):
             raise RunError(
-                f"the disk to which Ray's object store spills is full, while {what}",
-                do="free some room, or start Ray with another --object-spilling-directory or a larger "
-                "--object-store-memory; the same command goes on from here",
+                f"the disk to which Ray's object store spills is full while {what}",
+                do="free disk space, or start Ray with another --object-spilling-directory or a larger "
+                "--object-store-memory; then run the same command to resume",
             ) from error
         if isinstance(error, OutOfMemoryError):
             raise RunError(
-                f"a node ran out of memory while {what}, and again when the actor was started anew",
-                do="`plan` shows what each process takes; the same command goes on from here",
+                f"a node ran out of memory while {what}, and again after the actor was restarted",
+                do="see `plan` for the memory per process; run the same command on larger nodes to resume",
             ) from error
         if isinstance(error, RayActorError):
-            # A death is known a little sooner than that of the node that caused it.
+            # Ray reports the death of an actor a little earlier than that of its node.
             time.sleep(LOOK_EVERY)
             self._look()
-            raise RunError(f"an actor died while {what}, and again when started anew: {error}") from error
+            raise RunError(f"an actor died while {what}, and again after restarts: {error}") from error
         raise RunError(f"Ray failed while {what}: {type(error).__name__}: {error}") from error
 
 
-def until_done(attempt: Callable[[], Result], standing: Callable[[], object], say: Callable[[str], None]) -> Result:
-    """What `attempt` returns, made again after each loss; `standing` tells how far the run has come, by its state.
+def until_done(attempt: Callable[[], Result], marker: Callable[[], object], say: Callable[[str], None]) -> Result:
+    """Call `attempt` until it is not lost, and return its result.
+
+    Args:
+        attempt: Called again after each `Lost`.
+        marker: Returns a value that changes whenever the run makes progress.
+        say: Prints a line.
 
     Raises:
-        RunError: so many attempts in a row were lost without getting any further.
+        RunError: TRIES attempts in a row were lost without progress.
     """
-    tries, stood = 0, standing()
+    tries, reached = 0, marker()
     while True:
         try:
             return attempt()
         except Lost as loss:
-            before, stood = stood, standing()
-            tries = tries + 1 if stood == before else 1
+            before, reached = reached, marker()
+            tries = tries + 1 if reached == before else 1
             if tries >= TRIES:
-                raise RunError(f"{TRIES} tries in a row came no further: {loss}") from loss
-            say(f"{loss}; placing everything anew, and going on from what is stored")
+                raise RunError(f"{TRIES} attempts in a row made no progress: {loss}") from loss
+            say(f"{loss}; placing all actors again and resuming from the stored state")

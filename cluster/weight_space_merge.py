@@ -1,4 +1,4 @@
-"""A merge that learns nothing, over the cluster: the shards combine base and experts, file by file."""
+"""A merge by a weight-space method on a cluster: the shards combine base and experts, file by file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WeightSpaceMerge(Attempt):
     """One attempt at a merge by a weight-space method."""
 
     def run(self, plan_identity: str) -> None:
-        """The whole algorithm: thresholds over the whole model where the method asks for them, and then every file."""
+        """Run the merge to its end: thresholds over the whole model, if the method uses them, then every file."""
         method = get_method(self.plan.config.merge_method)
         wait = self.plan.config.cluster.wait
         layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
@@ -48,12 +48,12 @@ class WeightSpaceMerge(Attempt):
         self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, thresholds, only), expert)
 
     def _thresholds(self, shards: Sequence[Any]) -> list[Threshold] | None:
-        """Of each expert's whole task vector, where `trim` says so: counted by the shards, each over its tensors."""
+        """Return the threshold of each expert's whole task vector, if `trim` needs it, from counts of the shards."""
         owned = [names for names in slices(self.plan, len(shards)) if names]
 
         def count(high: Counts | None) -> Counts:
-            asked = [shard.count.remote(names, high) for shard, names in zip(shards, owned, strict=False)]
-            parts: list[Counts] = self.answers("counting by size" if high is None else "counting again", asked)
+            counted = [shard.count.remote(names, high) for shard, names in zip(shards, owned, strict=False)]
+            parts: list[Counts] = self.answers("counting by size" if high is None else "counting again", counted)
             total: Counts = np.stack(parts).sum(axis=0)
             return total
 

@@ -1,4 +1,4 @@
-"""Output folders as merges leave them, by the engine's own writers, without a merge."""
+"""Write output folders as merges do, with the engine's own writers, without running a merge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MEMORY: dict[str, Any] = {
 
 
 def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coefficients], Any]:
-    """Coefficients of both stages, beside the priors, and the importance between them."""
+    """Return coefficients of both stages, near the priors, and the importance that stage 2 is based on."""
     generator = np.random.default_rng(seed)
     experts, priors = len(plan.experts), np.array(plan.priors)
     first = ChunkLayout.make(plan.numels, dict.fromkeys(plan.numels, 1))
@@ -47,7 +47,7 @@ def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coeffi
 
 
 def rows(plan: Plan, scale: float = 1.0) -> list[dict[str, Any]]:
-    """Of merge/metrics.parquet: kl is `scale` times 1, 2, 3, … in the order of SEEN, hidden a tenth of it."""
+    """Return rows of metrics.parquet: kl is `scale` times 1, 2, 3, … in the order of SEEN, hidden a tenth of it."""
     same = {"entropy": None, "regularization": 0.1, "grad_norm": 1.0, "learning_rate": 0.5, "seconds": 0.1}
     return [
         {"stage": stage, "step": step, "model": plan.experts[k].name, "sample": i, **same}
@@ -57,7 +57,7 @@ def rows(plan: Plan, scale: float = 1.0) -> list[dict[str, Any]]:
 
 
 def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0) -> Path:
-    """The `merge/` of an output folder, as after a merge in two stages."""
+    """Write the `merge/` folder of an output, as after a merge in two stages."""
     (out / "merge").mkdir(parents=True)
     stages, importance = learned(plan, seed=seed)
     write_record(out, plan, "identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))

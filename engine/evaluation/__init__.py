@@ -1,1 +1,1 @@
-"""Scores of models on records and tasks."""
+"""Evaluation: metrics of models on records of data files and on tasks. Knows no Ray."""

@@ -1,7 +1,7 @@
-"""What a model is evaluated on: the records of data files, and what each is asked for.
+"""The data of an evaluation: records of data files as items of one kind each.
 
-A record with a response is asked to be answered, one with choices to be chosen from; any other is a text. Knows no
-models and no tokens, and needs no torch.
+A record with a response is an item of kind `response`, a record with choices of kind `choice`, any other of kind
+`text`. Does not need torch.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ Kind = Literal["text", "response", "choice"]
 
 @dataclass(frozen=True)
 class Item:
-    """One record. `wholes` are all that the model is shown at once: the record, or it with each of its choices.
+    """One record as a model is evaluated on it.
 
-    `prompt` is the record up to its answer (None: a text has none), `response` what it should be; of a choice,
-    `choices` are those that there are, `answer` is the place of the right one.
+    Attributes:
+        wholes: The texts that are scored by teacher forcing: the record, or the record with each of its choices.
+        prompt: The record up to its answer; None for a text.
+        response: The expected answer.
+        choices: The choices, for an item of kind `choice`.
+        answer: The index of the right choice.
     """
 
     wholes: tuple[Record, ...]
@@ -39,19 +43,21 @@ class Item:
 
     @property
     def kind(self) -> Kind:
-        """What it is asked for."""
+        """The kind of the item, which decides its metrics."""
         return "text" if self.prompt is None else "choice" if self.choices else "response"
 
     @property
     def length(self) -> int:
-        """About how long it is, to put those of a length together."""
+        """The approximate length in characters, by which items are sorted into batches."""
         return max(len(text_of(record.fields)) for record in self.wholes)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """The items of one file, all of one kind. `name` is the file's stem, with its folder where two are alike; `expert`
-    whom texts are compared with, as any node can find it.
+    """The items of one file, all of one kind.
+
+    `name` is the file's stem, preceded by the folder where two stems are equal. `expert` is the model with which texts
+    are compared, as a path, URI or hub id that is valid on every node.
     """
 
     name: str
@@ -60,46 +66,46 @@ class DataSet:
 
     @property
     def kind(self) -> Kind:
-        """What they are asked for."""
+        """The kind of the items."""
         return self.items[0].kind
 
 
 def read_data(files: Sequence[str], limit: int | None = None) -> list[DataSet]:
-    """The items of each file, or of its first `limit` records. A file is a path or a URI.
+    """Read the items of each file, or of its first `limit` records. A file is a path or a URI.
 
     Raises:
-        CalibrationError: a file that cannot be read or is empty, or a record that cannot be asked; naming it.
+        CalibrationError: a file is empty or cannot be read, a record is invalid, or a file has two kinds of records.
     """
-    found = []
+    data = []
     for name, file in zip(_names(files), files, strict=True):
         items = tuple(map(make_item, read_file(_located(file), limit)))
         other = next((item for item in items if item.kind != items[0].kind), None)
         if other is not None:
             raise CalibrationError(
-                f"the record is a {other.kind}, and the first of its file a {items[0].kind}",
+                f"the record is of kind {other.kind}, the first record of its file of kind {items[0].kind}",
                 other.wholes[0].where,
                 "records of one kind in a file",
-                "give each kind in a file of its own",
+                "put each kind into a file of its own",
             )
-        found.append(DataSet(name, items))
-    return found
+        data.append(DataSet(name, items))
+    return data
 
 
 def unique(names: Sequence[str]) -> list[str]:
-    """The names, those that come again with a number behind them."""
+    """Return the names with a number appended to each repeated one."""
     seen: Counter[str] = Counter()
-    found = []
+    numbered = []
     for name in names:
         seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
-    return found if len(set(found)) == len(found) else unique(found)
+        numbered.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return numbered if len(set(numbered)) == len(numbered) else unique(numbered)
 
 
 def make_item(record: Record) -> Item:
-    """What a record is asked for.
+    """Return a record as an item: a choice, a response or a text.
 
     Raises:
-        CalibrationError: its choices, its answer or what is before its answer is not what it must be.
+        CalibrationError: the choices, the answer or the prompt are invalid.
     """
     fields, where = record.fields, record.where
     if fields.get("choices") is not None:
@@ -111,7 +117,7 @@ def make_item(record: Record) -> Item:
         return Item((record,))
     *asked, last = fields["messages"]
     if not asked or asked[-1]["role"] == "assistant":
-        raise CalibrationError("nobody asks before the assistant's last message", where, "a message of the user's")
+        raise CalibrationError("no user message before the assistant's last message", where, "a user message")
     return Item((record,), replace(record, fields={**fields, "messages": asked}), _text(last["content"], where))
 
 
@@ -119,9 +125,9 @@ def _choice(record: Record) -> Item:
     choices, where = record.fields["choices"], record.where
     right = isinstance(choices, list) and all(isinstance(one, str) and one.strip() for one in choices)
     if not right or not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices):
-        raise CalibrationError("`choices` is no list of differing texts", where, f"2 to {len(LETTERS)} of them")
+        raise CalibrationError("`choices` is not a list of distinct texts", where, f"2 to {len(LETTERS)} texts")
     if record.field != "question":
-        raise CalibrationError(f"the record has choices beside `{record.field}`", where, "`question`")
+        raise CalibrationError(f"the record has `choices` with `{record.field}`", where, "`question` with `choices`")
     question = record.fields["question"]
     if not all(choice in question for choice in choices):
         lines = (f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
@@ -133,7 +139,7 @@ def _choice(record: Record) -> Item:
 
 
 def _place(answer: Any, choices: Sequence[str], where: str) -> int:
-    """Which choice is right: by its place from 0, its text, or its letter."""
+    """Return the index of the right choice, given as index from 0, text or letter."""
     if type(answer) is int and 0 <= answer < len(choices):
         return answer
     if isinstance(answer, str):
@@ -142,22 +148,22 @@ def _place(answer: Any, choices: Sequence[str], where: str) -> int:
             if answer.strip() in names:
                 return names.index(answer.strip())
     raise CalibrationError(
-        f"`answer` is {shown(repr(answer))}", where, f"0 to {len(choices) - 1}, a letter, or the text of a choice"
+        f"`answer` is {shown(repr(answer))}", where, f"0 to {len(choices) - 1}, or the letter or text of a choice"
     )
 
 
 def _text(content: Any, where: str) -> str:
-    """The text of a message, which may be in parts."""
+    """Return the text of a message, which may consist of parts."""
     parts = [content] if isinstance(content, str) else content
     if isinstance(parts, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         if all(isinstance(part, str) for part in parts) and "".join(parts).strip():
             return "".join(parts)
-    raise CalibrationError("the assistant's last message is no text, or an empty one", where)
+    raise CalibrationError("the assistant's last message has no text", where)
 
 
 def _names(files: Sequence[str]) -> list[str]:
-    """The files' stems, those that are not the only ones of their kind with the folder before."""
+    """Return the files' stems, preceded by the folder where stems are equal."""
     paths = [Path(file) for file in files]
     stems = Counter(path.stem for path in paths)
     return unique([path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}" for path in paths])

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, through its own library (the extra `eval`). Scores nothing itself."""
+"""Tasks of lm-evaluation-harness, run and scored by its own library (the extra `eval`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.untrusted import library_errors_as
 
 @dataclass(frozen=True)
 class Tasks:
-    """`names` as the harness has them, of its own tasks and of those in `folder`; `limit` documents of each."""
+    """The names of tasks of the harness or of task files in `folder`, and the number of documents used of each."""
 
     names: tuple[str, ...]
     folder: str | None = None
@@ -21,10 +21,10 @@ class Tasks:
 
 
 def check_tasks(tasks: Tasks) -> None:
-    """Whether the harness has the tasks, and their data.
+    """Check that the harness can load the tasks and their data.
 
     Raises:
-        ConfigError: it does not, or is not installed.
+        ConfigError: it cannot, or it is not installed.
     """
     manager = _manager(tasks)
     unknown = [name for name in tasks.names if not manager.match_tasks([name])]
@@ -32,20 +32,20 @@ def check_tasks(tasks: Tasks) -> None:
         raise ConfigError(
             f"the harness has no task {unknown[0]!r}",
             "--task",
-            "a name of `lm-eval ls tasks`, or of a task in --task-path",
+            "a name listed by `lm-eval ls tasks`, or a task in --task-path",
         )
     from lm_eval.tasks import get_task_dict
 
-    with _told():
+    with _harness_errors():
         get_task_dict(list(tasks.names), manager)
 
 
 def run_tasks(name: str, model: Any, tokenizer: Any, tasks: Tasks, batch_size: int) -> list[Row]:
-    """Rows of a loaded model of transformers, called `name`; metrics are called as the harness calls them."""
+    """Run the tasks on a loaded transformers model, and return rows under `name` with the harness's metric names."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _told():
+    with _harness_errors():
         results = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks.names),
@@ -57,11 +57,11 @@ def run_tasks(name: str, model: Any, tokenizer: Any, tasks: Tasks, batch_size: i
 
 
 def rows_of(name: str, results: Any) -> Iterator[Row]:
-    """What the harness returns, as rows: a figure each of every task and group, standard errors among them.
+    """Yield a row for each metric of every task and group in the harness's results, standard errors included.
 
-    `acc,none` is `acc`; the filter's name stays where there is one. A group counts the documents of its tasks.
+    `acc,none` becomes `acc`; the name of any other filter is kept. A group counts the documents of its tasks.
     """
-    counts = {task: int(found["effective"]) for task, found in results["n-samples"].items()}
+    counts = {task: int(samples["effective"]) for task, samples in results["n-samples"].items()}
     parts = results.get("group_subtasks", {})
     for task, figures in results["results"].items():
         count = counts.get(task, sum(counts.get(part, 0) for part in parts.get(task, ())))
@@ -75,11 +75,11 @@ def _manager(tasks: Tasks) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            "lm-evaluation-harness is not installed", "--task", do="`pip install .[eval]` where this is installed from"
+            "lm-evaluation-harness is not installed", "--task", do="run `pip install .[eval]` in the checkout"
         ) from error
-    with _told():
+    with _harness_errors():
         return TaskManager(include_path=tasks.folder)
 
 
-def _told() -> Any:
-    return library_errors_as(lambda told: ConfigError(f"the harness cannot run this: {told}", "--task"))
+def _harness_errors() -> Any:
+    return library_errors_as(lambda message: ConfigError(f"the harness cannot run the tasks: {message}", "--task"))

@@ -1,8 +1,8 @@
-"""A model on data: answers that it writes, tokens that it expects, and how near it is to an expert. Batch by batch.
+"""Metrics of a model on data, batch by batch: generated answers, losses, and the distance to an expert.
 
-What is filled up to a batch's longest record never counts. Model and expert stand in memory together, so that nothing
-of either is kept. Knows no Ray and no files but the models'. Letters in tensor names: B batch, T tokens, N those of
-all records that are asked for, P some of these, H hidden features, V vocabulary.
+Padding never counts. Model and expert are in memory together, so that no hidden states or logits need to be stored.
+Letters in tensor names: B batch, T tokens, N tokens of all records that are scored, P a part of these, H hidden
+features, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,55 +32,55 @@ from engine.sizes import LOGIT_BYTES
 
 
 class Evaluation:
-    """A loaded model, put to data."""
+    """Evaluates a loaded model."""
 
     def __init__(self, subject: Subject, device: torch.device) -> None:
         self.subject, self.device, self._batch = subject, device, subject.options.batch_size
 
     @torch.inference_mode()
     def measure(self, name: str, data: DataSet, expert: Subject | None) -> list[Row]:
-        """The figures of the model, called `name`, on the data; texts against the expert, if there is one.
+        """Return the metrics of the model on the data as rows under `name`; texts are compared with the expert, if any.
 
         Raises:
-            CheckpointError: its logits are not finite.
+            CheckpointError: the model's logits are not finite.
         """
         reader = Reader(self.subject, data)
         sums = defaultdict[str, float](float)
         items = sorted(data.items, key=lambda item: item.length)
-        for some in _slices(items, self._batch):
+        for batch in _slices(items, self._batch):
             if data.kind == "text":
-                encoded = [reader.whole(item, item.wholes[0]) for item in some]
-                found = [self._compared(one, expert) for one in _passes(encoded)]
+                encoded = [reader.whole(item, item.wholes[0]) for item in batch]
+                parts = [self._compared(group, expert) for group in _passes(encoded)]
             else:
-                found = [self._answered(some, reader)]
-            for one in found:
-                for metric, value in one.items():
+                parts = [self._answered(batch, reader)]
+            for part in parts:
+                for metric, value in part.items():
                     sums[metric] += value
             if not np.isfinite(sums["loss"]):
-                raise CheckpointError("the model's logits are not finite", f"{name}, on {some[0].wholes[0].where}")
+                raise CheckpointError("the model's logits are not finite", f"{name}, on {batch[0].wholes[0].where}")
         return [Row(name, data.name, *figure) for figure in _figures(data, sums, expert is not None)]
 
     def _answered(self, items: Sequence[Item], reader: Reader) -> dict[str, float]:
-        """Sums over records that are to be answered, or chosen from."""
+        """Return sums of metrics over items of kind `response` or `choice`."""
         wholes = [reader.whole(item, record) for item in items for record in item.wholes]
         scores = iter([one for some in _slices(wholes, self._batch) for one in forced(self.subject.model, some)])
         sums = defaultdict[str, float](float)
         for item, text in zip(items, self._written([reader.prompt(item) for item in items], reader), strict=True):
-            mine = [next(scores) for _ in item.wholes]
-            sums["loss"] += mine[item.answer].loss
-            sums["predicted"] += mine[item.answer].tokens
+            of_item = [next(scores) for _ in item.wholes]
+            sums["loss"] += of_item[item.answer].loss
+            sums["predicted"] += of_item[item.answer].tokens
             sums["exact_match"] += exact_match(text, item.response)
             sums["f1"] += f1(text, item.response)
             if item.choices:
-                means = [one.loss / one.tokens for one in mine]
+                means = [one.loss / one.tokens for one in of_item]
                 sums["accuracy"] += chosen(text, item.choices) == item.answer
                 sums["accuracy_likelihood"] += means.index(min(means)) == item.answer
         return sums
 
     def _written(self, prompts: Sequence[Encoded], reader: Reader) -> list[str]:
-        """What the model writes behind the prompts, up to its end, as text."""
+        """Return the text that the model generates for each prompt, up to the first end token."""
         model, texts = self.subject.model, []
-        # Nothing but the likeliest token, whatever a checkpoint's own way to write is (penalties, beams, …).
+        # Greedy decoding, whatever the checkpoint's generation config contains (penalties, beams, …).
         own, stops = language_model(model).generation_config, reader.stops
         plain = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=stops or None)
         plain.pad_token_id = own.pad_token_id if own.pad_token_id is not None else (stops or [0])[0]
@@ -98,11 +98,11 @@ class Evaluation:
         return texts
 
     def _compared(self, encoded: Sequence[Encoded], expert: Subject | None) -> dict[str, float]:
-        """Sums over the tokens of texts: how the model expects them, and how far it is from the expert."""
+        """Return sums over the tokens of texts: the model's loss, and its distances to the expert."""
         model, sums = self.subject.model, defaultdict[str, float](float)
         ids_BT, mask_BT, last_BTH, hidden = _forward(model, encoded)
         at = mask_BT.bool()
-        # Nothing is expected behind the last token of a record, nor for the first, nor of an image.
+        # Targets of the loss: all tokens but the first of each record and those of images. -100 is ignored.
         expected_BT = ids_BT.masked_fill(~at, -100)
         for row_T, one in zip(expected_BT, encoded, strict=True):
             for start, stop in one.images:
@@ -114,7 +114,7 @@ class Evaluation:
         if expert is not None:
             _, _, other_BTH, others = _forward(expert.model, encoded)
             other_NH = other_BTH[at]
-            # Layers may be on several devices.
+            # The layers may be on several devices.
             mine_BTH, its_BTH = (states[middle].to(at.device).float() for states in (hidden, others))
             sums["distance"] = float(hidden_loss({0: mine_BTH[at]}, {0: its_BTH[at]})) * sums["tokens"]
             sums["spread"] = sum(
@@ -134,7 +134,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Forced:
-    """Of one response: Σ −ln p of its tokens, in nats, how many they are, and whether each is the likeliest one."""
+    """The score of one response: Σ −ln p of its tokens in nats, their number, and whether each is the most likely."""
 
     loss: float
     tokens: int
@@ -143,8 +143,8 @@ class Forced:
 
 @torch.inference_mode()
 def forced(model: Any, encoded: Sequence[Encoded]) -> list[Forced]:
-    """What a model makes of responses that it is given; see `score`."""
-    found = []
+    """Return the scores of responses under teacher forcing; see `score`."""
+    scores = []
     for some in _passes(encoded):
         ids_BT, _, last_BTH, _ = _forward(model, some)
         starts = [one.response for one in some if one.response]
@@ -159,25 +159,26 @@ def forced(model: Any, encoded: Sequence[Encoded]) -> list[Forced]:
             losses.append(functional.cross_entropy(logits_PV, response_N[piece], reduction="none"))
             rights.append(logits_PV.argmax(-1) == response_N[piece])
         split = zip(*(torch.split(torch.cat(parts), lengths) for parts in (losses, rights)), strict=True)
-        found += [Forced(float(loss.double().sum()), len(loss), bool(right.all())) for loss, right in split]
-    return found
+        scores += [Forced(float(loss.double().sum()), len(loss), bool(right.all())) for loss, right in split]
+    return scores
 
 
 def score(model: Any, tokenizer: Any, records: Sequence[Record], batch: int) -> tuple[float, float]:
-    """Exact match, 0 to 1, and loss in nats a token of the responses of records, without a word being written.
+    """Return exact match (0 to 1) and loss (nats per token) of the records' responses, without generating.
 
-    Greedy decoding writes exactly the response if and only if, with it given, the likeliest token is right at every
-    place of it, its end included. So one forward pass of a batch gives both. `model` is one of transformers.
+    Greedy decoding generates exactly the response if and only if, under teacher forcing, the most likely token is right
+    at every position of the response, its end token included. So one forward pass of a batch gives both figures.
+    `model` is a transformers model.
     """
     encoder, stops = TextEncoder(tokenizer), stop_tokens(model, tokenizer)
     encoded = [ended(encoder.encode(record), stops, record.where) for record in records]
-    found = [one for some in _slices(encoded, batch) for one in forced(model, some)]
-    loss, tokens = sum(one.loss for one in found), sum(one.tokens for one in found)
-    return sum(one.right for one in found) / len(found), loss / tokens
+    scores = [one for some in _slices(encoded, batch) for one in forced(model, some)]
+    loss, tokens = sum(one.loss for one in scores), sum(one.tokens for one in scores)
+    return sum(one.right for one in scores) / len(scores), loss / tokens
 
 
 def _figures(data: DataSet, sums: Mapping[str, float], compared: bool) -> Iterator[tuple[str, float, int]]:
-    """Metric, value and count, from sums over all records."""
+    """Yield metric, value and count from sums over all records."""
     records, tokens, predicted = len(data.items), int(sums["tokens"]), int(sums["predicted"])
     names = {"text": (), "response": ("exact_match", "f1"), "choice": ("accuracy", "accuracy_likelihood")}[data.kind]
     for name in names:
@@ -195,7 +196,7 @@ def _figures(data: DataSet, sums: Mapping[str, float], compared: bool) -> Iterat
 
 
 def _forward(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """Token ids and mask [B, T], filled up at the end, the last hidden state, and those of all layers [B, T, H]."""
+    """Return token ids and mask [B, T], padded on the right, the last hidden state and all hidden states [B, T, H]."""
     width, device = max(len(one.input_ids) for one in encoded), model.device
     ids_BT = torch.tensor([list(one.input_ids) + [0] * (width - len(one.input_ids)) for one in encoded], device=device)
     lengths_B = torch.tensor([len(one.input_ids) for one in encoded], device=device)
@@ -205,8 +206,9 @@ def _forward(model: Any, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Te
 
 
 def _passes(encoded: Sequence[Encoded]) -> list[Sequence[Encoded]]:
-    """Which of a batch go through a model together: all, but where they have images, which each family lays out in its
-    own way, one by one.
+    """Return the groups of a batch that share a forward pass.
+
+    Records with images run one at a time, because the shapes of pixel inputs differ by model family.
     """
     return [[one] for one in encoded] if any(one.inputs for one in encoded) else [encoded]
 
@@ -216,6 +218,6 @@ def _slices(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 
 def _pieces(model: Any, tokens: int) -> list[slice]:
-    """Of so many tokens those whose float32 logits may stand at one time."""
+    """Return slices of the tokens, each with at most LOGIT_BYTES of float32 logits."""
     rows = max(1, LOGIT_BYTES // (4 * language_model(model).get_output_embeddings().weight.shape[0]))
     return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]

@@ -1,6 +1,6 @@
-"""What a written answer is worth: exact match, token F1, and which of several choices it is. Texts in, numbers out.
+"""Metrics of a generated answer, from texts alone: exact match, token F1, and the choice that it names.
 
-Sources: of F1 SQuAD's evaluation script, arXiv 1606.05250. Needs no torch, and knows no models.
+F1 is that of SQuAD's evaluation script (arXiv 1606.05250). Does not need torch.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from collections import Counter
 from collections.abc import Sequence
 
 LETTERS = string.ascii_uppercase
-
-
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(written: str, response: str) -> float:
-    """1 where the two are the same but for white space around them, else 0."""
+    """Return 1.0 if the texts are equal except for surrounding white space, else 0.0."""
     return float(written.strip() == response.strip())
 
 
 def f1(written: str, response: str) -> float:
-    """SQuAD's token F1, 0 to 1: the harmonic mean of precision and recall of the words that both have.
+    """Return SQuAD's token F1, 0 to 1: the harmonic mean of precision and recall of the common words.
 
-    Words are lower case, without punctuation and without `a`, `an`, `the`. Where either has none: whether both have.
+    Words are compared in lower case, without punctuation and without `a`, `an`, `the`. If a text has no words, the
+    result is 1 if neither has any, else 0.
     """
-    mine, wanted = _words(written), _words(response)
-    common = sum((Counter(mine) & Counter(wanted)).values())
-    if not mine or not wanted:
-        return float(mine == wanted)
-    return 2 * common / (len(mine) + len(wanted))
+    given, wanted = _words(written), _words(response)
+    common = sum((Counter(given) & Counter(wanted)).values())
+    if not given or not wanted:
+        return float(given == wanted)
+    return 2 * common / (len(given) + len(wanted))
 
 
 def chosen(written: str, choices: Sequence[str]) -> int | None:
-    """Which choice an answer begins with, by its text or else by its letter; None: with none of them.
+    """Return the index of the choice with which an answer begins, by its text or else by its letter, or None.
 
-    Of choices that begin alike it is the longest. A letter stands alone or before one of `.):,`: `B`, `(B)`, `B. …`.
+    If several choices match, the longest is taken. A letter must stand alone or before one of `.):,`: `B`, `(B)`,
+    `B. …`.
     """
     text = written.strip()
     for choice in sorted(choices, key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""Figures of an evaluation as rows: a parquet file, and a table for a person. Knows nothing of how they are found."""
+"""Results of an evaluation as rows: written to a parquet file, and printed as tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: `metric` of `model` on `data`. `count`: of how many records, or tokens, it is a mean."""
+    """The value of `metric` for `model` on `data`, a mean over `count` records or tokens."""
 
     model: str
     data: str
@@ -35,40 +35,40 @@ class Row:
 
 
 def results_file(out: str) -> tuple[Folder, str]:
-    """Where results go: the folder and the file's name in it. Nothing is made yet.
+    """Return the folder of the results and the file's name in it. Creates nothing.
 
     Raises:
-        OutputError: no parquet file can have that name.
+        OutputError: the name does not end in .parquet, or a folder has it.
     """
     if not out.endswith(".parquet"):
-        raise OutputError("results are a parquet file", out, "a name that ends in .parquet")
+        raise OutputError("the results are written as a parquet file", out, "a name that ends in .parquet")
     if is_uri(out):
         above, _, name = out.rpartition("/")
         return open_folder(above), name
     path = locate(out, Path.cwd(), OutputError)
     if path.is_dir():
-        raise OutputError("results are a file, and this is a folder", str(path))
+        raise OutputError("the file for the results is a folder", str(path), do="give another --out")
     return LocalFolder(path.parent), path.name
 
 
 def save_results(rows: Sequence[Row], folder: Folder, name: str) -> None:
-    """All rows as a parquet file with SCHEMA's columns, there whole or not at all."""
+    """Write all rows to a parquet file with SCHEMA's columns. The file is complete or absent."""
     data = io.BytesIO()
     pyarrow.parquet.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA), data)
     folder.write(name, data.getvalue())
 
 
 def print_results(rows: Sequence[Row]) -> None:
-    """A table for each data, the models under each other and the metrics beside each other."""
+    """Print one table per data set, with a row per model and a column per metric."""
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     for data in dict.fromkeys(row.data for row in rows):
-        mine = {(row.model, row.metric): row for row in rows if row.data == data}
-        metrics = list(dict.fromkeys(metric for _, metric in mine))
+        cells = {(row.model, row.metric): row for row in rows if row.data == data}
+        metrics = list(dict.fromkeys(metric for _, metric in cells))
         table = rich.table.Table(box=rich.box.SIMPLE)
         table.add_column(data, overflow="fold")
         for metric in metrics:
             table.add_column(metric, justify="right")
-        for model in dict.fromkeys(model for model, _ in mine):
-            found = (mine.get((model, metric)) for metric in metrics)
-            table.add_row(model, *("" if row is None else f"{row.value:.4g}" for row in found))
+        for model in dict.fromkeys(model for model, _ in cells):
+            values = (cells.get((model, metric)) for metric in metrics)
+            table.add_row(model, *("" if row is None else f"{row.value:.4g}" for row in values))
         console.print(table)

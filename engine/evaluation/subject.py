@@ -1,7 +1,4 @@
-"""A model under evaluation: its checkpoint, and how it reads records. Checked without a weight being read.
-
-Knows no measures.
-"""
+"""A model under evaluation: its checkpoint, and its encoding of records. Checks read no weights."""
 
 from __future__ import annotations
 
@@ -27,8 +24,14 @@ from engine.models.skeleton import build_generation_skeleton, load_weights
 
 @dataclass(frozen=True)
 class Options:
-    """`dtype` is one of torch's floats, or auto: what most of a model's own bytes are. `remote_code`: code that comes
-    with a model may run.
+    """The options of an evaluation.
+
+    Attributes:
+        batch_size: Records per forward pass.
+        max_new_tokens: Maximum number of generated tokens per answer.
+        max_length: Maximum number of tokens of a record.
+        dtype: The name of a floating-point dtype, or `auto`: the dtype of most of a model's bytes.
+        remote_code: Allow Python code in a model's folder to run.
     """
 
     batch_size: int = 16
@@ -39,21 +42,21 @@ class Options:
 
 
 class Subject:
-    """A model under evaluation; without weights until they are loaded."""
+    """A model under evaluation, on the meta device until `load` gives it its weights."""
 
     def __init__(self, model: str, options: Options) -> None:
-        """`model` is a path, URI or hub id.
+        """Read the headers of `model`, a path, URI or hub id.
 
         Raises:
-            CheckpointError: it is no full checkpoint that transformers takes.
+            CheckpointError: it is not a full checkpoint that transformers can load.
         """
         self.folder, self.options = find_model(model, ROOT), options
         if is_adapter(self.folder):
             raise CheckpointError(
-                "an adapter is no model by itself",
+                "an adapter cannot be evaluated without its base",
                 str(self.folder),
                 "a full checkpoint",
-                "merge it into its base first: `merge_method: task_arithmetic`, `weight: 1`",
+                "merge it into its base first, with `merge_method: task_arithmetic` and `weight: 1`",
             )
         self.header = read_model_header(self.folder)
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
@@ -62,31 +65,31 @@ class Subject:
 
     @property
     def _dtype(self) -> torch.dtype:
-        found: torch.dtype = getattr(torch, self.dtype_name)
-        return found
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     def check_alike(self, expert: Subject) -> None:
-        """Whether an expert says its hidden states and logits of the same tokens in the same sizes.
+        """Check that an expert has the same vocabulary size, number of blocks and hidden size.
 
         Raises:
             CheckpointError: it does not.
         """
         sizes = [
-            (one.header.vocab_size, one.header.num_layers, one.header.text_config.get("hidden_size"))
-            for one in (self, expert)
+            (model.header.vocab_size, model.header.num_layers, model.header.text_config.get("hidden_size"))
+            for model in (self, expert)
         ]
         if sizes[0] != sizes[1]:
-            told = [f"{tokens} tokens, {blocks} blocks, {width} features" for tokens, blocks, width in sizes]
-            raise CheckpointError(f"the expert has {told[1]}", str(expert.folder), f"those of {self.folder}: {told[0]}")
+            own, other = (f"{tokens} tokens, {blocks} blocks, {width} features" for tokens, blocks, width in sizes)
+            raise CheckpointError(f"the expert has {other}", str(expert.folder), f"{own}, as in {self.folder}")
 
     def load(self, device: torch.device) -> None:
-        """Give the model its weights, on the device or over all GPUs that are visible."""
+        """Load the weights onto the device, or over all visible GPUs."""
         checkpoint = Checkpoint(self.folder, self.header.tensors)
         load_weights(self.model, self._places, self._dtype, device, self.folder, checkpoint.read)
 
 
 class Reader:
-    """Records into tokens as a model takes them, within its bounds."""
+    """Encodes the records of a data set for a model, within the model's bounds and those of the options."""
 
     def __init__(self, subject: Subject, data: DataSet) -> None:
         self._header, self._options = subject.header, subject.options
@@ -97,10 +100,10 @@ class Reader:
         self.stops = stop_tokens(subject.model, self.tokenizer)
 
     def check(self, item: Item) -> None:
-        """Whether the model can take an item.
+        """Check that the model can process an item.
 
         Raises:
-            CalibrationError: it cannot, naming the record.
+            CalibrationError: it cannot.
         """
         for whole in item.wholes:
             self.whole(item, whole)
@@ -108,22 +111,24 @@ class Reader:
             self.prompt(item)
 
     def whole(self, item: Item, record: Record) -> Encoded:
-        """A text, of which all tokens count; or a record with its response, and nothing behind its end."""
+        """Return the tokens of a text, or of a record up to the first end token of its response."""
         encoded = self._encoded(record)
         if item.prompt is not None:
             return ended(encoded, self.stops, record.where)
         if len(encoded.input_ids) < 2:
-            raise CalibrationError("the record has one token, and nothing is expected of it", record.where)
+            raise CalibrationError(
+                "the record has a single token, which has no loss", record.where, "at least 2 tokens"
+            )
         return encoded
 
     def prompt(self, item: Item) -> Encoded:
-        """What the model is to write behind."""
+        """Return the tokens of the prompt of an item, from which the model generates."""
         assert item.prompt is not None
-        encoded, places = self._encoded(item.prompt), self._header.text_config.get("max_position_embeddings")
+        encoded, positions = self._encoded(item.prompt), self._header.text_config.get("max_position_embeddings")
         longest = len(encoded.input_ids) + self._options.max_new_tokens
-        if type(places) is int and longest > places:
+        if type(positions) is int and longest > positions:
             raise CalibrationError(
-                f"{longest:,} tokens with those that are written, and the model has {places:,} places",
+                f"prompt and answer may have {longest:,} tokens, and the model has {positions:,} positions",
                 item.prompt.where,
                 do="lower --max-new-tokens",
             )
@@ -138,28 +143,28 @@ class Reader:
                 f"the record has {len(encoded.input_ids):,} tokens",
                 record.where,
                 f"at most {self._options.max_length:,}",
-                "raise --max-length, or shorten it",
+                "raise --max-length, or shorten the record",
             )
         return encoded
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: those of the generation config, and the tokenizer's own, which comes first."""
-    told = language_model(model).generation_config.eos_token_id
-    told = [told] if isinstance(told, int) else list(told or ())
+    """Return the ids of the end tokens: the tokenizer's, then those of the generation config."""
+    eos = language_model(model).generation_config.eos_token_id
+    of_config = [eos] if isinstance(eos, int) else list(eos or ())
     own = getattr(tokenizer, "eos_token_id", None)
-    return list(dict.fromkeys(([] if own is None else [own]) + told))
+    return list(dict.fromkeys(([] if own is None else [own]) + of_config))
 
 
 def ended(encoded: Encoded, stops: Sequence[int], where: str) -> Encoded:
-    """The record with one end of its response, as a model would write it, and nothing behind that.
+    """Return the record with its response ended by one end token, as a model would generate it.
 
     Raises:
-        CalibrationError: there is no response, or nothing before it.
+        CalibrationError: there are no tokens of the response, or none before it.
     """
     start = encoded.response
     if not start or start >= len(encoded.input_ids):
-        raise CalibrationError("the record makes no tokens before its response, or none of it", where)
+        raise CalibrationError("the record has no tokens in its response, or none before it", where)
     ids = list(encoded.input_ids)
     end = next((place for place in range(start, len(ids)) if ids[place] in stops), None)
     return replace(encoded, input_ids=ids + list(stops[:1]) if end is None else ids[: end + 1])

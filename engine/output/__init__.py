@@ -1,1 +1,1 @@
-"""The output: the model folder, the record of the merge, the model card."""
+"""The output folder: the files of the model, the record of the merge, the model card. Knows no Ray."""

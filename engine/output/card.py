@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The model card (README.md) of a merged model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.task_vectors.coefficients import Coefficients
 
 
 def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
-    """README.md of a merge that learned nothing: what was merged, how, and the config to do it again."""
+    """Write the README.md of a weight-space merge: the models, the method, and the config that repeats the merge."""
     front = {
         "base_model": list(dict.fromkeys([plan.base.model, *(expert.model for expert in plan.experts)])),
         "library_name": "transformers",
@@ -22,27 +22,28 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
     }
     config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
-    what = "One model an expert, each in a folder of its name" if method.outputs == "experts" else "One model"
+    output = "One model per expert, each in a folder of its name" if method.outputs == "experts" else "One model"
     path.write_text(
         f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # A merge of {len(plan.experts)} models by {method.name}
 
-{what}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all others are
-those of `{plan.base.model}`.
+{output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
+tensors are those of `{plan.base.model}`.
 
 ```yaml
 {config}```
 
-`merge/` holds the same config with the hashes of the inputs, and the memory of every process. Made with {made_with}.
+`merge/` holds the same config with the hashes of the inputs, and the peak memory of every process. Made with
+{made_with}.
 """,
         encoding="utf-8",
     )
 
 
 def _loading(plan: Plan) -> str:
-    """The lines of Python that load the merged model and what makes its inputs."""
+    """Return the Python lines that load the merged model and its tokenizer or processor."""
     own = plan.config.trust_remote_code and "auto_map" in plan.base_header.config
     if plan.base_header.takes_images and not own:
         names = {"model": "AutoModelForImageTextToText", "processor": "AutoProcessor"}
@@ -54,7 +55,7 @@ def _loading(plan: Plan) -> str:
 
 
 def _aim(plan: Plan) -> str:
-    """What coefficients are learned for, and what they multiply where that is not the experts' own task vectors."""
+    """Return the objective of the coefficients as a clause; with orthogonal task vectors also what they multiply."""
     if not plan.config.has_targets:
         aim = "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
     else:
@@ -64,14 +65,14 @@ def _aim(plan: Plan) -> str:
         )
     if plan.orthogonal:
         aim += (
-            "; those of matrices multiply task vectors\nthat were made orthogonal to each other "
+            "; the coefficients of matrices multiply\northogonal task vectors "
             "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4"
         )
     return aim
 
 
 def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
-    """README.md: what was merged, how, and how to load it."""
+    """Write the README.md of a learned merge: the experts, the method, and how to load the model."""
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
         plan.config.merge_method, "Expert Merging"
     )
@@ -98,7 +99,8 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
 # A merge of {len(plan.experts)} experts by {method}
 
 {len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
-learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all others are the base's.
+learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all other tensors are the
+base's.
 
 | expert | given as | prior | mean learned coefficient | range |
 |---|---|---|---|---|
@@ -116,7 +118,7 @@ learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors 
 {options}```
 
 `merge/` holds the whole config with the hashes of the inputs, every coefficient, the importance of every tensor, the
-losses of every step, and the memory of every process. Made with {made_with}.
+losses of every step, and the peak memory of every process. Made with {made_with}.
 """,
         encoding="utf-8",
     )

@@ -1,4 +1,4 @@
-"""What a merge tells of itself beside its weights: resolved config, metrics and model card. Knows no weights."""
+"""The record of a merge: resolved config, coefficients, importance and metrics in `merge/`, and the model card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ METRICS = pa.schema(
 
 
 def input_files(plan: Plan) -> dict[str, list[str]]:
-    """Every file that a result depends on, by path or URI, of each model: weights, and the samples of an expert."""
+    """Return the files that the result depends on, as paths or URIs by model: weights, calibration files, images."""
     files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
     images = plan.images or [()] * len(plan.experts)
     return files | {
@@ -60,9 +60,16 @@ def write_record(
     importance_L: Array | None,
     metrics: Sequence[Mapping[str, Any]],
 ) -> None:
-    """The model card, and all of `merge/` but the memory figures.
+    """Write the model card and all files of `merge/` except memory.json and report.html.
 
-    `digests` are the SHA-256 of the inputs' files; `importance_L` belongs to the layout of the last stage.
+    Args:
+        folder: The output folder.
+        plan: The plan, with every prior.
+        identity: The identity of the merge.
+        digests: SHA-256 of each input file.
+        stages: The learned coefficients of each stage.
+        importance_L: The importance of the merged tensors, [L], in the order of the last stage's layout.
+        metrics: The rows of metrics.parquet.
     """
     record = folder / "merge"
     names = [expert.name for expert in plan.experts]
@@ -78,13 +85,13 @@ def write_record(
 def write_weight_space_record(
     folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[str, str]
 ) -> None:
-    """The model card and merge/config.yaml of a merge that learned nothing."""
+    """Write the model card and merge/config.yaml of a weight-space merge."""
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests))
     write_weight_space_card(folder / "README.md", plan, method)
 
 
 def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """model → file → SHA-256."""
+    """Return the SHA-256 of the input files by model and file."""
     return {model: {file: digests[file] for file in files} for model, files in input_files(plan).items()}
 
 
@@ -93,15 +100,18 @@ def write_config(
     plan: Plan,
     identity: str,
     inputs: Mapping[str, Mapping[str, str]],
-    found: Mapping[str, Any] = MappingProxyType({}),
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """merge/config.yaml: the resolved config; date, versions, `inputs` (model → file → SHA-256), what was `found`."""
+    """Write merge/config.yaml: the resolved config, and under `record` identity, date, versions, inputs and `more`.
+
+    `inputs` maps each model to the SHA-256 of its files.
+    """
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"identity": identity, "date": date, "versions": versions(), "inputs": inputs, **found}
+    record = {"identity": identity, "date": date, "versions": versions(), "inputs": inputs, **more}
     text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """merge/metrics.parquet: a row a sample of each optimiser step."""
+    """Write merge/metrics.parquet: one row per sample of each optimiser step."""
     pyarrow.parquet.write_table(pa.Table.from_pylist(list(rows), schema=METRICS), path)

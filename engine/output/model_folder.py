@@ -1,7 +1,7 @@
-"""The merged model as a folder that `from_pretrained` loads: files of tensors, written one tensor at a time.
+"""The files of a merged model, which `from_pretrained` loads: tensors by weight file, and the files beside the weights.
 
-How tensors are spread over files depends on the base alone, so the bytes are the same whoever writes them. Knows no
-Ray; the driver decides which shard writes which file.
+The distribution of tensors over files depends on the base alone, so a file has the same bytes whichever shard writes
+it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.planning.plan import Plan
 
-# What a model folder holds beside weights and config.json, as transformers' tokenizers and processors name it.
+# Files of a model folder besides weights and config.json, by the names that tokenizers and processors use.
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
 )  # fmt: skip
-
-
 COMPANIONS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "LICENSE*",
@@ -27,7 +25,10 @@ COMPANIONS = (
 
 
 def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
-    """The base's tensors in their order, in files of at most `limit` (else `max_shard_size`) bytes, or one tensor."""
+    """Return the output's weight files: the base's tensors in their order.
+
+    A file has at most `limit` bytes (default: the config's `max_shard_size`), or a single larger tensor.
+    """
     limit = limit or plan.config.max_shard_size
     groups: list[list[OutputTensor]] = [[]]
     filled = 0
@@ -48,8 +49,9 @@ def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
 def write_companions(
     folder: Path, plan: Plan, base_folder: Path, files: list[OutputFile], tokenizer_folder: Path | None = None
 ) -> None:
-    """config.json with the output's dtype, the index where there are several files, and the base's other files; those
-    of a tokenizer are of `tokenizer_folder` where it is given.
+    """Write config.json with the output's dtype and, for several weight files, the index; copy the base's other files.
+
+    Tokenizer files are copied from `tokenizer_folder` if it is given.
     """
     config = dict(plan.base_header.config)
     chosen = plan.config.out_dtype or plan.config.dtype
@@ -71,5 +73,5 @@ def write_companions(
 
 
 def write_json(path: Path, data: object) -> None:
-    """Readable JSON with a newline at its end."""
+    """Write indented JSON that ends with a newline."""
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The config with all defaults and absolute paths, as an output stores it, and the versions of the software."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """What computed the result."""
+    """Return the versions of Python, this package and the packages that compute the result."""
     packages = {package: version(package) for package in PACKAGES}
     return {"python": platform.python_version(), "expert-merging": __version__, **packages}
 
 
 def resolved_config(plan: Plan) -> dict[str, Any]:
-    """The config with every default filled in and every path absolute; it runs from anywhere."""
+    """Return the config with every default filled in and every path absolute, so that it runs from any folder."""
     paths = {"base_model": plan.base.model, "models": []}
     experts = [
         given.model_copy(
@@ -38,6 +38,6 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
 
 
 def located(given: ExpertConfig, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:
-    """The files of an expert's samples, as another node finds them. A method that learns nothing reads none."""
+    """Return the calibration files of an expert with absolute paths or URIs; none for a weight-space method."""
     pairs = zip(given.calibration, expert.calibration, strict=False)
     return tuple(file if is_uri(file.path) else file.model_copy(update={"path": str(path)}) for file, path in pairs)

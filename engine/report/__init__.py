@@ -1,1 +1,1 @@
-"""A finished merge as one HTML page."""
+"""The report of finished merges as one HTML page. Knows no Ray and no weights."""

@@ -1,7 +1,7 @@
-"""Numbers and names in, plotly's figures and their HTML out. Knows no merge and no files.
+"""The charts of a report as plotly figures, and their HTML.
 
-Names come from outside. plotly reads a few HTML tags in every text, so a name is escaped before it is part of one; its
-JSON is safe within a script.
+Names come from outside. plotly interprets a few HTML tags in every text, so names are escaped before they become part
+of one. The JSON that plotly writes is safe inside a script.
 """
 
 from __future__ import annotations
@@ -22,53 +22,45 @@ from plotly.offline import get_plotlyjs
 from engine.task_vectors.coefficients import Array
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-
-
 COLOURS = ("#4269d0", "#efb118", "#e45c4a", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e", "#97bbf5", "#9498a0")
-
-
-# Names of so many lines or bars still fit a legend; a longer name of an axis would leave no room for the chart.
+# The most names that fit a legend, and the most characters of a name that leave room for the chart.
 LEGEND, WIDTH = 12, 26
-
-
-# Cells of a heatmap that may have a text of their own: a page of more would be slow to load.
+# The most cells of a heatmap that have texts of their own; a page with more would load slowly.
 CELLS = 200_000
-
-
-# Numbers of a block's tensors; `stack.` is what stands before it.
+# A tensor of a block, such as `model.layers.3.mlp.up_proj.weight`: the stack `model.layers.`, the block 3, the kind.
 BLOCK = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)", re.DOTALL)
 
 
 def library() -> Markup:
-    """plotly's JavaScript, for the one script that every chart of a page needs."""
+    """Return plotly's JavaScript, which a page needs once."""
     return Markup(get_plotlyjs())
 
 
 def as_html(figure: go.Figure, identifier: str) -> Markup:
-    """The chart, to be drawn where it stands in a page with `library`."""
+    """Return the HTML of a chart, for a page that contains `library()`."""
     options = {"displaylogo": False, "responsive": True}
     return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=identifier, config=options))
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """Names for an axis or a legend, in order: escaped, and cut where they are long and still differ."""
+    """Return names for an axis or a legend: escaped, and shortened to WIDTH characters if they remain distinct."""
     cut = [name if len(name) <= WIDTH else f"…{name[1 - WIDTH :]}" for name in names]
     return [html.escape(name, quote=False) for name in (cut if len(set(cut)) == len(set(names)) else names)]
 
 
 def ends(names: Sequence[str]) -> list[str]:
-    """Of each of different names the shortest end, from a dot on, that no other has; without `.weight`."""
+    """Return the shortest unique dotted suffix of each of several distinct names, without `.weight`."""
     parts = [name.removesuffix(".weight").split(".") for name in names]
     if len(set(map(tuple, parts))) < len(parts):
         parts = [name.split(".") for name in names]
     tails = [[".".join(part[-count:]) for count in range(1, len(part) + 1)] for part in parts]
-    seen = Counter(tail for mine in tails for tail in mine)
-    return [next((tail for tail in mine if seen[tail] == 1), mine[-1]) for mine in tails]
+    seen = Counter(tail for of_name in tails for tail in of_name)
+    return [next((tail for tail in of_name if seen[tail] == 1), of_name[-1]) for of_name in tails]
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Tensors by block and kind: `cells` [kinds, blocks] has the place of each, -1 for none; `outside`: of no block."""
+    """Tensors by block and kind: `cells` [kinds, blocks] has their indices, -1 for none; `outside` has all others."""
 
     kinds: list[str]
     blocks: list[int]
@@ -77,41 +69,41 @@ class Blocks:
 
     @classmethod
     def of(cls, tensors: Sequence[str]) -> Blocks:
-        """`layers.3.q_proj.weight` is `q_proj` of block 3."""
-        found = {place: match for place, name in enumerate(tensors) if (match := BLOCK.fullmatch(name))}
-        # Two stacks of blocks, as of a vision tower and a language model, have kinds of their own.
-        kinds = list(dict.fromkeys(f"{match['stack']}*.{match['kind']}" for match in found.values()))
-        blocks = sorted({int(match["block"]) for match in found.values()})
+        """Return the blocks and kinds of tensors: `layers.3.q_proj.weight` is `q_proj` of block 3."""
+        matches = {place: match for place, name in enumerate(tensors) if (match := BLOCK.fullmatch(name))}
+        # Two stacks of blocks, such as a vision tower and a language model, have kinds of their own.
+        kinds = list(dict.fromkeys(f"{match['stack']}*.{match['kind']}" for match in matches.values()))
+        blocks = sorted({int(match["block"]) for match in matches.values()})
         row, column = ({key: place for place, key in enumerate(keys)} for keys in (kinds, blocks))
         cells = np.full((len(kinds), len(blocks)), -1)
-        for place, match in found.items():
+        for place, match in matches.items():
             cells[row[f"{match['stack']}*.{match['kind']}"], column[int(match["block"])]] = place
-        return cls(ends(kinds), blocks, cells, [place for place in range(len(tensors)) if place not in found])
+        return cls(ends(kinds), blocks, cells, [place for place in range(len(tensors)) if place not in matches])
 
     def spread(self, values: Array) -> Array:
-        """[tensors] → [kinds, blocks], NaN where there is no tensor."""
+        """Return values [tensors] as [kinds, blocks], NaN where there is no tensor."""
         return np.where(self.cells >= 0, values[self.cells], np.nan)
 
     def spread_texts(self, texts: Sequence[str]) -> list[list[str]]:
-        """The same of texts, empty where there is no tensor."""
+        """Return texts [tensors] as [kinds][blocks], empty where there is no tensor."""
         return [[texts[place] if place >= 0 else "" for place in row] for row in self.cells.tolist()]
 
     def in_order(self) -> list[int]:
-        """Every tensor's place: by block, then by kind, and those of no block last."""
+        """Return the indices of all tensors by block, then by kind; those outside the blocks come last."""
         return [*(int(place) for place in self.cells.T.flat if place >= 0), *self.outside]
 
     def names(self, tensors: Sequence[str]) -> list[str]:
-        """A short name of each, `block · kind` within blocks; the tensors' own names where two were alike."""
+        """Return short names, `block · kind` within blocks, or the full names if two short ones are equal."""
         short = dict(zip(self.outside, ends([tensors[place] for place in self.outside]), strict=True))
         for (row, column), place in np.ndenumerate(self.cells):
             short[int(place)] = f"{self.blocks[column]} · {self.kinds[row]}"
-        found = [short[place] for place in range(len(tensors))]
-        return found if len(set(found)) == len(found) else list(tensors)
+        names = [short[place] for place in range(len(tensors))]
+        return names if len(set(names)) == len(names) else list(tensors)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a heatmap's colours mean: `title`, and from where to where; around 0 where it goes `low` below it."""
+    """The colour scale of a heatmap, from `low` to `high`; centred on 0 if `low` is negative."""
 
     title: str
     high: float
@@ -121,7 +113,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """Names along a heatmap; `ticks` are those to be written, where not all of them have room."""
+    """The names along an axis of a heatmap; `ticks` maps names to labels, if only some names are labelled."""
 
     title: str
     names: Sequence[str]
@@ -129,22 +121,22 @@ class Axis:
 
 
 def heatmap(values: Array, texts: Sequence[Sequence[str]], across: Axis, down: Axis, scale: Scale) -> go.Figure:
-    """`values` [down, across], NaN where there is nothing; `texts` are shown of the cell that is pointed at.
+    """Return a heatmap of `values` [down, across], NaN for an empty cell. `texts` are shown when pointing at a cell.
 
-    The names of an axis are different ones, escaped by `labels`, as the texts are.
+    The names of an axis must be distinct and escaped by `labels`; texts must be escaped.
     """
     rows, columns = len(down.names), len(across.names)
-    written = max(map(len, across.ticks.values() or across.names))
-    upright = written < 5
+    longest = max(map(len, across.ticks.values() or across.names))
+    upright = longest < 5
     few = values.size <= CELLS
-    told = "%{text}" if few else f"{scale.title} = %{{z:{scale.format}}}"
+    hover = "%{text}" if few else f"{scale.title} = %{{z:{scale.format}}}"
     body = rows * next((size for most, size in ((12, 22), (40, 16), (60, 12)) if rows <= most), 0) or 720
     trace = go.Heatmap(
         z=values.astype(np.float32),
         x=list(across.names),
         y=list(down.names),
         text=texts if few else None,
-        hovertemplate=f"<b>%{{y}}</b>, {across.title} %{{x}}<br>{told}<extra></extra>",
+        hovertemplate=f"<b>%{{y}}</b>, {across.title} %{{x}}<br>{hover}<extra></extra>",
         hoverongaps=False,
         zmin=scale.low,
         zmax=scale.high,
@@ -162,7 +154,7 @@ def heatmap(values: Array, texts: Sequence[Sequence[str]], across: Axis, down: A
         xgap=1 if columns <= 100 else 0,
         ygap=1 if rows <= 60 else 0,
     )
-    figure = _figure([trace], max(180, body + (60 if upright else 50 + 7 * written)))
+    figure = _figure([trace], max(180, body + (60 if upright else 50 + 7 * longest)))
     look = {"tickangle": 0, "nticks": 8} if upright else {"tickangle": -90}
     figure.update_xaxes(type="category", title=across.title, showgrid=False, **look)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
@@ -173,7 +165,7 @@ def heatmap(values: Array, texts: Sequence[Sequence[str]], across: Axis, down: A
 
 
 def lines(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str) -> go.Figure:
-    """A line a name over optimiser steps, with buttons for the axis's scale."""
+    """Return a chart with one line per name over optimiser steps, and buttons for a linear or logarithmic axis."""
     named = zip(labels(list(curves)), curves.values(), strict=True)
     traces = [
         go.Scatter(
@@ -206,7 +198,7 @@ def bars(
     texts: Sequence[str] | None = None,
     flat: bool = False,
 ) -> go.Figure:
-    """Groups of bars: a value of each series for each name, NaN for none; `flat` ones lie, `texts` beside them."""
+    """Return grouped bars: a value per series and name, NaN for none. `flat`: horizontal bars, with `texts` beside."""
     categories = labels(names)
     shown = labels(list(series))
     traces = [

@@ -1,4 +1,4 @@
-"""What a merge has left in the `merge/` of its output folder, read again as typed data. Knows no weights."""
+"""The files in `merge/` of an output folder, read as typed data."""
 
 from __future__ import annotations
 
@@ -26,22 +26,16 @@ from engine.task_vectors.coefficients import Array, Coefficients, read_coefficie
 from engine.untrusted import FAULTS
 
 FILES = ("config.yaml", "memory.json", "coefficients.parquet", "importance.parquet", "metrics.parquet")
-
-
 EVALUATION = "evaluation.parquet"
-
-
-# What other people's code raises over a file that is damaged.
+# Exceptions that libraries raise for a damaged file.
 DAMAGE: tuple[type[Exception], ...] = (*FAULTS, yaml.YAMLError)
-
-
-# Losses of merge/metrics.parquet that a method may have.
+# Columns of merge/metrics.parquet with the losses of a method.
 LOSSES = ("kl", "hidden", "entropy")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What merge/config.yaml has beside the config; `priors` are those that were found on the samples."""
+    """The `record` of merge/config.yaml. `priors` holds the prior of every expert, also one found by `weight: auto`."""
 
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
@@ -50,7 +44,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Actor:
-    """One actor of merge/memory.json."""
+    """One process in merge/memory.json."""
 
     role: str
     pid: int
@@ -59,7 +53,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Memory:
-    """merge/memory.json."""
+    """The contents of merge/memory.json: memory in bytes, traffic in bytes, seconds by phase."""
 
     actors: Annotated[tuple[Actor, ...], Field(min_length=1)]
     bytes_trainer_to_shards: int
@@ -72,7 +66,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Importance:
-    """merge/importance.parquet: of each merged tensor its elements, importance, and chunks."""
+    """The columns of merge/importance.parquet: elements, importance and chunks of each merged tensor."""
 
     tensors: list[str]
     numel: list[int]
@@ -82,7 +76,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Curve:
-    """A loss over the optimiser steps in which it was seen."""
+    """The values of a loss, and the optimiser steps at which they were measured."""
 
     steps: list[int]
     values: list[float]
@@ -90,7 +84,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge by what its folder says, None or empty where it has nothing; `where`: as the user named the folder."""
+    """A merge as recorded in its output folder. A file that does not exist leaves its attribute None or empty.
+
+    `where` is the folder as the user gave it.
+    """
 
     where: str
     config: Config
@@ -103,15 +100,15 @@ class Merged:
 
     @classmethod
     def read(cls, where: str) -> Merged:
-        """A merge's output folder, by path or URI.
+        """Read the output folder of a merge, given by path or URI.
 
         Raises:
-            ConfigError: there is no merge's output, or one of its files is none that a merge writes.
+            ConfigError: the folder is not the output of a merge, or one of its files is damaged.
         """
         wanted = [f"merge/{name}" for name in (*FILES, EVALUATION)]
         path = (fetch(where, wanted, ConfigError) if is_uri(where) else as_path(where)) / "merge"
         if not (path / FILES[0]).is_file():
-            raise ConfigError("no merge's output", where, f"a folder that a merge wrote, with merge/{FILES[0]} in it")
+            raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])
         memory, coefficients, importance, metrics = (path / name for name in FILES[1:])
         return cls(
@@ -126,12 +123,12 @@ class Merged:
         )
 
     def prior(self, expert: str) -> float:
-        """ᾱₖ of the expert of that name: the config's, or what was found on the samples."""
+        """Return the prior ᾱₖ of an expert by name, from the config or, with `weight: auto`, from the record."""
         given = next(self.config.weight(one) for one in self.config.models if one.name == expert)
         return self.record.priors[expert] if given is None else given
 
     def losses(self) -> dict[int, list[str]]:
-        """The losses that each stage has; not one that is 0 everywhere, which takes no part."""
+        """Return the losses of each stage, without those that are 0 everywhere."""
         if self.metrics is None:
             return {}
         parts = {stage: self._of(stage) for stage in sorted(self.metrics["stage"].unique().to_pylist())}
@@ -141,17 +138,17 @@ class Merged:
         }
 
     def curves(self, stage: int, loss: str) -> dict[str, Curve]:
-        """Of each expert: the mean over its samples in a step."""
+        """Return a curve per expert: the mean loss over its samples in each step."""
         mean = self._of(stage).group_by(["model", "step"]).aggregate([(loss, "mean")]).sort_by("step")
         names = self._of(stage)["model"].unique().to_pylist()
         return {name: _curve(mean.filter(pc.equal(mean["model"], name)), loss) for name in names}
 
     def mean_curve(self, stage: int, loss: str) -> Curve:
-        """The mean over the samples of a step, whoever's they are."""
+        """Return the curve of the mean loss over all samples of each step."""
         return _curve(self._of(stage).group_by(["step"]).aggregate([(loss, "mean")]).sort_by("step"), loss)
 
     def first_and_last(self, stage: int, loss: str) -> dict[str, tuple[float, float]]:
-        """Of each expert: the mean over its samples when each was seen first, and when last."""
+        """Return, per expert, the mean loss over its samples at the first and at the last visit of each sample."""
         ends = [(loss, "first"), (loss, "last")]
         seen = self._of(stage).group_by(["model", "sample"], use_threads=False).aggregate(ends)
         mean = seen.group_by(["model"]).aggregate([(f"{loss}_first", "mean"), (f"{loss}_last", "mean")])
@@ -164,27 +161,29 @@ class Merged:
 
 
 def read_evaluation(path: Path) -> pa.Table:
-    """A long table of what models score: model, data, metric, value, count (of examples).
+    """Read a long table of scores with the columns model, data, metric, value and count (of examples).
 
     Raises:
-        ConfigError: it is no such table, or has two values for one thing.
+        ConfigError: the file is damaged, or has two values for one model, data set and metric.
     """
     table = _table(path, SCHEMA)
     keys = list(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
     twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
     if twice:
-        raise ConfigError(f"two values for {', '.join(twice)}", str(path), "one for each model, data and metric")
+        raise ConfigError(
+            f"two values for {', '.join(twice)}", str(path), "one value for each model, data set and metric"
+        )
     return table
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever other people's code says of a damaged file, as an error of ours."""
+    """Raise ConfigError, naming the file, for any exception that a library raises for a damaged file."""
     try:
         yield
     except DAMAGE as error:
-        what = f"not what a merge writes: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ConfigError(what, str(path), do="give a folder that is as a merge left it") from error
+        what = f"the file is damaged: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ConfigError(what, str(path), do="give an unchanged output folder") from error
 
 
 def _table(path: Path, schema: pa.Schema) -> pa.Table:
@@ -193,7 +192,7 @@ def _table(path: Path, schema: pa.Schema) -> pa.Table:
 
 
 def _config(path: Path) -> tuple[Config, Provenance]:
-    # Not by `load_config`, whose bounds are those of what a person writes: this may name very many files.
+    # Not read by `load_config`, which bounds the size of a config: a record may list very many files.
     with _reading(path):
         raw = yaml.safe_load(path.read_bytes())
         record = pydantic.TypeAdapter(Provenance).validate_python(raw.pop("record"))
@@ -212,10 +211,10 @@ def _stages(path: Path, config: Config, record: Provenance) -> dict[int, Coeffic
     names = [expert.name for expert in config.models]
     for models, _ in read.values():
         if models != names:
-            raise ConfigError("its experts are not those of config.yaml", str(path), ", ".join(names))
+            raise ConfigError("the experts differ from those in config.yaml", str(path), ", ".join(names))
     unknown = [one.name for one in config.models if config.weight(one) is None and one.name not in record.priors]
     if read and unknown:
-        raise ConfigError(f"nothing tells the prior of {unknown[0]!r}", str(path), "`priors` in config.yaml's record")
+        raise ConfigError(f"the prior of {unknown[0]!r} is missing", str(path), "`priors` in the record of config.yaml")
     return {number: table for number, (_, table) in read.items()}
 
 

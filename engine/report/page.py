@@ -1,7 +1,4 @@
-"""A report of merges as one HTML page that needs nothing else: what was learned, lost, used and scored.
-
-From output folders to text; what is on it is told in docs/report.md. Knows no weights, no torch and no Ray.
-"""
+"""The report of one or several merges as a self-contained HTML page. docs/report.md describes its sections."""
 
 from __future__ import annotations
 
@@ -28,11 +25,13 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_report(folders: Sequence[str], target: Path, evaluations: Sequence[Path] = ()) -> None:
-    """Write the report of merges, by their output folders' paths or URIs; `evaluations` are further tables of scores.
+    """Write the report of merges, given by the paths or URIs of their output folders.
+
+    `evaluations` are parquet files of `evaluate` whose scores are shown as well.
 
     Raises:
-        ConfigError: a folder is no merge's output, or a file is none that a merge or an evaluation writes.
-        StorageError: it cannot be written.
+        ConfigError: a folder is not the output of a merge, or a file is damaged.
+        StorageError: the report cannot be written.
     """
     merges = [Merged.read(folder) for folder in folders]
     page = report_html(merges, {str(path): read_evaluation(path) for path in evaluations})
@@ -40,10 +39,10 @@ def write_report(folders: Sequence[str], target: Path, evaluations: Sequence[Pat
 
 
 def report_html(merges: Sequence[Merged], evaluations: Mapping[str, pa.Table] | None = None) -> str:
-    """The page. `evaluations` stand beside those that the merges have, each with its own name."""
+    """Return the page. `evaluations` are tables of scores by name, shown next to those of the merges themselves."""
     runs = dict(zip(_names(merges), merges, strict=True))
-    found = {name: merge.evaluation for name, merge in runs.items() if merge.evaluation is not None}
-    scores = _scores(found | dict(evaluations or {}))
+    own = {name: merge.evaluation for name, merge in runs.items() if merge.evaluation is not None}
+    scores = _scores(own | dict(evaluations or {}))
     if len(merges) == 1:
         config, method = merges[0].config, get_method(merges[0].config.merge_method)
         title = f"{len(config.models)} experts merged by {method.name}"
@@ -67,35 +66,40 @@ def report_html(merges: Sequence[Merged], evaluations: Mapping[str, pa.Table] | 
 
 
 def _names(merges: Sequence[Merged]) -> list[str]:
-    """What each run is called: the last part of its path, unless two have the same."""
+    """Return a name for each run: the last part of its path, or the whole path if two last parts are equal."""
     paths = [merge.where.rstrip("/") for merge in merges]
     if twice := [path for path, times in Counter(paths).items() if times > 1]:
-        raise ConfigError("given twice", twice[0], "runs that differ")
+        raise ConfigError("the run is given twice", twice[0], "different runs")
     last = [path.rpartition("/")[2] or path for path in paths]
     return last if len(set(last)) == len(last) else paths
 
 
 def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
-    """What models score, a chart and a table a metric. Where sources differ about a model, it is one of each source."""
-    told: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    """Return the section of scores, with one chart and one table per metric.
+
+    A model whose scores differ between sources appears once per source.
+    """
+    by_model: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for name, table in sources.items():
         for row in table.to_pylist():
-            told[name, row["model"]].append(row)
-    ways = Counter(model for _, model in {(repr(rows), model) for (_, model), rows in told.items()})
+            by_model[name, row["model"]].append(row)
+    ways = Counter(model for _, model in {(repr(rows), model) for (_, model), rows in by_model.items()})
     rows = [
-        (model if ways[model] == 1 else f"{name}: {model}", row) for (name, model), mine in told.items() for row in mine
+        (model if ways[model] == 1 else f"{name}: {model}", row)
+        for (name, model), of_model in by_model.items()
+        for row in of_model
     ]
     drawn, tables = [], []
     for metric in dict.fromkeys(row["metric"] for _, row in rows):
-        found = {(model, row["data"]): row for model, row in rows if row["metric"] == metric}
-        models, data = (list(dict.fromkeys(key[place] for key in found)) for place in (0, 1))
+        cells = {(model, row["data"]): row for model, row in rows if row["metric"] == metric}
+        models, data = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
         nothing = {"value": float("nan"), "count": 0}
-        values = {m: np.array([found.get((m, d), nothing)["value"] for d in data], dtype=np.float64) for m in models}
+        values = {m: np.array([cells.get((m, d), nothing)["value"] for d in data], dtype=np.float64) for m in models}
         drawn.append(Chart(metric, charts.bars(values, data, metric), wide=True))
-        counts = {d: sorted({row["count"] for (_, of), row in found.items() if of == d}) for d in data}
+        counts = {d: sorted({row["count"] for (_, of), row in cells.items() if of == d}) for d in data}
         head = ["model", *(f"{d} ({' or '.join(f'{n:,}' for n in counts[d])})" for d in data)]
         tables.append(Table([[model, *map(float, values[model])] for model in models], head, metric))
-    text = "Scores of models on data; in brackets how many examples there are."
+    text = "Scores of models by data set. The number of examples is in brackets."
     return [ReportSection("Evaluation", text, tables, drawn)] if rows else []
 
 

@@ -1,4 +1,4 @@
-"""What one merge has to show, as tables and charts in sections. Knows no page, and no other merges."""
+"""The sections of the report of one merge: tables and charts."""
 
 from __future__ import annotations
 
@@ -15,39 +15,32 @@ from engine.report.charts import Axis, Blocks, Scale
 from engine.report.merge_folder import Importance, Memory, Merged
 from engine.task_vectors.coefficients import Array, Coefficients
 
-# An expert has a chart of its own while they are so few, and its tensors so many.
+# Each expert has a chart of its own with at most FACETS experts and more than TENSORS merged tensors.
 FACETS, TENSORS = 12, 40
-
-
+# Tensors in the chart of the most important ones.
 TOP = 20
-
-
-# Values of chunks in a line of what is shown of a cell, and in all.
+# Chunk values per line, and at most, in the text of a heatmap's cell.
 CHUNK_LINE, CHUNKS = 8, 64
-
-
 LOSS_NAMES = {"kl": "KL divergence", "hidden": "hidden loss", "entropy": "entropy"}
-
-
 Cell = str | int | float
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; a row's first cell says what it is about."""
+    """Rows of cells; the first cell of a row is its heading."""
 
     rows: Sequence[Sequence[Cell]]
     head: Sequence[str] = ()
     title: str = ""
 
     def numeric(self, column: int) -> bool:
-        """Whether a column has numbers only."""
+        """Return whether a column has numbers only."""
         return all(isinstance(row[column], int | float) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of plotly's; a wide one has the page's width."""
+    """A plotly figure with a title; `wide`: as wide as the page."""
 
     title: str
     figure: Any
@@ -56,7 +49,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class ReportSection:
-    """A part of the page; `folded` is there when it is asked for."""
+    """A section of the page; `folded` is a table that is collapsed at first."""
 
     title: str
     text: str = ""
@@ -66,7 +59,7 @@ class ReportSection:
 
 
 def sections_of(merge: Merged) -> list[ReportSection]:
-    """All that one merge has to show but its options."""
+    """Return all sections of a merge except its options."""
     sections = [ReportSection("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
     sections += _coefficients(merge)
     if merge.importance is not None:
@@ -79,7 +72,7 @@ def sections_of(merge: Merged) -> list[ReportSection]:
 
 
 def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
-    """What a merge is in a few words, each with what it is about."""
+    """Yield the key figures of a merge as pairs of name and value."""
     config, memory = merge.config, merge.memory
     yield "method", config.merge_method
     yield "base", config.base_model
@@ -89,20 +82,20 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
         elements = sum(edges[-1] for edges in layout.edges)
         yield "merged", f"{len(layout.tensors):,} tensors of {elements:,} elements"
         learned = (f"{table.layout.learned_columns.sum():,} in stage {stage}" for stage, table in merge.stages.items())
-        yield "coefficients an expert", ", ".join(learned)
+        yield "coefficients per expert", ", ".join(learned)
     if losses := merge.losses():
-        steps = ((stage, len(merge.mean_curve(stage, found[0]).steps)) for stage, found in losses.items() if found)
+        steps = ((stage, len(merge.mean_curve(stage, of[0]).steps)) for stage, of in losses.items() if of)
         yield "optimiser steps", ", ".join(f"{count:,} in stage {stage}" for stage, count in steps)
     if memory is not None:
         yield "largest process", decimal(max(actor.peak_anonymous_bytes for actor in memory.actors))
-        yield "time", f"{sum(memory.seconds.values()):,.1f} s in all phases"
+        yield "time", f"{sum(memory.seconds.values()):,.1f} s, sum of all phases"
     if merge.record.date:
         yield "written", merge.record.date
     yield "made with", ", ".join(f"{name} {number}" for name, number in merge.record.versions.items())
 
 
 def _experts(merge: Merged) -> ReportSection:
-    """A row an expert: its prior, what was learned of it and lost on its samples; or its settings."""
+    """Return the table of experts: priors, learned coefficients and losses, or the options of a weight-space method."""
     rows: list[list[Cell]] = []
     losses = list(last_losses(merge))
     for k, expert in enumerate(merge.config.models):
@@ -110,35 +103,35 @@ def _experts(merge: Merged) -> ReportSection:
         for table in list(merge.stages.values())[-1:]:
             values = table.values[k, table.layout.learned_columns]
             row += [merge.prior(expert.name), *map(float, (values.mean(), values.min(), values.max()))]
-        for _, found in losses:
-            row += found.get(expert.name, (float("nan"),) * 2)
+        for _, by_expert in losses:
+            row += by_expert.get(expert.name, (float("nan"),) * 2)
         if merge.config.recipe is not None:
             given = merge.config.recipe.models[k]
-            row.append(", ".join(f"{key}: {value}" for key, value in given.items()) or "those of the whole merge")
+            row.append(", ".join(f"{key}: {value}" for key, value in given.items()) or "as for the whole merge")
         rows.append([*row, expert.model])
-    head = ["expert", *(["prior", "mean coefficient", "least", "largest"] if merge.stages else [])]
+    head = ["expert", *(["prior", "mean coefficient", "smallest", "largest"] if merge.stages else [])]
     head += [f"{name}, {when}" for name, _ in losses for when in ("first", "last")]
-    head += [*([] if merge.config.learned else ["options"]), "from"]
-    told = "A loss is the mean over the expert's samples, when each was seen first and when last, in the last stage."
-    return ReportSection("Experts", told if losses else "", [Table(rows, head)])
+    head += [*([] if merge.config.learned else ["options"]), "model"]
+    text = "Losses are means over the expert's samples, at the first and at the last visit of each, in the last stage."
+    return ReportSection("Experts", text if losses else "", [Table(rows, head)])
 
 
 def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, float]]]]:
-    """Of each loss of the last stage its name, and each expert's first and last value."""
+    """Yield the losses of the last stage by name, with each expert's first and last value."""
     for stage, losses in list(merge.losses().items())[-1:]:
         for loss in losses:
             yield LOSS_NAMES[loss], merge.first_and_last(stage, loss)
 
 
 def options_of(merge: Merged) -> ReportSection:
-    """Every option, to be unfolded."""
+    """Return the section of all options, collapsed."""
     keys = {key: value for key, value in as_yaml(merge.config).items() if key != "models"}
     rows = sorted((key, str(value)) for key, value in flat(keys).items())
-    return ReportSection("Options", folded=Table(rows, title="Every option, with the defaults"))
+    return ReportSection("Options", folded=Table(rows, title="All options, including defaults"))
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Return nested mappings as one mapping with dotted keys."""
     if not isinstance(value, Mapping):
         return {key: value}
     parts = (flat(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
@@ -146,18 +139,18 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _coefficients(merge: Merged) -> list[ReportSection]:
-    """Of each stage, how far the experts' coefficients are from their priors."""
+    """Return one section per stage: the distance of the coefficients from their priors."""
     if not merge.stages:
         return []
     names = [expert.name for expert in merge.config.models]
     priors = np.array([merge.prior(name) for name in names])
     text = (
-        "Colour is a coefficient's distance from its expert's prior: red above, blue below, white where it stayed. "
-        "Where a tensor has several chunks, the colour is their mean, and all values show when the cell is pointed at. "
-        "A fixed coefficient was given no chunk."
+        "The colour is the distance of a coefficient from its expert's prior: red above, blue below, white at the "
+        "prior. If a tensor has several chunks, the colour is their mean; point at a cell to see all values. Tensors "
+        "without a chunk have a fixed coefficient."
     )
     if merge.config.parameters.task_vectors == "orthogonal":
-        text += " Of a matrix, coefficients multiply the orthogonal task vector, which is four times as long."
+        text += " The coefficients of matrices multiply orthogonal task vectors, which are scaled by 4."
     return [
         ReportSection(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
         for stage, table in merge.stages.items()
@@ -165,7 +158,7 @@ def _coefficients(merge: Merged) -> list[ReportSection]:
 
 
 def coefficient_charts(table: Coefficients, names: Sequence[str], priors: Array) -> list[Chart]:
-    """Heatmaps of one stage: an expert each by block and kind, or, of many experts or few tensors, all in one."""
+    """Return the heatmaps of one stage: one per expert by block and kind, or one of all experts (see FACETS)."""
     away = table.per_tensor() - priors[:, None]
     limit = float(np.abs(away).max()) or 1.0
     scale = Scale("α − prior", limit, -limit, "+.2~f")
@@ -184,8 +177,8 @@ def coefficient_charts(table: Coefficients, names: Sequence[str], priors: Array)
     ]
     if blocks.outside:
         tensors = [table.layout.tensors[place] for place in blocks.outside]
-        mine = [[row[place] for place in blocks.outside] for row in texts]
-        figure = _by_expert(tensors, away[:, blocks.outside], mine, names, Blocks.of(tensors), scale)
+        outside = [[row[place] for place in blocks.outside] for row in texts]
+        figure = _by_expert(tensors, away[:, blocks.outside], outside, names, Blocks.of(tensors), scale)
         facets.append(Chart("Tensors outside the blocks", figure, wide=True))
     return facets
 
@@ -198,37 +191,37 @@ def _by_expert(
     blocks: Blocks,
     scale: Scale,
 ) -> Any:
-    """A heatmap of experts × tensors, these by block, by kind, and those of no block last."""
+    """Return a heatmap of experts × tensors, ordered by block and kind; tensors outside the blocks come last."""
     places, names_L = blocks.in_order(), charts.labels(blocks.names(tensors))
     across = [names_L[place] for place in places]
     columns = zip(blocks.blocks, blocks.cells.T, strict=True)
     begins = {names_L[next(place for place in column if place >= 0)]: str(block) for block, column in columns}
     ticks = begins if len(places) > 60 else {}
-    mine = [[row[place] for place in places] for row in texts]
+    ordered = [[row[place] for place in places] for row in texts]
     axis = Axis("block" if ticks else "tensor", across, ticks)
-    return charts.heatmap(values_KL[:, places], mine, axis, Axis("expert", charts.labels(names)), scale)
+    return charts.heatmap(values_KL[:, places], ordered, axis, Axis("expert", charts.labels(names)), scale)
 
 
 def _coefficient_texts(table: Coefficients, k: int) -> list[str]:
-    """Of each tensor, the coefficients of expert k."""
+    """Return the text of each tensor's cell: the coefficients of expert k."""
     texts = []
     for tensor, learned in zip(table.layout.tensors, table.layout.learned, strict=True):
         values = table.values[k, table.layout.columns[tensor]]
-        told = [f"{value:.4f}" for value in values[:CHUNKS]]
+        shown = [f"{value:.4f}" for value in values[:CHUNKS]]
         if len(values) == 1:
-            texts.append(f"α = {told[0]}{'' if learned else ', fixed'}")
+            texts.append(f"α = {shown[0]}{'' if learned else ', fixed'}")
             continue
-        rows = ["  ".join(told[at : at + CHUNK_LINE]) for at in range(0, len(told), CHUNK_LINE)]
+        rows = ["  ".join(shown[at : at + CHUNK_LINE]) for at in range(0, len(shown), CHUNK_LINE)]
         more = [f"and {len(values) - CHUNKS} more"] if len(values) > CHUNKS else []
         texts.append("<br>".join([f"mean α = {values.mean():.4f} of {len(values)} chunks:", *rows, *more]))
     return texts
 
 
-def _importance(found: Importance) -> ReportSection:
-    """How much the merge relies on each tensor, and what it earned by that."""
-    blocks = Blocks.of(found.tensors)
-    shares, chunks = found.importance, np.array(found.chunks, dtype=np.float64)
-    facts = zip(shares, found.numel, found.chunks, strict=True)
+def _importance(table: Importance) -> ReportSection:
+    """Return the section of importance and chunks of each tensor."""
+    blocks = Blocks.of(table.tensors)
+    shares, chunks = table.importance, np.array(table.chunks, dtype=np.float64)
+    facts = zip(shares, table.numel, table.chunks, strict=True)
     texts = [f"{share:.3%} of the importance<br>{n:,} elements, chunks: {m}" for share, n, m in facts]
     drawn = []
     if blocks.blocks:
@@ -238,15 +231,15 @@ def _importance(found: Importance) -> ReportSection:
             figure = charts.heatmap(blocks.spread(values), blocks.spread_texts(texts), across, down, scale)
             drawn.append(Chart(f"{title} by block and kind", figure))
     top = np.argsort(-shares, kind="stable")[:TOP]
-    names = [blocks.names(found.tensors)[place] for place in top]
-    told = [f"{shares[place]:.2%}, chunks: {found.chunks[place]}" for place in top]
-    figure = charts.bars({"importance": 100 * shares[top]}, names, "% of the importance", told, flat=True)
+    names = [blocks.names(table.tensors)[place] for place in top]
+    labels = [f"{shares[place]:.2%}, chunks: {table.chunks[place]}" for place in top]
+    figure = charts.bars({"importance": 100 * shares[top]}, names, "% of the importance", labels, flat=True)
     drawn.append(Chart(f"The {len(names)} most important tensors", figure, wide=True))
-    fixed = sum(not number for number in found.chunks)
+    fixed = sum(not number for number in table.chunks)
     text = (
-        "What stage 1 learned, times the size of the task vectors: how much the merge relies on a tensor. It decides "
-        f"the chunks of stage 2: {sum(found.chunks):,} over {len(found.tensors):,} tensors, of which {fixed:,} keep a "
-        "fixed coefficient."
+        "The importance of a tensor is how much the merge relies on it, by the coefficients of stage 1 and the size of "
+        f"the task vectors. It decides the chunks of stage 2: {sum(table.chunks):,} chunks over "
+        f"{len(table.tensors):,} tensors, of which {fixed:,} have a fixed coefficient."
     )
     return ReportSection("Importance and chunks", text, charts=drawn)
 
@@ -257,7 +250,7 @@ def _losses(merge: Merged) -> ReportSection:
         for loss in losses:
             curves = {name: (curve.steps, curve.values) for name, curve in merge.curves(stage, loss).items()}
             drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}", charts.lines(curves, LOSS_NAMES[loss])))
-    text = "Of each expert, the mean over its samples in an optimiser step. A step sees some samples, not all of them."
+    text = "One line per expert: the mean over its samples in an optimiser step. A step sees only some of the samples."
     return ReportSection("Losses", text, charts=drawn)
 
 
@@ -275,7 +268,7 @@ def _memory(memory: Memory) -> ReportSection:
     rows = [
         ("from trainer to shards", decimal(memory.bytes_trainer_to_shards)),
         ("from shards to trainer", decimal(memory.bytes_shards_to_trainer)),
-        ("merged tensors, once", decimal(memory.bytes_merged)),
+        ("merged tensors, one copy", decimal(memory.bytes_merged)),
         ("targets", decimal(memory.bytes_targets)),
         ("forward passes of experts", f"{memory.expert_forwards:,}"),
     ]

@@ -1,1 +1,1 @@
-"""The folder from which a merge resumes, and what is prepared before any actor starts."""
+"""The state from which a merge resumes, its identity, and the preparation before any actor starts. Knows no Ray."""

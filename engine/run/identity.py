@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The identity of a merge: a digest of everything that decides its result."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.storage.local_folder import digest
 
-# Keys of the config that decide no bit of the result.
+# Keys of the config that do not influence the bits of the result.
 UNDECIDING: dict[str, Any] = dict.fromkeys(("cluster", "record", "unused", "log_with", "log_dir"), True) | {
     "calibration": {"image_folder"}
 }
 
 
 def identity(plan: Plan) -> str:
-    """A digest of everything that decides the result: the config but for the cluster, and the inputs' files.
+    """Return the SHA-256 digest of everything that decides the result: the config and the input files.
 
-    Weight files count by name, size and time of change, calibration files and their images by their bytes.
+    The config counts without the keys in UNDECIDING. Weight files count by name, size and modification time,
+    calibration files and their images by their bytes.
     """
     models: list[ModelPlan] = [plan.base, *plan.experts, *([plan.rows] if plan.rows else [])]
     files = [(model.model, file.path) for model in models for file in weight_files(model)]
     facts = {
         "config": plan.config.model_dump(exclude=UNDECIDING, mode="json"),
-        "images": [digest(Path(image)) for mine in plan.images for image in mine],
-        # By the model's words: a copy in a cache may lie elsewhere on another machine.
+        "images": [digest(Path(image)) for images in plan.images for image in images],
+        # By the model's name in the config: a cached copy has another path on another machine.
         "weights": [(model, file.name, file.stat().st_size, file.stat().st_mtime_ns) for model, file in files],
         "calibration": [digest(path) for expert in plan.experts for path in expert.calibration],
     }

@@ -1,7 +1,7 @@
-"""What can be known before any actor starts: whether models and records fit a merge, and the samples' inputs.
+"""Checks and preparation before any actor starts: models and records against the plan, and the inputs of the samples.
 
-A sample is prepared once in the life of a run: what it has beside its tokens is kept in the run's state, where experts
-and trainer find the same. Knows no Ray.
+A sample is prepared once in the life of a run. Its pixel inputs are stored in the run's state, from which experts and
+trainer read the same tensors.
 """
 
 from __future__ import annotations
@@ -22,26 +22,32 @@ from engine.run.run_folder import RunFolder
 
 
 def check_inputs(plan: Plan) -> tuple[Plan, Records]:
-    """The records of a merge that learns, and the plan with their images; names that meet the modules'.
+    """Check the models and the calibration records of a learned merge.
+
+    Returns:
+        The plan with the images of the records, and the records.
 
     Raises:
-        CheckpointError, CalibrationError: naming the tensor or the record at fault.
+        CheckpointError: transformers cannot load a model, or a tensor does not fit the model's modules.
+        CalibrationError: a record is invalid.
     """
     records = read_records(plan)
     check_models(plan)
-    seen = tuple(tuple(str(image) for record in mine for image in record.images) for mine in records)
-    return replace(plan, images=seen), records
+    images = tuple(tuple(str(image) for record in mine for image in record.images) for mine in records)
+    return replace(plan, images=images), records
 
 
 def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
-    """The samples, their inputs kept in the run's state; those of an earlier start where it has prepared them.
+    """Return the samples of each expert, with their pixel inputs stored in the run's state.
+
+    Samples that an earlier start of the run prepared are returned as they are.
 
     Raises:
-        CalibrationError: naming the record, and the image, at fault.
+        CalibrationError: a record or one of its images cannot be used.
     """
-    kept = run.samples()
-    if kept is not None:
-        return kept
+    prepared = run.samples()
+    if prepared is not None:
+        return prepared
 
     def keep(sample: Sample, inputs: Mapping[str, Tensor]) -> None:
         run.state.write(run.inputs(sample), safetensors.torch.save(without_targets(sample, inputs).tensors()))

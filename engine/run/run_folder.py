@@ -1,9 +1,9 @@
-"""The files of a run: what lets it go on after a stop, and an output that appears whole or not at all.
+"""The files of a run: the state from which a merge resumes, and an output that appears whole or not at all.
 
-`OUT.run/` stands beside the output `OUT` while a merge runs: targets, the state after each optimiser step, metrics. It
-goes when the merge is done. On a disk the output grows in there, and takes its name at the end. In object storage,
-where nothing can be renamed, it grows in its place, and merge/config.yaml, written last, says that it is whole. Knows
-no Ray.
+`OUT.run/` stands next to the output `OUT` while a merge runs. It holds the targets, the state after each optimiser step
+and the metrics, and is removed when the merge is complete. On a disk, the output is written in `OUT.run/` and renamed
+at the end. Objects in object storage cannot be renamed, so there the output is written in its final place, and
+merge/config.yaml, written last, marks it as complete.
 """
 
 from __future__ import annotations
@@ -37,28 +37,24 @@ from engine.storage.local_folder import LocalFolder, sweep
 from engine.storage.paths import is_uri, open_folder
 
 RECORD = "merge/config.yaml"
-
-
 IDENTITY, WRITING = "identity", "writing"
-
-
-# What WRITING says while an earlier merge is being removed from the output's place, and then.
+# Contents of WRITING: while an earlier merge is being removed from the output's place, and afterwards.
 CLEARING, CLEARED = b"clearing", b"cleared"
 
 
 @dataclass(frozen=True)
 class StageState:
-    """Where a stage stands: optimiser steps done, and the learner's state after them (None: none yet)."""
+    """The progress of a stage: completed optimiser steps, and the learner's state after them (None before any)."""
 
     steps: int
     learner: dict[str, Any] | None
 
 
 def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
-    """Whether `out` is this very merge, done already; `fresh` asks for it anew.
+    """Return whether `out` already holds the complete result of this merge; False with `fresh`, which redoes it.
 
     Raises:
-        OutputError: the folder holds something else, or another merge without `fresh`.
+        OutputError: `out` holds something other than a merge, or, without `fresh`, another merge.
     """
     run, folder = RunFolder(out), open_folder(out)
     try:
@@ -69,7 +65,7 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
         if run.may_use_output():
             return False
         raise OutputError(
-            "the output folder is in use: it holds something that is no merge", out, do="give another --out"
+            "the output folder is in use: it holds something other than a merge", out, do="give another --out"
         )
     if fresh:
         return False
@@ -77,8 +73,8 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
         record = yaml.safe_load(folder.read(RECORD).decode())
     except (yaml.YAMLError, UnicodeDecodeError):
         record = None
-    told = record.get("record") if isinstance(record, dict) else None
-    if not isinstance(told, dict) or told.get("identity") != plan_identity:
+    entry = record.get("record") if isinstance(record, dict) else None
+    if not isinstance(entry, dict) or entry.get("identity") != plan_identity:
         raise OutputError(
             "the output folder is in use: it holds another merge",
             out,
@@ -88,15 +84,19 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
 
 
 class RunFolder:
-    """The folders of one merge's run; `open_run` makes them.
+    """The folders of one run; `open_run` creates them.
 
-    `out` is an absolute path or a URI. `state` is what a run goes on from; `weights` takes the output's weight files,
-    and `composed`, on this machine, all else of the output.
+    Attributes:
+        out: The output, an absolute path or a URI.
+        state: The folder of everything that is needed to resume.
+        weights: The folder for the output's weight files.
+        composed: The local folder for all other files of the output.
+        held: Raises StorageError, when called, if another process has taken the run over.
     """
 
     def __init__(self, out: str) -> None:
         self.out = out
-        # Where the output is renamed to; None: it grows in its place.
+        # The path to which the output is renamed; None where it is written in its final place.
         self._path = None if is_uri(out) else Path(out)
         if self._path is not None:
             self.state = open_folder(self._path.with_name(f"{self._path.name}.run"))
@@ -105,14 +105,17 @@ class RunFolder:
         else:
             address = Address.of(out, OutputError)
             if not address.path:
-                raise OutputError("the output would be a whole bucket", out, f"{out.rstrip('/')}/folder")
+                raise OutputError("the output is a whole bucket", out, str(replace(address, path="folder")))
             self.state = open_folder(str(replace(address, path=f"{address.path}.run")))
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
         self.held: Callable[[], None] = lambda: None
 
     def name(self) -> str:
-        """A name for those who watch runs: the output's, and letters that no other run has; kept until it is done."""
+        """Return the run's name for gauges and trackers: the output's name and 8 random hex digits.
+
+        It stays the same until the run is complete.
+        """
         try:
             return self.state.read("name").decode()
         except FileNotFoundError:
@@ -121,19 +124,22 @@ class RunFolder:
             return name
 
     def target(self, sample: Sample) -> str:
-        """The name of a sample's target in the state."""
+        """Return the file name of a sample's target in the state."""
         return f"targets/{sample.expert}-{sample.index}.safetensors"
 
     def inputs(self, sample: Sample) -> str:
-        """The name of what a sample has beside its tokens, in the state."""
+        """Return the file name of a sample's pixel inputs in the state."""
         return f"inputs/{sample.expert}-{sample.index}.safetensors"
 
     def keep_samples(self, samples: list[list[Sample]]) -> None:
-        """Keep the samples, when all their inputs are."""
+        """Store the samples, after all of their pixel inputs."""
         self.state.write("samples-2.pickle", pickle.dumps(samples))
 
     def samples(self) -> list[list[Sample]] | None:
-        """The samples that an earlier start prepared, a file of this run's own; None: it did not come to its end."""
+        """Return the samples that an earlier start prepared, or None if its preparation was not complete.
+
+        The file is a pickle that only this run writes.
+        """
         try:
             samples: list[list[Sample]] = pickle.loads(self.state.read("samples-2.pickle"))
         except FileNotFoundError:
@@ -141,15 +147,15 @@ class RunFolder:
         return samples
 
     def stored_targets(self) -> set[str]:
-        """The names of the targets that are there."""
+        """Return the file names of the stored targets."""
         return self.state.names("targets")
 
     def keep_plan(self, plan: Plan) -> None:
-        """Put the plan where every node finds it."""
+        """Store the plan in the state, where every node can read it."""
         self.state.write("plan.pickle", pickle.dumps(plan))
 
     def load_stage(self, stage: int) -> StageState | None:
-        """The state after the last optimiser step of a stage; None before the first."""
+        """Return the state after the last completed optimiser step of a stage, or None before the first."""
         try:
             saved = torch.load(io.BytesIO(self.state.read(f"stage-{stage}.pt")), weights_only=True)
         except FileNotFoundError:
@@ -157,10 +163,10 @@ class RunFolder:
         return StageState(saved["steps"], saved["learner"])
 
     def save_stage(self, stage: int, state: StageState, rows: list[dict[str, Any]]) -> None:
-        """Keep the metrics of an optimiser step, and then the state after it.
+        """Store the metrics rows of an optimiser step, then the state after it.
 
         Raises:
-            StorageError: it cannot be written, or another run has taken over.
+            StorageError: a file cannot be written, or another process has taken the run over.
         """
         self.held()
         self.state.write(f"metrics/{stage}-{state.steps:06}.json", json.dumps(rows).encode())
@@ -169,22 +175,22 @@ class RunFolder:
         self.state.write(f"stage-{stage}.pt", saved.getvalue())
 
     def progress_marker(self) -> object:
-        """How far the run has come, to be compared with what it was before."""
+        """Return a value that changes whenever the run makes progress."""
         steps = [state.steps for state in map(self.load_stage, (1, 2)) if state]
         return len(self.stored_targets()), len(self.state.names(FOLDER)), steps, len(self.written())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of all steps, in their order. A step that had to be done again has overwritten its first try."""
+        """Return the metrics rows of all steps in order. A repeated step has overwritten the rows of its first try."""
         return [row for name in sorted(self.state.names("metrics")) for row in json.loads(self.state.read(name))]
 
     def keep(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Keep a small array of numbers."""
+        """Store a small numeric array under a name."""
         saved = io.BytesIO()
         np.save(saved, array, allow_pickle=False)
         self.state.write(f"{name}.npy", saved.getvalue())
 
     def kept(self, name: str) -> npt.NDArray[Any] | None:
-        """What `keep` kept under this name; None where it did not."""
+        """Return the array that `keep` stored under a name, or None."""
         try:
             array: npt.NDArray[Any] = np.load(io.BytesIO(self.state.read(f"{name}.npy")), allow_pickle=False)
         except FileNotFoundError:
@@ -192,11 +198,11 @@ class RunFolder:
         return array
 
     def start_output(self) -> None:
-        """Folders for the output to grow in, with nothing but the weight files that this very run wrote earlier."""
+        """Create the output's folders, and remove everything in them except weight files that this run wrote."""
         self.held()
         if not self._is_cleared():
             self.state.write(WRITING, CLEARING)
-            # First what says that the earlier merge is whole, and what says that it is a model.
+            # First the files that mark a complete merge and a model, so that a half-removed merge looks like neither.
             for name in (RECORD, "config.json", ""):
                 self.weights.remove(name)
             self.state.write(WRITING, CLEARED)
@@ -207,18 +213,18 @@ class RunFolder:
             (self.composed / "merge").mkdir(parents=True, exist_ok=True)
 
     def written(self) -> set[str]:
-        """The names of the output's weight files that this run wrote."""
+        """Return the names of the weight files that this run has written."""
         names = self.weights.names() if self._is_cleared() else set()
         return {name for name in names if name.endswith(".safetensors")}
 
     def start_anew(self) -> None:
-        """Remove what an earlier start left, and with it an output that it did not bring to its end."""
+        """Remove the state of an earlier start, and its output if that is incomplete."""
         if self._path is None and self.state.exists(WRITING) and not self.weights.exists(RECORD):
             self.weights.remove("")
         self.state.remove("")
 
     def finish(self) -> None:
-        """The output is whole, in place of an earlier merge if there is one; the run's folder goes."""
+        """Move the complete output into its place, replacing an earlier merge, and remove the run's folder."""
         self.held()
         if self._path is None:
             self._upload()
@@ -238,34 +244,34 @@ class RunFolder:
             shutil.rmtree(self.composed, ignore_errors=True)
 
     def exists(self) -> bool:
-        """Whether there is anything of a run."""
+        """Return whether the run has any files."""
         return bool(self.state.names())
 
     def computed(self) -> bool:
-        """Whether there is anything to go on from."""
+        """Return whether the run has results from which a merge can resume."""
         names = self.state.names()
         kept = ("targets/", f"{FOLDER}/", "stage-")
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def may_use_output(self) -> bool:
-        """Whether nothing is in the output's place, unless it be what a run that is not at its end has put there."""
+        """Return whether the output's place is empty, apart from files of an unfinished run."""
         if self._path is not None:
             return not self._path.exists() or (self._path.is_dir() and not any(self._path.iterdir()))
         return self.state.exists(WRITING) or not self.weights.names()
 
     def _is_cleared(self) -> bool:
-        """Whether all that is in the output's place is of this run."""
+        """Return whether every file in the output's place belongs to this run."""
         return self._path is not None or (self.state.exists(WRITING) and self.state.read(WRITING) == CLEARED)
 
     def _upload(self) -> None:
-        found = [path.relative_to(self.composed).as_posix() for path in self.composed.rglob("*") if path.is_file()]
-        # A folder with a config.json looks like a model, and one with the record like a merge that is done.
-        for name in sorted(found, key=lambda name: (name == RECORD, Path(name).name == "config.json", name)):
+        names = [path.relative_to(self.composed).as_posix() for path in self.composed.rglob("*") if path.is_file()]
+        # config.json marks a model and the record marks a complete merge, so these two are written last.
+        for name in sorted(names, key=lambda name: (name == RECORD, Path(name).name == "config.json", name)):
             self.weights.write(name, (self.composed / name).read_bytes())
 
 
 def load_plan(state: Folder) -> Plan:
-    """The plan that `keep_plan` kept; a file of this run's own, not of the user's."""
+    """Return the plan that `keep_plan` stored, from a pickle that only this run writes."""
     plan = pickle.loads(state.read("plan.pickle"))
     assert isinstance(plan, Plan)
     return plan
@@ -273,27 +279,26 @@ def load_plan(state: Folder) -> Plan:
 
 @contextmanager
 def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
-    """The folders of this merge's run, new or as an earlier start left them; locked until the context ends.
+    """Open the folders of a merge's run, new or as an earlier start left them, and lock them during the context.
 
     Raises:
-        OutputError: another process is at it, or it holds the state of another merge.
+        OutputError: another process holds the lock, or the folder holds the state of another merge.
     """
     run = RunFolder(out)
     with run.state.locked() as run.held:
         state = run.state
         if fresh or not state.exists(IDENTITY) or not run.computed():
-            # Without the record of whose it is, it is what a process of an earlier run, cut off, still wrote.
+            # Without an identity, the files were written by a cut-off process of an earlier run after its end.
             run.start_anew()
         elif state.read(IDENTITY).decode() != plan_identity:
             raise OutputError(
-                "the state of another merge into this folder is still there",
+                "the state of another merge into this folder still exists",
                 state.where,
-                do="run that merge to its end, or discard it with --fresh",
+                do="complete that merge, or discard its state with --fresh",
             )
         state.write(IDENTITY, plan_identity.encode())
         try:
             yield run
         finally:
             if not run.computed():
-                # There is nothing to go on from: leave nothing behind.
                 run.discard()

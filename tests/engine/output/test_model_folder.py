@@ -1,4 +1,4 @@
-"""The output's files: read back bit for bit, spread by the base alone, with what else a model folder needs."""
+"""The output's files: bits after reading back, distribution of tensors by the base alone, and the companion files."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_tensors_are_asked_for_once_each_in_their_order_and_their_parts_one_by_o
     def parts(one: OutputTensor) -> Iterator[Tensor]:
         asked.append(one.name)
         for row in range(2):
-            # Only the one before may still be held, by the loop that is about to let it go.
+            # Only the previous part may still be referenced, by the loop that is about to release it.
             assert sum(part() is not None for part in alive) <= 1
             part = torch.full((3,), len(asked) + row / 10)
             alive.append(weakref.ref(part))
@@ -152,7 +152,7 @@ def test_parts_that_are_not_the_whole_tensor_are_refused(tmp_path: Path, rows: i
     file = OutputFile("x", (entry("not-whole", torch.zeros(2, 3), "F32"),))
     with pytest.raises(AssertionError, match="not-whole"):
         write_file(LocalFolder(tmp_path), file, lambda _: [torch.zeros(rows, 3)])
-    assert list(tmp_path.iterdir()) == [], "and nothing of it is left"
+    assert list(tmp_path.iterdir()) == [], "the incomplete file is removed"
 
 
 def test_a_view_is_written_in_its_own_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is on a report is what the merge wrote; names from outside stay names."""
+"""The report shows the values that the merge wrote, and names from outside cannot inject HTML."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner
 from conftest import plan_of
+from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import Store
@@ -34,7 +35,7 @@ KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 
 
 class Page(HTMLParser):
-    """The tags of a page, their texts, and what is in its scripts."""
+    """The tags of a page, their texts, and the contents of its scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ def charts_of(merge: Merged, title: str) -> list[Any]:
 
 
 def on_heatmaps(figures: list[Any], names: list[str], blocks: Blocks) -> dict[tuple[str, str], float]:
-    """(expert, kind · block) → colour, of heatmaps of one expert each, or of one of all."""
+    """Return (expert, kind · block) → colour, from one heatmap per expert or a single one of all experts."""
     found = {}
     for name, figure in zip(names, figures, strict=False):
         trace = figure.data[0]
@@ -168,7 +169,7 @@ def test_a_name_breaks_out_of_nothing(llama_merge: Path, tmp_path: Path, name: s
     plain = report_html([Merged.read(str(write_merge(plan_of(llama_merge), tmp_path / "plain")))])
     hostile = plan_of(llama_merge, f"models.0.name={json.dumps(name)}")
     page = Page(report_html([Merged.read(str(write_merge(hostile, tmp_path / "hostile")))]))
-    assert page.tags == Page(plain).tags, "not a tag more"
+    assert page.tags == Page(plain).tags, "the name adds no tags"
     assert name in page.texts
     drawing = page.scripts[1:]
     assert len(drawing) == 11 and not any(char in script.split("newPlot", 1)[1] for script in drawing for char in "<")
@@ -242,7 +243,7 @@ def test_several_runs_show_what_differs(llama_merge: Path, tmp_path: Path) -> No
     for name, merge in runs.items():
         learned = merge.stages[2].values[:, merge.stages[2].layout.learned_columns]
         assert bars[name] == pytest.approx(learned.mean(axis=1))
-    with pytest.raises(ConfigError, match="given twice"):
+    with refused(ConfigError, where=runs["first"].where):
         report_html([runs["first"], runs["first"]])
 
 
@@ -274,38 +275,38 @@ def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "cause"),
     [
-        ("coefficients.parquet", b"PAR1 no", "not what a merge writes"),
-        ("metrics.parquet", None, "not what a merge writes"),
-        ("importance.parquet", b"", "not what a merge writes"),
-        ("memory.json", b"{}", "not what a merge writes"),
-        ("config.yaml", b"merge_method: [", "not what a merge writes"),
-        ("config.yaml", b"merge_method: ties", "not what a merge writes"),
-        ("evaluation.parquet", None, "not what a merge writes"),
+        ("coefficients.parquet", b"PAR1 no", "ArrowInvalid"),
+        ("metrics.parquet", None, "ArrowInvalid"),
+        ("importance.parquet", b"", "ArrowInvalid"),
+        ("memory.json", b"{}", "ValidationError"),
+        ("config.yaml", b"merge_method: [", "ParserError"),
+        ("config.yaml", b"merge_method: ties", "KeyError"),
+        ("evaluation.parquet", None, "ArrowInvalid"),
     ],
 )
-def test_a_damaged_file_is_named(merged: Path, tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+def test_a_damaged_file_is_named(merged: Path, tmp_path: Path, name: str, content: bytes | None, cause: str) -> None:
     # None: a parquet file of another kind.
     path = merged / "merge" / name
     path.write_bytes((merged / "merge" / "coefficients.parquet").read_bytes() if content is None else content)
     done = CliRunner().invoke(cli.main, ["report", str(merged), "--out", str(tmp_path / "report.html")])
     assert done.exit_code == 2, done.output
-    assert said in done.stderr and str(path) in done.stderr
+    assert f"error: {path}: " in done.stderr and f"{cause}: " in done.stderr
     assert not (tmp_path / "report.html").exists()
 
 
 def test_a_folder_that_is_no_merge_s_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert done.exit_code == 2
-    assert f"{tmp_path}: no merge's output" in done.stderr and "merge/config.yaml" in done.stderr
+    assert f"error: {tmp_path}: " in done.stderr and "merge/config.yaml" in done.stderr
 
 
 def test_coefficients_of_other_experts_are_refused(merged: Path) -> None:
     path = merged / "merge" / "coefficients.parquet"
     _, table = read_coefficients(path, 1)
     write_coefficients(path, [table], ["expert1", "expert0"])
-    with pytest.raises(ConfigError, match=r"its experts are not those of config\.yaml"):
+    with refused(ConfigError, where=str(path), facts=["expert0, expert1"]):
         Merged.read(str(merged))
 
 
@@ -317,5 +318,5 @@ def test_a_merge_in_object_storage(store: Store, merged: Path) -> None:
         there.write(f"merge/{file.name}", file.read_bytes())
     here, found = Merged.read(str(merged)), Merged.read(f"{store.root}/merged")
     assert sections_of(found)[0] == sections_of(here)[0]
-    with pytest.raises(ConfigError, match="there is no such object"):
+    with refused(ConfigError, where=f"{store.root}/nothing"):
         Merged.read(f"{store.root}/nothing")

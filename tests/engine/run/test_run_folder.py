@@ -1,4 +1,4 @@
-"""The run's folders, on a disk and in object storage: who may write where, what a stop leaves, what a finish makes."""
+"""The run's folders, on a disk and in object storage: locks, states left by a stop, and the finished output."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import object_store
 import pytest
 import torch
 from conftest import plan_of
+from errors import refused
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
@@ -32,7 +33,7 @@ RECORD_OF_THIS = "record: {identity: this}"
 
 @dataclass(frozen=True)
 class Place:
-    """An output, and the folder that it and its run's state are in."""
+    """An output, and the folder that contains it and the state of its run."""
 
     out: str
     parent: Folder
@@ -46,7 +47,7 @@ class Place:
         return open_folder(self.out)
 
     def holds(self, *names: str) -> bool:
-        """Whether these files, and no others, are there of the output and its run; on a disk no folder either."""
+        """Return whether output and run consist of exactly these files, on a disk without other folders."""
         folders = {path.name for path in self.parent.path.iterdir()} if isinstance(self.parent, LocalFolder) else set()
         return self.parent.names() == set(names) and folders <= {name.partition("/")[0] for name in names}
 
@@ -76,7 +77,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 def computed(run: RunFolder) -> None:
-    """What a merge leaves once it has begun to compute."""
+    """Store a target, as a merge does that has begun to compute."""
     run.state.write(run.target(Sample(0, 0, (1, 2), "x.jsonl:1")), b"a target")
 
 
@@ -92,15 +93,17 @@ def test_a_folder_that_is_not_there_or_empty_may_be_used(place: Place, fresh: bo
 @pytest.mark.parametrize("name", ["notes.txt", "merge/notes.txt"])
 def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(place: Place, name: str, fresh: bool) -> None:
     place.output.write(name, b"mine")
-    with pytest.raises(OutputError, match="in use: it holds something that is no merge") as caught:
+    with refused(OutputError, where=place.out, do="--out") as caught:
         check_output(place.out, "this", fresh)
     assert caught.value.where == place.out and caught.value.exit_code == 2
+    assert "--fresh" not in caught.value.do and place.output.read(name) == b"mine"
 
 
 def test_a_file_in_the_output_s_place_is_refused(disk: Path) -> None:
     disk.write_text("mine")
-    with pytest.raises(OutputError, match="in use: it holds something that is no merge"):
+    with refused(OutputError, where=str(disk), do="--out") as caught:
         check_output(str(disk), "this", fresh=True)
+    assert "--fresh" not in caught.value.do
 
 
 def test_this_very_merge_is_done_unless_it_is_asked_for_anew(place: Place) -> None:
@@ -126,9 +129,8 @@ def test_this_very_merge_is_done_unless_it_is_asked_for_anew(place: Place) -> No
 )
 def test_another_merge_is_refused_and_with_fresh_replaced(disk: Path, content: bytes) -> None:
     LocalFolder(disk).write(RECORD, content)
-    with pytest.raises(OutputError, match="in use: it holds another merge") as caught:
+    with refused(OutputError, where=str(disk), do="--fresh"):
         check_output(str(disk), "this", fresh=False)
-    assert "--fresh" in caught.value.do
     assert not check_output(str(disk), "this", fresh=True)
 
 
@@ -147,10 +149,18 @@ def test_options_of_an_address_stay_behind_it() -> None:
     assert run.weights.where == run.out == "s3://bucket/a/merged?region=x"
 
 
-@pytest.mark.parametrize("out", ["s3://bucket", "s3://bucket/", "gs://bucket?x=y"])
-def test_a_whole_bucket_is_no_output(out: str) -> None:
-    with pytest.raises(OutputError, match="whole bucket"):
+@pytest.mark.parametrize(
+    ("out", "instead"),
+    [
+        ("s3://bucket", "s3://bucket/folder"),
+        ("s3://bucket/", "s3://bucket/folder"),
+        ("gs://bucket?x=y", "gs://bucket/folder?x=y"),
+    ],
+)
+def test_a_whole_bucket_is_no_output(out: str, instead: str) -> None:
+    with refused(OutputError, where=out) as caught:
         check_output(out, "this", fresh=True)
+    assert caught.value.expected == instead
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -213,9 +223,8 @@ def test_the_state_of_another_merge_is_refused_and_kept(place: Place) -> None:
     with open_run(place.out, "other", fresh=False) as run:
         computed(run)
     before = run.state.names()
-    with pytest.raises(OutputError, match="state of another merge") as caught, open_run(place.out, "this", fresh=False):
+    with refused(OutputError, where=run.state.where, do="--fresh"), open_run(place.out, "this", fresh=False):
         pass
-    assert "--fresh" in caught.value.do and run.state.where == caught.value.where
     assert run.state.names() == before
     with open_run(place.out, "other", fresh=False) as again:
         assert again.stored_targets() == {"targets/0-0.safetensors"}
@@ -236,7 +245,7 @@ def test_fresh_discards_what_an_earlier_start_left(place: Place) -> None:
 
 
 def test_what_has_no_record_of_its_merge_does_not_count(place: Place) -> None:
-    """A process that was cut off may still write when its run is over."""
+    """A process that lost its connection may still write after its run has ended."""
     run = RunFolder(place.out)
     computed(run)
     run.weights.write("model.safetensors", b"of whatever")
@@ -247,16 +256,14 @@ def test_what_has_no_record_of_its_merge_does_not_count(place: Place) -> None:
 
 
 def try_to_open(out: str, fresh: bool) -> None:
-    with (
-        pytest.raises(OutputError, match="another merge is writing to this folder"),
-        open_run(out, "this", fresh=fresh),
-    ):
+    with refused(OutputError, where=RunFolder(out).state.where) as caught, open_run(out, "this", fresh=fresh):
         pass
+    assert "--fresh" not in caught.value.do
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a busy machine the first one may not be heard of for a while.
+    # On a busy machine the first run may not renew its lease for a while.
     monkeypatch.setattr(engine.storage.lease, "PATIENCE", 200)
     with open_run(place.out, "this", fresh=False) as run:
         computed(run)
@@ -277,10 +284,10 @@ def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monk
         assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
-# Without what a run's folder imports, which takes seconds.
+# Imports storage alone: the imports of a run folder take seconds.
 HOLD = """
 import sys
-import engine.storage.lease, engine.storage.object_folder
+import engine.storage.lease, engine.storage.object_folder, engine.storage.paths
 engine.storage.lease.RENEWAL, engine.storage.lease.SETTLING = 0.1, 0
 state = engine.storage.paths.open_folder(sys.argv[1])
 with state.locked():
@@ -292,7 +299,7 @@ with state.locked():
 
 
 def hold(place: Place) -> subprocess.Popen[str]:
-    """Another process that holds the run."""
+    """Start another process that holds the lock of the run."""
     command = [sys.executable, "-c", HOLD, RunFolder(place.out).state.where]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
@@ -326,11 +333,11 @@ def test_one_that_was_taken_over_writes_no_more(objects: Place) -> None:
             computed(run)
             run.state.write("lock", b"another's")
             for act in (run.start_output, run.finish, run.discard):
-                with pytest.raises(StorageError, match="another run has taken over"):
+                with refused(StorageError, where=run.state.where):
                     act()
             run.save_stage(1, StageState(1, {}), ROWS)
 
-    with pytest.raises(StorageError, match="another run has taken over") as caught:
+    with refused(StorageError, where=run.state.where) as caught:
         go_on()
     assert caught.value.exit_code == 4
     assert run.load_stage(1) is None and run.metrics() == []
@@ -339,10 +346,8 @@ def test_one_that_was_taken_over_writes_no_more(objects: Place) -> None:
 
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with (
-        pytest.raises(OutputError, match="the output folder cannot be made"),
-        open_run(str(tmp_path / "file" / "merged"), "this", fresh=False),
-    ):
+    out = str(tmp_path / "file" / "merged")
+    with refused(OutputError, where=out), open_run(out, "this", fresh=False):
         pass
 
 
@@ -351,11 +356,11 @@ def test_a_storage_that_refuses_is_an_output_error(
 ) -> None:
     monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
     store = object_store.new_store(server, monkeypatch, tmp_path)
-    with store.fault("refuse-all"), pytest.raises(OutputError, match="ACCESS_DENIED"):
+    with store.fault("refuse-all"), refused(OutputError, facts=["ACCESS_DENIED"]):
         check_output(f"{store.root}/merged", "this", fresh=False)
     assert not check_output("s3://no-such-bucket/merged", "this", fresh=False)
     with (
-        pytest.raises(OutputError, match="NO_SUCH_BUCKET"),
+        refused(OutputError, facts=["NO_SUCH_BUCKET"]),
         open_run("s3://no-such-bucket/merged", "this", fresh=False),
     ):
         pass
@@ -384,7 +389,7 @@ def test_a_state_that_was_half_written_does_not_count(disk: Path, monkeypatch: p
         run.save_stage(1, StageState(1, {"a": torch.ones(1)}), ROWS)
         with monkeypatch.context() as patched:
             patched.setattr("os.fsync", full)
-            with pytest.raises(StorageError, match="No space left"):
+            with refused(StorageError, facts=["No space left on device"]):
                 run.save_stage(1, StageState(2, {"a": torch.zeros(1)}), ROWS)
         found = run.load_stage(1)
         assert found is not None and found.steps == 1
@@ -474,7 +479,7 @@ def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_whole(disk: Path
 
 @pytest.fixture
 def acts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What is written and removed of an output in object storage, in its order."""
+    """The writes and removals in an output in object storage, in their order."""
     found: list[tuple[str, str]] = []
     for act in ("write", "remove"):
         inner = getattr(ObjectFolder, act)
@@ -500,7 +505,7 @@ def test_in_object_storage_the_marks_of_an_earlier_merge_go_first_and_the_new_on
     acts.clear()
     with open_run(objects.out, "other", fresh=True) as run:
         computed(run)
-        assert acts == [], "while it learns, the earlier merge is as it was"
+        assert acts == [], "the earlier merge is unchanged while the new one learns"
         run.start_output()
     assert acts[:2] == [("remove", RECORD), ("remove", "config.json")]
     assert objects.output.names() == set()
