@@ -1,1 +1,1 @@
-"""Model folders: config, tensor headers, adapters, vocabularies, tensors, and the safetensors writer."""
+"""Model folders: config, tensor headers, adapters, vocabularies, tensors, safetensors writer. Knows no plan."""

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Locating model folders: by path, URI or hub id, with checks of the files in them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import check_regular
 
-# What a model in a plan is looked for from: it is an absolute path, a hub id or a URI, and no folder shadows those.
+# The folder for `find_model` of a plan's models, which are absolute paths, hub ids or URIs: no folder shadows a hub id.
 ROOT = Path("/")
 
-
-# What a run takes of a hub repository: weights, tokenizer, configuration, and the code that `trust_remote_code` may
-# have it run; never pickled weights.
+# Files of a hub repository that are downloaded: weights, tokenizer, config, and the code that runs if
+# `trust_remote_code` allows it; never pickled weights.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def find_model(model: str, config_folder: Path) -> Path:
-    """The folder of a model: a path relative to the config's folder, a URI (s3://, gs://, file://), or a hub id
-    (`owner/name`, perhaps `@revision`).
+    """Return the folder of a model on this machine.
 
-    What a URI names is fetched into a cache on this machine. A hub id is fetched into huggingface_hub's;
-    HF_HUB_OFFLINE=1 takes what that holds.
+    Object storage is copied into the cache of `engine.storage.cache`; a hub repository is downloaded into the cache of
+    huggingface_hub (with HF_HUB_OFFLINE=1, it must be there already).
+
+    Args:
+        model: A path relative to `config_folder`, a URI (s3://, gs://, file://), or a hub id (`owner/name`, optionally
+            with `@revision`).
+        config_folder: The folder of the config.
 
     Raises:
-        CheckpointError: there is no such folder, or the storage or the hub does not give it.
+        CheckpointError: there is no such folder, or the storage or the hub cannot provide it.
     """
     if is_uri(model):
         return fetch(model, HUB_FILES, CheckpointError)
     path = locate(model, config_folder, CheckpointError)
-    if os.path.isdir(path):  # noqa: PTH112 - false, not an error, for a name that no file can have
+    if os.path.isdir(path):  # noqa: PTH112 - returns False, not an error, for impossible names
         return path
     hub_id, _, revision = model.partition("@")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", hub_id, flags=re.ASCII):
@@ -47,44 +50,50 @@ def find_model(model: str, config_folder: Path) -> Path:
         return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"no folder of this name, and the hub does not give it: {str(error).splitlines()[0]}",
+            f"no folder of this name, and the hub cannot provide it: {str(error).splitlines()[0]}",
             model,
-            do=f"check the path ({path}) or the id; with HF_HUB_OFFLINE=1 the model must be in the cache already",
+            do=f"check the path ({path}) or the hub id; with HF_HUB_OFFLINE=1, the model must already be in the cache",
         ) from error
 
 
 def check_folder(folder: Path) -> None:
-    """Look at the files of a model's folder that are read or copied, before anybody opens them.
+    """Check the files of a model folder that are read or copied, before any is opened.
 
     Raises:
-        CheckpointError: one is no regular file, or a link out of the folder; a snapshot in the hub's cache may link to
-        the blobs of its repository.
+        CheckpointError: the folder cannot be read, or a file is not regular or is a link out of the folder. A snapshot
+            in the hub's cache may link to the blobs of its repository.
     """
     try:
-        found = sorted(folder.iterdir())
+        paths = sorted(folder.iterdir())
     except OSError as error:
         raise CheckpointError(f"the folder cannot be read: {error.strerror}", str(folder)) from error
-    for path in found:
+    for path in paths:
         if any(fnmatchcase(path.name, pattern) for pattern in (*HUB_FILES, "LICENSE*")):
             check_file(path, folder)
 
 
 def check_file(path: Path, folder: Path) -> None:
-    """See `check_folder`, of one file of it."""
-    inside = [Path(os.path.realpath(folder))]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
+    """Check one file of a model folder; see `check_folder`.
+
+    Raises:
+        CheckpointError: the file is not regular, or is a link out of the folder.
+    """
+    allowed = [Path(os.path.realpath(folder))]
+    if allowed[0].parent.name == "snapshots":
+        allowed.append(allowed[0].parent.parent / "blobs")
     target = Path(os.path.realpath(path))
-    if not any(target.is_relative_to(one) for one in inside):
+    if not any(target.is_relative_to(parent) for parent in allowed):
         raise CheckpointError(
-            f"a link out of the model's folder, to {target}", str(path), do="put the file itself there"
+            f"the file is a link out of the model's folder, to {target}", str(path), do="replace the link by the file"
         )
     check_regular(path, None, CheckpointError)
 
 
 def portable(model: str, folder: Path, config_folder: Path) -> str:
-    """How another node finds the same files: a path or a URI as it is, a hub id with the commit that names its cache
-    folder.
+    """Return a name under which another node finds the same files.
+
+    For a path this is the absolute path; for a URI, the URI; for a hub id, the id with the commit of the cached
+    snapshot.
     """
     if is_uri(model):
         return model

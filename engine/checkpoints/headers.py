@@ -1,7 +1,6 @@
-"""Where a model is and which tensors it has, from config and file headers alone.
+"""config.json and the tensor headers of safetensors files, one or many with an index.
 
-Finds a model by path or hub id and reads its config.json and the headers of its safetensors files. Reads no weight and
-imports no torch, so that a plan is quick and costs no memory.
+No weight is read and torch is not imported, so that a plan takes little time and memory.
 """
 
 from __future__ import annotations
@@ -18,36 +17,32 @@ from engine.checkpoints.find import check_file, check_folder
 from engine.errors import CheckpointError
 from engine.untrusted import JSON_BYTES, SHOWN, open_regular, parse_json, read_text, shown
 
-# Bytes of an element; types of less than one byte are no tensors of their own in torch.
+# Bytes of an element by dtype. Types of less than one byte are missing, because torch has no tensors of them.
 BYTES = {
     "C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 
-
+# Names of float dtypes: safetensors → torch, and torch → safetensors.
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+SAFETENSORS = {name: code for code, name in FLOATS.items()}
 
-
-# The section of a composite model's config that is its language model's: transformers' name, and that of OpenGVLab's
-# original checkpoints.
+# Keys of the language model's section in a composite config: of transformers, and of OpenGVLab's original checkpoints.
 TEXT_SECTIONS = ("text_config", "llm_config")
 
-
+# Suffixes of pickled weights, and the advice for them.
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
-
-
 CONVERT = (
-    "load it with transformers and save it with `save_pretrained`, which writes safetensors; pickles may hold code"
+    "load it with transformers and save it with `save_pretrained`, which writes safetensors; pickles may contain code"
 )
 
-
-# Characters of a tensor's name.
+# Maximum characters of a tensor's name.
 NAME = 1000
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a checkpoint: `dtype` as safetensors writes it (F32, BF16, …), `file` relative to the folder."""
+    """One tensor of a checkpoint: `dtype` in safetensors' notation (F32, BF16, …), `file` relative to the folder."""
 
     name: str
     shape: tuple[int, ...]
@@ -67,7 +62,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """A model folder: its config.json and its tensors in the order of its files."""
+    """A model folder: its config.json, and its tensors in the order of files and of bytes in them."""
 
     folder: Path
     config: dict[str, Any]
@@ -75,31 +70,31 @@ class ModelHeader:
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
-        """The language model's part of the config: its own section in composite models, else the whole."""
-        nested = (self.config.get(key) for key in TEXT_SECTIONS)
-        return next((section for section in nested if isinstance(section, dict)), self.config)
+        """The language model's config: a section of a composite model's config, else the whole config."""
+        sections = (self.config.get(key) for key in TEXT_SECTIONS)
+        return next((section for section in sections if isinstance(section, dict)), self.config)
 
     @property
     def takes_images(self) -> bool:
-        """Whether the model has a part that sees."""
+        """Whether the model takes images: its config has a vision section."""
         return isinstance(self.config.get("vision_config"), dict)
 
     @property
     def architecture(self) -> str:
-        """What decides whether two models are of one kind."""
+        """Class and model type, which must agree between the models of a merge."""
         architectures = self.config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else "?"
         return f"{shown(str(first))} ({shown(str(self.config.get('model_type', '?')))})"
 
     @property
     def vocab_size(self) -> int | None:
-        """Number of tokens, where the config says it."""
+        """Number of tokens in the config, None if it gives none."""
         size = self.text_config.get("vocab_size")
         return size if type(size) is int else None
 
     @property
     def num_layers(self) -> int | None:
-        """Number of blocks L, by any of the names that transformers' configs use."""
+        """Number of transformer blocks L, under any of the keys that configs use; None if there is none."""
         for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
             if type(count := self.text_config.get(key)) is int:
                 return count
@@ -107,10 +102,10 @@ class ModelHeader:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: missing, unreadable, or not a JSON object.
+        CheckpointError: the file is missing, unreadable, or not a JSON object.
     """
     data = parse_json(read_text(path, JSON_BYTES, CheckpointError), str(path), CheckpointError)
     if not isinstance(data, dict):
@@ -119,10 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model_header(folder: Path) -> ModelHeader:
-    """Config and tensors of a full checkpoint, one file or sharded by an index.
+    """Read config and tensor headers of a full checkpoint, of one file or of several with an index.
 
     Raises:
-        CheckpointError: naming the file or the tensor at fault.
+        CheckpointError: a file is missing or invalid, the weights are pickled or quantized, or the number of blocks is
+            not plausible.
     """
     check_folder(folder)
     config = read_json(folder / "config.json")
@@ -130,17 +126,17 @@ def read_model_header(folder: Path) -> ModelHeader:
         read_json(folder / "generation_config.json")
     if config.get("quantization_config"):
         raise CheckpointError(
-            "a quantized checkpoint has no weights to take differences of",
+            "the checkpoint is quantized; task vectors are differences of float weights",
             str(folder),
-            do="give the model in float32, bfloat16 or float16",
+            do="use the model in float32, bfloat16 or float16",
         )
     header = ModelHeader(folder, config, _read_tensors(folder))
     blocks = header.num_layers
     if blocks is not None and not 0 <= blocks <= len(header.tensors):
         raise CheckpointError(
-            f"config.json says that there are {shown(str(blocks))} blocks",
+            f"config.json gives {shown(str(blocks))} blocks",
             str(folder),
-            f"no more than its {len(header.tensors)} tensors",
+            f"at least 0, and at most one block per tensor ({len(header.tensors)} tensors)",
         )
     return header
 
@@ -154,18 +150,18 @@ def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
         return read_file_header(single)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     raise CheckpointError(
-        f"no safetensors weights here{f', only pickled ones ({pickled[0]})' if pickled else ''}",
+        f"no safetensors weights in this folder{f', only pickled ones ({pickled[0]})' if pickled else ''}",
         str(folder),
-        "model.safetensors, or model.safetensors.index.json with the files that it names",
+        "model.safetensors, or model.safetensors.index.json and the files that it lists",
         CONVERT if pickled else "",
     )
 
 
 def read_file_header(path: Path) -> dict[str, TensorHeader]:
-    """Tensors of one safetensors file, in the order of their bytes.
+    """Read the tensor headers of one safetensors file, in the order of the tensors' bytes.
 
     Raises:
-        CheckpointError: missing, truncated, or its header is not what safetensors allows.
+        CheckpointError: the file is missing or truncated, or its header is invalid.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -178,42 +174,47 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
                 tensors[name] = TensorHeader(name, tuple(part.get_shape()), part.get_dtype(), path.name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"not a whole safetensors file: {shown(str(error), 4 * SHOWN)}", str(path), do="fetch or save it again"
+            f"not a valid safetensors file: {shown(str(error), 4 * SHOWN)}", str(path), do="download or save it again"
         ) from error
-    # The library takes the last of two tensors of one name.
+    # Repeated keys are refused: of two tensors with one name, the library would silently use the last.
     parse_json(header, str(path), CheckpointError)
     for tensor in tensors.values():
         if len(tensor.name) > NAME:
-            raise CheckpointError(f"a tensor's name has {len(tensor.name):,} characters", str(path))
+            raise CheckpointError(
+                f"a tensor's name has {len(tensor.name):,} characters", str(path), f"at most {NAME:,}"
+            )
         if tensor.dtype not in BYTES:
-            raise CheckpointError(f"{tensor.name!r} is {tensor.dtype}", str(path), f"one of {', '.join(BYTES)}")
+            what = f"the tensor {tensor.name!r} has dtype {tensor.dtype}"
+            raise CheckpointError(what, str(path), f"one of {', '.join(BYTES)}")
     return tensors
 
 
 def _header_text(path: Path) -> str:
-    """The JSON at the beginning of a safetensors file."""
+    """Return the JSON header of a safetensors file as text."""
     with open_regular(path, None, CheckpointError) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > JSON_BYTES:
             raise CheckpointError(
-                f"not a whole safetensors file: a header of {length:,} bytes", str(path), f"at most {JSON_BYTES:,}"
+                f"not a valid safetensors file: a header of {length:,} bytes",
+                str(path),
+                f"at most {JSON_BYTES:,} bytes",
             )
         return file.read(length).decode("utf-8", "replace")
 
 
 def _read_index(index: Path) -> dict[str, TensorHeader]:
-    """Tensors of a sharded checkpoint; the index decides which file each comes from."""
+    """Read the tensor headers of a checkpoint in several files. The index decides from which file a tensor is read."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError("the index has no `weight_map` of tensor names to file names", str(index))
+        raise CheckpointError("the index has no `weight_map` from tensor names to file names", str(index))
     headers = {}
     for file in sorted(set(weight_map.values())):
         pure = PurePosixPath(file)
         if pure.is_absolute() or ".." in pure.parts or "\\" in file:
             raise CheckpointError(f"the index names a file outside the model's folder: {shown(repr(file))}", str(index))
         path = index.parent / pure
-        if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
-            raise CheckpointError(f"the index names a file that is not there: {shown(repr(file))}", str(index))
+        if not os.path.isfile(path):  # noqa: PTH113 - returns False, not an error, for impossible names
+            raise CheckpointError(f"the index names a missing file: {shown(repr(file))}", str(index))
         check_file(path, index.parent)
         headers[file] = read_file_header(path)
     tensors: dict[str, TensorHeader] = {}
@@ -224,21 +225,23 @@ def _read_index(index: Path) -> dict[str, TensorHeader]:
     absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise CheckpointError(
-            f"the index says that {shown(repr(weight_map[absent[0]]))} holds {shown(repr(absent[0]))}, and it does not",
+            f"the file {shown(repr(weight_map[absent[0]]))} lacks the tensor {shown(repr(absent[0]))}",
             str(index),
+            "the tensors that the index assigns to each file",
         )
     return tensors
 
 
-SAFETENSORS = {name: code for code, name in FLOATS.items()}
-
-
 def main_dtype(base: ModelHeader) -> str:
-    """The float type that most of the base's bytes have."""
+    """Return torch's name of the float dtype that most of the base's bytes have, such as `bfloat16`.
+
+    Raises:
+        CheckpointError: the base has no float32, bfloat16 or float16 tensor.
+    """
     sizes: Counter[str] = Counter()
     for tensor in base.tensors.values():
         if tensor.dtype in FLOATS:
             sizes[FLOATS[tensor.dtype]] += tensor.nbytes
     if not sizes:
-        raise CheckpointError("no tensor is float32, bfloat16 or float16", str(base.folder))
+        raise CheckpointError("the model has no float32, bfloat16 or float16 tensor", str(base.folder))
     return sizes.most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""The correspondence between the tensors of an expert and those of the base, as data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Match:
-    """The exceptions: base tensor → the expert's name for it, base tensors that the expert leaves as they are, and what
-    of the expert is not used.
+    """Exceptions from equal names.
+
+    Attributes:
+        renamed: Base tensor → the expert's name for it.
+        absent: Base tensors that the expert lacks; their task vector is zero.
+        ignored: Tensors of the expert that are not used.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)

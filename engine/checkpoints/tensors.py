@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Tensors of a model folder, read on demand from memory-mapped files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.checkpoints.vocabulary import rows_in
 
 
 class Checkpoint:
-    """Tensors of one model folder by their names in its files."""
+    """Tensors of one model folder, by their names in its files. Files are opened when first needed."""
 
     def __init__(self, folder: Path, tensors: dict[str, TensorHeader]) -> None:
         self.folder, self.tensors = folder, tensors
@@ -23,7 +23,7 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Tensor:
-        """The tensor as a view of the file's memory, on the CPU, in the file's dtype. Never write to it."""
+        """Return the tensor as a view of the memory-mapped file, on the CPU, in the file's dtype. Never write to it."""
         file = self.tensors[name].file
         with self._lock:
             if file not in self._files:
@@ -33,7 +33,10 @@ class Checkpoint:
 
 
 class BaseWithRows(Checkpoint):
-    """The base with the tokens of another model: rows that it lacks are that model's, rows beyond them are cut."""
+    """The base with the vocabulary of another model, the donor.
+
+    In embedding and head, rows that the base lacks are taken from the donor, and rows beyond the donor's are cut.
+    """
 
     def __init__(self, base: Checkpoint, donor: Checkpoint, donor_header: ModelHeader) -> None:
         super().__init__(base.folder, base.tensors)
@@ -42,7 +45,7 @@ class BaseWithRows(Checkpoint):
         self._filling = threading.Lock()
 
     def read(self, name: str) -> Tensor:
-        """See `Checkpoint`; a tensor that is filled up is a copy of its own, made once."""
+        """See `Checkpoint`; a tensor with other rows is a copy, which is made once and kept."""
         tensor, shape = super().read(name), self.tensors[name].shape
         if tensor.shape == shape:
             return tensor

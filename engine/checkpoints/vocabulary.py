@@ -1,8 +1,8 @@
-"""Which rows of embedding and head belong to which tokens, where models have vocabularies of their own.
+"""Vocabularies of different size: rows of embedding and head, and the tokens that they belong to.
 
-A merge has the tokens of one model: the base, or the one that `tokenizer_source` names. The models' tokens must have
-the same numbers as far as they share them; then a longer vocabulary is cut, and a shorter one filled up. From headers
-and tokenizer files alone.
+The output has the tokens of one model: the base, or the one that `tokenizer_source` names. Tokens that models share
+must have the same ids; longer vocabularies are then cut, and shorter ones filled up. Only headers and tokenizer files
+are read.
 """
 
 from __future__ import annotations
@@ -19,27 +19,28 @@ from engine.errors import CheckpointError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, shown
 
 HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
-
-
 EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
 
 def has_tokens_for_rows(model: ModelHeader, tensor: str) -> bool:
-    """Whether each row of a tensor belongs to a token: the embedding, and the head."""
+    """Return whether each row of a tensor belongs to a token, as in embedding and head."""
     shape = model.tensors[tensor].shape
     return bool(shape) and (shape[0] == model.vocab_size or bool(EMBEDDINGS.match(tensor) or HEADS.match(tensor)))
 
 
 def is_matrix(shape: Sequence[int], is_vocabulary: bool) -> bool:
-    """Whether it maps features to features: two dimensions, and no row a token, as those of embeddings and heads."""
+    """Return whether a tensor of this shape maps features to features.
+
+    It has two dimensions, both above 1, and its rows are not tokens (`is_vocabulary`: see `has_tokens_for_rows`).
+    """
     return len(shape) == 2 and min(shape) > 1 and not is_vocabulary
 
 
 def tokens_of(folder: Path) -> dict[str, int] | None:
-    """Tokens and their numbers; None where the folder has no tokenizer.json.
+    """Return the ids of a tokenizer's tokens, added tokens included; None if the folder has no tokenizer.json.
 
     Raises:
-        CheckpointError: it cannot be read, or another file of the folder is none to be read (`headers.check_folder`).
+        CheckpointError: tokenizer.json cannot be read, or `check_folder` refuses the folder.
     """
     check_folder(folder)
     file = folder / "tokenizer.json"
@@ -48,38 +49,50 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     check_regular(file, TOKENIZER_BYTES, CheckpointError)
     from tokenizers import Tokenizer
 
-    with library_errors_as(lambda told: CheckpointError(f"not a tokenizer: {told}", str(file))):
+    with library_errors_as(lambda message: CheckpointError(f"not a tokenizer: {message}", str(file))):
         tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
     return tokens
 
 
 def check_tokens(model: ModelHeader, wanted: ModelHeader, wanted_folder: Path, where: str) -> None:
-    """Whether the tokens that a model shares with those of `wanted` have the same numbers there.
+    """Check that a model's tokens have the same ids as in the output's tokenizer, as far as both have them.
+
+    Args:
+        model: The model to check.
+        wanted: The header of the model with the output's tokenizer.
+        wanted_folder: The folder of the output's tokenizer.
+        where: The checked model's name in messages.
 
     Raises:
-        CheckpointError: a token that is moved, or no tokenizer.json to tell where the sizes differ.
+        CheckpointError: a token has another id, or the sizes differ and a tokenizer.json is missing.
     """
     ours, theirs = tokens_of(wanted_folder), tokens_of(model.folder)
     if ours is None or theirs is None:
         if model.vocab_size == wanted.vocab_size:
             return
-        raise CheckpointError("there is no tokenizer.json to tell which of its tokens are the output's", where)
-    places = {place: token for token, place in ours.items()}
-    for token, place in theirs.items():
-        if ours.get(token, place) != place or places.get(place, token) != token:
+        lacking = wanted_folder if ours is None else model.folder
+        raise CheckpointError(
+            "the vocabulary sizes differ, and without tokenizer.json the tokens cannot be compared",
+            where,
+            f"tokenizer.json in {lacking}",
+        )
+    tokens = {number: token for token, number in ours.items()}
+    for token, number in theirs.items():
+        if ours.get(token, number) != number or tokens.get(number, token) != token:
             raise CheckpointError(
-                f"its token {shown(repr(token))} has the number {place}",
+                f"its token {shown(repr(token))} has id {number}",
                 where,
-                f"the output's tokenizer has {shown(repr(places.get(place)))} there, and that at {ours.get(token)}",
-                "give models whose vocabularies differ only by tokens at their ends",
+                f"the ids of the output's tokenizer: {number} is {shown(repr(tokens.get(number)))}, "
+                f"and this token is {ours.get(token)}",
+                "use models whose vocabularies differ only by tokens at their ends",
             )
 
 
 def with_rows_of(base: ModelHeader, donor: ModelHeader, donor_folder: Path) -> ModelHeader:
-    """The base with as many rows in embedding and head as the donor has.
+    """Return the base's header with the donor's number of rows in embedding and head.
 
     Raises:
-        CheckpointError: the tokens that both have are not the same, or the donor has no such tensor.
+        CheckpointError: `check_tokens` finds a difference, or the donor's embedding or head does not fit.
     """
     check_tokens(base, donor, donor_folder, f"the base ({base.folder})")
     tensors = dict(base.tensors)
@@ -87,22 +100,24 @@ def with_rows_of(base: ModelHeader, donor: ModelHeader, donor_folder: Path) -> M
         if has_tokens_for_rows(base, name):
             other = donor.tensors[rows_in(donor, name)].shape
             if other[1:] != tensor.shape[1:]:
-                raise CheckpointError(f"{name!r} has shape {other}", str(donor_folder), f"the base's {tensor.shape}")
+                what, expected = f"the tensor {name!r} has shape {other}", f"rows as in the base's {tensor.shape}"
+                raise CheckpointError(what, str(donor_folder), expected)
             tensors[name] = replace(tensor, shape=other)
     return replace(base, config=_with_size(base.config, donor.vocab_size), tensors=tensors)
 
 
 def rows_in(donor: ModelHeader, tensor: str) -> str:
-    """The donor's name for a tensor of tokens: its embedding where it has no head of its own.
+    """Return the donor's name for an embedding or head; its embedding if it has no separate head.
 
     Raises:
-        CheckpointError: it has neither.
+        CheckpointError: the donor has neither.
     """
     names = [tensor, *(name for name in donor.tensors if EMBEDDINGS.match(name))]
-    found = next((name for name in names if name in donor.tensors), None)
-    if found is None:
-        raise CheckpointError(f"it has no {tensor!r}", str(donor.folder), "the rows of the tokenizer that is asked for")
-    return found
+    donor_name = next((name for name in names if name in donor.tensors), None)
+    if donor_name is None:
+        what = f"the model has neither {tensor!r} nor an embedding"
+        raise CheckpointError(what, str(donor.folder), "a row for each token of `tokenizer_source`")
+    return donor_name
 
 
 def _with_size(config: dict[str, Any], size: int | None) -> dict[str, Any]:

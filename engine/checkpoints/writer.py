@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Writing safetensors files tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.storage.folder import Folder
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output file: `dtype` as safetensors writes it."""
+    """One tensor of an output file; `dtype` in safetensors' notation."""
 
     name: str
     shape: tuple[int, ...]
@@ -25,17 +25,25 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One safetensors file of the output."""
+    """One safetensors file of the output, with its tensors in the order of their bytes."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
 
 
 def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> None:
-    """Write one safetensors file, asking for its tensors one after the other, each in parts; no two are held at once.
-    It is there whole or not at all.
+    """Write one safetensors file with one part of one tensor in memory at a time; it appears when it is complete.
 
-    The library's own writer wants all of a file's tensors in memory. The format is a length, a JSON header, the bytes.
+    The writer of the safetensors library needs all tensors of a file in memory. The format is the header's length
+    (8 bytes, little-endian), a JSON header, and the tensors' bytes.
+
+    Args:
+        folder: The folder of the file.
+        file: Name and tensors.
+        parts: Returns the consecutive parts of a tensor, in its output dtype. It is called once per tensor, in order.
+
+    Raises:
+        StorageError: the file cannot be written.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -56,5 +64,5 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
 
 
 def torch_dtype(code: str) -> torch.dtype | None:
-    """The torch type of a float that safetensors calls `code`; None for what is no float of ours."""
+    """Return the torch dtype for the float dtype `code` of safetensors; None for a code not in FLOATS."""
     return getattr(torch, FLOATS[code]) if code in FLOATS else None
