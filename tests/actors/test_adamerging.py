@@ -1,4 +1,4 @@
-"""AdaMerging by the trainer as a plain class, against a composed graph in memory; and what it is for: less entropy."""
+"""AdaMerging by the trainer as a plain class, against a composed graph in memory, and the entropy that it lowers."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
+# Both sides compute in float32; the optimiser's normalised steps scale up the rounding of a gradient.
 TOLERANCE = 1e-5
 GRANULARITIES = ["layer", "task"]
 
 
 class AdaMerging(Plain):
-    """The trainer alone: samples in, and no expert runs."""
+    """A trainer and its samples; no expert runs."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.rows = plan, []
         self.samples = make_samples(read_records(plan), TextEncoder(load_tokenizer(open_base(plan).folder)), plan)
         self.targets = {
             (k, sample.index): pack_all(Target(torch.tensor(sample.input_ids)).tensors())
-            for k, mine in enumerate(self.samples)
-            for sample in mine
+            for k, samples in enumerate(self.samples)
+            for sample in samples
         }
         self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)
 
 
 class LayerWise(Reference):
-    """The reference with the mean entropy for a loss; a coefficient for each tensor."""
+    """The reference with the mean entropy as its loss and one coefficient per tensor."""
 
     def loss(self, alpha: dict[str, Tensor], k: int, i: int) -> Tensor:
         output = functional_call(self.model, self.compose(alpha), (), self.samples[k][i][0])
         return self.beta[k] * torch.distributions.Categorical(logits=output.logits[0]).entropy().mean()
 
     def learn(self) -> dict[str, Tensor]:
-        """What is learned, [K, 1], by tensor."""
+        """Return the learned coefficients, [K, 1], by tensor."""
         start = dict.fromkeys(self.names, self.prior[:, None])
         return self.stage(dict.fromkeys(self.names, 1), start, start)
 
 
 class TaskWise(LayerWise):
-    """The same, but all that `stage` knows of is one tensor, whose coefficients are every tensor's."""
+    """The same with one coefficient per expert: `stage` sees a single tensor, whose coefficients all tensors use."""
 
     def __init__(self, config: Path) -> None:
         super().__init__(config)
@@ -105,7 +105,7 @@ def moved(merge: AdaMerging, found: Coefficients) -> float:
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_coefficients_agree_with_a_composed_graph(tmp_path: Path, family: str, granularity: str) -> None:
-    # Without a pull to the prior, the method's default: all that moves a coefficient is the entropy.
+    # Without regularisation, the method's default, only the entropy moves a coefficient.
     config = make(tmp_path, granularity, family, epochs=2, regularization=0.0)
     merge = AdaMerging(plan_of(config))
     found = merge.learn(first_stage(merge.plan))
@@ -127,7 +127,7 @@ def test_coefficients_agree_with_a_composed_graph(tmp_path: Path, family: str, g
 )
 def test_options_mean_what_the_method_says(tmp_path: Path, parameters: dict[str, float], granularity: str) -> None:
     config = make(tmp_path, granularity, experts=3, epochs=2, **parameters)
-    # One expert has a loss weight of its own, which the top level's does not change.
+    # An expert's own loss weight takes precedence over that of the top level.
     config.write_text(config.read_text().replace("weight: 0.2\n", "weight: 0.2\n    loss_weight: 0.5\n"))
     merge = AdaMerging(plan_of(config))
     assert [expert.loss_weight for expert in merge.plan.experts] == [0.5] + 2 * [parameters.get("loss_weight", 1.0)]
@@ -158,14 +158,15 @@ def test_the_entropy_of_the_merged_model_goes_down(tmp_path: Path, granularity: 
     found = merge.learn(first_stage(merge.plan))
     seen = [np.mean([row["entropy"] for row in merge.rows if row["step"] == step]) for step in range(6)]
     assert (np.diff(seen) < 0).all()
-    # The coefficients that are returned, in a model that the engine has no part in.
+    # The learned coefficients, in a model that is built without the engine.
     columns = found.layout.columns
     alpha = {name: torch.tensor(found.values[:, columns[name]], dtype=torch.float32) for name in columns}
-    after = [reference.loss(alpha, k, i).item() for k, mine in enumerate(reference.samples) for i in range(len(mine))]
+    counts = [len(samples) for samples in reference.samples]
+    after = [reference.loss(alpha, k, i).item() for k, count in enumerate(counts) for i in range(count)]
     assert np.mean(after) < seen[-1]
 
 
-def test_the_rows_of_a_step_tell_the_entropy_and_no_alignment(tmp_path: Path) -> None:
+def test_the_rows_of_a_step_hold_the_entropy_and_no_alignment_losses(tmp_path: Path) -> None:
     config = make(tmp_path, "layer")
     merge, reference = AdaMerging(plan_of(config)), LayerWise(config)
     merge.learn(first_stage(merge.plan))
@@ -183,7 +184,7 @@ def test_a_method_that_aligns_has_no_entropy_in_its_rows(tmp_path: Path) -> None
     assert {row["entropy"] for row in merge.rows} == {None}
 
 
-def test_tokens_alone_travel_and_are_stored(tmp_path: Path) -> None:
+def test_a_target_of_tokens_alone_survives_packing_and_storing(tmp_path: Path) -> None:
     target = Target(torch.tensor([5, 3, 9]))
     assert target.tensors().keys() == {"input_ids"}
     save_target(target, LocalFolder(tmp_path), "target")

@@ -16,7 +16,7 @@ from reference import Reference, Result
 from engine.task_vectors.coefficients import Coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Float32 on both sides; the optimiser's normalised steps are what the rounding of a gradient is seen through.
+# Both sides compute in float32; the optimiser's normalised steps scale up the rounding of a gradient.
 TOLERANCE = 1e-4
 
 
@@ -67,7 +67,7 @@ def test_options_mean_what_the_method_says(tmp_path: Path, parameters: dict[str,
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
 
 
-def test_a_loss_weight_and_a_weight_of_ones_own_count(tmp_path: Path) -> None:
+def test_an_expert_s_own_weight_and_loss_weight_are_used(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", parameters={"loss_weight": 0.5, "epochs": 2})
     text = config.read_text().replace("weight: 0.2\n", "weight: 0.2\n    loss_weight: 3.0\n")
     config.write_text(text)
@@ -89,7 +89,7 @@ def test_a_loss_weight_and_a_weight_of_ones_own_count(tmp_path: Path) -> None:
 def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, options: dict[str, object]
 ) -> None:
-    # Several blocks, pieces of tensors and of logits: what is large in real models.
+    # Small limits, so that tensors and logits are cut into several blocks and pieces as in real models.
     cut_small(monkeypatch, block=200, piece=500)
     monkeypatch.setattr("engine.learning.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     parameters = {"epochs": 2, "budget": 1.5}
@@ -98,7 +98,7 @@ def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
 
 
-def test_gradient_checkpointing_gives_the_very_bits(tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_bits(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", parameters={"budget": 1.5})
     first, second = Plain(plan_of(config), tmp_path).run()
     again = Plain(plan_of(config, "gradient_checkpointing=true"), tmp_path).run()
@@ -135,7 +135,7 @@ def test_head_and_embedding_may_be_merged_some_tokens_at_a_time(
 
 
 def test_a_head_alone_may_be_merged(tmp_path: Path) -> None:
-    """Then nothing but the head has a gradient, and none goes further back."""
+    """Only the head has a gradient then, and the backward pass stops there."""
     config = tiny.make_merge(tmp_path / "merge", exclude=["model.*"])
     move_heads(config.parent)
     plan = plan_of(config)

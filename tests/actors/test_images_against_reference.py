@@ -1,4 +1,4 @@
-"""Merges of models that take images: by the actors as plain classes, against the in-memory reference."""
+"""Merges of models that take images, by the actors as plain classes, against the in-memory reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.learning.targets import load_target
 from engine.run.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# As for language models.
+# The same as for language models.
 TOLERANCE = 1e-4
 each_family = pytest.mark.parametrize("family", [*tiny_images.FAMILIES, tiny_images.CHAT])
 
@@ -42,17 +42,17 @@ def test_a_sample_has_the_inputs_that_its_processor_makes(tmp_path: Path, family
     config = tiny_images.make_merge(tmp_path / "merge", family)
     plain, wanted = Plain(plan_of(config), tmp_path), inputs_of(config)
     run = RunFolder(str(tmp_path / "plain"))
-    for mine, expected in zip(plain.samples, wanted, strict=True):
-        for sample, arguments in zip(mine, expected, strict=True):
+    for samples, expected in zip(plain.samples, wanted, strict=True):
+        for sample, arguments in zip(samples, expected, strict=True):
             assert sample.input_ids == tuple(arguments["input_ids"][0].tolist())
-            found = load_target(run.state, run.inputs(sample)).inputs
-            assert found.keys() == arguments.keys() - {"input_ids", "attention_mask"}
-            for name, tensor in found.items():
+            inputs = load_target(run.state, run.inputs(sample)).inputs
+            assert inputs.keys() == arguments.keys() - {"input_ids", "attention_mask"}
+            for name, tensor in inputs.items():
                 torch.testing.assert_close(tensor, torch.as_tensor(arguments[name]), rtol=0, atol=1e-6)
 
 
 @each_family
-# A bias of keys shifts all scores of a query alike, so its gradient is nothing but rounding.
+# A bias of the keys shifts all scores of a query equally, so its gradient is only rounding noise.
 @pytest.mark.parametrize("options", [{}, {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"])
 def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     parameters = {"epochs": 2, "budget": 1.5}
@@ -71,7 +71,7 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
 @pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", tiny_images.CHAT])
 @pytest.mark.parametrize("method", ["expert_merging_pp", "adamerging"])
 def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
-    """Gemma 3's head is merged here, so that logits travel."""
+    """Gemma 3's head is merged here, so that its targets hold logits."""
     parameters = {"epochs": 2, "loss_tokens": loss_tokens}
     exclude = {"exclude": ["vision"]} if family == "gemma3" else {}
     config = tiny_images.make_merge(tmp_path / "merge", family, parameters=parameters, merge_method=method, **exclude)
@@ -81,13 +81,13 @@ def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_to
     inputs, places = inputs_of(config), []
     tokens = tiny_images.tokens(family)
     seen = tokens[{"gemma3": "<image_soft_token>", "qwen2_vl": "<|image_pad|>"}.get(family, "<IMG_CONTEXT>")]
-    for mine in inputs:
-        ids = [arguments["input_ids"][0].tolist() for arguments in mine]
-        text = [[place for place, token in enumerate(one) if token != seen] for one in ids]
-        asked = [[place for place in range(len(one)) if place >= one.index(tokens["assistant:"])] for one in ids]
-        places.append(text if loss_tokens == "text" else asked)
+    for expert_inputs in inputs:
+        ids = [arguments["input_ids"][0].tolist() for arguments in expert_inputs]
+        text = [[place for place, token in enumerate(row) if token != seen] for row in ids]
+        response = [[place for place in range(len(row)) if place >= row.index(tokens["assistant:"])] for row in ids]
+        places.append(text if loss_tokens == "text" else response)
     assert all(
-        0 < len(one) < arguments["input_ids"].shape[1] for one, arguments in zip(places[0], inputs[0], strict=True)
+        0 < len(row) < arguments["input_ids"].shape[1] for row, arguments in zip(places[0], inputs[0], strict=True)
     )
     plain = Plain(plan_of(config), tmp_path)
     reference = (Entropy if method == "adamerging" else Reference)(config, inputs, places)
@@ -95,7 +95,7 @@ def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_to
 
 
 class Entropy(Reference):
-    """The reference with the mean entropy for a loss, and no second stage."""
+    """The reference with the mean entropy as its loss and without a second stage."""
 
     def loss(self, alpha: dict[str, torch.Tensor], k: int, i: int) -> torch.Tensor:
         arguments, _, _, which = self.samples[k][i]
@@ -108,7 +108,7 @@ class Entropy(Reference):
 
 
 @each_family
-def test_an_expert_writes_behind_an_image(tmp_path: Path, family: str) -> None:
+def test_an_expert_generates_a_response_to_an_image(tmp_path: Path, family: str) -> None:
     config = tiny_images.make_merge(tmp_path / "merge", family, calibration={"generate_responses": 4})
     plain, inputs = Plain(plan_of(config), tmp_path), inputs_of(config)
     model = Reference._load(config.parent / "expert0")
@@ -117,16 +117,16 @@ def test_an_expert_writes_behind_an_image(tmp_path: Path, family: str) -> None:
     target = load_target(RunFolder(str(tmp_path / "plain")).state, "targets/0-1.safetensors")
     ids = arguments["input_ids"][0].tolist()
     for _ in range(len(target.input_ids_T) - len(ids)):
-        # Marks of tokens go on with those of text.
-        longer = {n: pad(t, (0, len(ids) - t.shape[1])) for n, t in arguments.items() if n.endswith("type_ids")}
-        given = arguments | longer | {"input_ids": torch.tensor([ids])}
+        # Token type ids are padded with 0, that of text.
+        types = {n: pad(t, (0, len(ids) - t.shape[1])) for n, t in arguments.items() if n.endswith("type_ids")}
+        given = arguments | types | {"input_ids": torch.tensor([ids])}
         given.pop("attention_mask", None)
         with torch.no_grad():
             ids.append(int(model(**given).logits[0, -1].argmax()))
     assert len(target.input_ids_T) > len(sample.input_ids) and target.input_ids_T.tolist() == ids
 
 
-def test_records_with_and_without_images_may_stand_together(tmp_path: Path) -> None:
+def test_an_expert_may_have_records_with_and_without_images(tmp_path: Path) -> None:
     config = tiny_images.make_merge(tmp_path / "merge", "qwen2_vl", samples=(3, 3), parameters={"epochs": 2})
     for file in config.parent.glob("expert*.json"):
         records = json.loads(file.read_text())
@@ -137,8 +137,8 @@ def test_records_with_and_without_images_may_stand_together(tmp_path: Path) -> N
     assert largest_difference(plain, Reference(config, inputs_of(config)).run()) < TOLERANCE
 
 
-def test_code_is_the_base_s_whatever_an_expert_s_folder_has_of_it(tmp_path: Path) -> None:
-    """Saved experts often come without the code that their configuration names, or name that of another repository."""
+def test_only_the_base_s_code_runs_whatever_an_expert_s_folder_holds(tmp_path: Path) -> None:
+    """Experts are often saved without the code that their config names, or their config names another repository."""
     config = tiny_images.make_merge(tmp_path / "merge", tiny_images.CHAT)
     reference = Reference(config, inputs_of(config)).run()
     for k, folder in enumerate(config.parent / f"expert{k}" for k in range(2)):

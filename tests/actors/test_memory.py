@@ -1,4 +1,4 @@
-"""The peak of anonymous memory: it sees what came and went, and leaves mapped files out."""
+"""Peak anonymous memory: memory that was freed again counts, mapped files do not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from actors.memory import PeakMemory, anonymous_bytes
 
 MIB = 1 << 20
 
-pytestmark = pytest.mark.skipif(anonymous_bytes() == 0, reason="the system does not tell")
+pytestmark = pytest.mark.skipif(anonymous_bytes() == 0, reason="the system does not report anonymous memory")
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def memory() -> Iterator[PeakMemory]:
     sampler.close()
 
 
-def test_memory_that_was_given_back_is_remembered(memory: PeakMemory) -> None:
+def test_freed_memory_counts_in_the_peak(memory: PeakMemory) -> None:
     before = anonymous_bytes()
     block = np.ones(64 * MIB, dtype=np.uint8)
     time.sleep(0.3)  # the sampler's thread shares two busy cores with others
@@ -79,7 +79,7 @@ def test_a_closed_sampler_stops() -> None:
 
 
 @pytest.mark.parametrize("content", [None, "Name:\tpython\nVmRSS:\t 100 kB\n", ""])
-def test_a_system_that_does_not_tell_gives_zero(
+def test_a_system_without_the_figure_gives_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
 ) -> None:
     status = tmp_path / "status"

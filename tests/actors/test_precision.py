@@ -1,9 +1,9 @@
-"""bfloat16 weights: the coefficient gradient of a window beside one computed offline in float64.
+"""bfloat16 weights: the coefficient gradient of a window against one computed in float64.
 
-What is float32 and why: differences τ and their products with the weight gradient (products of bfloat16 numbers,
-summed in bfloat16, would keep two digits of sums that cancel), the losses and the gradient of the logits (a softmax
-over a vocabulary). Sums of blocks, pieces and samples are float64: there are few of them. The forward and the backward
-pass, and the weight gradient that is summed over a window, are bfloat16, as the model is.
+Computed in float32: the differences τ and their products with the weight gradient (bfloat16 sums that cancel would keep
+two digits), the losses, and the gradient of the logits (a softmax over a vocabulary). Sums over blocks, pieces and
+samples are in float64. The forward and backward pass, and the weight gradient summed over a window, are in bfloat16,
+the dtype of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ K, TOKENS = 8, 200
 
 @pytest.fixture
 def gradient(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """∂L/∂α [K, C] as the learner gets it."""
+    """Return a list that receives ∂L/∂α [K, C] of every call of `Learner.step`."""
     seen: list[np.ndarray] = []
     step = Learner.step
 
@@ -51,7 +51,7 @@ def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent
     parameters = {"gradient_accumulation": K}
     config = make_merge(experts=K, samples=(1,) * K, dtype=torch.bfloat16, gradients=gradients, parameters=parameters)
     for k in range(K):
-        # As long as a short chat: what bfloat16 rounds in each token's forward pass averages out over them.
+        # As long as a short chat, so that the bfloat16 rounding of single tokens averages out.
         tiny.write_calibration(config.parent / f"expert{k}.jsonl", 1, seed=k, length=TOKENS)
     weights = [f"models.{k}.parameters.weight=0.1" for k in range(K)]
     merge = Plain(plan_of(config, *weights), tmp_path)
@@ -62,7 +62,7 @@ def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent
 
 
 def float64_gradient(merge: Plain, window: list[WindowSample]) -> np.ndarray:
-    """The same weights and targets, everything else in float64, by autograd through nothing but the model."""
+    """Return ∂L/∂α of the same weights and targets in float64, by autograd through the model."""
     plan, base = merge.plan, open_base(merge.plan)
     model = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float64).eval()
     named = dict(model.named_parameters())
@@ -74,7 +74,7 @@ def float64_gradient(merge: Plain, window: list[WindowSample]) -> np.ndarray:
         taus[name] = torch.stack([expert.checkpoint.read(name).double() - start for expert in experts])
         prior = torch.tensor([expert.weight for expert in plan.experts], dtype=torch.float64)
         merged = start + torch.tensordot(prior, taus[name], 1)
-        # The trainer's weights are the rounded ones: rounding them is no error of the gradient.
+        # Rounded as in the trainer, since the gradient is one at the rounded weights.
         named[name].data = merged.to(torch.bfloat16).double()
     for sample in window:
         target = Target.from_tensors(unpack_all(sample.target))

@@ -1,4 +1,4 @@
-"""A prior that is found on the samples, and what the trainer says of coefficients that it does not learn."""
+"""The search for a prior on the calibration samples, and the losses that the trainer measures for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import plan_of
+from errors import refused
 from plain import Plain
 
 from actors.trainer import WindowSample
@@ -18,7 +19,7 @@ AUTO = "parameters.weight=auto"
 OWN = [f"models.{k}.parameters.weight=null" for k in range(2)]
 
 
-def test_what_is_measured_is_what_a_step_sees(llama_merge: Path, tmp_path: Path) -> None:
+def test_measured_losses_are_those_of_a_step(llama_merge: Path, tmp_path: Path) -> None:
     plain = Plain(plan_of(llama_merge, "models.0.parameters.loss_weight=0.5"), tmp_path)
     window = [WindowSample(plain.samples[k][0], plain.targets[k, 0]) for k in range(2)]
     step = plain.trainer.step(first_stage(plain.plan), None, 0, window)
@@ -37,7 +38,6 @@ def test_the_prior_is_the_common_weight_of_the_smallest_loss(
     losses = plain.find_prior()
     assert len(set(losses)) == len(PRIORS)
     assert plain.plan.priors == [PRIORS[int(np.argmin(losses))]] * 2
-    # By steps of a learner that starts there: what it sees first is the smallest of all.
     plain.learn(first_stage(plain.plan))
     seen = [row for row in plain.rows if row["step"] == 0]
     assert all(np.isfinite(row["kl"]) and np.isfinite(row["hidden"]) for row in seen)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def test_an_expert_that_has_a_prior_of_its_own_keeps_it(llama_merge: Path, tmp_p
     assert plain.plan.priors[0] in PRIORS and plain.plan.priors[1] == 0.25
 
 
-def test_adamerging_has_no_expert_to_ask_for_a_prior(tmp_path: Path) -> None:
+def test_adamerging_refuses_an_automatic_prior(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", merge_method="adamerging")
-    with pytest.raises(ConfigError, match="what adamerging's prior should be"):
+    with refused(ConfigError, facts=["adamerging", "prior", "`weight`"]):
         plan_of(config, AUTO, *OWN)

@@ -1,4 +1,4 @@
-"""What actors store: targets and output files, of which a call that is repeated makes none anew."""
+"""Files that actors store: a repeated call does not write a target or an output file again."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_a_target_is_stored_once_and_read_by_any_shard(llama_merge: Path, tmp_pa
     nbytes = expert.target(SAMPLE, folder, NAME)
     assert nbytes == folder.size(NAME)
     before = (tmp_path / NAME).stat()
-    # One that is started again has loaded nothing, and loads nothing for what is there.
+    # A restarted actor loads no expert for a target that is stored already.
     for again in (expert, Expert(plan, 1)):
         assert again.target(SAMPLE, folder, NAME) == nbytes
     assert (tmp_path / NAME).stat().st_ino == before.st_ino
-    assert [one.report().counts["forwards"] for one in (expert, again)] == [1, 0]
+    assert [actor.report().counts["forwards"] for actor in (expert, again)] == [1, 0]
     assert again._held is None
 
     wanted = load_target(folder, NAME).tensors()

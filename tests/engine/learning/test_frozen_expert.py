@@ -37,7 +37,7 @@ def truth(folder: Path, dtype: torch.dtype = torch.float32):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_target_is_what_the_loaded_expert_says(tmp_path: Path, family: str, tied: bool) -> None:
+def test_a_target_holds_the_outputs_of_the_loaded_expert(tmp_path: Path, family: str, tied: bool) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1, tied=tied, sharded=True))
     target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
     expected = truth(tmp_path / "merge" / "expert0")
@@ -48,7 +48,7 @@ def test_a_target_is_what_the_loaded_expert_says(tmp_path: Path, family: str, ti
     assert torch.equal(rebuild_logits(student.model, target.last_hidden_CH[None])[0], expected.logits[0])
 
 
-def test_bfloat16_experts_too(tmp_path: Path) -> None:
+def test_a_bfloat16_target_holds_the_outputs_of_the_loaded_expert(tmp_path: Path) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", "gemma2", experts=1, dtype=torch.bfloat16))
     assert plan.dtype == "bfloat16"
     target = FrozenExpert(plan, 0, CPU).target(SAMPLE)
@@ -57,7 +57,7 @@ def test_bfloat16_experts_too(tmp_path: Path) -> None:
     assert target.last_hidden_CH is not None and target.last_hidden_CH.dtype == torch.bfloat16
 
 
-def test_another_head_carries_the_logits(tmp_path: Path) -> None:
+def test_a_target_holds_the_logits_if_the_head_differs_from_the_base_s(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=1)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "base")
     expert = tiny.make_expert(base, seed=1)
@@ -69,13 +69,13 @@ def test_another_head_carries_the_logits(tmp_path: Path) -> None:
     assert torch.equal(target.logits_CV, truth(tmp_path / "merge" / "expert0").logits[0])
 
 
-def test_a_head_that_is_merged_carries_the_logits(tmp_path: Path) -> None:
+def test_a_target_holds_the_logits_if_the_head_is_merged(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=1, exclude=[".*norm.*"])
     target = FrozenExpert(plan_of(config), 0, CPU).target(SAMPLE)
     assert target.last_hidden_CH is None and target.logits_CV is not None
 
 
-def test_another_configuration_carries_the_logits(tmp_path: Path) -> None:
+def test_a_target_holds_the_logits_if_the_config_differs_from_the_base_s(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", "gemma2", experts=1)
     path = tmp_path / "merge" / "expert0" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"final_logit_softcapping": 5.0}))
@@ -84,7 +84,7 @@ def test_another_configuration_carries_the_logits(tmp_path: Path) -> None:
     assert torch.equal(target.logits_CV, truth(tmp_path / "merge" / "expert0").logits[0])
 
 
-def test_an_expert_writes_its_own_response_greedily(tmp_path: Path) -> None:
+def test_an_expert_generates_its_response_greedily(tmp_path: Path) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
     target = FrozenExpert(plan, 0, CPU).target(Sample(0, 0, SAMPLE.input_ids, "here", generate=4))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert0").eval()
@@ -123,7 +123,7 @@ def test_a_tied_config_beside_another_head_in_the_file_is_built_untied(tmp_path:
     assert not torch.equal(head, student.model.get_input_embeddings().weight)
 
 
-def test_names_without_a_partner_are_named(tmp_path: Path) -> None:
+def test_unmatched_tensors_and_parameters_are_named(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     tensors = read_model_header(folder).tensors
     norm = tensors.pop("model.norm.weight")
@@ -143,7 +143,7 @@ def test_a_shape_that_differs_from_the_configs_is_refused(tmp_path: Path) -> Non
     assert "64" in caught.value.expected
 
 
-def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
+def test_former_names_of_an_architecture_are_matched(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     model, _ = build_skeleton(load_model_config(folder), read_model_header(folder).tensors, torch.float32, folder)
     tensors = read_model_header(folder).tensors
@@ -154,14 +154,14 @@ def test_names_that_an_architecture_outgrew_are_known(tmp_path: Path) -> None:
     }
 
 
-def test_an_unknown_architecture_says_so(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "no_such_model"}')
     with refused(CheckpointError, where=str(folder), facts=["no_such_model"]):
         build_skeleton(load_model_config(folder), {}, torch.float32, folder)
 
 
-def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite_are_refused_by_the_sample(tmp_path: Path) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
     expert = FrozenExpert(plan, 0, CPU)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_an_expert_that_is_not_finite_on_a_sample_names_the_sample(tmp_path: Pat
         expert.target(SAMPLE)
 
 
-def test_memory_that_is_filled_later_has_the_run_s_type_whatever_the_module_was_built_in(tmp_path: Path) -> None:
+def test_unfilled_parameters_have_the_run_s_dtype(tmp_path: Path) -> None:
     """The code of a checkpoint may build its language model in the dtype of that model's own config."""
     folder = tiny.save(tiny.make_model(), tmp_path / "model")
     model, places = build_skeleton(load_model_config(folder), read_model_header(folder).tensors, torch.float32, folder)

@@ -81,7 +81,7 @@ def test_importance_does_not_depend_on_scale(factor: float, scaled: str) -> None
         ([0.5, 0.3, 0.2], 4.0, 1.0, [6, 3, 2]),  # 6, 3.6, 2.4
         ([0.5, 0.3, 0.2], 1.1, 2.0, [2, 0, 0]),  # 2.171, 0.782, 0.347
         ([0.5, 0.3, 0.2], 1.1, 0.0, [1, 1, 1]),  # 1.1 each
-        ([0.64, 0.36, 0.0], 7 / 3, 0.5, [4, 3, 0]),  # 7 · 8/14 and 7 · 6/14, whole numbers that rounding blurs
+        ([0.64, 0.36, 0.0], 7 / 3, 0.5, [4, 3, 0]),  # 7 · 8/14 and 7 · 6/14: whole numbers, up to rounding
         ([1.0, 0.0], 1.5, 1.0, [3, 0]),
         ([1.0], 0.9, 1.0, [0]),
     ],
@@ -146,13 +146,13 @@ def test_stage_2_of_experts_that_equal_the_base_has_one_chunk_a_tensor() -> None
 
 
 @pytest.mark.parametrize(("alpha", "magnitude", "budget"), [(ALPHA, MAGNITUDE, 0.4), (ALPHA, np.zeros((2, 3)), 0.9)])
-def test_a_budget_with_nothing_left_to_learn_is_a_config_error(alpha: Array, magnitude: Array, budget: float) -> None:
+def test_a_budget_that_gives_no_chunk_is_a_config_error(alpha: Array, magnitude: Array, budget: float) -> None:
     with refused(ConfigError, where="parameters.budget", do="`budget`", facts=[f"{budget}"]):
         stage_2_layout(stage_1(alpha), magnitude, budget, kappa=1.0)
 
 
-def test_the_importance_file_has_the_schema_of_the_design_and_the_chunks_that_there_are(tmp_path: Path) -> None:
-    # 18 · (1/3, 2/3, 0) = 6, 12, 0; ten elements in six pieces are five of two, twenty in twelve are ten of two.
+def test_the_importance_file_has_its_schema_and_the_actual_numbers_of_chunks(tmp_path: Path) -> None:
+    # 18 · (1/3, 2/3, 0) = 6, 12, 0. Chunks of ⌈10/6⌉ = ⌈20/12⌉ = 2 elements yield 5 and 10 of them.
     layout, scores_L = stage_2_layout(stage_1(), MAGNITUDE, budget=6.0, kappa=1.0)
     path = tmp_path / "importance.parquet"
     write_importance(path, layout, scores_L)

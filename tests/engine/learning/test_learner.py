@@ -1,4 +1,4 @@
-"""The learner against a plain torch loop, its schedule against a closed form, and its state against a stop."""
+"""The learner against a plain torch loop, its schedule against a closed form, and resuming from its state."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def plan(weights: tuple[float, ...] = WEIGHTS, merge_method: str = "expert_mergi
 
 
 def partly_fixed() -> Stage:
-    """Two tensors learned from a start of their own, one fixed."""
+    """Return a stage with two learned tensors, which start away from the prior, and a fixed one."""
     generator = np.random.default_rng(1)
     start, fixed = generator.uniform(0.1, 0.9, (2, CUT.width)), generator.uniform(0.1, 0.9, (2, CUT.width))
     return Stage(2, CUT, np.array(WEIGHTS), start, fixed)
 
 
 def tied() -> Stage:
-    """One coefficient an expert, with a tensor that keeps another."""
+    """Return a stage with one coefficient per expert and a fixed tensor."""
     start, fixed = np.repeat([[0.3], [0.6]], CUT.width, axis=1), np.full((2, CUT.width), 0.7)
     return Stage(1, CUT, np.array(WEIGHTS), start, fixed, tied=True)
 
@@ -65,7 +65,7 @@ def gradients(steps: int, width: int, seed: int = 0) -> list[Array]:
 def plain_loop(
     stage: Stage, parameters: Parameters, slopes: list[Array]
 ) -> tuple[list[torch.Tensor], list[StepMetrics]]:
-    """What the method's page says, written with nothing but torch."""
+    """Return the coefficients and metrics after each step of the method, written with torch alone."""
     learned = torch.from_numpy(stage.layout.learned_columns)
     width = 1 if stage.tied else int(learned.sum())
     prior = torch.from_numpy(np.array(stage.prior))[:, None].expand(-1, width)
@@ -80,7 +80,7 @@ def plain_loop(
     for slope in slopes:
         optimizer.zero_grad()
         alpha = torch.sigmoid(a)
-        # A start at the prior differs from it by a rounding here, and |·| has no slope there.
+        # The start differs from the prior by rounding here, where |·| must have no gradient.
         away = (alpha - prior) * ((alpha - prior).abs() > 1e-12)
         pull = away.abs().sum() / width
         loss = (alpha * torch.from_numpy(slope)[:, learned]).sum() + parameters.regularization * pull
@@ -94,7 +94,7 @@ def plain_loop(
 
 
 def closed_rate(step: int, rate: float) -> float:
-    """Cosine annealing to a tenth, starting again after 50 steps and after 100 more."""
+    """Return cosine annealing to a tenth of the rate, with restarts after 50 steps and after 100 more."""
     period, since = (50, step) if step < 50 else (100, step - 50) if step < 150 else (200, step - 150)
     return 0.1 * rate + (rate - 0.1 * rate) * (1 + math.cos(math.pi * since / period)) / 2
 
@@ -129,7 +129,7 @@ def test_steps_are_those_of_a_plain_torch_loop(stage: Stage, options: dict[str, 
 
 
 def test_the_first_step_by_hand() -> None:
-    """AdamW's first step is the sign of the gradient times the learning rate, beside the decay of a."""
+    """AdamW's first step is the learning rate times the sign of the gradient, plus the decay of a."""
     parameters = Parameters(learning_rate=0.25, weight_decay=0.1, regularization=5.0)
     learner = Learner(parameters, first_stage(plan()))
     slope = np.array([[1.0, -2.0, 3.0], [-0.5, 0.25, 1.0]])
@@ -159,7 +159,7 @@ def test_the_learning_rate_follows_its_closed_form_through_two_restarts() -> Non
 
 @pytest.mark.parametrize("stage", [partly_fixed(), tied()], ids=["each-column", "tied"])
 @pytest.mark.parametrize("stop", [1, 7, 49, 50, 51])
-def test_a_restored_learner_goes_on_bit_for_bit(stop: int, stage: Stage) -> None:
+def test_a_restored_learner_resumes_bit_for_bit(stop: int, stage: Stage) -> None:
     slopes = gradients(60, CUT.width)
     whole, first = Learner(Parameters(), stage), Learner(Parameters(), stage)
     for slope in slopes[:stop]:
@@ -178,7 +178,7 @@ def test_a_restored_learner_goes_on_bit_for_bit(stop: int, stage: Stage) -> None
 
 
 def test_a_state_is_a_snapshot_that_later_steps_leave_alone() -> None:
-    """A step that is asked for twice with the same state must give the same answer twice."""
+    """Repeating a step from the same state must give the same result."""
     stage, slopes = partly_fixed(), gradients(4, CUT.width)
     learner = Learner(Parameters(), stage)
     learner.step(slopes[0])
@@ -194,7 +194,7 @@ def test_a_state_is_a_snapshot_that_later_steps_leave_alone() -> None:
     assert answers[1].same_as(answers[0])
 
 
-def test_fixed_columns_never_move_and_their_gradients_count_for_nothing() -> None:
+def test_fixed_columns_never_move_and_their_gradients_are_ignored() -> None:
     stage = partly_fixed()
     learner, other = Learner(Parameters(), stage), Learner(Parameters(), stage)
     fixed = ~CUT.learned_columns
@@ -281,7 +281,7 @@ def test_the_regularisation_pulls_back_to_the_prior() -> None:
     assert (np.abs(learner.coefficients.values - stage.start) < np.abs(away - stage.start)).all()
 
 
-def test_a_prior_that_is_to_be_found_is_the_same_for_all_that_have_none(llama_merge: Path) -> None:
+def test_a_common_prior_fills_in_for_every_expert_without_one(llama_merge: Path) -> None:
     made = plan_of(
         llama_merge, "parameters.weight=auto", "models.0.parameters.weight=null", "models.1.parameters.weight=0.25"
     )

@@ -1,4 +1,4 @@
-"""The losses against closed forms in float64, and their gradients against finite differences of these."""
+"""Losses against closed forms in float64, and their gradients against finite differences of the closed forms."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def random(*shape: int, seed: int = 0, scale: float = 2.0) -> Tensor:
 
 
 def closed_kl(student_TV: Array, expert_TV: Array, temperature: float) -> float:
-    """T² · mean over tokens of Σ p · ln(p / q)."""
+    """Return T² · mean over tokens of Σ p · ln(p / q)."""
     p = np.exp(expert_TV / temperature) / np.exp(expert_TV / temperature).sum(axis=1, keepdims=True)
     q = np.exp(student_TV / temperature) / np.exp(student_TV / temperature).sum(axis=1, keepdims=True)
     return float(temperature**2 * (p * np.log(p / q)).sum(axis=1).mean())
 
 
 def closed_entropy(z_TV: Array) -> float:
-    """−Σ over tokens of Σ p · ln p."""
+    """Return −Σ over tokens of Σ p · ln p."""
     p = np.exp(z_TV) / np.exp(z_TV).sum(axis=1, keepdims=True)
     return float(-(p * np.log(p)).sum())
 
@@ -49,7 +49,7 @@ def closed_hidden(student: dict[int, Array], expert: dict[int, Array]) -> float:
 
 
 def differences(loss: Callable[[Array], float], at: Array, step: float = 1e-5) -> Array:
-    """Central differences of a float64 function."""
+    """Return the gradient of a float64 function by central differences."""
     slopes = np.zeros_like(at)
     for place in np.ndindex(*at.shape):
         up, down = at.copy(), at.copy()
@@ -67,7 +67,7 @@ def gradient(loss: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
 
 
 def divergence(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> Tensor:
-    """T² · Σ over tokens of KL as torch has it, in float64, for autograd to go through."""
+    """Return T² · Σ over tokens of torch's KL divergence in float64, differentiable by autograd."""
     student, expert = (functional.log_softmax(z.double() / temperature, dim=-1) for z in (student_TV, expert_TV))
     return temperature**2 * functional.kl_div(student, expert, log_target=True, reduction="sum")
 
@@ -93,7 +93,7 @@ def test_the_logit_loss_and_its_gradient_are_those_of_torch_s_kl_divergence(
     expert = random(tokens, words, seed=seed + 1, scale=scale) + (50 if far else 0)
     found, slope = logit_loss(student, expert, temperature)
     wanted = divergence(student, expert, temperature).item()
-    # Log-probabilities are of the size of the logits, and so are their last bits.
+    # The rounding of log-probabilities is proportional to the size of the logits.
     size = float(max(student.abs().max(), expert.abs().max())) / temperature
     assert found.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6 * temperature**2 * tokens * (1 + size))
     autograd = gradient(lambda z: divergence(z, expert, temperature), student)
@@ -112,7 +112,7 @@ def test_the_logit_loss_is_zero_at_a_perfect_match_and_flat_there(temperature: f
 def test_the_logit_loss_changes_neither_operand_and_records_nothing(dtype: torch.dtype) -> None:
     student, expert = random(5, 7, seed=1).to(dtype).requires_grad_(), random(5, 7, seed=2).to(dtype)
     before = student.detach().clone(), expert.clone()
-    # At 1 nothing need be divided: there the operands themselves would be at hand.
+    # At T = 1 an implementation could skip the division and work on the operands in place.
     found, slope = logit_loss(student, expert, 1.0)
     assert torch.equal(student.detach(), before[0]) and torch.equal(expert, before[1])
     assert not found.requires_grad and not slope.requires_grad
@@ -149,7 +149,7 @@ def test_the_logit_loss_is_never_negative(seed: int, tokens: int, words: int, te
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_the_temperature_comes_in_squared(temperature: float) -> None:
+def test_the_loss_scales_with_the_square_of_the_temperature(temperature: float) -> None:
     student, expert = random(5, 7, seed=1), random(5, 7, seed=2)
     heated, _ = logit_loss(student * temperature, expert * temperature, temperature)
     torch.testing.assert_close(heated, temperature**2 * logit_loss(student, expert, 1.0)[0])
@@ -203,7 +203,7 @@ def test_the_entropy_and_its_gradient_are_those_of_torch_s_distribution(
         return torch.distributions.Categorical(logits=z.double()).entropy().sum()
 
     found, slope = entropy_loss(logits)
-    # A probability is as exact as the logits' last bits let it be.
+    # The rounding of the logits bounds the precision of a probability.
     size = 1 + float(logits.abs().max())
     assert found.item() == pytest.approx(torch_s(logits).item(), rel=1e-5, abs=1e-6 * tokens * size)
     torch.testing.assert_close(slope, gradient(torch_s, logits), rtol=1e-4, atol=2e-6 * size)
@@ -244,7 +244,7 @@ def test_a_logit_that_rules_a_word_out_has_no_part_in_the_entropy() -> None:
     torch.testing.assert_close(slope, torch.cat([slopes, torch.zeros(2, 1)], dim=1))
 
 
-def test_the_entropy_of_what_is_not_finite_is_not_finite() -> None:
+def test_the_entropy_of_logits_that_are_not_finite_is_not_finite() -> None:
     for spoilt in (torch.nan, torch.inf):
         logits = random(2, 6)
         logits[1, 3] = spoilt
@@ -337,7 +337,7 @@ def test_the_relative_hidden_loss_is_the_closed_form_and_so_is_its_gradient() ->
 
 @settings(deadline=None, max_examples=30)
 @given(st.floats(1e-3, 1e4), st.integers(2, 6), st.integers(0, 99))
-def test_the_relative_hidden_loss_has_no_unit(size: float, tokens: int, seed: int) -> None:
+def test_the_relative_hidden_loss_does_not_depend_on_scale(size: float, tokens: int, seed: int) -> None:
     student, expert = random(tokens, 5, seed=seed), random(tokens, 5, seed=seed + 1)
     plain = relative_hidden_loss({0: student}, {0: expert}).item()
     assert relative_hidden_loss({0: size * student}, {0: size * expert}).item() == pytest.approx(plain, rel=1e-3)

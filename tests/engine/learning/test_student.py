@@ -1,5 +1,5 @@
-"""The gradient of the coefficients, without any expert in the student, against autograd and finite differences; and the
-same bits whenever the weights come and wherever the gradients go.
+"""The student: coefficient gradients against autograd and finite differences, and the same bits whenever weights arrive
+and whether gradients leave or stay.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
     return config, plan, targets_of(plan, folder), Coefficients(layout, values)
 
 
-def unlabelled(target: Target) -> Target:
+def tokens_only(target: Target) -> Target:
     return Target(target.input_ids_T)
 
 
@@ -74,7 +74,7 @@ def constant(plan: Plan, weight: float) -> Coefficients:
 def loss_at(plan, student: Student, target: Target, coefficients: Coefficients) -> float:
     student.expect(LocalShards(plan, 1, overlap=False).merge(coefficients, student))
     (losses,) = student.accumulate([(target, 1.0)])
-    standing(student)
+    take_gradients(student)
     return losses.kl + 0.7 * losses.hidden
 
 
@@ -87,7 +87,7 @@ def gradient(plan, student: Student, target: Target, coefficients: Coefficients)
 
 
 def filled(plan: Plan, coefficients: Coefficients | None = None) -> Student:
-    """A student in which every merged tensor has arrived."""
+    """Return a student in which every merged tensor has arrived."""
     student = Student(plan, CPU)
     arrivals = LocalShards(plan, 1, overlap=False).merge(coefficients or constant(plan, 0.3), student)
     for future in (future for futures in arrivals.values() for future in futures):
@@ -96,17 +96,17 @@ def filled(plan: Plan, coefficients: Coefficients | None = None) -> Student:
 
 
 def parameters(student: Student) -> dict[str, torch.nn.Parameter]:
-    """Those that are merged, or have a merged part, by the module's names."""
+    """Return the parameters that are merged or have a merged part, by the module's names."""
     return {name: parameter for name, parameter in student.model.named_parameters() if parameter.requires_grad}
 
 
-def standing(student: Student) -> dict[str, Tensor]:
-    """The gradients that stand on the merged parameters, taken away."""
-    found = {}
+def take_gradients(student: Student) -> dict[str, Tensor]:
+    """Remove the gradients from the merged parameters and return them."""
+    gradients = {}
     for name, parameter in parameters(student).items():
         assert parameter.grad is not None, name
-        found[name], parameter.grad = parameter.grad, None
-    return found
+        gradients[name], parameter.grad = parameter.grad, None
+    return gradients
 
 
 def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -131,10 +131,10 @@ def test_coefficient_gradients_equal_autograd_through_the_composed_weights(setup
         np.testing.assert_allclose(got[:, column], expected, rtol=1e-3, atol=1e-5 * np.abs(got).max(), err_msg=name)
 
 
-def test_of_tokens_alone_the_entropy_has_the_gradient_of_autograd_through_the_composed_weights(setup) -> None:
-    """The temperature of the plan, 1.5, is none of the entropy's."""
+def test_the_gradient_of_the_entropy_equals_autograd_through_the_composed_weights(setup) -> None:
+    """The plan's temperature, 1.5, must not affect the entropy."""
     config, plan, targets, coefficients = setup
-    target = unlabelled(targets[1, 2])
+    target = tokens_only(targets[1, 2])
     student, reference = Student(plan, CPU), Reference(config)
     got = gradient(plan, student, target, coefficients)
     columns = coefficients.layout.columns
@@ -182,49 +182,49 @@ def test_gradients_of_a_window_add_up(setup) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
-@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
-def test_samples_of_any_lengths_in_one_pass_are_as_good_as_each_alone(
-    tmp_path: Path, family: str, exclude: list[str] | None, labelled: bool
+@pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
+def test_samples_of_any_lengths_in_one_pass_give_the_losses_and_gradients_of_each_alone(
+    tmp_path: Path, family: str, exclude: list[str] | None, has_expert: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
     config = tiny.make_merge(tmp_path / "merge", family, experts=2, samples=(3, 1), **options)
-    # Longer than the window of those families that have one, and much longer than the others.
+    # Longer than the attention window of the families that have one, and much longer than the other samples.
     tiny.write_calibration(config.parent / "expert1.jsonl", 1, seed=5, length=40)
     plan = plan_of(config)
     student, targets = filled(plan), targets_of(plan, tmp_path)
-    said = [target if labelled else unlabelled(target) for target in targets.values()]
+    said = [target if has_expert else tokens_only(target) for target in targets.values()]
     samples = [(target, 0.1 + 0.2 * number) for number, target in enumerate(said)]
     assert {len(target.input_ids_T) for target, _ in samples} == {9, 10, 11, 40}
     alone = [student.accumulate([sample]) for sample in samples]
-    apart = standing(student)
+    apart = take_gradients(student)
     together = student.accumulate(samples)
     for (wanted,), found in zip(alone, together, strict=True):
         assert (found.kl, found.hidden) == pytest.approx((wanted.kl, wanted.hidden), rel=1e-4)
         assert (found.entropy or 0) == pytest.approx(wanted.entropy or 0, rel=1e-4)
-        assert (found.entropy is None) == labelled
-    for name, gradient in standing(student).items():
+        assert (found.entropy is None) == has_expert
+    for name, gradient in take_gradients(student).items():
         scale = apart[name].abs().max().item()
         torch.testing.assert_close(gradient, apart[name], rtol=0, atol=GRADIENT * scale, msg=name)
 
 
-def test_what_a_short_sample_is_filled_up_with_does_not_count(setup) -> None:
+def test_padding_does_not_count(setup) -> None:
     _, plan, targets, coefficients = setup
     student, samples = filled(plan, coefficients), [(targets[0, 2], 0.3), (targets[0, 0], 0.7)]
     lengths = [len(target.input_ids_T) for target, _ in samples]
-    wanted, slopes = student.accumulate(samples), standing(student)
+    wanted, slopes = student.accumulate(samples), take_gradients(student)
     passes = []
 
     def fill_otherwise(_: object, __: object, inputs: dict[str, object]) -> tuple[tuple[()], dict[str, object]]:
         mask_BT = inputs.get("attention_mask")
         if not isinstance(mask_BT, Tensor):
-            return (), inputs  # the head alone
+            return (), inputs  # called by `rebuild_logits`
         assert mask_BT.sum(1).tolist() == lengths
         passes.append(mask_BT.shape)
         return (), inputs | {"input_ids": inputs["input_ids"].masked_fill(mask_BT == 0, 7)}
 
     student.model.base_model.register_forward_pre_hook(fill_otherwise, with_kwargs=True)
     assert student.accumulate(samples) == wanted
-    assert_same_bits(standing(student), slopes)
+    assert_same_bits(take_gradients(student), slopes)
     assert passes == [(2, max(lengths))]
 
 
@@ -235,10 +235,10 @@ def test_a_perfect_match_has_no_loss_and_no_gradient(tmp_path: Path) -> None:
     (losses,) = student.accumulate([(targets_of(plan, tmp_path)[0, 0], 1.0)])
     assert losses.kl == pytest.approx(0, abs=1e-6)
     assert losses.hidden == pytest.approx(0, abs=1e-8)
-    assert max(gradient.abs().max() for gradient in standing(student).values()) < 1e-5
+    assert max(gradient.abs().max() for gradient in take_gradients(student).values()) < 1e-5
 
 
-def test_what_is_never_merged_is_never_copied_and_has_no_gradient(setup) -> None:
+def test_only_merged_parameters_have_a_gradient(setup) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
     student.accumulate([(targets[0, 0], 1.0)])
@@ -246,16 +246,16 @@ def test_what_is_never_merged_is_never_copied_and_has_no_gradient(setup) -> None
     assert with_gradient == set(plan.merged)
 
 
-@pytest.mark.parametrize("say", [lambda target: target, unlabelled], ids=["labelled", "unlabelled"])
-def test_a_loss_that_is_not_finite_is_an_error(setup, say: Callable[[Target], Target]) -> None:
+@pytest.mark.parametrize("convert", [lambda target: target, tokens_only], ids=["with-expert", "tokens-only"])
+def test_a_loss_that_is_not_finite_is_an_error(setup, convert: Callable[[Target], Target]) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
     spoil(student)
     with refused(RunError, do="`learning_rate`", facts=["not finite"]):
-        student.accumulate([(say(targets[0, 0]), 1.0)])
+        student.accumulate([(convert(targets[0, 0]), 1.0)])
 
 
-def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_buffer_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:
     _, plan, _, _ = setup
     cut_small(monkeypatch, block=100, piece=300)
     student = Student(plan, CPU)
@@ -263,25 +263,25 @@ def test_the_room_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytes
         cut = list(pieces(name, parameter.shape))
         assert len(cut) > 1
         for value, piece in enumerate(cut):
-            room = student.buffer(piece)
-            assert room.shape == (piece.numel,) and not room.requires_grad
-            student.put(piece, room.fill_(value))
+            buffer = student.buffer(piece)
+            assert buffer.shape == (piece.numel,) and not buffer.requires_grad
+            student.put(piece, buffer.fill_(value))
         numbers = [value for value, piece in enumerate(cut) for _ in range(piece.numel)]
         assert parameter.flatten().tolist() == numbers
 
 
-# Weights that arrive while the student already computes.
+# Weights that arrive during the forward pass.
 
 
 def spoil(student: Student) -> None:
-    """Whoever computes with what has not arrived shall be found out."""
+    """Fill the merged parameters with NaN, so that a pass with weights that have not arrived shows in its results."""
     with torch.no_grad():
         for parameter in parameters(student).values():
             parameter.fill_(torch.nan)
 
 
 class Late:
-    """Merged tensors that are put into a student piece by piece, in the order given, from another thread."""
+    """Merged tensors that another thread puts into a student piece by piece, in a given order."""
 
     def __init__(self, plan: Plan, coefficients: Coefficients) -> None:
         source = parameters(filled(plan, coefficients))
@@ -301,11 +301,11 @@ class Late:
             for piece in order:
                 try:
                     before(piece)
-                    room = student.buffer(piece)
-                    room.copy_(self.content[piece])
-                    student.put(piece, room)
+                    buffer = student.buffer(piece)
+                    buffer.copy_(self.content[piece])
+                    student.put(piece, buffer)
                     futures[piece].set_result(None)
-                except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+                except Exception as error:  # noqa: BLE001 - raised by the future's result()
                     futures[piece].set_exception(error)
 
         threading.Thread(target=bring, daemon=True).start()
@@ -338,33 +338,33 @@ def test_weights_that_come_late_and_in_any_order_give_the_same_bits(
     student, late = filled(plan, coefficients), Late(plan, coefficients)
     assert len(late.content) > 2 * len(plan.merged)
     wanted = student.accumulate([(targets[0, 1], 0.75)])
-    slopes = standing(student)
+    slopes = take_gradients(student)
     pause = threading.Event()
     calls = []
     blocks_of(student.model)[2].register_forward_hook(lambda *_: calls.append(None))
     student.expect(late.come(student, ORDERS[order](list(late.content)), lambda _: pause.wait(1e-3)))
     assert student.accumulate([(targets[0, 1], 0.75)]) == wanted
-    assert_same_bits(standing(student), slopes)
-    assert len(calls) == 1, "what has been waited for need not be computed again"
+    assert_same_bits(take_gradients(student), slopes)
+    assert len(calls) == 1, "one pass is enough if every block was waited for"
 
 
-def test_blocks_compute_while_the_weights_of_later_ones_are_on_their_way(setup) -> None:
+def test_blocks_run_while_the_weights_of_later_ones_are_in_flight(setup) -> None:
     _, plan, targets, coefficients = setup
     student, late = filled(plan, coefficients), Late(plan, coefficients)
     wanted = student.accumulate([(targets[0, 0], 1.0)])
-    slopes = standing(student)
+    slopes = take_gradients(student)
     done = [threading.Event() for _ in range(3)]
     for event, block in zip(done, blocks_of(student.model), strict=True):
         block.register_forward_hook(lambda *_, event=event: event.set())
 
     def before(piece: Piece) -> None:
-        # The weights of a block start only when the block before it is done.
+        # The weights of a block are sent only after the block before it has run.
         number = int(piece.name.split(".")[2])
         assert number == 0 or done[number - 1].wait(LONG)
 
     student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
     assert student.accumulate([(targets[0, 0], 1.0)]) == wanted
-    assert_same_bits(standing(student), slopes)
+    assert_same_bits(take_gradients(student), slopes)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
@@ -383,14 +383,14 @@ def test_an_arrival_that_fails_fails_the_computation(setup, name: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_blocks_that_are_never_called_are_waited_for_all_the_same(
+def test_weights_of_blocks_that_are_never_called_are_waited_for(
     setup, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     """Some models use a block's weights without calling the block."""
     config, plan, targets, coefficients = setup
     student = filled(plan, coefficients)
     wanted = student.accumulate([(targets[0, 0], 1.0)])
-    slopes = standing(student)
+    slopes = take_gradients(student)
     never: list[torch.nn.Module] = []
 
     def uncalled(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -404,19 +404,19 @@ def test_blocks_that_are_never_called_are_waited_for_all_the_same(
     student.model.base_model.norm.register_forward_hook(lambda *_: end.set())
 
     def before(piece: Piece) -> None:
-        # By then, the model has been gone through without these.
+        # Sent only after a whole pass has run without these weights.
         assert piece.name.startswith("model.layers.0.") or end.wait(LONG)
 
     student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
     assert student.accumulate([(targets[0, 0], 1.0)]) == wanted
-    assert_same_bits(standing(student), slopes)
+    assert_same_bits(take_gradients(student), slopes)
 
 
 # Gradients that leave.
 
 
 class Recorder:
-    """Takes gradients as they leave."""
+    """A `Gradients` that keeps what it is sent."""
 
     def __init__(self, student: Student) -> None:
         self.student, self.taken = student, dict[str, Tensor]()
@@ -425,7 +425,7 @@ class Recorder:
     def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
         gradient = fetch()
         assert gradient.nbytes == nbytes and not gradient.requires_grad
-        assert parameters(self.student)[name].grad is None, "it does not stay behind"
+        assert parameters(self.student)[name].grad is None, "no gradient stays on the parameter"
         self.order.append(name)
         self.taken[name] = gradient.clone()
 
@@ -435,21 +435,21 @@ class Recorder:
 
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3", False), ("gemma3", True)])
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
-def test_gradients_that_leave_are_those_that_would_have_stood(
+def test_gradients_that_leave_equal_those_that_would_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, exclude: list[str] | None
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
     plan = plan_of(tiny.make_merge(tmp_path / "merge", family, samples=(1, 2), tied=tied, **options))
-    # Several pieces of the logits: the head's gradient is a sum of several.
+    # Several pieces of logits, so that the head's gradient is a sum.
     monkeypatch.setattr(engine.learning.student, "LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
     student, targets = filled(plan), targets_of(plan, tmp_path)
     embedding = [name for name in plan.merged if "embed_tokens" in name or "lm_head" in name]
     assert len(embedding) == (0 if exclude is None else 1 if tied else 2)
 
     whole = [student.accumulate([(targets[at], 0.75)]) for at in ((0, 0), (1, 1))]
-    slopes = standing(student)
+    slopes = take_gradients(student)
     leaving = Recorder(student)
-    # The sum over the window leaves with the last sample.
+    # The sum over the window leaves in the last sample's backward pass.
     parts = [
         student.accumulate([(targets[0, 0], 0.75)]),
         student.accumulate([(targets[1, 1], 0.75)], leaving),
@@ -459,9 +459,9 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
     assert_same_bits(leaving.taken, {name: slopes[name] for name in leaving.taken})
     assert all(parameter.grad is None for parameter in student.model.parameters())
     last, first = (max(i for i, name in enumerate(leaving.order) if f"layers.{block}." in name) for block in (2, 0))
-    assert last < first, "a gradient leaves while those of earlier blocks are still to come"
+    assert last < first, "gradients of late blocks leave before those of early blocks are computed"
 
-    # With every sample, as `gradients: stream` wants it: the parts add up to the same.
+    # Leaving with every sample, as with `gradients: stream`, the parts add up to the same sums.
     total: dict[str, Tensor] = {}
     for at in ((0, 0), (1, 1)):
         student.accumulate([(targets[at], 0.75)], again := Recorder(student))
@@ -471,20 +471,20 @@ def test_gradients_that_leave_are_those_that_would_have_stood(
         torch.testing.assert_close(total[name], slope, rtol=1e-4, atol=1e-6 * slope.abs().max().item(), msg=name)
 
 
-def test_gradients_stay_when_nobody_takes_them(setup) -> None:
+def test_gradients_stay_without_a_receiver(setup) -> None:
     _, plan, targets, _ = setup
     student = filled(plan)
     student.accumulate([(targets[0, 0], 1.0)], leaving := Recorder(student))
     student.accumulate([(targets[0, 0], 1.0)])
-    assert_same_bits(standing(student), leaving.taken)
+    assert_same_bits(take_gradients(student), leaving.taken)
     assert len(leaving.order) == len(plan.merged)
 
 
-# Logits, some tokens at a time.
+# Logits in pieces.
 
 
 class Shapes(TorchDispatchMode):
-    """The shapes of the float32 tensors that are made meanwhile."""
+    """Records the shapes of the float32 tensors that are created in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -492,14 +492,14 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, Sequence) else [out]:
-            if isinstance(one, Tensor) and one.dtype == torch.float32:
-                self.seen.add(tuple(one.shape))
+        for tensor in out if isinstance(out, Sequence) else [out]:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
+                self.seen.add(tuple(tensor.shape))
         return out
 
 
 def most_rows(seen: set[tuple[int, ...]]) -> int:
-    """Most tokens whose logits stood in one tensor. The head itself has as many rows as there are features."""
+    """Return the largest number of tokens with logits in one tensor, the head's own weight excluded."""
     logits = {shape for shape in seen if len(shape) > 1 and shape[-1] == tiny.VOCAB}
     return max(shape[-2] for shape in logits if shape[-2] != tiny.COMMON["hidden_size"])
 
@@ -507,9 +507,9 @@ def most_rows(seen: set[tuple[int, ...]]) -> int:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
+@pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
 def test_logits_in_pieces_give_the_same_losses_and_gradients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, labelled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, has_expert: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
     config = tiny.make_merge(
@@ -519,20 +519,20 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
     student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
     tokens = len(target.input_ids_T)
     assert tokens == 10 and (target.logits_CV is None) == (exclude is None)
-    target = target if labelled else unlabelled(target)
-    (wanted,), slopes = student.accumulate([(target, 0.75)]), standing(student)
+    target = target if has_expert else tokens_only(target)
+    (wanted,), slopes = student.accumulate([(target, 0.75)]), take_gradients(student)
 
     taken: list[tuple[int, ...]] = []
 
     def recorded(student_PV: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-        assert not labelled or student_PV.shape == others[0].shape
+        assert not has_expert or student_PV.shape == others[0].shape
         taken.append(tuple(student_PV.shape))
-        return (logit_loss if labelled else entropy_loss)(student_PV, *others)
+        return (logit_loss if has_expert else entropy_loss)(student_PV, *others)
 
-    monkeypatch.setattr(engine.learning.student, "logit_loss" if labelled else "entropy_loss", recorded)
-    # A byte less than another row would need; one row even where there is room for none.
+    monkeypatch.setattr(engine.learning.student, "logit_loss" if has_expert else "entropy_loss", recorded)
+    # A byte less than one more row needs; and one byte, with which there is still one row at a time.
     monkeypatch.setattr(engine.learning.student, "LOGIT_BYTES", 1 if rows == 1 else (rows + 1) * 4 * tiny.VOCAB - 1)
-    (found,), left = student.accumulate([(target, 0.75)]), standing(student)
+    (found,), left = student.accumulate([(target, 0.75)]), take_gradients(student)
     full, rest = divmod(tokens, rows)
     assert taken == [(rows, tiny.VOCAB)] * full + [(rest, tiny.VOCAB)] * bool(rest)
     assert found.hidden == wanted.hidden
@@ -542,12 +542,12 @@ def test_logits_in_pieces_give_the_same_losses_and_gradients(
         torch.testing.assert_close(left[name], slope, rtol=0, atol=GRADIENT * slope.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("say", [lambda target: target, unlabelled], ids=["labelled", "unlabelled"])
-def test_the_logits_of_all_tokens_never_stand_at_once(
-    setup, monkeypatch: pytest.MonkeyPatch, say: Callable[[Target], Target]
+@pytest.mark.parametrize("convert", [lambda target: target, tokens_only], ids=["with-expert", "tokens-only"])
+def test_the_logits_of_all_tokens_are_never_in_memory_at_once(
+    setup, monkeypatch: pytest.MonkeyPatch, convert: Callable[[Target], Target]
 ) -> None:
     _, plan, targets, _ = setup
-    student, target = filled(plan), say(targets[0, 2])
+    student, target = filled(plan), convert(targets[0, 2])
     tokens = len(target.input_ids_T)
     assert target.logits_CV is None and tokens < tiny.COMMON["hidden_size"]
     seen = []
@@ -559,7 +559,7 @@ def test_the_logits_of_all_tokens_never_stand_at_once(
     assert [most_rows(shapes) for shapes in seen] == [tokens, 2]
 
 
-# Blocks that compute twice.
+# Gradient checkpointing.
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -582,7 +582,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, excl
 
             block.self_attn.register_forward_hook(count)
         (losses,) = student.accumulate([(target, 0.75)])
-        slopes = standing(student)
+        slopes = take_gradients(student)
         forwards = calls[plan.config.gradient_checkpointing]
         _, hidden = student._decode([target])
         found.append((losses, slopes, [*hidden], forwards))
@@ -591,4 +591,4 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, excl
     assert_same_bits(again[1], slopes)
     assert len(hidden) == len(again[2]) == 4
     assert all(torch.equal(one, other) for one, other in zip(hidden, again[2], strict=True))
-    assert (forwards, again[3]) == (3, 6), "each block computes once more on the way back"
+    assert (forwards, again[3]) == (3, 6), "each block runs once more in the backward pass"

@@ -32,7 +32,7 @@ def plan(llama_merge: Path) -> Plan:
     return plan_of(llama_merge, "gradient_checkpointing=true")
 
 
-def test_one_device_is_the_whole_map(plan: Plan) -> None:
+def test_with_one_device_the_map_has_one_entry(plan: Plan) -> None:
     model, _ = build_skeleton(
         load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
     )

@@ -86,14 +86,14 @@ def test_tensors_of_models_with_images_are_where_from_pretrained_puts_them(
     assert_same(filled(tmp_path), theirs)
 
 
-def test_tensors_of_a_model_of_its_own_code_are_where_they_were(tmp_path: Path) -> None:
+def test_tensors_of_a_model_with_its_own_code_are_where_they_were(tmp_path: Path) -> None:
     model = tiny_images.make_model(tiny_images.CHAT)
     tiny_images.save(model, tmp_path, tiny_images.CHAT)
     assert_same(filled(tmp_path), model.state_dict())
 
 
 @mixture
-def test_each_experts_projection_is_a_part_of_its_own(tmp_path: Path, family: str) -> None:
+def test_each_experts_projection_is_a_distinct_part_of_a_parameter(tmp_path: Path, family: str) -> None:
     model = tiny.make_model(family)
     model.save_pretrained(tmp_path)
     _, places = built(tmp_path)

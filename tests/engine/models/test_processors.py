@@ -123,7 +123,7 @@ def test_a_processor_file_that_is_not_a_json_object_is_named(base: Path, file: s
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_a_processor_of_code_names_the_option_that_lets_it_run(base: Path, file: str) -> None:
+def test_a_processor_with_code_is_refused_by_the_option_that_allows_it(base: Path, file: str) -> None:
     (base / "evil.py").write_text(f"open({str(base / 'ran')!r}, 'w').close()\n")
     (base / file).write_text((base / "preprocessor_config.json").read_text())
     edit(base / file, processor_class="Evil", auto_map={"AutoProcessor": "evil.Evil"})
@@ -165,7 +165,7 @@ def test_tiles_are_those_of_dynamic_tiling(bases: dict[str, Path], width: int, h
     height=st.integers(1, 400),
     counts=st.lists(st.integers(1, 12), min_size=2, max_size=2).map(sorted),
 )
-def test_there_are_no_fewer_tiles_than_the_least_and_no_more_than_the_most(
+def test_the_number_of_tiles_is_within_its_limits(
     bases: dict[str, Path], width: int, height: int, counts: list[int]
 ) -> None:
     least, most = counts
@@ -174,7 +174,7 @@ def test_there_are_no_fewer_tiles_than_the_least_and_no_more_than_the_most(
     assert least <= len(found) <= most and found.shape[1:] == (3, SIDE, SIDE)
 
 
-def test_the_configuration_says_how_many_tiles_there_are(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_config_sets_the_limits_of_the_number_of_tiles(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(bases[tiny_images.CHAT], tmp_path / "base")
     for options, count in {(2, 2, True): 3, (1, 1, True): 1, (4, 4, False): 4, (6, 6, True): 7}.items():
         least, most, thumbnail = options
