@@ -1,4 +1,4 @@
-"""Fixtures that many tests share. Nothing here may reach a model hub."""
+"""Shared fixtures. Access to the model hub is switched off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Several processes of several threads share few cores here: those that wait must not spin. Before torch is imported.
+# Many threads share few cores in tests, so waiting threads must not spin. Takes effect only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 from engine.task_vectors import pieces, sums
 
-# Seconds. Nothing takes as long; a test that waits for it has found a deadlock.
+# Seconds. A test that waits this long has found a deadlock.
 LONG = 30
 
 
@@ -35,25 +35,25 @@ def plan_of(config: Path, *overrides: str) -> Plan:
 
 
 def cut_small(monkeypatch: pytest.MonkeyPatch, block: int, piece: int) -> None:
-    """Give small tensors several blocks and pieces, of so many elements at most."""
+    """Set the maximum elements of a block and of a piece, so that small tensors have several."""
     for module in (pieces, sums):
         monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(pieces, "PIECE", piece)
-    # A thread's buffers are made at its first use, of the size that holds then.
+    # A thread's buffers are allocated at first use, with the size set at that time.
     monkeypatch.setattr(sums, "_threads", sums._PerThread())
 
 
 def begun(call: Callable[[], object]) -> Future[object]:
-    """The call in a thread of its own, which has had time to come to its end or to where it must wait."""
+    """Start the call in a thread, give it time to finish or to block, and return its future."""
     future = Future[object]()
 
     def run() -> None:
         try:
             future.set_result(call())
-        except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+        except BaseException as error:  # noqa: BLE001 - raised by future.result()
             future.set_exception(error)
 
-    # A daemon: should it never end, the test fails and the tests go on.
+    # A daemon, so that a call that never ends fails its test only.
     threading.Thread(target=run, daemon=True).start()
     wait([future], timeout=0.05)
     return future
@@ -61,7 +61,7 @@ def begun(call: Callable[[], object]) -> Future[object]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Operations of tiny models gain nothing from a second thread, and wait long for it on a busy machine."""
+    """Limit torch to one thread: tiny models gain nothing from a second one, and wait for it on a busy machine."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(actors.process, "usable_cpus", lambda: 1)
@@ -72,19 +72,19 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def llama_merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """merge.yaml of two full Llama experts; read only."""
+    """merge.yaml of two full Llama experts. Read-only."""
     return tiny.make_merge(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture
 def make_merge(tmp_path: Path) -> Callable[..., Path]:
-    """`tiny.make_merge` into a folder of the test's own."""
+    """`tiny.make_merge` into a temporary folder of the test."""
     return lambda **options: tiny.make_merge(tmp_path / "merge", **options)
 
 
 @pytest.fixture(scope="module")
 def small_ray() -> Iterator[None]:
-    """A Ray of this module's own on two CPUs."""
+    """A local Ray with two CPUs, shared by the tests of a module."""
     import ray
 
     from cluster.session import ENVIRONMENT
@@ -104,26 +104,26 @@ def small_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """Where a server of object storage of this module's own answers."""
+    """URL of an S3 server, shared by the tests of a module."""
     with object_store.serving() as url:
         yield url
 
 
 @pytest.fixture
 def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    """A bucket of it, and a cache of what is read from there."""
+    """A new bucket of the server, and an empty cache."""
     return object_store.new_store(server, monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
-    """The command line in a process that is forked for each command."""
+    """The command line, in a process that forks for each command."""
     with hostile.server(tmp_path_factory.mktemp("home")) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
-    """The same, which has imported what a merge imports, and in which Ray may not start."""
+    """Like `planner`, with the modules of a merge imported before the fork. A command fails if it starts Ray."""
     with hostile.server(tmp_path_factory.mktemp("home"), prepared=True) as started:
         yield started

@@ -1,6 +1,7 @@
-"""A real S3 server on this machine for tests, with faults on demand.
+"""A local S3 server (moto) for tests, with faults on demand.
 
-Run as a program it serves: a process of its own, since pyarrow calls it while it holds this one's lock.
+Run as a program, this file is the server. It is a separate process, because pyarrow sends requests while it holds the
+GIL of the tests' process.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ class Store:
 
     @property
     def options(self) -> str:
-        """What an address says that names the server itself."""
+        """Options of an address that name this server."""
         return f"?endpoint_override={self.url.removeprefix('http://')}&scheme=http"
 
     def ask(self, method: str, path: str, data: bytes | None = None) -> bytes:
         headers = {"Authorization": SIGNED, "Content-Type": "application/octet-stream"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            found: bytes = answer.read()
-        return found
+        with urllib.request.urlopen(request, timeout=30) as response:
+            content: bytes = response.read()
+        return content
 
     def put(self, name: str, data: bytes = b"") -> None:
         self.ask("PUT", f"{self.bucket}/{urllib.parse.quote(name)}", data)
 
     def put_all(self, folder: Path, under: str) -> str:
-        """Upload a folder's files; its address."""
+        """Upload the files of a folder, and return its address."""
         for path in folder.rglob("*"):
             if path.is_file():
                 self.put(f"{under}/{path.relative_to(folder).as_posix()}", path.read_bytes())
@@ -64,13 +65,13 @@ class Store:
         self.ask("DELETE", f"{self.bucket}/{name}")
 
     def keys(self) -> set[str]:
-        """The objects, without the empty ones that stand for folders."""
+        """Return the names of the objects, without the empty ones that stand for folders."""
         listed = self.ask("GET", f"{self.bucket}?list-type=2&encoding-type=url").decode()
         return {urllib.parse.unquote(key) for key in re.findall("<Key>(.*?)</Key>", listed) if not key.endswith("/")}
 
     @contextmanager
     def fault(self, name: str) -> Iterator[None]:
-        """See FAULTS, for as long as the context lasts."""
+        """Apply one of FAULTS for the duration of the context."""
         self.ask("PUT", f"_fault/{name}")
         try:
             yield
@@ -78,13 +79,13 @@ class Store:
             self.ask("PUT", "_fault/none")
 
     def gets(self) -> list[str]:
-        """The paths of all objects that were read so far."""
+        """Return the paths of all objects that were read so far."""
         return self.ask("GET", "_gets").decode().split()
 
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """The URL of a server."""
+    """Run a server and yield its URL."""
     command = [sys.executable, __file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
@@ -95,7 +96,7 @@ def serving() -> Iterator[str]:
 
 
 def new_store(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Store:
-    """A bucket that this process finds by its environment, and a cache of its own."""
+    """Make a bucket, and set the environment of this process to the server and to the cache."""
     import engine.storage.address
 
     for name, value in ENVIRONMENT.items():
@@ -109,7 +110,7 @@ def new_store(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Store:
 
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-# Of a request's method and query, whether it is refused, or how many seconds it waits.
+# From a request's method and query: True to refuse the request, or the seconds to delay it.
 FAULTS: dict[str, Callable[[str, str], bool | float]] = {
     "none": lambda method, query: 0.0,
     "refuse-all": lambda method, query: True,
@@ -136,11 +137,11 @@ def main() -> None:
             return ["\n".join(gets).encode()]
         if method == "GET" and "list-type" not in query:
             gets.append(path)
-        if (found := fault(method, query)) is True:
+        if (delay := fault(method, query)) is True:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [DENIED]
-        time.sleep(found)
+        time.sleep(delay)
         return application(environ, start)
 
     server = make_server("127.0.0.1", 0, answer, threaded=True)

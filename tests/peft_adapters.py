@@ -1,4 +1,4 @@
-"""LoRA adapters of tiny models as peft writes them, with what peft's own merge makes of each tensor."""
+"""LoRA adapters of tiny models, written by peft, with the tensors of peft's own merge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.checkpoints.headers import read_model_header
 
 @dataclass(frozen=True)
 class Built:
-    """A base and an adapter on disk, and what peft's merge makes of each of the base's tensors."""
+    """A base and an adapter on disk, and the base's tensors before and after peft's merge."""
 
     base: Path
     adapter: Path
@@ -33,7 +33,7 @@ class Built:
 
 
 def gpt2(tied: bool = True) -> Any:
-    """A tiny GPT-2: its blocks are Conv1D, which stores weights as [in, out]."""
+    """Make a tiny GPT-2. The layers of its blocks are Conv1D, which stores weights as [in, out]."""
     config = transformers.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
     )
@@ -43,10 +43,18 @@ def gpt2(tied: bool = True) -> Any:
 
 
 def build(folder: Path, model: Any, dtype: torch.dtype = torch.float32, save: Any = None, **options: Any) -> Built:
-    """An adapter with random factors, saved by peft; `save` goes to `save_pretrained`."""
+    """Build an adapter with random factors and save it with peft.
+
+    Args:
+        folder: The folder of base and adapter.
+        model: The base.
+        dtype: The factors' dtype in the file.
+        save: Keyword arguments of `save_pretrained`.
+        options: Keyword arguments of `LoraConfig`.
+    """
     base = tiny.save(model, folder / "base")
     with warnings.catch_warnings():
-        # peft warns of what it sets by itself: Conv1D's layout, tied embeddings.
+        # peft warns about settings that it corrects itself: Conv1D's layout, tied embeddings.
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**options))
         torch.manual_seed(1)

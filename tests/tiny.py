@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, their experts and their calibration files, made on the spot."""
+"""Tiny random models of real architectures, with experts, tokenizers and calibration files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(family: str = "llama", tied: bool = False, seed: int = 0) -> Any:
-    """A model with weights large enough for its blocks to matter."""
+    """Make a model with weights large enough for its blocks to affect the output; `tied`: embedding and head."""
     name, extra = FAMILIES[family]
     config = getattr(transformers, name)(**COMMON, **extra, tie_word_embeddings=tied)
     torch.manual_seed(seed)
@@ -56,7 +56,7 @@ def make_model(family: str = "llama", tied: bool = False, seed: int = 0) -> Any:
 
 
 def make_expert(base: Any, seed: int, scale: float = 0.05) -> Any:
-    """The base with noise on every weight, head and embedding left alone as fine-tunes mostly do."""
+    """Return the base with noise on every weight except head and embedding, as in most fine-tunes."""
     config = type(base.config).from_dict(base.config.to_dict())
     expert = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     expert.load_state_dict(base.state_dict())
@@ -72,14 +72,14 @@ def make_expert(base: Any, seed: int, scale: float = 0.05) -> Any:
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32, sharded: bool = False) -> Path:
-    """Save as transformers does; `sharded` in several files with an index."""
+    """Save the model with transformers, and return the folder; `sharded`: in several files with an index."""
     model.to(dtype).save_pretrained(folder, max_shard_size="20KB" if sharded else "5GB")
     model.to(torch.float32)
     return folder
 
 
 def save_tokenizer(folder: Path, chat: bool = True) -> None:
-    """A word tokenizer of the tiny vocabulary, with a chat template."""
+    """Save a word tokenizer of the tiny vocabulary, with a chat template if `chat`."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "user:", "assistant:", *(f"w{i}" for i in range(VOCAB - 6))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -95,7 +95,7 @@ def save_tokenizer(folder: Path, chat: bool = True) -> None:
 
 
 def write_calibration(path: Path, samples: int, seed: int, length: int = 9) -> Path:
-    """Records of random `input_ids`, of differing lengths."""
+    """Write records of random `input_ids` with different lengths, and return the file's path."""
     generator = torch.Generator().manual_seed(seed)
     with open(path, "w", encoding="utf-8") as file:
         for i in range(samples):
@@ -114,7 +114,7 @@ def make_merge(
     dtype: torch.dtype = torch.float32,
     **config: Any,
 ) -> Path:
-    """A base, its experts, calibration files, and a merge.yaml over them; returns the path of merge.yaml."""
+    """Write a base, its experts, calibration files and a merge.yaml, and return the path of merge.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
     base = make_model(family, tied)
     save(base, folder / "base", dtype, sharded)
@@ -126,7 +126,7 @@ def make_merge(
         models.append(
             {"model": f"expert{k}", "calibration": f"expert{k}.jsonl", "parameters": {"weight": 0.2 + 0.1 * k}}
         )
-    # A learning rate and a hidden weight at which tiny random models move a little at every step.
+    # With these options, the coefficients of tiny random models change a little at every step.
     defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "base_model": "base", "preset": "paper"}
     defaults["models"] = models
     parameters = {"learning_rate": 0.1, "gradient_accumulation": 3, "hidden_layers": [1, 2], "regularization": 0.5}

@@ -1,6 +1,6 @@
-"""Tiny random models that take images, their experts, processors, images and calibration files, made on the spot.
+"""Tiny random models that take images, with experts, processors, images and calibration files.
 
-Their folders hold the files of published checkpoints under the names that those have. Needs no torchvision.
+The folders have the same files, under the same names, as published checkpoints. torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 REMOTE = Path(__file__).parent / "remote_internvl"
 FIRST = ("<pad>", "<s>", "</s>", "<unk>", "user:", "assistant:", "system:")
-# Of the vocabulary, and how many plain words all families have: w0, w1, …
+# Size of the vocabulary, and number of plain words (w0, w1, …) that all families have.
 VOCAB, WORDS = 80, 60
 TEXT = tiny.COMMON | {"vocab_size": VOCAB, "max_position_embeddings": 256}
 HIDDEN = TEXT["hidden_size"]
 # Pixels: a tile is 4 x 4 patches.
 SIDE, PATCH = 28, 7
-# Of calibration images: their formats and sizes (width, height).
+# Formats and sizes (width, height) of calibration images.
 SUFFIXES, SIZES = (".png", ".jpg"), ((60, 40), (40, 56), (84, 30), (28, 28), (33, 77))
 SQUARE = {"height": SIDE, "width": SIDE}
 GRIDS = [[height, width] for height in (SIDE, 2 * SIDE) for width in (SIDE, 2 * SIDE)]
@@ -51,7 +51,7 @@ QWEN_TOP = {
 QWEN_TEXT = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}}
 QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2}
 QWEN_VISION_2 = QWEN_VISION | {"hidden_size": 16, "intermediate_size": 24, "out_hidden_size": HIDDEN}
-# The least and the largest area that an image is resized to: 4 and 16 tokens.
+# The smallest and largest area that an image is resized to: 4 and 16 tokens.
 QWEN_IMAGE = {"patch_size": PATCH, "merge_size": 2, "size": {"shortest_edge": SIDE**2, "longest_edge": 4 * SIDE**2}}
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }} {% else %}"
@@ -62,11 +62,13 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class _Family:
-    """What a family's checkpoints are made of.
+    """The contents of a family's checkpoints.
 
-    `place` is what its chat template writes for an image. `marks` are its tokenizer's special tokens, by name where the
-    processor asks the tokenizer for them by name. `text`, `vision` and `top` go into config.json, where a mark stands
-    for its id; `image`, `processor` and `video` into the processor's three files, of which some families lack some.
+    Attributes:
+        place: The chat template's text for an image.
+        marks: The tokenizer's special tokens; by name if the processor gets them from the tokenizer by name.
+        text, vision, top: Parts of config.json. In `top`, a special token stands for its id.
+        image, processor, video: The processor's files; None for a file that the family does not have.
     """
 
     config: type
@@ -99,7 +101,7 @@ _FAMILIES = {
         text={"model_type": "qwen2"},
         vision=TILES,
         top={"image_token_id": "<IMG_CONTEXT>", "image_seq_length": 4},
-        # Tiles are cut all the same, as the processor's class says.
+        # The processor's class cuts tiles in spite of this.
         image={"image_processor_type": "GotOcr2ImageProcessorFast", "size": SQUARE, "max_patches": 4}
         | {"crop_to_patches": False},
         processor={"image_seq_length": 4},
@@ -110,7 +112,7 @@ _FAMILIES = {
         place=QWEN_PLACE,
         marks=QWEN_MARKS,
         text=QWEN_TEXT,
-        # `hidden_size` is the text's here.
+        # In this family, `hidden_size` is the hidden size of the language model.
         vision=QWEN_VISION | {"embed_dim": 16, "mlp_ratio": 2, "hidden_size": HIDDEN},
         top=QWEN_TOP,
         image={"image_processor_type": "Qwen2VLImageProcessor"} | QWEN_IMAGE,
@@ -139,7 +141,7 @@ _FAMILIES = {
         place="<image>",
         marks=("<image>", "<video>"),
         text={"model_type": "qwen2"},
-        # Larger patches, as each is a token.
+        # Larger patches, because each is a token.
         vision=SIGLIP | {"patch_size": 2 * PATCH},
         top={"image_token_index": "<image>", "video_token_index": "<video>", "image_grid_pinpoints": GRIDS},
         image={"image_processor_type": "LlavaOnevisionImageProcessor", "size": SQUARE, "image_grid_pinpoints": GRIDS},
@@ -182,19 +184,22 @@ _FAMILIES[CHAT] = _Family(
         "force_image_size": SIDE,
         "max_dynamic_patch": 4,
     },
-    # As these checkpoints have it; their own code prepares the images.
+    # As in the published checkpoints, whose own code prepares the images.
     image={"feature_extractor_type": "CLIPFeatureExtractor", "size": SIDE, "crop_size": SIDE, "resample": 3}
     | {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
 )
 
 
 def tokens(family: str) -> dict[str, int]:
-    """The family's vocabulary: token → id."""
+    """Return the family's vocabulary: token → id."""
     return _FAMILIES[family].tokens
 
 
 def make_model(family: str, seed: int = 0, tied: bool = False) -> Any:
-    """A model of FAMILIES or CHAT with weights large enough for its blocks to matter; `tied`: embedding and head."""
+    """Make a model of FAMILIES or CHAT with weights large enough for its blocks to affect the output.
+
+    `tied`: embedding and head.
+    """
     config = _make_config(family, tied)
     torch.manual_seed(seed)
     if family == CHAT:
@@ -209,7 +214,7 @@ def make_model(family: str, seed: int = 0, tied: bool = False) -> Any:
 
 
 def make_expert(base: Any, seed: int, scale: float = 0.05) -> Any:
-    """The base with noise on every weight, vision and projector too; head and embedding left as they are."""
+    """Return the base with noise on every weight, vision and projector included, except head and embedding."""
     expert = copy.deepcopy(base)
     torch.manual_seed(seed)
     kept = {id(part.weight) for part in (expert.get_input_embeddings(), expert.get_output_embeddings())}
@@ -221,7 +226,7 @@ def make_expert(base: Any, seed: int, scale: float = 0.05) -> Any:
 
 
 def save(model: Any, folder: Path, family: str) -> Path:
-    """Save as a published checkpoint: weights under their file names, processor, and for CHAT its code."""
+    """Save as a published checkpoint: weights under their published names, processor, and for CHAT its code."""
     model.save_pretrained(folder)
     if _FAMILIES[family].vision.get("model_type") == SIGLIP["model_type"]:
         _rename(folder / "model.safetensors", "vision_tower.", "vision_tower.vision_model.")
@@ -233,7 +238,7 @@ def save(model: Any, folder: Path, family: str) -> Path:
 
 
 def save_processor(folder: Path, family: str) -> None:
-    """A word tokenizer with the family's special tokens and chat template, and the files of its processor."""
+    """Save a word tokenizer with the family's special tokens and chat template, and the files of its processor."""
     folder.mkdir(parents=True, exist_ok=True)
     made = _FAMILIES[family]
     inner = Tokenizer(models.WordLevel(made.tokens, unk_token="<unk>"))
@@ -257,7 +262,7 @@ def save_processor(folder: Path, family: str) -> None:
 
 
 def draw(path: Path, seed: int, size: tuple[int, int] = (60, 40)) -> Path:
-    """A picture of random shapes over a gradient, saved in the format of its suffix; `size` is (width, height)."""
+    """Draw random shapes over a gradient, and save in the format of the path's suffix; `size` is (width, height)."""
     chance = random.Random(seed)
     colours = [tuple(chance.randrange(256) for _ in range(3)) for _ in range(8)]
     ramps = [Image.linear_gradient("L").rotate(90 * turns).resize(size) for turns in range(3)]
@@ -273,7 +278,7 @@ def draw(path: Path, seed: int, size: tuple[int, int] = (60, 40)) -> Path:
 
 
 def write_records(folder: Path, name: str, samples: int, seed: int) -> Path:
-    """`name`.json in the published dataset's format, with images of differing sizes; returns its path."""
+    """Write `name`.json in the format of the published dataset, with images of different sizes; return its path."""
     chance = random.Random(seed)
     records: list[dict[str, Any]] = []
     for i in range(samples):
@@ -289,7 +294,7 @@ def write_records(folder: Path, name: str, samples: int, seed: int) -> Path:
 
 
 def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[int] = (3, 2, 3), **config: Any) -> Path:
-    """A base, its experts, calibration files with images, and a merge.yaml over them; returns merge.yaml's path."""
+    """Write a base, its experts, calibration files with images and a merge.yaml; return the path of merge.yaml."""
     folder.mkdir(parents=True, exist_ok=True)
     base = make_model(family)
     save(base, folder / "base", family)
@@ -303,7 +308,7 @@ def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[in
     defaults: dict[str, Any] = {"merge_method": "expert_merging_pp", "preset": "paper", "base_model": "base"}
     defaults["models"] = listed
     defaults |= {"trust_remote_code": True} if family == CHAT else {}
-    # As in `tiny.make_merge`: tiny random models move a little at every step.
+    # As in `tiny.make_merge`: the coefficients change a little at every step.
     parameters = {"learning_rate": 0.1, "gradient_accumulation": 3, "hidden_layers": [1, 2], "regularization": 0.5}
     merged = {**defaults, "parameters": parameters | config.pop("parameters", {}), **config}
     path = folder / "merge.yaml"
@@ -312,22 +317,22 @@ def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[in
 
 
 def _make_config(family: str, tied: bool) -> Any:
-    """The configuration, with ids where `_FAMILIES` has tokens."""
+    """Return the config, with ids in place of the tokens in `_FAMILIES`."""
     made = _FAMILIES[family]
     tokens = made.tokens
     top = {key: tokens[value] if isinstance(value, str) else value for key, value in made.top.items()}
     text = TEXT | made.text | {"tie_word_embeddings": tied}
     name = "llm_config" if family == CHAT else "text_config"
-    # A copy, as configurations keep and change what they are given.
+    # A copy, because configs keep and change their arguments.
     parts = copy.deepcopy({name: text, "vision_config": made.vision, **top})
     return made.config(**parts, tie_word_embeddings=tied)
 
 
 def _rename(file: Path, old: str, new: str) -> None:
-    """Tensors under the prefix that published files have and transformers only gives back to those who came with it."""
+    """Rename tensors to the prefix of published files, which transformers restores only on models loaded with it."""
     tensors = safetensors.torch.load(file.read_bytes())
-    found = {name for name in tensors if name.startswith(old) and not name.startswith(new)}
-    renamed = {new + name.removeprefix(old) if name in found else name: tensors[name] for name in tensors}
+    affected = {name for name in tensors if name.startswith(old) and not name.startswith(new)}
+    renamed = {new + name.removeprefix(old) if name in affected else name: tensors[name] for name in tensors}
     safetensors.torch.save_file(renamed, file, metadata={"format": "pt"})
 
 
