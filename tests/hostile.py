@@ -1,7 +1,7 @@
-"""Commands with hostile input, each in a process of its own that is measured.
+"""Run commands on hostile input, each in a forked process whose time, memory and leftovers are measured.
 
-A process that has imported what a plan imports forks once a command; that saves the start of Python, and the rest is as
-in `python cli.py`. Run as a script it is that process, else its other end.
+Run as a script, this module is a server that has imported the modules of `plan` and forks once per command, which saves
+the start of Python; otherwise a command runs as with `python cli.py`. Imported, it is the client of that server.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the processor; of memory at the most; and after which a command is killed, however busy the machine is.
+# Limits of CPU time (seconds) and memory (bytes); seconds of wall time after which a command is killed.
 SECONDS, MEMORY, LONG = 10, 1 << 30, 100
-
-# What the process has that forks.
+# Modules that the server imports before it forks.
 PLAN = (
     "cli",
     "engine.calibration.samples",
@@ -39,11 +38,16 @@ MERGE = ("cluster.driver", "ray", "transformers.models.llama.modeling_llama")
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: exit code (of a signal: negative), what it printed, seconds of the processor and peak memory
-    in bytes.
+    """The outcome of a command.
 
-    `loaded`: which heavy modules it had imported at its end. `left`: what it left of files, beside its own folder and
-    at home, and of processes.
+    Attributes:
+        code: Exit code; negative for a signal.
+        stdout: Text printed to stdout.
+        stderr: Text printed to stderr.
+        seconds: CPU seconds.
+        peak: Peak memory in bytes.
+        loaded: Heavy modules (torch, ray, transformers) imported by the end.
+        left: Files changed in the parent of the working directory or in the home folder, and processes still running.
     """
 
     code: int
@@ -55,9 +59,13 @@ class Ended:
     left: list[str]
 
 
-def refused(ended: Ended, words: list[str], prepared: bool = False) -> None:
-    """The command ended as it has to for input that is wrong, and its message has these words. `prepared`: by a server
-    of that kind, where Ray is imported and may not start.
+def refused(ended: Ended, facts: list[str], prepared: bool = False) -> None:
+    """Assert that the command refused its input: exit code 2, one short message with `facts`, nothing left behind.
+
+    Args:
+        ended: The outcome of the command.
+        facts: Texts that must each occur in the message: files, keys, names, numbers. Not prose.
+        prepared: The server was started with `prepared`, so Ray is imported, but must not start.
     """
     assert ended.code == 2, ended
     assert (ended.stdout, ended.left) == ("", [])
@@ -65,12 +73,12 @@ def refused(ended: Ended, words: list[str], prepared: bool = False) -> None:
     assert ended.stderr.startswith("error: ") and ended.stderr.count("error: ") == 1
     assert "Traceback" not in ended.stderr
     assert len(ended.stderr) < 2500 and len(ended.stderr.splitlines()) <= 11, ended.stderr
-    assert [word for word in words if word not in ended.stderr] == [], ended.stderr
+    assert [fact for fact in facts if fact not in ended.stderr] == [], ended.stderr
     assert ended.seconds < SECONDS and ended.peak < MEMORY, ended
 
 
 class Server:
-    """The other end of the process that forks."""
+    """The client of a server process that forks once per command."""
 
     def __init__(self, home: Path, prepared: bool) -> None:
         self.home = home
@@ -85,37 +93,40 @@ class Server:
         )
 
     def run(self, *arguments: str, cwd: Path) -> Ended:
-        """`python cli.py` with these arguments."""
+        """Run `python cli.py` with these arguments in `cwd`."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        before = _found(cwd.parent, self.home)
+        before = _files(cwd.parent, self.home)
         self.process.stdin.write(json.dumps([arguments, str(cwd)]) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
-        answer["left"] += sorted(f"{path}: {what}" for path, what in _found(cwd.parent, self.home) ^ before)
+        answer["left"] += sorted(f"{path}: {facts}" for path, facts in _files(cwd.parent, self.home) ^ before)
         return Ended(**answer)
 
 
 @contextlib.contextmanager
 def server(home: Path, prepared: bool = False) -> Iterator[Server]:
-    """A server for as long as the context lasts; `prepared`: it has imported what a merge imports, and Ray may not
-    start.
+    """Start a server for the duration of the context.
+
+    Args:
+        home: The home folder of the commands.
+        prepared: Import the modules of `merge` as well, and fail if a command starts Ray.
     """
-    made = Server(home, prepared)
-    with made.process:
-        yield made
-        assert made.process.stdin is not None
-        made.process.stdin.close()
+    started = Server(home, prepared)
+    with started.process:
+        yield started
+        assert started.process.stdin is not None
+        started.process.stdin.close()
 
 
-def _found(*folders: Path) -> set[tuple[str, tuple[int, ...]]]:
-    """What there is and what would tell a change of it, without opening anything or following a link."""
+def _files(*folders: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Return the paths below `folders` with mode, size and mtime, without opening a file or following a link."""
     paths = [path for folder in folders for path in folder.rglob("*")]
-    facts = {path: path.lstat() for path in paths}
-    return {(str(path), (fact.st_mode, fact.st_size, fact.st_mtime_ns)) for path, fact in facts.items()}
+    stats = {path: path.lstat() for path in paths}
+    return {(str(path), (stat.st_mode, stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
 
 
 def _command(arguments: list[str], cwd: str, to: Path) -> None:
-    """What the forked process does; it does not return."""
+    """Run the command line in the forked process, with its output redirected to files in `to`; does not return."""
     import cli
 
     code: Any = 1
@@ -127,7 +138,7 @@ def _command(arguments: list[str], cwd: str, to: Path) -> None:
         cli.main(arguments)
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # noqa: BLE001 - what Python does at the end of a process
+    except BaseException:  # noqa: BLE001 - as Python does for an uncaught exception
         traceback.print_exc()
     loaded = sorted({"torch", "ray", "transformers"} & set(sys.modules))
     (to / "loaded").write_text(json.dumps(loaded))
@@ -137,12 +148,13 @@ def _command(arguments: list[str], cwd: str, to: Path) -> None:
 
 
 def _answer(arguments: list[str], cwd: str, to: Path) -> dict[str, Any]:
+    """Fork, run the command, kill what remains of its process group, and return the fields of `Ended`."""
     (to / "loaded").write_text("[]")
     began = time.monotonic()
     child = os.fork()
     if not child:
         _command(arguments, cwd, to)
-    while not (found := os.wait4(child, os.WNOHANG))[0]:
+    while not (waited := os.wait4(child, os.WNOHANG))[0]:
         if time.monotonic() - began > LONG:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
@@ -151,18 +163,18 @@ def _answer(arguments: list[str], cwd: str, to: Path) -> dict[str, Any]:
         os.killpg(child, signal.SIGKILL)
         left = ["a process"]
     return {
-        "code": os.waitstatus_to_exitcode(found[1]),
+        "code": os.waitstatus_to_exitcode(waited[1]),
         "stdout": (to / "stdout").read_text(encoding="utf-8", errors="replace"),
         "stderr": (to / "stderr").read_text(encoding="utf-8", errors="replace"),
-        "seconds": found[2].ru_utime + found[2].ru_stime,
-        "peak": found[2].ru_maxrss * 1024,
+        "seconds": waited[2].ru_utime + waited[2].ru_stime,
+        "peak": waited[2].ru_maxrss * 1024,
         "loaded": json.loads((to / "loaded").read_text()),
         "left": left,
     }
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("Ray was started for input that is wrong")
+    raise AssertionError("Ray was started although the input is wrong")
 
 
 def _serve(prepared: bool) -> None:

@@ -1,4 +1,4 @@
-"""Pages that are written by the code are as the code would write them."""
+"""The generated pages of the documentation are up to date."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from engine.methods.registry import ALIASES, LEARNED, NATIVE
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_methods_page_is_the_registrys() -> None:
+def test_the_methods_page_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, "-m", "engine.methods.catalog"], cwd=ROOT, capture_output=True, check=True)
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert done.stdout.decode() == page, "python -m engine.methods.catalog > docs/methods.md"
     assert all(f"`{name}`" in page for name in (*LEARNED, *NATIVE, *ALIASES))
 
 
-def test_every_option_has_a_default_and_a_line() -> None:
+def test_every_option_has_a_default_and_a_description() -> None:
     for method in (*LEARNED.values(), *NATIVE.values()):
         assert method.summary and method.source and method.formula
         for option in method.options:

@@ -1,4 +1,4 @@
-"""Law 1 at a small size: what trainer and shard hold must not know K, and must not grow from one change to the next."""
+"""The memory of trainer and shard at a small size: independent of K (law 1), and not above the baseline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.mark.slow
-def test_memory_does_not_know_k_and_has_not_grown(tmp_path: Path) -> None:
+def test_memory_is_independent_of_k_and_not_above_the_baseline(tmp_path: Path) -> None:
     result = tmp_path / "memory_guard.json"
     guard = [sys.executable, str(BENCHMARKS / "memory_guard.py"), "--workdir", str(tmp_path), "--json", str(result)]
     subprocess.run(guard, check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The real command line, from YAML to a folder that loads."""
+"""Merges through the real command line, from YAML to a folder that loads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(tiny.make_expert(base, seed=1), folder / "full", torch.bfloat16)
     options = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going out of use
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
         peft.get_peft_model(base, options).save_pretrained(folder / "adapter")
     questions = [{"question": "w1 w2 w3"}, {"question": "w4 w5", "response": "w6"}, {"question": "w7 " * 60}]
     (folder / "full.json").write_text(json.dumps(questions))
@@ -72,8 +72,8 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert f"config: {mixed / 'merge.yaml'}" in done.stdout
-    assert f"merged 2 experts into {mixed / 'result'}" in done.stdout
-    assert re.search(r"full\.json record 3: cut to max_length 40, \d+ tokens left out", done.stdout)
+    assert any("2 experts" in line and str(mixed / "result") in line for line in done.stdout.splitlines())
+    assert re.search(r"full\.json record 3: .*max_length 40\b.*\d+ tokens", done.stdout)
     out = mixed / "result"
     expected = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md", "merge"}
     assert expected <= {path.name for path in out.iterdir()}
@@ -97,9 +97,9 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
     )
 
     again = cli("merge", "--out", "result", cwd=mixed)
-    assert again.returncode == 0 and "is this very merge already" in again.stdout
+    assert again.returncode == 0 and str(out) in again.stdout and "--fresh" in again.stdout
     other = cli("merge", "--out", "result", "--set", "seed=1", cwd=mixed)
-    assert other.returncode == 2 and "holds another merge" in other.stderr
+    assert other.returncode == 2 and str(out) in other.stderr and "--fresh" in other.stderr
 
 
 def test_a_weight_that_is_not_finite_is_found_and_nothing_is_left(tmp_path: Path) -> None:
@@ -115,25 +115,26 @@ def test_a_weight_that_is_not_finite_is_found_and_nothing_is_left(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge"]
 
 
-def test_what_the_cluster_does_not_have_is_said_with_numbers(tmp_path: Path) -> None:
+def test_missing_resources_are_reported_with_numbers(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     wanted = ("--set", "cluster.trainer.num_gpus=4", "--set", "cluster.wait=2")
     done = cli("merge", config, "--out", tmp_path / "out", *wanted)
     assert done.returncode == 3, done.stderr
-    assert "it asks for one with 4 GPUs; of 1 nodes with 0 GPUs in all, 1 would do but for GPUs" in done.stderr
-    assert "num_gpus" in done.stderr and "waiting for nodes (0 of 2 s)" in done.stdout
+    facts = ["trainer", "4 GPUs", "1 node", "0 GPUs", "num_gpus"]
+    assert [fact for fact in facts if fact not in done.stderr] == [], done.stderr
+    assert "0 of 2 s" in done.stdout
 
 
 def test_no_cluster_at_an_address(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     done = cli("merge", config, "--out", tmp_path / "out", "--address", "127.0.0.1:1")
     assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr
+    assert "127.0.0.1:1" in done.stderr and "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge"]
 
 
 @pytest.mark.slow
-def test_a_stop_leaves_a_state_from_which_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_merge_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", merge_method="expert_merging", parameters={"epochs": 8})
     command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", tmp_path / "out"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}

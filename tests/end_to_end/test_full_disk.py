@@ -1,4 +1,4 @@
-"""A disk that is full, wherever it is: exit 4, a message that says so, and the state from which the run goes on."""
+"""A full disk: exit code 4, a message that says so, and a state from which the run resumes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from cluster_helpers import result
+from errors import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-# A disk of $1 in a mount namespace of its own, as whoever runs this; then more room, and the same command again.
+# Merge to a disk of size $1 in a new mount namespace (no root needed); then enlarge it and run the same command again.
 SCRIPT = """
 set -u
 mount -t tmpfs -o size="$1" tmpfs "$DISK" || exit 99
@@ -59,15 +60,15 @@ def test_a_full_disk_ends_the_run_and_its_state_is_whole(
     assert second, done.stdout + done.stderr
     assert f"] {reached}" in first
     assert ("stage 2 3/3" in first) == (reached == "stage 2")
-    assert "left over" not in done.stdout, "nothing half-written is left"
+    assert "left over" not in done.stdout, "no partial file is left"
     assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr and "goes on from here" in done.stderr
+    assert "No space left on device" in done.stderr and "same command" in done.stderr
     assert "done before)" in second or reached == "targets"
     assert second.rstrip().endswith("exit 0; there: out")
     assert result(tmp_path / "saved") == undisturbed
 
 
-def test_a_full_disk_below_the_object_store_is_said_so() -> None:
+def test_a_full_disk_below_the_object_store_is_reported() -> None:
     import ray
 
     from cluster.watch import Watch
@@ -80,8 +81,8 @@ def test_a_full_disk_below_the_object_store_is_said_so() -> None:
         filled = ray.remote(lambda: np.ones(30 << 20, np.uint8)).options(max_retries=0)
         watch = Watch(print)
         kept = [watch.answer(filled.remote(), "storing") for _ in range(2)]
-        with pytest.raises(RunError, match="the disk to which Ray's object store spills is full"):
+        with refused(RunError, do="--object-spilling-directory", facts=["storing", "spills"]):
             watch.answer(filled.remote(), "storing")
-        assert all(one.sum() == 30 << 20 for one in kept)
+        assert all(array.sum() == 30 << 20 for array in kept)
     finally:
         ray.shutdown()

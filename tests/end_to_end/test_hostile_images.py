@@ -25,25 +25,25 @@ LINE = "x.jsonl:2"
 
 @pytest.fixture(scope="session")
 def merge(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a merge of two Qwen2-VL experts; read only."""
+    """The folder of a merge of two Qwen2-VL experts; read-only."""
     return tiny_images.make_merge(tmp_path_factory.mktemp("qwen2_vl"), "qwen2_vl", samples=(1, 1)).parent
 
 
 @pytest.fixture
 def folder(merge: Path, tmp_path: Path) -> Path:
-    """The folder of a merge, to be spoilt."""
+    """A copy of the folder of a merge, for the test to corrupt."""
     return shutil.copytree(merge, tmp_path / "in")
 
 
 def record(folder: Path, **fields: Any) -> None:
-    """The second expert's records: a good one, and this."""
+    """Write the second expert's records: a valid one, and one with these fields."""
     good = {"question": "w1", "image_path": "good.png"}
     tiny_images.draw(folder / "good.png", 1)
-    calibration(folder, "".join(json.dumps(one) + "\n" for one in (good, {"question": "w1"} | fields)))
+    calibration(folder, "".join(json.dumps(fields) + "\n" for fields in (good, {"question": "w1"} | fields)))
 
 
 def image(content: bytes | Callable[[], bytes], name: str = "x.png") -> Spoil:
-    """A record with this image."""
+    """Return a function that writes a record with this image."""
 
     def spoil(folder: Path) -> None:
         record(folder, image_path=name)
@@ -53,11 +53,12 @@ def image(content: bytes | Callable[[], bytes], name: str = "x.png") -> Spoil:
 
 
 def named(path: Any) -> Spoil:
+    """Return a function that writes a record with this `image_path`."""
     return lambda folder: record(folder, image_path=path)
 
 
 def options(text: str) -> Spoil:
-    """Options of images for all files."""
+    """Return a function that sets `calibration.image_options` for all files."""
 
     def spoil(folder: Path) -> None:
         record(folder)
@@ -69,24 +70,26 @@ def options(text: str) -> Spoil:
 
 
 def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, more: bytes = b"", last: bytes = b"") -> bytes:
-    """A PNG that is black from its beginning on, for some megabytes of pixels at the most."""
+    """Return a black PNG, which has pixels for at most 50 MB; `more` and `last` are chunks around them."""
     pixels = chunk(b"IDAT", zlib.compress(bytes(min(height * (width + 1), 50 * MB)), 9))
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + more + pixels + last + chunk(b"IEND")
 
 
 def jpeg(more: bytes = b"", **options: Any) -> bytes:
+    """Return a small JPEG with bytes inserted after its start."""
     content = io.BytesIO()
     Image.new("RGB", (64, 64)).save(content, "JPEG", **options)
     return content.getvalue()[:2] + more + content.getvalue()[2:]
 
 
 def scans() -> bytes:
-    """A progressive JPEG that goes 50,000 times over a large picture."""
+    """Return a progressive JPEG of a large picture with 50,000 more scans."""
     content = io.BytesIO()
     Image.new("L", (7000, 7000)).save(content, "JPEG", progressive=True)
     whole = content.getvalue()
@@ -94,12 +97,13 @@ def scans() -> bytes:
 
 
 def large(folder: Path) -> None:
+    """Write a record with a PNG of 100 MB."""
     image(png(8, 8))(folder)
     os.truncate(folder / "x.png", 100 * MB)
 
 
 def evil(folder: Path) -> None:
-    """A processor that comes with code, which would leave a file if it ran."""
+    """Give the processor code of its own, which would leave a file if it ran."""
     put(folder, "base/evil.py", f"open({str(folder / 'ran')!r}, 'w').close()\n")
     changes = {"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}
     edit_json(folder, "base/preprocessor_config.json", **changes)
@@ -110,90 +114,102 @@ TEXT_BOMB = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100 * MB), 9))
 GIF = b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0x80, 0, 0) + bytes(6)
 BMP = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 100_000, 100_000, 1, 24, 0, 0, 0, 0, 0, 0)
 
-# What a plan sees, which opens no image.
+# Checked by a plan, which does not open images.
 NAMES: Cases = {
-    "nothing": (named("none.png"), [LINE, "no image 'none.png'"]),
-    "folder": (named("base"), [LINE, "no image 'base'"]),
-    "device": (named("/dev/zero"), [LINE, "no image '/dev/zero'"]),
-    "pipe": (lambda f: (record(f, image_path="x.png"), pipe(f, "x.png")), [LINE, "no image 'x.png'"]),
-    "link to itself": (lambda f: (record(f, image_path="x.png"), link(f, "x.png", "x.png")), [LINE, "loop"]),
-    "address": (named("http://169.254.169.254/latest"), [LINE, "an image by address"]),
-    "address of storage": (named("s3://bucket/a.png"), [LINE, "an image by address"]),
-    "name of 1 MB": (named("x" * MB), [LINE, "no image 'xxx", "…"]),
-    "name with NUL": (named("a\0b"), [LINE, "is not a path"]),
-    "colours in a name": (named("\x1b[31m"), [LINE, "\\x1b[31m"]),
-    "number": (named(7), [LINE, "its images are no paths"]),
-    "bytes": (named({"bytes": "AAAA"}), [LINE, "its images are no paths"]),
-    "100,000 images": (lambda f: record(f, image_paths=["good.png"] * 100_000), [LINE, "at most 64"]),
-    "two ways": (lambda f: record(f, image_path="good.png", image_paths=["good.png"]), [LINE, "in two ways"]),
-    "beside ids": (lambda f: record(f, image_path="good.png", input_ids=[7]), [LINE, "images beside `input_ids`"]),
+    "nothing": (named("none.png"), [LINE, "image 'none.png'"]),
+    "folder": (named("base"), [LINE, "image 'base'"]),
+    "device": (named("/dev/zero"), [LINE, "image '/dev/zero'"]),
+    "pipe": (lambda f: (record(f, image_path="x.png"), pipe(f, "x.png")), [LINE, "image 'x.png'"]),
+    "link to itself": (lambda f: (record(f, image_path="x.png"), link(f, "x.png", "x.png")), [LINE, "'x.png'", "loop"]),
+    "address": (named("http://169.254.169.254/latest"), [LINE, "'http://169.254.169.254/latest'"]),
+    "address of storage": (named("s3://bucket/a.png"), [LINE, "'s3://bucket/a.png'"]),
+    "name of 1 MB": (named("x" * MB), [LINE, "'xxx", "…"]),
+    "name with NUL": (named("a\0b"), [LINE, "'a\\x00b'", "null byte"]),
+    "colours in a name": (named("\x1b[31m"), [LINE, "'\\x1b[31m'"]),
+    "number": (named(7), [LINE, "images", "paths"]),
+    "bytes": (named({"bytes": "AAAA"}), [LINE, "images", "paths"]),
+    "100,000 images": (lambda f: record(f, image_paths=["good.png"] * 100_000), [LINE, " 64 "]),
+    "two ways": (lambda f: record(f, image_path="good.png", image_paths=["good.png"]), [LINE, "`image_paths`"]),
+    "beside ids": (lambda f: record(f, image_path="good.png", input_ids=[7]), [LINE, "images", "`input_ids`"]),
 }
 
+KNOWN = "JPEG, PNG, WEBP, GIF, BMP, TIFF"
+FIRST = "expert0.json record 1"
+# Some of the facts are those of Pillow or transformers, which the message quotes.
 IMAGES: Cases = {
-    "empty": (image(b""), [LINE, "x.png", "no image, or a broken one"]),
-    "text": (image(b"hello, world"), [LINE, "x.png", "one of JPEG, PNG"]),
-    "EPS": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), [LINE, "x.png"]),
-    "SVG": (image(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg"), [LINE, "x.svg"]),
-    "truncated": (image(jpeg()[:300]), [LINE, "x.png"]),
-    "100 MB": (large, [LINE, "x.png", "104,857,600 bytes"]),
-    "10 Gpx": (image(png(100_000, 100_000)), [LINE, "x.png", "10000000000 pixels"]),
-    "100 Mpx": (image(png(10_000, 10_000)), [LINE, "x.png", "10,000 x 10,000"]),
-    "50 million lines": (image(png(1, 50_000_000)), [LINE, "x.png", "1 x 50,000,000"]),
-    "GIF of 4 Gpx": (image(GIF + b"," + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\2\0;"), [LINE, "pixels"]),
-    "BMP of 10 Gpx": (image(BMP), [LINE, "x.png", "pixels"]),
-    "100 MB of words": (image(png(8, 8, TEXT_BOMB)), [LINE, "x.png"]),
-    "5 million pieces": (image(lambda: png(8, 8, last=chunk(b"prIv") * 5_000_000)), [LINE, "x.png", "parts"]),
-    "15 million marks": (image(lambda: jpeg(b"\xff\xe9\0\2" * 15_000_000)), [LINE, "x.png", "too long"]),
-    "60 MB of nothing": (image(lambda: jpeg(b"\xff" * 60_000_000)), [LINE, "x.png", "too long"]),
-    "50,000 passes": (image(scans), [LINE, "x.png", "101 parts or more"]),
-    "a line": (image(lambda: png(1, 3000)), [LINE, "aspect ratio must be smaller than 200"]),
+    "empty": (image(b""), [LINE, "in/x.png", KNOWN]),
+    "text": (image(b"hello, world"), [LINE, "in/x.png", KNOWN]),
+    "EPS": (image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"), [LINE, "in/x.png", KNOWN]),
+    "SVG": (image(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "x.svg"), [LINE, "in/x.svg", KNOWN]),
+    "truncated": (image(jpeg()[:300]), [LINE, "in/x.png", "Truncated File"]),
+    "100 MB": (large, [LINE, "in/x.png", "104,857,600", "67,108,864"]),
+    "10 Gpx": (image(png(100_000, 100_000)), [LINE, "in/x.png", "10000000000 pixels"]),
+    "100 Mpx": (image(png(10_000, 10_000)), [LINE, "in/x.png", "10,000 x 10,000", "50,000,000"]),
+    "50 million lines": (image(png(1, 50_000_000)), [LINE, "in/x.png", "1 x 50,000,000", "65,535"]),
+    "GIF of 4 Gpx": (
+        image(GIF + b"," + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\2\0;"),
+        [LINE, "in/x.png", "4294836225 pixels"],
+    ),
+    "BMP of 10 Gpx": (image(BMP), [LINE, "in/x.png", "10000000000 pixels"]),
+    "100 MB of words": (image(png(8, 8, TEXT_BOMB)), [LINE, "in/x.png", "MAX_TEXT_CHUNK"]),
+    "5 million pieces": (
+        image(lambda: png(8, 8, last=chunk(b"prIv") * 5_000_000)),
+        [LINE, "in/x.png", "100,001 parts"],
+    ),
+    "15 million marks": (image(lambda: jpeg(b"\xff\xe9\0\2" * 15_000_000)), [LINE, "in/x.png", "too long"]),
+    "60 MB of nothing": (image(lambda: jpeg(b"\xff" * 60_000_000)), [LINE, "in/x.png", "too long"]),
+    "50,000 passes": (image(scans), [LINE, "in/x.png", "101 parts"]),
+    "a line": (image(lambda: png(1, 3000)), [LINE, "aspect ratio", "200"]),
     "token without an image": (lambda f: record(f, question="<|image_pad|>"), [LINE, "<|image_pad|>"]),
     "one token more": (lambda f: record(f, question="<|image_pad|>", image_path="good.png"), [LINE, "<|image_pad|>"]),
-    "more places": (lambda f: record(f, question="<image>" * 99, image_path="good.png"), ["99 places for 1 images"]),
+    "more places": (lambda f: record(f, question="<image>" * 99, image_path="good.png"), [LINE, " 99 ", " 1 "]),
     "too long": (
         lambda f: (record(f, image_paths=["good.png"] * 64), edit_max_length(f)),
-        [LINE, "no image can be cut", "`max_length`"],
+        [LINE, "`max_length`", "100", "`image_options`"],
     ),
-    "options unknown": (options("{" + "x" * 1000 + ": 1}"), ["does not know", "xx…"]),
+    "options unknown": (options("{" + "x" * 1000 + ": 1}"), [FIRST, "image_options", "'xxx", "xx…"]),
     "options of no size": (
         options("{size: {shortest_edge: 0, longest_edge: 0}}"),
-        ["expert0.json record 1", "above 0"],
+        [FIRST, "image_options", "above 0"],
     ),
     "options of a gigantic size": (
         options("{size: {shortest_edge: 10000000000, longest_edge: 20000000000}}"),
-        ["expert0.json record 1", "too much memory"],
+        [FIRST, "processor", "memory"],
     ),
-    "options of a million frames": (options("{temporal_patch_size: 1000000}"), ["too much memory"]),
-    "options that are text": (options("{patch_size: x}"), ["expert0.json record 1", "'x'"]),
+    "options of a million frames": (options("{temporal_patch_size: 1000000}"), [FIRST, "processor", "memory"]),
+    "options that are text": (options("{patch_size: x}"), [FIRST, "processor", "'x'"]),
     "processor that is text": (
         lambda f: (record(f), edit_json(f, "base/preprocessor_config.json", size="x")),
-        ["base: its processor cannot be read"],
+        ["in/base: ", "processor"],
     ),
     "processor of a gigantic size": (
         lambda f: edit_json(f, "base/preprocessor_config.json", size={"shortest_edge": 10**10, "longest_edge": 10**11}),
-        ["expert0.json record 1", "too much memory"],
+        [FIRST, "processor", "memory"],
     ),
-    "no processor": (lambda f: (f / "base" / "preprocessor_config.json").unlink(), ["its processor cannot be read"]),
+    "no processor": (
+        lambda f: (f / "base" / "preprocessor_config.json").unlink(),
+        ["in/base: ", "processor", "preprocessor_config.json"],
+    ),
     "processor nested": (
         lambda f: put(f, "base/preprocessor_config.json", "[" * 100_000),
-        ["preprocessor_config.json: not valid JSON"],
+        ["base/preprocessor_config.json: ", "JSON", "recursion"],
     ),
     "processor that is a pipe": (
         lambda f: pipe(f, "base/preprocessor_config.json"),
-        ["preprocessor_config.json", "a pipe"],
+        ["base/preprocessor_config.json: ", "pipe"],
     ),
-    "processor of code": (evil, ["base: ", OPTION]),
+    "processor of code": (evil, ["in/base: ", OPTION]),
     "no template": (
         lambda f: (f / "base" / "chat_template.jinja").unlink(),
-        ["no chat template", "`tokenizer_source`"],
+        [FIRST, "chat template", "`tokenizer_source`"],
     ),
     "template without places": (
         lambda f: put(f, "base/chat_template.jinja", "w1"),
-        ["expert0.json record 1"],
+        [FIRST, "chat template"],
     ),
     "template of a billion places": (
         lambda f: put(f, "base/chat_template.jinja", "{{ '<|image_pad|>' * 10**9 }}"),
-        ["expert0.json record 1: the chat template"],
+        [FIRST, "chat template", "memory"],
     ),
 }
 
@@ -205,17 +221,17 @@ def edit_max_length(folder: Path) -> None:
 
 
 @cases(name=NAMES)
-def test_names_that_are_no_images_are_refused_by_a_plan(
-    planner: Server, folder: Path, spoil: Spoil, words: list[str]
+def test_invalid_paths_of_images_are_refused_by_a_plan(
+    planner: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:
     spoil(folder)
-    refused(planner.run("plan", "merge.yaml", cwd=folder), words)
+    refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
 @cases(image=IMAGES)
 def test_hostile_images_are_refused_before_anything_starts(
-    merger: Server, folder: Path, spoil: Spoil, words: list[str]
+    merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:
     spoil(folder)
-    refused(merger.run("merge", "merge.yaml", "--out", "../out", cwd=folder), words, prepared=True)
+    refused(merger.run("merge", "merge.yaml", "--out", "../out", cwd=folder), facts, prepared=True)
     assert not (folder / "ran").exists()

@@ -1,4 +1,4 @@
-"""The recipes of the published experts are planned from their headers, which are real, over weights that are holes."""
+"""Plans of the recipes for the published experts, from their real headers in sparse files without weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES, HEADERS = ROOT / "examples" / "recipes", ROOT / "tests" / "golden" / "headers"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BLOCK = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-# Of each recipe: what its merged tensors are, written out here and not by the exclude patterns; blocks; what the
-# projector adds; the experts with their samples.
+# By recipe: the prefix of the merged blocks (written out, not derived from the exclude patterns), the number of blocks,
+# the merged tensors of the projector, and the experts with their samples.
 TASKS = {"OCR": 10, "VQA": 10, "Geometry": 10, "Chart": 5, "Grounding": 5}
 EXPECTED = {
     "mistral-7b": ("model.layers", 32, [], {"Chat": 5, "Math": 5, "Code": 5}),
     "qwen2-vl-7b": ("model.layers", 28, [], TASKS),
-    # A norm that no pattern names: it is called mlp1.0.
+    # mlp1.0 is a norm whose name no exclude pattern matches.
     "internvl2_5-1b": ("language_model.model.layers", 24, ["mlp1.0", "mlp1.1", "mlp1.3"], TASKS),
 }
-# As argparse has them in the published model_merging.py.
+# The options of the published model_merging.py.
 PUBLISHED_OPTIONS = """
     method cache_dir output_path run_name scaling_coefficient exclude_params run_tests data_dir samples_per_task
     samples_per_task_dict num_epochs temperature learning_rate mixed_precision gradient_accumulation_steps seed
@@ -46,14 +46,14 @@ def record_of(name: str) -> dict[str, Any]:
 
 
 def tensors_of(record: dict[str, Any]) -> Iterator[tuple[str, list[int]]]:
-    """Each tensor and its shape; all are bfloat16."""
+    """Yield the name and shape of each tensor; all are bfloat16."""
     for pattern, blocks, shape, dtype in record["tensors"]:
         assert dtype == "BF16"
         yield from ((pattern.format(block), shape) for block in range(blocks or 1))
 
 
 def write_sparse(path: Path, tensors: list[tuple[str, list[int]]]) -> None:
-    """A safetensors file whose weights take no room on disk."""
+    """Write a sparse safetensors file, whose weights take no disk space."""
     header, end = {}, 0
     for name, shape in tensors:
         start, end = end, end + 2 * math.prod(shape)
@@ -78,15 +78,15 @@ def put_in_cache(cache: Path, hub_id: str, record: dict[str, Any]) -> None:
         return
     weight_map, size = {}, math.ceil(len(tensors) / count)
     for number in range(count):
-        mine = tensors[number * size : (number + 1) * size]
+        part = tensors[number * size : (number + 1) * size]
         file = f"model-{number + 1:05}-of-{count:05}.safetensors"
-        write_sparse(folder / file, mine)
-        weight_map |= {name: file for name, _ in mine}
+        write_sparse(folder / file, part)
+        weight_map |= {name: file for name, _ in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def write_data(folder: Path, recipe: dict[str, Any]) -> None:
-    """Six published records in each file that the recipe names, one more than it takes."""
+    """Write six published records to each file that the recipe names, one more than the recipe uses."""
     sees = "calibration" in recipe and "image_options" in recipe["calibration"]
     (folder / "data" / "images").mkdir(parents=True)
     for size in (30, 900):
@@ -112,7 +112,7 @@ def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -
         put_in_cache(tmp_path / "hub", hub_id, record)
     write_data(tmp_path, recipe)
     shutil.copy(RECIPES / f"{name}.yaml", tmp_path)
-    # The widest table of a plan is read here line by line.
+    # The tables of the plan are parsed line by line, so they must not wrap.
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "COLUMNS": "220"}
     done = subprocess.run(
         [sys.executable, ROOT / "cli.py", "plan", tmp_path / f"{name}.yaml"],
@@ -132,15 +132,17 @@ def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -
     elements = sum(math.prod(shapes[tensor]) for tensor in merged)
     lines = [line.split() for line in done.stdout.splitlines()]
     cells = [" ".join(line) for line in lines]
-    assert f"tensors {len(merged)} merged of {len(shapes)}; the others stay the base's" in cells
+    assert any(cell.startswith(f"tensors {len(merged)} merged of {len(shapes)}") for cell in cells)
     everything = sum(math.prod(shape) for shape in shapes.values())
-    # What sees is not among them: the elements say so to the last one.
+    # The exact number of elements shows that no tensor of the vision tower is merged.
     assert f"elements {elements:,} merged of {everything:,}" in cells
-    assert f"merged bytes {rich.filesize.decimal(2 * elements)}, in bfloat16" in cells
-    assert f"coefficients {len(merged)} an expert in stage 1" in cells
-    assert f"at most {int(recipe['parameters']['budget'] * len(merged))} an expert in stage 2" in cells
+    merged_bytes = f"merged bytes {rich.filesize.decimal(2 * elements)}"
+    assert any(cell.startswith(merged_bytes) and "bfloat16" in cell for cell in cells)
+    assert any(cell.startswith(f"coefficients {len(merged)} ") for cell in cells)
+    budget = int(recipe["parameters"]["budget"] * len(merged))
+    assert any(f" {budget} " in cell and "stage 2" in cell for cell in cells)
     assert f"hidden layers {blocks // 2}" in cells
-    assert f"expert forwards {sum(experts.values())}, once for all stages" in cells
+    assert any(cell.startswith(f"expert forwards {sum(experts.values())}") for cell in cells)
     prior = str(recipe["parameters"]["weight"])
     rows = [line for line in lines if line and line[0] in experts]
     assert [(line[0], line[1], line[2], line[4]) for line in rows] == [
@@ -149,7 +151,7 @@ def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -
     assert [line[-1] for line in rows] == [f"{model['model']}@{COMMIT}" for model in recipe["models"]]
 
 
-def test_the_recorded_headers_are_those_of_their_generator() -> None:
+def test_the_recorded_headers_are_what_their_generator_writes() -> None:
     generator = runpy.run_path(str(HEADERS / "record.py"))
     records = generator["make"]()
     assert set(records) == set(EXPECTED) == {path.stem for path in RECIPES.glob("*.yaml")}
@@ -158,9 +160,9 @@ def test_the_recorded_headers_are_those_of_their_generator() -> None:
         assert text == generator["as_text"](record), "python tests/golden/headers/record.py"
 
 
-def test_the_recorded_headers_hold_what_is_public_of_the_models() -> None:
+def test_the_recorded_headers_match_the_published_totals() -> None:
     sizes = {name: [math.prod(shape) for _, shape in tensors_of(record_of(name))] for name in EXPECTED}
-    assert {name: len(mine) for name, mine in sizes.items()} == {
+    assert {name: len(tensors) for name, tensors in sizes.items()} == {
         "mistral-7b": 291,
         "qwen2-vl-7b": 730,
         "internvl2_5-1b": 637,

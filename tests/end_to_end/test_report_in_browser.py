@@ -1,4 +1,4 @@
-"""Reports in a real browser: every chart draws, nobody complains, and nothing but the file is asked for."""
+"""Reports in a real browser: every chart is drawn, nothing is logged, and only the file is requested."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from benchmarks.quality.picture import browser, find_browser
 from engine.report.page import write_report
 
 HOSTILE = "</script><script>alert(1)</script>"
-# What plotly has of each chart, and how much of that it has drawn.
+# For each chart, the number of its traces and the number of traces drawn.
 DRAWN = """Array.from(document.querySelectorAll('.plotly-graph-div'), chart => [
     chart.data.length, chart.querySelectorAll('.heatmaplayer image, .scatterlayer .trace, .barlayer .trace').length
 ])"""
-# Wait until every chart is as wide as its place, and tell whether the page is as wide as the window. A function of the
-# tests' own, and not playwright's way of waiting, which evaluates text: the page's policy forbids that.
+# Wait until every chart is as wide as its container, and return whether the page is as wide as the window. Playwright's
+# own waiting evaluates text, which the page's content security policy forbids.
 SETTLED = """() => new Promise(done => {
     const fits = chart => Math.abs(chart.querySelector('.main-svg').clientWidth - chart.parentNode.clientWidth) < 2
     const look = () => Array.from(document.querySelectorAll('.plotly-graph-div')).every(fits)
@@ -43,23 +43,23 @@ def chromium() -> Iterator[Any]:
 
 @contextmanager
 def opened(chromium: Any, page_file: Path) -> Iterator[Any]:
-    """The page, and at the end whether anything was said or asked for on the way."""
+    """Open a page, and check at the end that it logged nothing and requested only its own file."""
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
-    said: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("dialog", lambda dialog: (messages.append(dialog.message), dialog.dismiss()))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(page_file.as_uri())
     yield page
     page.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [page_file.as_uri()]
+    assert messages == []
+    assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [page_file.as_uri()]
 
 
 def all_drawn(page: Any) -> int:
-    """How many charts there are, of which each has drawn what it has."""
+    """Return the number of charts, after checking that each has drawn all its traces."""
     drawn = page.evaluate(DRAWN)
     assert all(traces == shown > 0 for traces, shown in drawn), drawn
     assert page.locator(".js-plotly-plot .main-svg:first-child").count() == len(drawn)
@@ -80,7 +80,7 @@ def test_a_merge_is_drawn_on_a_desk_and_on_a_phone(chromium: Any, llama_merge: P
         assert page.evaluate(axis) == "log"
         for width in (1200, 390):
             page.set_viewport_size({"width": width, "height": 800})
-            assert page.evaluate(SETTLED), "nothing sticks out"
+            assert page.evaluate(SETTLED), "nothing overflows the window"
         assert all_drawn(page) == 11
 
 

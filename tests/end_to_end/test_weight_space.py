@@ -1,8 +1,9 @@
-"""Merges that learn nothing, through the real command line: the same config by another method, and mergekit's YAML."""
+"""Merges by weight-space methods through the real command line, with the config of a learned merge."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     out = tmp_path / "merged"
     done = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
     assert done.returncode == 0, done.stderr
-    assert "not used by ties: " in done.stdout and "hidden_layers" in done.stdout
+    assert "ties: " in done.stdout and "hidden_layers" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(out)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     base = weights(llama_merge.parent / "base")
@@ -46,20 +47,20 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     assert {actor["role"] for actor in memory["actors"]} == {"driver", "shard 0"}
     assert {"starting", "writing", "hashing the inputs"} <= memory["seconds"].keys()
     assert "ties" in (out / "README.md").read_text()
-    assert "2 experts merged by ties" in (out / "merge" / "report.html").read_text()
+    assert re.search(r"\bties\b", (out / "merge" / "report.html").read_text())
 
     again = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
-    assert again.returncode == 0 and "this very merge already" in again.stdout
+    assert again.returncode == 0 and str(out) in again.stdout and "--fresh" in again.stdout
 
-    # The record runs from anywhere; three shards and small files change no number.
+    # The recorded config merges from any folder; three shards and small files do not change the weights.
     spread = tmp_path / "spread"
     options = ("--set", "cluster.shards=3", "--set", "max_shard_size=20KB")
     done = cli("merge", out / "merge" / "config.yaml", *options, "--out", spread)
     assert done.returncode == 0, done.stderr
     assert len(list(spread.glob("*.safetensors"))) > 2 and not (tmp_path / "spread.run").exists()
-    found, first = weights(spread), weights(out)
-    assert found.keys() == first.keys()
-    assert all(torch.equal(found[name], first[name]) for name in first)
+    repeated, first = weights(spread), weights(out)
+    assert repeated.keys() == first.keys()
+    assert all(torch.equal(repeated[name], first[name]) for name in first)
 
 
 @pytest.mark.slow
@@ -76,15 +77,15 @@ def test_one_model_an_expert(llama_merge: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_thresholds_over_the_whole_model_do_not_depend_on_the_shards(llama_merge: Path, tmp_path: Path) -> None:
     options = ("merge_method=ties", "parameters.density=0.3", "parameters.trim=model", "parameters.divide_by=count")
-    found = []
+    merged = []
     for shards in (1, 2):
         out = tmp_path / str(shards)
         wanted = [part for option in (*options, f"cluster.shards={shards}") for part in ("--set", option)]
         done = cli("merge", llama_merge, *wanted, "--out", out)
         assert done.returncode == 0, done.stderr
-        assert "counting by size" in done.stdout
-        found.append(weights(out))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        assert "counting" in done.stdout, "the pass over all weights that finds the threshold"
+        merged.append(weights(out))
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
 
 
 def test_the_methods_are_listed() -> None:
@@ -95,7 +96,7 @@ def test_the_methods_are_listed() -> None:
 
 
 @pytest.mark.parametrize("method", ["linear", "wudi"])
-def test_a_plan_of_a_merge_that_learns_nothing(llama_merge: Path, method: str) -> None:
+def test_a_plan_of_a_weight_space_merge(llama_merge: Path, method: str) -> None:
     done = cli("plan", llama_merge, "--set", f"merge_method={method}")
     assert done.returncode == 0, done.stderr
-    assert method in done.stdout and "not used" in done.stdout
+    assert method in done.stdout and "hidden_layers" in done.stdout
