@@ -1,4 +1,4 @@
-"""What models that take images are given, made as their own users make it, with no line of the engine's encoders."""
+"""Reference inputs of models that take images, made as their users do, without the engine's encoders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 def inputs_of(config: Path) -> list[list[dict[str, Any]]]:
-    """For each expert of a merge.yaml the arguments of a forward pass of each of its samples."""
+    """Return, for each expert of a merge.yaml, the forward arguments of each of its samples."""
     raw = yaml.safe_load(config.read_text())
     base = config.parent / raw["base_model"]
     make = from_chat if "trust_remote_code" in raw else from_processor
@@ -30,7 +30,7 @@ def inputs_of(config: Path) -> list[list[dict[str, Any]]]:
 
 
 def from_processor(base: Path, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """By transformers' own way from a chat with images to tensors."""
+    """Return the inputs of a record as `apply_chat_template` of transformers makes them."""
     seen = [{"type": "image", "image": Image.open(folder / record["image_path"])}] if "image_path" in record else []
     messages = [{"role": "user", "content": [*seen, {"type": "text", "text": record["question"]}]}]
     answer = record.get("response")
@@ -43,7 +43,7 @@ def from_processor(base: Path, record: dict[str, Any], folder: Path) -> dict[str
 
 
 def from_chat(base: Path, record: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """As OpenGVLab's own chat does, with the template of `remote_internvl`."""
+    """Return the inputs of a record as OpenGVLab's `chat` makes them, with the template of `remote_internvl`."""
     config = json.loads((base / "config.json").read_text())
     seen = "image_path" in record
     pixels = (
@@ -62,9 +62,10 @@ def from_chat(base: Path, record: dict[str, Any], folder: Path) -> dict[str, Any
 
 
 def tiles(image: Image.Image, side: int, most: int) -> Tensor:
-    """Dynamic tiling: the grid of at most `most` tiles whose proportions are nearest, and behind several the whole.
+    """Return the normalised tiles of an image, [tiles, 3, side, side], and a thumbnail if there are several tiles.
 
-    Of grids that are equally near the larger is taken if the image has more than half its pixels.
+    The grid has at most `most` tiles and the nearest aspect ratio. Of equally near grids, the larger one is chosen if
+    the image has more than half its pixels.
     """
     image = image.convert("RGB")
     wanted, area = image.width / image.height, image.width * image.height

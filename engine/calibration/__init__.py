@@ -1,1 +1,1 @@
-"""Calibration records and how they become samples."""
+"""Calibration records and their encoding as samples. Knows no merge: runs no model and reads no weights."""

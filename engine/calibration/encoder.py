@@ -1,4 +1,4 @@
-"""A part of the house that has no words of its own yet."""
+"""Choose the encoder for a model and its records."""
 
 from __future__ import annotations
 
@@ -21,29 +21,41 @@ from engine.planning.plan import Plan
 
 
 def encoder(plan: Plan, records: Records) -> Encoder:
-    """What makes tokens of these records: the base's own way, by its files or those of `tokenizer_source`.
+    """Return the encoder of a merge, with the tokenizer and processor of the base or of `tokenizer_source`.
 
     Raises:
-        CheckpointError: what is needed for it cannot be read.
+        CheckpointError: A file of the tokenizer, the processor or the model's own code is missing or invalid.
     """
     folder = base_folder(plan)
-    words = find_model(plan.tokenizer, ROOT) if plan.tokenizer else folder
-    everyone = [record for mine in records for record in mine]
-    return encoder_of(plan.base_header, folder, words, plan.dtype, plan.config.trust_remote_code, everyone)
+    tokenizer = find_model(plan.tokenizer, ROOT) if plan.tokenizer else folder
+    flat = [record for of_expert in records for record in of_expert]
+    return encoder_of(plan.base_header, folder, tokenizer, plan.dtype, plan.config.trust_remote_code, flat)
 
 
 def encoder_of(
-    header: ModelHeader, folder: Path, words: Path, dtype_name: str, code: bool, records: Sequence[Record]
+    header: ModelHeader, folder: Path, tokenizer: Path, dtype_name: str, code: bool, records: Sequence[Record]
 ) -> Encoder:
-    """See `encoder`: of the model in `folder`, by the tokenizer in `words`. `code`: what comes with them may run."""
+    """Return the encoder of a model.
+
+    Args:
+        header: The model's header.
+        folder: The model's folder.
+        tokenizer: The folder of tokenizer and processor.
+        dtype_name: The dtype of float inputs, as torch names it.
+        code: Whether Python code in these folders may run.
+        records: The records to encode. A tokenizer or processor is loaded only if they need it.
+
+    Raises:
+        CheckpointError: See `encoder`.
+    """
     fields, images = {record.field for record in records}, any(record.images for record in records)
     if header.takes_images:
         config, dtype = load_model_config(folder, code), getattr(torch, dtype_name)
         if is_original(config):
-            return ChatEncoder(config, load_tokenizer(words, code), folder, dtype)
+            return ChatEncoder(config, load_tokenizer(tokenizer, code), folder, dtype)
         if images:
-            return ImageEncoder(load_processor(words, code), dtype)
+            return ImageEncoder(load_processor(tokenizer, code), dtype)
     config = header.config
     names = [f"{kind}_token_{number}" for kind in ("image", "video") for number in ("id", "index")]
     seen = {number for name in names if type(number := config.get(name)) is int}
-    return TextEncoder(load_tokenizer(words, code) if fields != {"input_ids"} else None, seen)
+    return TextEncoder(load_tokenizer(tokenizer, code) if fields != {"input_ids"} else None, seen)

@@ -1,4 +1,4 @@
-"""Records with images into a model's inputs, by its processor of transformers. Runs no model."""
+"""Encode records with images as token ids and pixel inputs, with a processor of transformers."""
 
 from __future__ import annotations
 
@@ -27,27 +27,24 @@ from engine.calibration.text_encoder import (
 from engine.errors import CalibrationError
 from engine.untrusted import cpu_limit, memory_limit, shown
 
+# Marks the place of an image in the text of a record.
 PLACE = "<image>"
 
-
-# What processors call the marks of tokens that stand for images (1) among those of text (0).
+# Outputs of processors that mark image tokens with 1 and text tokens with 0.
 MARKS = ("mm_token_type_ids", "token_type_ids")
 
-
-# Options of which 0 is one to choose; all others are sizes and counts.
+# Options that may be 0. All others are sizes and counts, or booleans.
 ANY_NUMBER = ("resample", "image_mean")
 
-
-# What a processor knows, too, and is no matter of the image.
+# Options of processors that concern tensors and devices, not images. They are refused.
 OF_TENSORS = {"return_tensors", "data_format", "input_data_format", "device", "disable_grouping"}
 
-
-# Of a size that all patches divide, and one to be made as large as any is.
+# Images for a trial of the options: a size that all patch sizes divide, and a single pixel that must be enlarged.
 TRIALS = (Image.new("RGB", (448, 448)), Image.new("RGB", (1, 1)))
 
 
 class ImageEncoder:
-    """Text and images by a processor of transformers; floats are kept in `dtype`."""
+    """Encoder of text and images with a processor of transformers. Float inputs are converted to `dtype`."""
 
     def __init__(self, processor: Any, dtype: torch.dtype) -> None:
         self._processor, self._dtype = processor, dtype
@@ -57,12 +54,12 @@ class ImageEncoder:
         self._tried: list[Mapping[str, Any]] = []
 
     def encode(self, record: Record) -> Encoded:
-        """See `Encoder`."""
+        """Encode a record. See `Encoder.encode`."""
         encoded = self._encode(record)
         if not record.images:
             check_no_image(encoded, self._seen, record)
         if record.images and not encoded.images:
-            raise CalibrationError("the chat template leaves its images out", record.where)
+            raise CalibrationError("the chat template drops the images of the record", record.where)
         return encoded
 
     def _encode(self, record: Record) -> Encoded:
@@ -70,9 +67,9 @@ class ImageEncoder:
             return self._text.encode(record)
         if not self._template:
             raise CalibrationError(
-                "the record has images, and there is no chat template to say where they stand",
+                "the record has images, but the model has no chat template to place them",
                 record.where,
-                do="name a model that has one by `tokenizer_source`",
+                do="set `tokenizer_source` to a model that has a chat template",
             )
         images = [read_image(path, record.where) for path in record.images]
         options = dict(record.image_options)
@@ -91,7 +88,7 @@ class ImageEncoder:
         marks_BT = next(
             (output[name] for name in MARKS if name in output), ids_T[None] == self._processor.image_token_id
         )
-        # All that an image stands for comes before the last answer, so that is as long as in the text.
+        # All image tokens come before the last answer, so the answer has as many tokens as in the plain text.
         answer = None if prompt is None else len(ids_T) - len(short) + in_common(asked, short)
         inputs = {name: value for name, value in output.items() if name not in ("input_ids", "attention_mask")}
         return Encoded(
@@ -108,21 +105,21 @@ class ImageEncoder:
 
     @contextmanager
     def _processing(self, record: Record) -> Iterator[None]:
-        """What the processor raises over a record and its options, as a fault of the record."""
+        """Turn exceptions of the processor into errors about the record."""
         with taking("processor", record), warnings.catch_warnings():
-            # Of options by the names that the family's own code has for them.
+            # Some families warn about options under the names of their original code.
             warnings.simplefilter("ignore", FutureWarning)
             yield
 
     def _try(self, options: dict[str, Any], where: str) -> None:
-        """Whether the processor of images knows these options, and can work with them and its own."""
+        """Check that the image processor has these options, and that it works with them in bounded time and memory."""
         prepare = self._processor.image_processor
         known = sorted(set(prepare.valid_kwargs.__annotations__) - OF_TENSORS)
         check_known(options, known, type(prepare).__name__, where)
         for name, value in options.items():
             if name not in ANY_NUMBER and not all(map(_is_positive, _values(value))):
-                raise CalibrationError(f"image_options has {name}: {shown(repr(value))}", where, "numbers above 0")
-        endless = CalibrationError("the image processor takes too long, or too much memory, by its options", where)
+                raise CalibrationError(f"`image_options` has {name}: {shown(repr(value))}", where, "numbers above 0")
+        endless = CalibrationError("the image processor takes too long or too much memory with its options", where)
         with cpu_limit(endless), memory_limit(endless):
             resizes = options.get("do_resize", getattr(prepare, "do_resize", True))
             images = TRIALS if resizes else TRIALS[:1]
@@ -131,16 +128,22 @@ class ImageEncoder:
         self._tried.append(options)
 
 
-def check_known(options: Iterable[str], known: Collection[str], who: str, where: str) -> None:
-    """Whether `who` prepares images knows these options.
+def check_known(options: Iterable[str], known: Collection[str], processor: str, where: str) -> None:
+    """Check that an image processor has these options.
+
+    Args:
+        options: Names of the options.
+        known: Names of the processor's options.
+        processor: The processor's name, for the error.
+        where: The record, for the error.
 
     Raises:
-        CalibrationError: naming the first that is unknown, and those that there are.
+        CalibrationError: An option is unknown.
     """
     unknown = [name for name in options if name not in known]
     if unknown:
         raise CalibrationError(
-            f"image_options has {shown(repr(unknown[0]))}, which {who} does not know",
+            f"`image_options` has {shown(repr(unknown[0]))}, which {processor} does not support",
             where,
             f"one of {', '.join(known)}",
         )
@@ -155,8 +158,14 @@ def _is_positive(value: Any) -> bool:
 
 
 def placed(record: Record) -> Messages:
-    """The record's chat in parts, each image in its place: where a part or an <image> says, else before the text of the
-    first message of the user.
+    """Return the chat of a record with its content as parts of text and images.
+
+    Image parts and <image> marks decide where the images are. Without any, the images precede the text of the user's
+    first message.
+
+    Raises:
+        CalibrationError: The number of places differs from the number of images.
+        ValueError: The content of a message is not valid.
     """
     seen = bool(record.images)
     messages = [{**message, "content": _parts(message["content"], seen)} for message in messages_of(record)]
@@ -166,25 +175,27 @@ def placed(record: Record) -> Messages:
         first["content"] = [{"type": "image"}] * len(record.images) + first["content"]
         places = len(record.images)
     if places != len(record.images):
-        raise CalibrationError(f"the record has {places} places for {len(record.images)} images", record.where)
+        raise CalibrationError(
+            f"the record has {places} place(s) for images, but {len(record.images)} image(s)", record.where
+        )
     return messages
 
 
 def _parts(content: Any, seen: bool) -> list[Mapping[str, str]]:
-    """A message's content as parts: texts and, where images are `seen`, their places."""
+    """Return the content of a message as parts. If the record has images (`seen`), texts are split at <image>."""
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[Mapping[str, str]] = []
     for part in given if isinstance(given, list) else [None]:
         if not isinstance(part, dict) or not _is_known(part):
             wrong = shown(repr(part if isinstance(given, list) else given))
-            raise ValueError(f"a message's content is {wrong}, and no text or parts of text and image")
+            raise ValueError(f"the content of a message is {wrong}, not a string or parts of text and images")
         if part.get("type") == "image":
             parts.append({"type": "image"})
             continue
         first, *others = part["text"].split(PLACE) if seen else [part["text"]]
         parts += [{"type": "text", "text": first}] if first else []
         for text in others:
-            # What a template puts behind an image is its own affair.
+            # The chat template decides what follows an image.
             text = text.removeprefix("\n")
             parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
     return parts
@@ -195,22 +206,22 @@ def _is_known(part: Mapping[str, Any]) -> bool:
 
 
 def spans(marks_T: Tensor) -> Spans:
-    """Where runs of tokens that are not 0 begin and end."""
-    found, place = [], 0
+    """Return (start, stop) of each run of tokens whose mark [T] is not 0."""
+    runs, start = [], 0
     for marked, run in groupby(marks_T.bool().tolist()):
         length = len(list(run))
         if marked:
-            found.append((place, place + length))
-        place += length
-    return tuple(found)
+            runs.append((start, start + length))
+        start += length
+    return tuple(runs)
 
 
 def kept(value: Any, dtype: torch.dtype) -> Tensor:
-    """A processor's output as a tensor of its own, floats in the run's dtype."""
+    """Return an output of a processor as a contiguous tensor; floats are copied to `dtype`."""
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
     return tensor.to(dtype, copy=True).contiguous() if tensor.is_floating_point() else tensor.contiguous()
 
 
 def texts(content: Sequence[Mapping[str, str]], place: str) -> str:
-    """Parts as one text, with a line for each image."""
+    """Join the parts of a message to one text, with `place` and a newline for each image."""
     return "".join(part["text"] if part["type"] == "text" else f"{place}\n" for part in content)

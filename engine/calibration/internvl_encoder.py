@@ -1,7 +1,7 @@
-"""OpenGVLab's original InternVL checkpoints: inputs as the code that travels with them takes them.
+"""Encode records for OpenGVLab's original InternVL checkpoints, which bring their own code.
 
-Their prompt is that of their own conversation template, an image a number of tiles of one size, and a thumbnail. What
-they compute is that code's affair.
+The prompt follows the checkpoint's conversation template. An image becomes tiles of one size, and a thumbnail if there
+are several tiles.
 """
 
 from __future__ import annotations
@@ -25,32 +25,41 @@ from engine.models.internvl import CONTEXT, END, START, context_token
 from engine.models.loading import reading
 from engine.untrusted import shown
 
-# By the names of their config.json, and what they are where it does not say.
+# Options of images, named as in config.json, and their values if it does not give them.
 OPTIONS = {"min_dynamic_patch": 1, "max_dynamic_patch": 12, "use_thumbnail": True}
 
-
-# Of an image at most; its grids are as many as the square of it.
+# Maximum tiles of an image. The number of candidate grids grows with its square.
 TILES = 1000
 
-
+# Mean and standard deviation of the pixels per channel, those of ImageNet.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ChatEncoder:
-    """Chats with and without images; `config` is the checkpoint's, `folder` that of its code."""
+    """Encoder of chats with and without images.
+
+    Args:
+        config: The checkpoint's config.
+        tokenizer: The tokenizer.
+        folder: The folder of the checkpoint's code.
+        dtype: The dtype of the pixels.
+
+    Raises:
+        CheckpointError: The folder has no conversation template, or the tokenizer no image token.
+    """
 
     def __init__(self, config: Any, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
         self._config, self._tokenizer, self._dtype = config, tokenizer, dtype
-        with reading("it has no conversation.py with get_conv_template", folder):
+        with reading("the model has no conversation.py with get_conv_template", folder):
             self._conversation = get_class_from_dynamic_module("conversation.get_conv_template", str(folder))
         vision = config.vision_config
         self._size = config.force_image_size or vision.image_size
-        # What the projector makes of a tile: its patches, of which downsampling puts some together.
+        # Tokens per tile: the patches of the tile after the projector's downsampling.
         self._tokens = int((self._size // vision.patch_size) ** 2 * config.downsample_ratio**2)
         self._context = context_token(tokenizer, folder)
 
     def encode(self, record: Record) -> Encoded:
-        """See `Encoder`."""
+        """Encode a record. See `Encoder.encode`."""
         tiles = [self._tiles(read_image(path, record.where), record) for path in record.images]
         answer, is_prompt = None, False
         if record.field == "input_ids":
@@ -60,15 +69,19 @@ class ChatEncoder:
                 ids, answer, is_prompt = self._tokenize(record, [len(tile) for tile in tiles])
         marks_T = torch.tensor(ids) == self._context
         if int(marks_T.sum()) != self._tokens * sum(map(len, tiles)):
-            raise CalibrationError("the record has tokens of images that it does not have", record.where)
-        # The model's forward pass wants a tile in any case; one with the flag 0 counts for nothing.
+            raise CalibrationError(
+                f"the record has {int(marks_T.sum())} image tokens",
+                record.where,
+                f"{self._tokens * sum(map(len, tiles))}, as for its {len(record.images)} image(s)",
+            )
+        # The model's forward pass requires at least one tile. It ignores tiles with the flag 0.
         pixels = torch.cat(tiles) if tiles else torch.zeros(1, 3, self._size, self._size)
         flags = torch.full((len(pixels),), int(bool(tiles)))
         inputs = {"pixel_values": kept(pixels, self._dtype), "image_flags": flags}
         return Encoded(ids, is_prompt, answer, spans(marks_T), inputs)
 
     def _tokenize(self, record: Record, tiles: list[int]) -> tuple[list[int], int | None, bool]:
-        """Token ids, the place of the first token of the answer, and whether there is none."""
+        """Return the token ids, the index of the answer's first token, and whether the record is a prompt."""
         if record.field == "text":
             return list(self._tokenizer(record.fields["text"]).input_ids), None, False
         messages = [(message["role"], texts(message["content"], PLACE)) for message in placed(record)]
@@ -81,7 +94,7 @@ class ChatEncoder:
         return ids, in_common(asked, ids), False
 
     def _prompt(self, messages: list[tuple[str, str]], is_open: bool, tiles: list[int]) -> str:
-        """The conversation as text; `is_open`: up to where the assistant's next message begins."""
+        """Return the conversation as text. `is_open`: it ends where the assistant's next message begins."""
         conversation = self._conversation(self._config.template)
         system = getattr(self._config, "system_message", None)
         if system is not None:
@@ -99,34 +112,34 @@ class ChatEncoder:
         return prompt
 
     def _tiles(self, image: Image.Image, record: Record) -> Tensor:
-        """The tiles of an image [tiles, 3, size, size] float32, by PIL as these checkpoints were trained with."""
+        """Return the tiles of an image, [tiles, 3, size, size] float32, resized with PIL as in the model's training."""
         given = record.image_options
         check_known(given, OPTIONS, "InternVL", record.where)
         options = {name: getattr(self._config, name, default) for name, default in OPTIONS.items()} | dict(given)
         least, most, thumbnail = options.values()
         if type(least) is not int or type(most) is not int or not 1 <= least <= most <= TILES:
             raise CalibrationError(
-                f"image_options has {shown(repr(least))} to {shown(repr(most))} tiles of an image",
+                f"`image_options` gives {shown(repr(least))} to {shown(repr(most))} tiles per image",
                 record.where,
                 f"1 <= min_dynamic_patch <= max_dynamic_patch <= {TILES}",
             )
         if not isinstance(thumbnail, bool):
             raise CalibrationError(f"use_thumbnail is {shown(repr(thumbnail))}", record.where, "true or false")
         with taking("image processor", record):
-            found = self._prepare(
+            prepared = self._prepare(
                 image,
                 crop_to_patches=True,
                 min_patches=least,
                 max_patches=most,
                 return_tensors="pt",
             )
-        pixels: Tensor = found["pixel_values"]
-        # Behind several tiles stands the whole image as one more.
+        pixels: Tensor = prepared["pixel_values"]
+        # The processor appends a thumbnail if there are several tiles.
         return pixels if thumbnail or len(pixels) == 1 else pixels[:-1]
 
     @cached_property
     def _prepare(self) -> Any:
-        # Only who prepares images needs it.
+        # Imported only if there are images to prepare.
         from transformers import GotOcr2ImageProcessorPil
 
         side = {"height": self._size, "width": self._size}

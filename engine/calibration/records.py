@@ -1,8 +1,8 @@
-"""Calibration records: read from .json, .jsonl and .parquet files within bounds, each with one usable field.
+"""Read calibration records from .json, .jsonl and .parquet files of bounded size.
 
-A record has `input_ids`, or `messages` (chat), or `question` (and `response`, used when present), or `text`; for models
-that take images `image_path` or `image_paths` too, or paths in the parts of its messages. Other fields are kept and
-ignored. Looks at no image, and needs no torch and no tokenizer.
+A record has `input_ids`, `messages` (a chat), `question` (and optionally `response`), or `text`. For models that take
+images it may also have `image_path` or `image_paths`, or paths in the parts of its messages. Other fields are ignored.
+Images are located, but not read.
 """
 
 from __future__ import annotations
@@ -30,23 +30,26 @@ from engine.untrusted import (
     shown,
 )
 
-# In the order of precedence: the first that a record has decides what is made of it.
+# In order of precedence: the first field that a record has is used.
 FIELDS = ("input_ids", "messages", "question", "text")
 
-
-# Columns of a table that are read; the last two are what an evaluation asks for.
+# Columns of a parquet file that are read; evaluations use the last two.
 READ = {*FIELDS, "response", "image_path", "image_paths", "choices", "answer"}
 
-
-# Bytes of a record, records of an expert, images of a record, and how many rows of a table are read at a time.
+# Maximum bytes of a record, records of a file and images of a record; rows of a parquet file read at a time.
 RECORD_BYTES, RECORDS, IMAGES, ROWS = 2 << 20, 1_000_000, 64, 64
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its `fields`, its place (`where`: file and number), and what its file says of it.
+    """A calibration record.
 
-    `images` are the files of its images in the order of their places in the text.
+    Attributes:
+        where: File and line or number, for errors.
+        fields: Its fields.
+        loss_weight: βₖ, or the `loss_weight` of its file.
+        images: Files of its images, in the order of their places in the text.
+        image_options: Options of the image processor.
     """
 
     where: str
@@ -57,29 +60,32 @@ class Record:
 
     @property
     def field(self) -> str:
-        """Which of FIELDS is used."""
-        found = _field(self.fields)
-        assert found is not None
-        return found
+        """The field of FIELDS that is used."""
+        name = _field(self.fields)
+        assert name is not None
+        return name
 
 
 def read_records(plan: Plan) -> list[list[Record]]:
-    """For each expert its calibration records: those that its files name a number of, and `samples_per_model` of the
-    other files' together.
+    """Read the calibration records of each expert.
 
-    One of each file, then the next of each. With `shuffle`, each file is permuted with the seed before that.
+    A file with `samples` contributes that many records; the other files of the expert contribute `samples_per_model`
+    together. Records are taken from the files in turn, one at a time. `shuffle` permutes each file with the seed first.
+
+    Returns:
+        The records of each expert.
 
     Raises:
-        CalibrationError: a file that cannot be read or is empty, or a record without a usable field.
+        CalibrationError: A file cannot be read or has no records, or a record is not valid.
     """
     return [_of_expert(plan, number) for number in range(len(plan.experts))]
 
 
 def read_file(path: Path, limit: int | None = None) -> list[Record]:
-    """The records of one file, or the first `limit` of them, in its order; images are looked for beside it.
+    """Read the records of one file, at most `limit`. Paths of images are relative to the file's folder.
 
     Raises:
-        CalibrationError: see `read_records`.
+        CalibrationError: See `read_records`.
     """
     records = []
     for where, fields in islice(_checked(path), limit):
@@ -91,7 +97,7 @@ def read_file(path: Path, limit: int | None = None) -> list[Record]:
 
 
 def text_of(fields: Mapping[str, Any]) -> str:
-    """All that a record says in words, to estimate its length."""
+    """Return all text of a record, to estimate its number of tokens."""
     return "".join(str(fields[field]) for field in (*FIELDS, "response") if fields.get(field))
 
 
@@ -104,12 +110,12 @@ def _of_expert(plan: Plan, number: int) -> list[Record]:
     ]
     if not any(files):
         raise CalibrationError(f"expert {expert.name!r} has no calibration records", str(expert.calibration[0]))
-    shared = {id(mine) for mine, source in zip(files, sources, strict=True) if source.samples is None}
+    shared = {id(file) for file, source in zip(files, sources, strict=True) if source.samples is None}
     for turn in zip_longest(*files):
-        for mine, record in zip(files, turn, strict=True):
+        for file, record in zip(files, turn, strict=True):
             if record is None:
                 continue
-            if id(mine) in shared:
+            if id(file) in shared:
                 if not budget:
                     continue
                 budget -= 1
@@ -118,21 +124,21 @@ def _of_expert(plan: Plan, number: int) -> list[Record]:
 
 
 def _chosen(plan: Plan, expert: ExpertPlan, place: int, source: CalibrationFile) -> list[tuple[str, Any]]:
-    """The first records of a file with their places, as many as may be needed, in the order of the seed."""
+    """Return the first records of a file and their places, after `shuffle`, as many as the expert may take."""
     path, wanted = expert.calibration[place], source.samples or expert.samples
     count, kept = 0, []
-    for one in _checked(path):
+    for entry in _checked(path):
         count += 1
         if count <= wanted:
-            kept.append(one)
+            kept.append(entry)
     if plan.config.calibration.shuffle:
         order = list(range(count))
-        # Seeded per expert and file, so that adding one does not change the samples of the others.
+        # Seeded per expert and file, so that an additional file or expert does not change the samples of the others.
         seed = f"{plan.config.seed}-{plan.experts.index(expert)}"
         random.Random(f"{seed}-{place}" if place else seed).shuffle(order)
         turns = {number: turn for turn, number in enumerate(order[:wanted])}
-        found = {turns[i]: one for i, one in enumerate(_checked(path)) if i in turns}
-        kept = [found[turn] for turn in sorted(found)]
+        by_turn = {turns[i]: entry for i, entry in enumerate(_checked(path)) if i in turns}
+        kept = [by_turn[turn] for turn in sorted(by_turn)]
     return kept
 
 
@@ -153,58 +159,59 @@ def _record(
 
 
 def check_seen(images: Sequence[Any], takes_images: bool, where: str) -> None:
-    """Whether a record's images are for a model that takes them.
+    """Check that a record has no images if the model takes none.
 
     Raises:
-        CalibrationError: they are not.
+        CalibrationError: The record has images, and the model takes none.
     """
     if images and not takes_images:
-        raise CalibrationError("the record has images, and this is a language model without them", where)
+        raise CalibrationError("the record has images, but the model takes none", where)
 
 
 def _image_names(fields: Mapping[str, Any], where: str) -> list[str]:
-    """Paths of a record's images as it has them: its own, or those in the parts of its messages."""
+    """Return the paths of a record's images, from its image fields or from the parts of its messages."""
     given = [fields[name] for name in ("image_path", "image_paths") if fields.get(name) is not None]
-    names = list(chain.from_iterable(one if isinstance(one, list) else [one] for one in given))
+    names = list(chain.from_iterable(value if isinstance(value, list) else [value] for value in given))
     parts = [part for part in _parts(fields) if part.get("type") == "image"]
     named = [part[key] for part in parts for key in ("path", "image", "url") if part.get(key) is not None]
     if len(given) > 1 or (named and (names or len(named) < len(parts))):
         raise CalibrationError(
-            "the record gives its images in two ways", where, "all by `image_paths`, or all by parts"
+            "the record gives its images in two ways", where, "all in `image_paths`, or all in parts of the messages"
         )
     names = names or named
     if not all(isinstance(name, str) and name for name in names) or len(names) > IMAGES:
-        raise CalibrationError("its images are no paths", where, f"at most {IMAGES} paths of files")
+        raise CalibrationError("the images are not a list of paths", where, f"at most {IMAGES} paths of files")
     if names and _field(fields) in ("input_ids", "text"):
-        raise CalibrationError(f"the record has images beside `{_field(fields)}`", where, "`question` or `messages`")
+        raise CalibrationError(f"the record has images and `{_field(fields)}`", where, "`question` or `messages`")
     return names
 
 
 def _parts(fields: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """The parts of the messages' contents, where they have parts."""
+    """Return the parts of all messages whose content is a list."""
     messages = fields.get("messages") if _field(fields) == "messages" else None
     contents = [message["content"] for message in messages or () if isinstance(message["content"], list)]
     return [part for content in contents for part in content if isinstance(part, dict)]
 
 
 def _image(folders: Sequence[Path], name: str, where: str) -> Path:
-    """An image's file: relative to the data file's folder, else to the config's."""
+    """Return the file of an image, relative to the first of the folders that has it."""
     if "://" in name:
-        raise CalibrationError(f"an image by address: {shown(repr(name))}", where, "the path of a file")
+        raise CalibrationError(f"the image is given by address: {shown(repr(name))}", where, "the path of a file")
     try:
-        found = [locate(name, folder, CalibrationError) for folder in folders]
+        candidates = [locate(name, folder, CalibrationError) for folder in folders]
     except CalibrationError as error:
-        raise CalibrationError(f"{shown(repr(name))} is {error.what}", where, "the path of a file") from error
-    # False, not an error, for a name that no file can have.
-    there = next((one for one in found if os.path.isfile(one)), None)  # noqa: PTH113
-    if there is None:
-        looked = " and ".join(dict.fromkeys(str(folder) for folder in folders))
-        raise CalibrationError(f"there is no image {shown(repr(name))}", where, f"a file; looked for it from {looked}")
-    return there
+        problem = f"the image {shown(repr(name))} cannot be located: {error.what}"
+        raise CalibrationError(problem, where, "the path of a file") from error
+    # os.path.isfile returns False for impossible names, where Path.is_file raises.
+    file = next((path for path in candidates if os.path.isfile(path)), None)  # noqa: PTH113
+    if file is None:
+        searched = " or ".join(dict.fromkeys(str(folder) for folder in folders))
+        raise CalibrationError(f"no such image: {shown(repr(name))}", where, f"a file, relative to {searched}")
+    return file
 
 
 def _checked(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a file with their places, each looked at: one usable field."""
+    """Yield the records of a file with their places, after checking each."""
     for count, (where, record) in enumerate(_read_file(path), start=1):
         if count > RECORDS:
             raise _too_many(path)
@@ -213,18 +220,18 @@ def _checked(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of one file with their places; `FILE:LINE` in .jsonl, `FILE record N` elsewhere, from 1."""
+    """Yield the records of a file with their places: `FILE:LINE` in .jsonl, `FILE record N` elsewhere, from 1."""
     if path.suffix == ".jsonl":
         yield from _lines(path)
         return
     if path.suffix == ".json":
         rows = parse_json(read_text(path, JSON_BYTES, CalibrationError), str(path), CalibrationError)
         if not isinstance(rows, list):
-            raise CalibrationError("the file does not hold a list of records", str(path))
+            raise CalibrationError("the file is not a list of records", str(path))
     elif path.suffix == ".parquet":
         rows = _rows(path)
     else:
-        raise CalibrationError(f"an unknown kind of file: {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
+        raise CalibrationError(f"unknown file type {path.suffix!r}", str(path), ".json, .jsonl or .parquet")
     for number, row in enumerate(rows, start=1):
         where = f"{path} record {number}"
         if len(repr(row)) > RECORD_BYTES:
@@ -251,12 +258,14 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    """Rows of a parquet file, a few at a time. A small file may stand for a large table: see `in_memory`."""
+    """Yield the rows of a parquet file, reading ROWS at a time within `memory_limit`: small files can expand a lot."""
     import pyarrow
     import pyarrow.parquet
 
-    too_large = CalibrationError("its records take too much memory", str(path), do="give only those that are needed")
-    unread = library_errors_as(lambda told: CalibrationError(f"not a parquet file: {told}", str(path)))
+    too_large = CalibrationError(
+        "the records take too much memory", str(path), do="keep only the records that are needed"
+    )
+    unread = library_errors_as(lambda message: CalibrationError(f"not a parquet file: {message}", str(path)))
     with open_regular(path, None, CalibrationError) as file:
         with unread, memory_limit(too_large):
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
@@ -265,20 +274,24 @@ def _rows(path: Path) -> Iterator[Any]:
         if not any(name in READ for name in names):
             raise _no_field(names, f"{path} record 1")
         if len(set(names)) < len(names):
-            raise CalibrationError("two of its columns have one name", str(path))
+            raise CalibrationError("two columns have the same name", str(path))
         if table.metadata.num_rows > RECORDS:
             raise _too_many(path)
         rows: list[Any] | None = []
         while rows is not None:
             yield from rows
-            wrong = library_errors_as(lambda told: CalibrationError(f"its records cannot be read: {told}", str(path)))
+            wrong = library_errors_as(
+                lambda message: CalibrationError(f"the records cannot be read: {message}", str(path))
+            )
             with wrong, memory_limit(too_large):
                 batch = next(batches, None)
                 rows = None if batch is None else batch.to_pylist()
 
 
 def _too_many(path: Path) -> CalibrationError:
-    return CalibrationError(f"more than {RECORDS:,} records or lines", str(path), "5–10 of the expert's domain")
+    return CalibrationError(
+        f"the file has more than {RECORDS:,} records or lines", str(path), do="keep only the records that are needed"
+    )
 
 
 def _too_long(where: str) -> CalibrationError:
@@ -288,7 +301,7 @@ def _too_long(where: str) -> CalibrationError:
 def _no_field(fields: Sequence[str], where: str) -> CalibrationError:
     has = shown(", ".join(fields), 4 * SHOWN)
     return CalibrationError(
-        f"the record has no usable field; it has {has or 'none'}", where, f"one of {', '.join(FIELDS)}"
+        f"the record has no usable field; its fields: {has or 'none'}", where, f"one of {', '.join(FIELDS)}"
     )
 
 
@@ -297,7 +310,7 @@ def _field(record: Mapping[str, Any]) -> str | None:
 
 
 def _check(record: Any, where: str) -> None:
-    """One usable field, of the type that it must have."""
+    """Check that a record has a usable field of the right type."""
     if not isinstance(record, dict):
         raise CalibrationError("the record is not a mapping of fields to values", where)
     field = _field(record)
@@ -313,9 +326,9 @@ def _check(record: Any, where: str) -> None:
     ):
         raise CalibrationError("`messages` is not a list of {role, content}", where)
     if field in ("question", "text") and not (isinstance(value, str) and value.strip()):
-        raise CalibrationError(f"`{field}` is not a text, or an empty one", where)
+        raise CalibrationError(f"`{field}` is not a string, or it is empty", where)
     if field == "question" and not (response is None or isinstance(response, str)):
-        raise CalibrationError("`response` is not a text", where)
+        raise CalibrationError("`response` is not a string", where)
 
 
 Records = Sequence[Sequence[Record]]

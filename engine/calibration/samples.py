@@ -1,6 +1,6 @@
-"""Unlabelled samples: calibration records made into what a model takes, in the method's order.
+"""Calibration samples: encoded records, truncated, checked and numbered per expert.
 
-An encoder (`engine.calibration.text_encoder`) makes tokens of a record; this module cuts, checks and numbers them.
+`engine.calibration.encoder` chooses the encoder that turns records into token ids and pixel inputs.
 """
 
 from __future__ import annotations
@@ -14,20 +14,27 @@ from engine.errors import CalibrationError
 from engine.planning.plan import Plan
 from engine.untrusted import shown
 
+# (start, stop) of runs of positions.
 Spans = tuple[tuple[int, int], ...]
 
-
-# Tokens of an image, if nothing says how many: of some 900 x 900 pixels in Qwen2-VL.
+# Estimated tokens of an image if the model's config does not give them: about 900 x 900 pixels in Qwen2-VL.
 IMAGE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One calibration sample x ∈ Dₖ: `expert` is k, `index` its place in the list, `where` its file and record.
+    """A calibration sample x ∈ Dₖ.
 
-    `cut` is the number of tokens beyond `max_length` that were left out; `generate` the number of new tokens that the
-    expert writes first, as the response to this prompt. `masked_spans` are the spans of positions whose losses do not
-    count, `loss_weight` is βₖ or what its file says instead, and `inputs` whether it has more inputs than its tokens.
+    Attributes:
+        expert: k.
+        index: Index among the samples of the expert.
+        input_ids: Token ids.
+        where: File and record, for messages.
+        cut: Number of tokens beyond `max_length` that were dropped.
+        generate: Maximum number of tokens of the response that the expert generates first.
+        masked_spans: Positions whose losses do not count.
+        loss_weight: βₖ, or the `loss_weight` of its file.
+        inputs: Whether it has pixel inputs.
     """
 
     expert: int
@@ -42,16 +49,20 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the sample, or as many as it may have when the expert has written its response."""
+        """Maximum number of tokens, with the response that the expert generates."""
         return len(self.input_ids) + self.generate
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A record as a model takes it: its tokens, and `inputs`, the tensors that its forward pass takes beside them.
+    """An encoded record.
 
-    `is_prompt`: it still wants a response. `response` is the place of the first token of the one that it has; `images`
-    are the spans of tokens that stand for images.
+    Attributes:
+        input_ids: Token ids.
+        is_prompt: Whether it ends where a response would begin.
+        response: Index of the first token of its response, None if it has none.
+        images: Positions of image tokens.
+        inputs: Pixel inputs: further tensors that the forward pass takes, by name.
     """
 
     input_ids: Sequence[int]
@@ -62,10 +73,14 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """What makes tokens of records."""
+    """Turns records into the inputs of a model."""
 
     def encode(self, record: Record) -> Encoded:
-        """Tokens and other inputs of a record; CalibrationError where it cannot be."""
+        """Return the token ids and pixel inputs of a record.
+
+        Raises:
+            CalibrationError: The record cannot be encoded.
+        """
 
 
 def make_samples(
@@ -74,16 +89,25 @@ def make_samples(
     plan: Plan,
     keep: Callable[[Sample, Mapping[str, Any]], None] | None = None,
 ) -> list[list[Sample]]:
-    """Samples of each expert. `keep` takes what a sample has beside its tokens, if it has anything.
+    """Encode records as samples.
+
+    Args:
+        records: The records of each expert.
+        encoder: The encoder.
+        plan: The plan.
+        keep: Called with each sample that has pixel inputs and with these inputs, which the sample itself omits.
+
+    Returns:
+        The samples of each expert.
 
     Raises:
-        CalibrationError: a record that makes no tokens, ids outside the vocabulary, images that `max_length` would cut,
-        or no tokens whose losses would count.
+        CalibrationError: A record has no tokens, ids outside the vocabulary, images beyond `max_length`, or no
+            position whose loss counts.
     """
     samples: list[list[Sample]] = []
-    for number, mine in enumerate(records):
+    for number, of_expert in enumerate(records):
         samples.append([])
-        for index, record in enumerate(mine):
+        for index, record in enumerate(of_expert):
             encoded = encoder.encode(record)
             sample = _sample(record, encoded, plan, number, index)
             if encoded.inputs:
@@ -100,10 +124,10 @@ def _sample(record: Record, encoded: Encoded, plan: Plan, expert: int, index: in
     kept, cut = tuple(ids[: options.max_length]), max(0, len(ids) - options.max_length)
     if any(stop > len(kept) for _, stop in encoded.images):
         raise CalibrationError(
-            f"its images end at token {max(stop for _, stop in encoded.images):,}, and no image can be cut",
+            f"the images end at token {max(stop for _, stop in encoded.images):,}, and images cannot be truncated",
             where,
-            f"at most `max_length`, {options.max_length:,}, in the config's `calibration`",
-            "raise it, or make images smaller by `image_options`",
+            f"at most `calibration.max_length`, {options.max_length:,}",
+            "raise `calibration.max_length`, or reduce the images with `image_options`",
         )
     generate = min(options.generate_responses, options.max_length - len(kept)) if encoded.is_prompt else 0
     return Sample(
@@ -120,24 +144,25 @@ def _sample(record: Record, encoded: Encoded, plan: Plan, expert: int, index: in
 
 
 def check_ids(ids: Sequence[int], vocabulary: int | None, where: str) -> None:
-    """Whether a record makes tokens, and a vocabulary of that size has them.
+    """Check that a record has tokens and that their ids are within a vocabulary of that size (None: unknown).
 
     Raises:
-        CalibrationError: it does not.
+        CalibrationError: There are no tokens, or an id is outside the vocabulary.
     """
     if not ids:
-        raise CalibrationError("the record makes no tokens", where)
+        raise CalibrationError("the record has no tokens", where)
     if not 0 <= min(ids) <= max(ids) < (vocabulary or max(ids) + 1):
         least, most = shown(str(min(ids))), shown(str(max(ids)))
         raise CalibrationError(
-            f"token ids from {least} to {most}", where, f"ids below the vocabulary's size, {vocabulary}"
+            f"the token ids are from {least} to {most}", where, f"ids from 0 to below the vocabulary size, {vocabulary}"
         )
 
 
 def _uncounted(loss_tokens: str, encoded: Encoded, length: int, generate: int, where: str) -> Spans:
-    """Spans of positions whose losses do not count: images, or all before the one that predicts the response.
+    """Return the positions whose losses do not count.
 
-    `auto` is `response` where there is any of it, else `text`.
+    With `text` these are the image tokens; with `response`, all positions before the one that predicts the response.
+    `auto` is `response` if the sample has one, else `text`.
     """
     if loss_tokens == "all":
         return ()
@@ -148,29 +173,32 @@ def _uncounted(loss_tokens: str, encoded: Encoded, length: int, generate: int, w
         return encoded.images
     if start is None:
         raise CalibrationError(
-            "the record has no response, and `loss_tokens: response` counts nothing else",
+            "the record has no response, but `loss_tokens` is `response`",
             where,
-            "a question with its `response`, or messages that end with the assistant's",
-            "`calibration.generate_responses` has the expert write one",
+            "a `question` with a `response`, or `messages` that end with one of the assistant",
+            "add a response, or set `calibration.generate_responses`",
         )
     if start - 1 >= length:
         raise CalibrationError(
-            f"nothing is left of its response at `max_length` {length}", where, do="raise `calibration.max_length`"
+            f"the response begins beyond the first {length} tokens, the `max_length`",
+            where,
+            do="raise `calibration.max_length`",
         )
     return ((0, start - 1),) if start > 1 else ()
 
 
 def loss_positions(masked_spans: Spans, length: int) -> list[int] | None:
-    """The positions of a sample of `length` tokens whose losses count; None: all of them."""
+    """Return the positions of a sample of `length` tokens whose losses count, or None if all count."""
     if not masked_spans:
         return None
-    left_out = {place for start, stop in masked_spans for place in range(start, stop)}
-    return [place for place in range(length) if place not in left_out]
+    masked = {position for start, stop in masked_spans for position in range(start, stop)}
+    return [position for position in range(length) if position not in masked]
 
 
 def about_tokens(plan: Plan, records: Sequence[Sequence[Record]]) -> list[list[int]]:
-    """About how many tokens each sample has, without a tokenizer: four characters of a text make one, and an image as
-    many as the model's configuration says, or IMAGE_TOKENS.
+    """Estimate the number of tokens of each sample without a tokenizer.
+
+    Four characters count as one token. An image counts as the model's config gives, or as IMAGE_TOKENS.
     """
     calibration = plan.config.calibration
 
@@ -180,11 +208,11 @@ def about_tokens(plan: Plan, records: Sequence[Sequence[Record]]) -> list[list[i
         images = len(record.images) * _image_tokens(plan.base_header.config, record.image_options)
         return min(len(ids) if ids is not None else text + images, calibration.max_length)
 
-    return [[count(record) for record in mine] for mine in records]
+    return [[count(record) for record in of_expert] for of_expert in records]
 
 
 def _image_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> int:
-    """About how many tokens an image has at most: tiles of so many each, by the names that families have for these."""
+    """Estimate the maximum tokens of an image: tiles times tokens per tile, under the keys of the known families."""
     vision = config.get("vision_config")
     patch = vision.get("patch_size") if isinstance(vision, dict) else None
     size, ratio = config.get("force_image_size"), config.get("downsample_ratio")

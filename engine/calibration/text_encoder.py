@@ -18,13 +18,18 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class TextEncoder:
-    """Text by a tokenizer of transformers; None does for records that are token ids."""
+    """Encoder of text with a tokenizer of transformers.
+
+    Args:
+        tokenizer: The tokenizer. None is enough if all records are token ids.
+        of_images: Ids of image and video tokens, which records of text must not contain.
+    """
 
     def __init__(self, tokenizer: Any, of_images: Set[int] = frozenset()) -> None:
         self._tokenizer, self._of_images = tokenizer, of_images
 
     def encode(self, record: Record) -> Encoded:
-        """See `Encoder`; a token `of_images` stands for what the record does not have."""
+        """Encode a record. See `Encoder.encode`."""
         encoded = self._checked(record)
         check_no_image(encoded, self._of_images, record)
         return encoded
@@ -32,8 +37,8 @@ class TextEncoder:
     def _checked(self, record: Record) -> Encoded:
         if record.field == "input_ids":
             return Encoded(list(record.fields["input_ids"]))
-        who = "tokenizer" if record.field == "text" or not self._tokenizer.chat_template else "chat template"
-        with taking(who, record):
+        component = "tokenizer" if record.field == "text" or not self._tokenizer.chat_template else "chat template"
+        with taking(component, record):
             return self._encode(record)
 
     def _encode(self, record: Record) -> Encoded:
@@ -42,9 +47,7 @@ class TextEncoder:
             return Encoded(list(tokenizer(record.fields["text"]).input_ids))
         if not tokenizer.chat_template:
             if record.field == "messages":
-                raise CalibrationError(
-                    "the record is a chat, and the base's tokenizer has no chat template", record.where
-                )
+                raise CalibrationError("the record is a chat, but the tokenizer has no chat template", record.where)
             answer = record.fields.get("response")
             asked = list(tokenizer(question).input_ids)
             ids = list(tokenizer(f"{question}\n{answer}").input_ids) if answer else asked
@@ -57,17 +60,17 @@ class TextEncoder:
 
 
 def check_no_image(encoded: Encoded, of_images: Set[int], record: Record) -> None:
-    """Whether a record without images has none of the tokens that stand for them.
+    """Check that a record without images contains no image tokens.
 
     Raises:
-        CalibrationError: it has one.
+        CalibrationError: It contains one.
     """
     if not of_images.isdisjoint(encoded.input_ids):
-        raise CalibrationError("the record has the token of an image, and no image", record.where)
+        raise CalibrationError("the record contains an image token, but has no image", record.where)
 
 
 def messages_of(record: Record) -> Messages:
-    """The chat that a record is: its messages, or its question and response."""
+    """Return the messages of a record, or its question and response as messages."""
     if record.field == "messages":
         messages: Messages = record.fields["messages"]
         return messages
@@ -76,28 +79,36 @@ def messages_of(record: Record) -> Messages:
 
 
 def rendered(messages: Messages, template: Callable[..., str], where: str) -> tuple[str, str | None]:
-    """The text that a chat template makes of a chat, and the part of it before the last answer; None: it has none."""
+    """Render a chat with a chat template.
+
+    Returns:
+        The whole text, and the text before the assistant's last message (None: the chat does not end with one).
+
+    Raises:
+        CalibrationError: The template takes too long or too much memory, or its text is too long.
+    """
     is_prompt = messages[-1]["role"] != "assistant"
-    endless = CalibrationError("the chat template takes too long, or too much memory", where)
+    endless = CalibrationError("the chat template takes too long or too much memory", where)
     with cpu_limit(endless), memory_limit(endless):
         text = template(messages, add_generation_prompt=is_prompt, tokenize=False)
         asked = messages[:-1]
         prompt = None if is_prompt else template(asked, add_generation_prompt=True, tokenize=False) if asked else ""
     if len(text) > RECORD_BYTES:
-        raise CalibrationError(f"the chat template makes {len(text):,} characters", where, f"at most {RECORD_BYTES:,}")
+        length = f"{len(text):,} characters"
+        raise CalibrationError(f"the chat template produces {length}", where, f"at most {RECORD_BYTES:,}")
     return text, prompt
 
 
 def in_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return the length of the common prefix of two sequences of token ids."""
     pairs = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def taking(who: str, record: Record) -> AbstractContextManager[None]:
-    """What a tokenizer, template or processor raises over a record, as a fault of the record."""
+def taking(component: str, record: Record) -> AbstractContextManager[None]:
+    """Return a context in which exceptions of a tokenizer, template or processor become errors about the record."""
     return library_errors_as(
-        lambda told: CalibrationError(f"the {who} does not take this record: {told}", record.where),
+        lambda message: CalibrationError(f"the {component} fails on this record: {message}", record.where),
         jinja2.TemplateError,
         StrictDataclassError,
         MemoryError,

@@ -1,4 +1,4 @@
-"""Calibration: records of every kind become token ids in the order of the method; a bad one is told with its place."""
+"""Calibration samples: records of every kind as token ids, their order, and the place of invalid records."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pyarrow.parquet
 import pytest
 import tiny
 from conftest import plan_of
+from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.calibration.encoder import encoder
-from engine.calibration.records import read_records
+from engine.calibration.records import FIELDS, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.calibration.text_encoder import TextEncoder
 from engine.errors import CalibrationError, CheckpointError
@@ -39,14 +40,14 @@ def tokenizer(llama_merge: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One without a chat template."""
+    """Return a tokenizer without a chat template."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.save_tokenizer(folder, chat=False)
     return load_tokenizer(folder)
 
 
 def write(path: Path, records: Any) -> Path:
-    """Records, or text or bytes as they are, in the kind of file that the name asks for."""
+    """Write records in the format that the file's name implies. Text and bytes are written unchanged."""
     if isinstance(records, str | bytes):
         path.write_bytes(records.encode() if isinstance(records, str) else records)
     elif path.suffix == ".jsonl":
@@ -61,7 +62,7 @@ def write(path: Path, records: Any) -> Path:
 
 
 def plan_with(llama_merge: Path, *files: Path, options: Sequence[str] = ()) -> Plan:
-    """The plan of two experts, of which the first has these calibration files."""
+    """Return the plan of two experts, the first of which has these calibration files."""
     return plan_of(llama_merge, f"models.0.calibration={json.dumps([str(file) for file in files])}", *options)
 
 
@@ -69,10 +70,15 @@ def first_samples(plan: Plan, tokenizer: Any) -> list[Sample]:
     return make_samples(read_records(plan), TextEncoder(tokenizer), plan)[0]
 
 
-def fault(plan: Plan, tokenizer: Any = None) -> str:
-    with pytest.raises(CalibrationError) as caught:
+def check_refused(plan: Plan, where: str, *facts: str, tokenizer: Any = None) -> None:
+    """Check that a record or file is refused with an error at `where` which states the facts."""
+    with refused(CalibrationError) as caught:
         make_samples(read_records(plan), TextEncoder(tokenizer), plan)
-    return str(caught.value)
+    error = caught.value
+    assert error.where == where
+    # `where` contains the name of the test, which may contain a fact.
+    assert all(fact in f"{error.what}; {error.expected}" for fact in facts), str(error)
+    assert "None" not in error.what
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
@@ -245,7 +251,7 @@ def test_a_tokenizer_is_needed_for_text_alone(
     tmp_path: Path, llama_merge: Path, records: list[Any], needed: bool
 ) -> None:
     plan = plan_with(llama_merge, write(tmp_path / "a.jsonl", records))
-    with pytest.raises(CheckpointError, match="tokenizer") if needed else nullcontext():
+    with refused(CheckpointError, facts=["tokenizer"]) if needed else nullcontext():
         encoder(replace(plan, tokenizer=str(tmp_path)), read_records(plan))
 
 
@@ -269,111 +275,108 @@ def test_order_and_windows_are_those_of_the_method(counts: list[int], epochs: in
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "place", "problem"),
+    ("name", "content", "place", "fact"),
     [
-        ("a.jsonl", "", "", "has no calibration records"),
-        ("a.jsonl", "\n \n", "", "has no calibration records"),
-        ("a.json", "[]", "", "has no calibration records"),
-        ("a.json", "", "", "not valid JSON"),
-        ("a.json", '{"text": "w1"}', "", "does not hold a list"),
-        ("a.json", '"text"', "", "does not hold a list"),
-        ("a.json", "[{]", "", "not valid JSON"),
-        ("a.json", "[" * 100_000, "", "not valid JSON"),
-        ("a.json", b"[\xff]", "", "not UTF-8"),
-        ("a.json", '[{"text": "w1"}, 3]', " record 2", "not a mapping"),
-        ("a.json", "[[]]", " record 1", "not a mapping"),
-        ("a.jsonl", '{"text": "w1"}\n\n{"text": w2}\n', ":3", "not valid JSON"),
-        ("a.jsonl", '{"text": "w1"}\n{"text":\n"w2"}\n', ":2", "not valid JSON"),
-        ("a.jsonl", "[1]\n", ":1", "not a mapping"),
-        ("a.jsonl", '{"text": "w1"}\nnull\n', ":2", "not a mapping"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "", "not UTF-8"),
-        ("a.jsonl", '{"a": %s}' % ("9" * 5000), ":1", "not valid JSON"),
-        ("a.parquet", b"", "", "not a parquet file"),
+        ("a.jsonl", "", "", "'expert0'"),
+        ("a.jsonl", "\n \n", "", "'expert0'"),
+        ("a.json", "[]", "", "'expert0'"),
+        ("a.json", "", "", "JSON"),
+        ("a.json", '{"text": "w1"}', "", "list"),
+        ("a.json", '"text"', "", "list"),
+        ("a.json", "[{]", "", "JSON"),
+        ("a.json", "[" * 100_000, "", "JSON"),
+        ("a.json", b"[\xff]", "", "UTF-8"),
+        ("a.json", '[{"text": "w1"}, 3]', " record 2", "mapping"),
+        ("a.json", "[[]]", " record 1", "mapping"),
+        ("a.jsonl", '{"text": "w1"}\n\n{"text": w2}\n', ":3", "JSON"),
+        ("a.jsonl", '{"text": "w1"}\n{"text":\n"w2"}\n', ":2", "JSON"),
+        ("a.jsonl", "[1]\n", ":1", "mapping"),
+        ("a.jsonl", '{"text": "w1"}\nnull\n', ":2", "mapping"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "", "UTF-8"),
+        ("a.jsonl", '{"a": %s}' % ("9" * 5000), ":1", "JSON"),
+        ("a.parquet", b"", "", "parquet"),
         ("a.parquet", b"PAR1" + bytes(100) + b"PAR1", "", ""),
-        ("a.parquet", [{"words": "w1"}], " record 1", "no usable field; it has words"),
-        ("a.csv", "text\nw1\n", "", "unknown kind of file: '.csv'"),
-        ("a", "w1", "", "unknown kind of file"),
+        ("a.parquet", [{"words": "w1"}], " record 1", "words"),
+        ("a.csv", "text\nw1\n", "", "'.csv'"),
+        ("a", "w1", "", ".json, .jsonl or .parquet"),
     ],
     ids=str,
 )
-def test_a_file_that_is_no_list_of_records_is_told_with_the_place(
-    tmp_path: Path, llama_merge: Path, tokenizer: Any, name: str, content: Any, place: str, problem: str
+def test_a_file_that_is_no_list_of_records_is_reported_with_the_place(
+    tmp_path: Path, llama_merge: Path, tokenizer: Any, name: str, content: Any, place: str, fact: str
 ) -> None:
     path = write(tmp_path / name, content)
-    message = fault(plan_with(llama_merge, path), tokenizer)
-    assert message.startswith(f"{path}{place}: ") and problem in message
-    assert "None" not in message.splitlines()[0]
+    check_refused(plan_with(llama_merge, path), f"{path}{place}", fact, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
-    ("record", "problem"),
+    ("record", "facts"),
     [
-        ({}, "no usable field; it has none"),
-        ({"words": "w1", "label": 3}, "no usable field; it has words, label"),
-        ({"text": None}, "no usable field; it has text"),
-        ({"text": ""}, "`text` is not a text, or an empty one"),
-        ({"text": " \n"}, "`text` is not a text, or an empty one"),
-        ({"text": ["w1"]}, "`text` is not a text"),
-        ({"question": 5}, "`question` is not a text"),
-        ({"question": "", "text": "w1"}, "`question` is not a text, or an empty one"),
-        ({"question": "w1", "response": ["w2"]}, "`response` is not a text"),
-        ({"messages": []}, "`messages` is not a list of {role, content}"),
-        ({"messages": "w1"}, "`messages` is not a list of {role, content}"),
-        ({"messages": [{"role": "user"}]}, "`messages` is not a list of {role, content}"),
-        ({"messages": [{"role": 5, "content": "w1"}]}, "`messages` is not a list of {role, content}"),
-        ({"messages": [["user", "w1"]]}, "`messages` is not a list of {role, content}"),
-        ({"input_ids": "7 8"}, "`input_ids` is not a list of integers"),
-        ({"input_ids": [7.0]}, "`input_ids` is not a list of integers"),
-        ({"input_ids": [True]}, "`input_ids` is not a list of integers"),
-        ({"input_ids": [[7]]}, "`input_ids` is not a list of integers"),
-        ({"input_ids": {"7": 8}}, "`input_ids` is not a list of integers"),
-        ({"input_ids": []}, "makes no tokens"),
-        ({"input_ids": [7, 64]}, "ids below the vocabulary's size, 64"),
-        ({"input_ids": [-1, 7]}, "token ids from -1 to 7"),
-        ({"input_ids": [10**30]}, "ids below the vocabulary's size, 64"),
-        ({"question": "w1", "image_path": "a.png"}, "has images"),
-        ({"question": "w1", "image_paths": ["a.png", "b.png"]}, "has images"),
-        ({"text": "w1 \ud800"}, ""),
-        ({"question": "\ud800"}, ""),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
+        ({}, ["none", ", ".join(FIELDS)]),
+        ({"words": "w1", "label": 3}, ["words, label", ", ".join(FIELDS)]),
+        ({"text": None}, ["fields: text", ", ".join(FIELDS)]),
+        ({"text": ""}, ["`text`", "empty"]),
+        ({"text": " \n"}, ["`text`", "empty"]),
+        ({"text": ["w1"]}, ["`text`", "string"]),
+        ({"question": 5}, ["`question`", "string"]),
+        ({"question": "", "text": "w1"}, ["`question`", "empty"]),
+        ({"question": "w1", "response": ["w2"]}, ["`response`", "string"]),
+        ({"messages": []}, ["`messages`", "{role, content}"]),
+        ({"messages": "w1"}, ["`messages`", "{role, content}"]),
+        ({"messages": [{"role": "user"}]}, ["`messages`", "{role, content}"]),
+        ({"messages": [{"role": 5, "content": "w1"}]}, ["`messages`", "{role, content}"]),
+        ({"messages": [["user", "w1"]]}, ["`messages`", "{role, content}"]),
+        ({"input_ids": "7 8"}, ["`input_ids`", "integers"]),
+        ({"input_ids": [7.0]}, ["`input_ids`", "integers"]),
+        ({"input_ids": [True]}, ["`input_ids`", "integers"]),
+        ({"input_ids": [[7]]}, ["`input_ids`", "integers"]),
+        ({"input_ids": {"7": 8}}, ["`input_ids`", "integers"]),
+        ({"input_ids": []}, ["no tokens"]),
+        ({"input_ids": [7, 64]}, ["7 to 64", "size, 64"]),
+        ({"input_ids": [-1, 7]}, ["-1 to 7", "size, 64"]),
+        ({"input_ids": [10**30]}, [f"{10**30}", "size, 64"]),
+        ({"question": "w1", "image_path": "a.png"}, ["images"]),
+        ({"question": "w1", "image_paths": ["a.png", "b.png"]}, ["images"]),
+        ({"text": "w1 \ud800"}, []),
+        ({"question": "\ud800"}, []),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, []),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("template", [True, False])
-def test_a_bad_record_is_told_with_its_line(
+def test_an_invalid_record_is_reported_with_its_line(
     tmp_path: Path,
     llama_merge: Path,
     tokenizer: Any,
     plain_tokenizer: Any,
     record: dict[str, Any],
-    problem: str,
+    facts: list[str],
     template: bool,
 ) -> None:
     path = write(tmp_path / "a.jsonl", [{"input_ids": [7]}, record])
-    message = fault(plan_with(llama_merge, path), tokenizer if template else plain_tokenizer)
-    assert message.startswith(f"{path}:2: ") and problem in message
+    plan = plan_with(llama_merge, path)
+    check_refused(plan, f"{path}:2", *facts, tokenizer=tokenizer if template else plain_tokenizer)
 
 
 def test_a_chat_without_a_chat_template_is_a_fault(tmp_path: Path, llama_merge: Path, plain_tokenizer: Any) -> None:
     path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "w1"}]}])
-    assert "no chat template" in fault(plan_with(llama_merge, path), plain_tokenizer)
+    check_refused(plan_with(llama_merge, path), f"{path}:1", "chat template", tokenizer=plain_tokenizer)
 
 
 @pytest.mark.parametrize(
     "template", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9]['content'] }}", "{% if %}"]
 )
-def test_a_chat_template_that_does_not_take_a_record_is_told(tmp_path: Path, llama_merge: Path, template: str) -> None:
+def test_a_chat_template_that_fails_on_a_record_is_reported(tmp_path: Path, llama_merge: Path, template: str) -> None:
     tiny.save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.chat_template = template
     path = write(tmp_path / "a.jsonl", [{"question": "w1"}])
-    message = fault(plan_with(llama_merge, path), tokenizer)
-    assert message.startswith(f"{path}:1: the chat template does not take this record")
+    check_refused(plan_with(llama_merge, path), f"{path}:1", "chat template", tokenizer=tokenizer)
 
 
-def test_a_bad_record_beyond_the_ones_taken_is_told_too(tmp_path: Path, llama_merge: Path) -> None:
+def test_an_invalid_record_beyond_those_that_are_taken_is_reported(tmp_path: Path, llama_merge: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"input_ids": [7]}] * 9 + [{"words": 3}])
-    assert fault(plan_with(llama_merge, path)).startswith(f"{path}:10: ")
+    check_refused(plan_with(llama_merge, path), f"{path}:10", "words")
 
 
 @pytest.mark.parametrize("column", [pa.array([1], pa.timestamp("ns")), pa.array([1], pa.duration("ns"))], ids=str)
@@ -390,11 +393,10 @@ def test_a_file_that_went_away_is_a_fault(tmp_path: Path, llama_merge: Path) -> 
         path = write(tmp_path / name, [{"input_ids": [7]}])
         plan = plan_with(llama_merge, path)
         path.unlink()
-        message = fault(plan)
-        assert message.startswith(f"{path}: ") and "None" not in message
+        check_refused(plan, str(path))
 
 
-def records_or_told(plan: Plan, tokenizer: Any, path: Path) -> bool:
+def are_records_or_refused(plan: Plan, tokenizer: Any, path: Path) -> bool:
     try:
         return bool(make_samples(read_records(plan), TextEncoder(tokenizer), plan)[0])
     except CalibrationError as error:
@@ -403,7 +405,7 @@ def records_or_told(plan: Plan, tokenizer: Any, path: Path) -> bool:
 
 @pytest.fixture(scope="session")
 def random_file(llama_merge: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
-    """A plan whose first expert's calibration file is written anew by each example."""
+    """Return a plan and the calibration file of its first expert, which each example overwrites."""
     path = write(tmp_path_factory.mktemp("random") / "a.jsonl", [])
     return plan_with(llama_merge, path), path
 
@@ -419,7 +421,7 @@ def test_random_bytes_are_records_or_a_calibration_error(
 ) -> None:
     plan, path = random_file
     path.write_bytes(content)
-    assert records_or_told(plan, tokenizer, path)
+    assert are_records_or_refused(plan, tokenizer, path)
 
 
 GOOD = [
@@ -428,7 +430,7 @@ GOOD = [
     {"question": "w1", "response": "w3"},
     {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w3"}]},
 ]
-# A column a file, so that the rows are as good as the records.
+# Each file has a single column, so that its rows are valid records.
 COLUMNS = [{name: [record[name]] * 3} for record in GOOD for name in record if name != "response"]
 PIECES = [
     b"\0",
@@ -450,7 +452,7 @@ PIECES = [
 def good_files(
     llama_merge: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Plan, Path, list[bytes]]]:
-    """For each kind of file a plan that reads one, where that is, and what may stand in it."""
+    """Return, for each kind of file, a plan that reads such a file, its path, and valid contents."""
     folder = tmp_path_factory.mktemp("good")
     made = {}
     for kind in ("json", "jsonl", "parquet"):
@@ -489,7 +491,7 @@ def test_a_spoilt_file_is_records_or_a_calibration_error(
         piece = data.draw(st.sampled_from([*PIECES, b"", content[start:stop] * 2]) | st.binary(max_size=4))
         content = content[:start] + piece + content[stop:]
     path.write_bytes(content)
-    assert records_or_told(plan, tokenizer, path)
+    assert are_records_or_refused(plan, tokenizer, path)
 
 
 leaves = st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=6) | st.just("w1")
@@ -512,18 +514,18 @@ def test_any_json_is_records_or_a_calibration_error(
 ) -> None:
     plan, path = random_file
     write(path, records)
-    assert records_or_told(plan, tokenizer, path)
+    assert are_records_or_refused(plan, tokenizer, path)
 
 
 @given(tokens=st.lists(st.integers(1, 50), min_size=1, max_size=12), limit=st.integers(1, 300))
 def test_passes_hold_every_sample_once_and_no_more_tokens_than_the_limit(tokens: list[int], limit: int) -> None:
-    found = passes(tokens, limit)
-    assert sorted(place for together in found for place in together) == list(range(len(tokens)))
-    longest = [max(tokens[place] for place in together) for together in found]
-    assert all(most * len(together) <= max(limit, *tokens) for most, together in zip(longest, found, strict=True))
-    # None that would still have fit into the one before it.
-    for before, (most, together) in zip(found, list(zip(longest, found, strict=True))[1:], strict=False):
-        assert max(tokens[place] for place in before) * (len(before) + 1) > max(limit, *tokens)
+    made = passes(tokens, limit)
+    assert sorted(index for together in made for index in together) == list(range(len(tokens)))
+    longest = [max(tokens[index] for index in together) for together in made]
+    assert all(most * len(together) <= max(limit, *tokens) for most, together in zip(longest, made, strict=True))
+    # The first sample of a pass would not have fit into the pass before.
+    for before, (most, together) in zip(made, list(zip(longest, made, strict=True))[1:], strict=False):
+        assert max(tokens[index] for index in before) * (len(before) + 1) > max(limit, *tokens)
         assert most == tokens[together[0]]
 
 
