@@ -1,7 +1,7 @@
-"""One tree of user-facing errors.
+"""Errors for users, in one class hierarchy.
 
-An error says what is wrong, where, what was expected and what to do, in one or a few lines; the command line prints it
-and exits with its code. Knows nothing of the rest. A broken promise of our own code is an assert, not one of these.
+An error states the problem, its place, the expected value and a remedy. The command line prints it and exits with the
+exit code of its class. Violated assumptions about our own code are asserts instead.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from typing import Any
 
 
 class MergeError(Exception):
-    """What a user is told when a merge cannot go on.
+    """Base class of errors for users; the exit code of the command line is `exit_code`.
 
-    `what` is one sentence; `where` a file, line, key or tensor; `expected` and `do` are optional sentences.
+    Args:
+        what: The problem, in one short sentence without a capital or a full stop.
+        where: The file, line, key or tensor.
+        expected: The expected value.
+        do: The remedy, in the imperative.
     """
 
     exit_code = 4
@@ -28,26 +32,26 @@ class MergeError(Exception):
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors cross process borders; __str__ must read the same on the other side.
+        # Errors cross process boundaries, and their text must be the same on the other side.
         return type(self), (self.what, self.where, self.expected, self.do)
 
 
 class InputError(MergeError):
-    """The user's input is wrong (exit 2)."""
+    """The user's input is invalid (exit code 2)."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """The YAML or a command line option is wrong."""
+    """The config or a command line option is invalid."""
 
 
 class CheckpointError(InputError):
-    """A model folder, one of its files or one of its tensors is wrong."""
+    """A model folder, one of its files or one of its tensors is invalid."""
 
 
 class CalibrationError(InputError):
-    """A calibration file or record is wrong."""
+    """A calibration file or record is invalid."""
 
 
 class OutputError(InputError):
@@ -55,14 +59,14 @@ class OutputError(InputError):
 
 
 class ClusterError(MergeError):
-    """The cluster cannot serve (exit 3)."""
+    """The cluster cannot run the merge (exit code 3)."""
 
     exit_code = 3
 
 
 class RunError(MergeError):
-    """The run failed (exit 4)."""
+    """The run failed (exit code 4)."""
 
 
 class StorageError(RunError):
-    """A disk or an object storage refused; what was there before is as it was."""
+    """An operation of a disk or of object storage failed; earlier files are unchanged."""
