@@ -83,7 +83,10 @@ def merge(
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
 @_debug
 def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
-    """Check CONFIG and its inputs from file headers alone, and estimate memory, traffic and time of the merge."""
+    """Check CONFIG and its inputs, and estimate the merge.
+
+    Reads file headers alone. The estimates are memory, traffic and time.
+    """
 
     def run() -> None:
         from engine.calibration.records import read_records
@@ -153,7 +156,9 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
 @click.option("--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run.")
 @_debug
 def evaluate(**options: Any) -> None:
-    """Evaluate each MODEL (a folder, URI or hub id) on records and on tasks.
+    """Evaluate models on records and on tasks.
+
+    MODEL is a folder, a URI or a hub id.
 
     Records with a `response`: exact_match and f1 of the generated answer, loss and perplexity of the response. Records
     with `choices` and `answer`: accuracy by generation and by likelihood. Other records: perplexity, and with --expert
@@ -218,7 +223,10 @@ def _evaluate(given: EvaluateOptions) -> None:
 )
 @_debug
 def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debug: bool) -> None:
-    """Write an HTML report of the merge in each RUN (an output folder or URI): coefficients, losses, memory, time."""
+    """Write an HTML report of one or several merges.
+
+    RUN is the output folder of a merge, or its URI. The report shows coefficients, losses, memory and time.
+    """
 
     def run() -> None:
         from engine.report.page import write_report
@@ -231,7 +239,7 @@ def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debu
 
 @main.command()
 def methods() -> None:
-    """List the methods for `merge_method`, with their options and defaults."""
+    """List the merge methods and their options."""
     from engine.methods.catalog import print_methods
 
     print_methods()

@@ -174,7 +174,7 @@ def lay_out(
         experts,
         reserved,
         beside,
-        # On the CPU they would compete for the same cores; GPUs are exclusive.
+        # On the CPU they would compete for the same cores; on GPUs each has its own.
         beside and (devices.trainer > 0 or home.id not in on),
         within,
     )

@@ -99,7 +99,7 @@ def test_f1_is_squads() -> None:
 
 
 @given(WORDS, WORDS)
-def test_f1_and_exact_match_do_not_care_who_is_who(one: str, other: str) -> None:
+def test_f1_and_exact_match_are_symmetric(one: str, other: str) -> None:
     assert f1(one, other) == f1(other, one)
     assert 0 <= f1(one, other) <= 1 and f1(one, one) == 1
     assert exact_match(one, other) == exact_match(other, one) == float(one.strip() == other.strip())
@@ -119,7 +119,7 @@ def test_a_choice_is_taken_by_its_text_or_its_letter() -> None:
 # Kinds of records.
 
 
-def test_what_records_are() -> None:
+def test_kinds_of_records() -> None:
     user, assistant = {"role": "user", "content": "q"}, {"role": "assistant", "content": [{"text": "w1"}]}
     fields: list[dict[str, Any]] = [
         {"text": "t"},
@@ -157,7 +157,7 @@ def test_what_records_are() -> None:
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": 3}]}, ["assistant", "text"]),
     ],
 )
-def test_records_that_cannot_be_asked(fields: dict[str, Any], facts: list[str]) -> None:
+def test_invalid_records(fields: dict[str, Any], facts: list[str]) -> None:
     with refused(CalibrationError, where="record 1", facts=facts):
         make_item(records([fields])[0])
 
@@ -184,7 +184,7 @@ def test_data_from_files(tmp_path: Path) -> None:
 # Metrics of answers.
 
 
-def test_exact_match_by_writing_is_that_by_teacher_forcing(learnt: Path) -> None:
+def test_exact_match_by_generation_equals_that_by_teacher_forcing(learnt: Path) -> None:
     everything = asked([*LEARNT, *WRONG])
     found = measured(learnt / "model", everything, batch_size=4)
     model = AutoModelForCausalLM.from_pretrained(learnt / "model")
@@ -196,7 +196,7 @@ def test_exact_match_by_writing_is_that_by_teacher_forcing(learnt: Path) -> None
     assert found["perplexity"] == pytest.approx((math.exp(loss), found["loss"][1]))
 
 
-def test_the_loss_is_that_of_the_response_and_its_end(learnt: Path) -> None:
+def test_the_loss_covers_the_response_and_its_end_token(learnt: Path) -> None:
     question, response = WRONG[0]
     found = measured(learnt / "model", asked([WRONG[0]]))
     model = AutoModelForCausalLM.from_pretrained(learnt / "model")
@@ -220,7 +220,7 @@ def test_without_a_chat_template_the_model_must_end_its_answer(learnt: Path, tmp
     assert found["loss"] == (pytest.approx(loss, rel=1e-5), sum(len(response.split()) + 1 for _, response in LEARNT))
 
 
-def test_choices_by_what_is_written_and_by_likelihood(learnt: Path) -> None:
+def test_choices_by_generation_and_by_likelihood(learnt: Path) -> None:
     fields = [
         # The question contains its choices, so it stays as the model learnt it.
         {"question": question, "choices": [question.split()[0], question.split()[2]], "answer": 0}
@@ -344,7 +344,7 @@ def test_records_with_images(tmp_path: Path, family: str) -> None:
 # Errors.
 
 
-def test_what_a_model_cannot_take(learnt: Path, tmp_path: Path) -> None:
+def test_records_that_a_model_cannot_process(learnt: Path, tmp_path: Path) -> None:
     model = learnt / "model"
     for data, options, facts, advice in (
         (records([{"input_ids": [1]}]), {}, ["at least 2"], ""),
@@ -400,7 +400,7 @@ def test_results_are_a_file_and_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert [word for word in said if not word.startswith("─")] == "a kl m1 0.25 m2 1e-07 b f1 m1 1".split()
 
 
-def test_names_that_results_cannot_have(tmp_path: Path) -> None:
+def test_invalid_names_of_result_files(tmp_path: Path) -> None:
     with refused(OutputError, where="table.csv", facts=[".parquet"]):
         results_file("table.csv")
     (tmp_path / "x.parquet").mkdir()

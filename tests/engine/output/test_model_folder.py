@@ -92,7 +92,7 @@ def named_tensors(draw: st.DrawFn) -> dict[str, tuple[Tensor, str]]:
 
 @settings(deadline=None, max_examples=80)
 @given(named_tensors(), st.integers(1, 30))
-def test_what_is_written_in_parts_is_read_back_bit_for_bit(
+def test_tensors_written_in_parts_are_read_back_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, tuple[Tensor, str]], size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("written")
@@ -124,7 +124,7 @@ def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int
     assert json.loads(content[8 : 8 + header])["n" * length]["data_offsets"] == [0, 12]
 
 
-def test_tensors_are_asked_for_once_each_in_their_order_and_their_parts_one_by_one(tmp_path: Path) -> None:
+def test_tensors_are_requested_once_in_order_and_their_parts_one_by_one(tmp_path: Path) -> None:
     asked: list[str] = []
     alive: list[weakref.ref[Tensor]] = []
 
@@ -209,7 +209,7 @@ def test_files_depend_on_the_base_alone() -> None:
     ],
     ids=str,
 )
-def test_floats_are_written_in_the_dtype_asked_for_and_others_as_they_are(
+def test_floats_are_written_in_the_requested_dtype_and_others_unchanged(
     options: dict[str, str], wanted: dict[str, str]
 ) -> None:
     (file,) = output_files(plan_with(**options))
@@ -235,7 +235,7 @@ def test_several_files_have_an_index_and_one_has_none(tmp_path: Path) -> None:
     assert index["weight_map"] == {one.name: file.name for file in files for one in file.tensors}
 
 
-def test_a_folder_of_several_files_is_a_checkpoint_again(tmp_path: Path) -> None:
+def test_a_folder_of_several_files_is_a_valid_checkpoint(tmp_path: Path) -> None:
     plan = plan_with({"model_type": "llama"})
     files = output_files(plan, 72)
     for file in files:
@@ -265,7 +265,7 @@ def test_the_config_names_the_dtype_of_the_output(
     assert plan.base_header.config == config
 
 
-def test_what_belongs_to_a_model_is_copied_and_weights_are_not(tmp_path: Path) -> None:
+def test_companion_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
     out.mkdir()

@@ -80,7 +80,7 @@ def on_heatmaps(figures: list[Any], names: list[str], blocks: Blocks) -> dict[tu
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 14), st.integers(1, 16), st.integers(0, 2), st.data())
-def test_the_heatmaps_have_every_coefficient_where_it_belongs(
+def test_the_heatmaps_show_every_coefficient_in_its_cell(
     experts: int, blocks: int, outside: int, data: st.DataObject
 ) -> None:
     tensors = [f"model.layers.{b}.{kind}.weight" for b in range(blocks) for kind in KINDS if (b, kind) != (0, KINDS[1])]
@@ -111,7 +111,7 @@ def test_the_heatmaps_have_every_coefficient_where_it_belongs(
     assert scales == {(-np.abs(away).max(), np.abs(away).max())}
 
 
-def test_the_page_shows_what_the_parquet_files_have(merged: Path) -> None:
+def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
     merge, record = Merged.read(str(merged)), merged / "merge"
     rows = pyarrow.parquet.read_table(record / "coefficients.parquet").to_pylist()
     for stage in (1, 2):
@@ -165,7 +165,7 @@ def test_losses_by_hand(merged: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [HOSTILE, '<img src=x onerror="alert(1)">', "{{ 7 * 7 }} & <b>x</b>", "%{x} ${y}"])
-def test_a_name_breaks_out_of_nothing(llama_merge: Path, tmp_path: Path, name: str) -> None:
+def test_a_hostile_name_adds_no_tags_or_scripts(llama_merge: Path, tmp_path: Path, name: str) -> None:
     plain = report_html([Merged.read(str(write_merge(plan_of(llama_merge), tmp_path / "plain")))])
     hostile = plan_of(llama_merge, f"models.0.name={json.dumps(name)}")
     page = Page(report_html([Merged.read(str(write_merge(hostile, tmp_path / "hostile")))]))
@@ -175,7 +175,7 @@ def test_a_name_breaks_out_of_nothing(llama_merge: Path, tmp_path: Path, name: s
     assert len(drawing) == 11 and not any(char in script.split("newPlot", 1)[1] for script in drawing for char in "<")
 
 
-def test_names_are_labels(merged: Path) -> None:
+def test_labels_are_escaped_shortened_and_distinct(merged: Path) -> None:
     assert labels(["a<b", "x" * 30]) == ["a&lt;b", "…" + "x" * 25]
     alike = ["a" + "x" * 30, "b" + "x" * 30]
     assert labels(alike) == alike, "cut, they would be one"
@@ -185,7 +185,7 @@ def test_names_are_labels(merged: Path) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.from_regex(r"[ab](\.[ab]){0,3}(\.weight)?", fullmatch=True), min_size=1, max_size=8, unique=True))
-def test_short_names_differ_and_are_ends_of_the_long_ones(names: list[str]) -> None:
+def test_short_names_are_unique_suffixes(names: list[str]) -> None:
     short = ends(names)
     assert len(set(short)) == len(names)
     assert all(
@@ -193,7 +193,7 @@ def test_short_names_differ_and_are_ends_of_the_long_ones(names: list[str]) -> N
     )
 
 
-def test_two_stacks_of_blocks_and_what_is_in_none() -> None:
+def test_two_stacks_of_blocks_and_a_tensor_outside() -> None:
     tensors = [f"{stack}.layers.{b}.q_proj.weight" for stack in ("vision", "language") for b in (0, 10, 2)] + [
         "gate.weight"
     ]
@@ -215,7 +215,7 @@ def test_two_stacks_of_blocks_and_what_is_in_none() -> None:
         ),
     ],
 )
-def test_what_is_not_there_is_not_shown(merged: Path, gone: list[str], titles: list[str]) -> None:
+def test_sections_without_data_are_left_out(merged: Path, gone: list[str], titles: list[str]) -> None:
     for name in gone:
         (merged / "merge" / name).unlink()
     merge = Merged.read(str(merged))
@@ -223,7 +223,7 @@ def test_what_is_not_there_is_not_shown(merged: Path, gone: list[str], titles: l
     assert report_html([merge]).count("Plotly.newPlot(") >= 2 * len(titles)
 
 
-def test_several_runs_show_what_differs(llama_merge: Path, tmp_path: Path) -> None:
+def test_a_comparison_shows_the_differences(llama_merge: Path, tmp_path: Path) -> None:
     first = write_merge(plan_of(llama_merge), tmp_path / "first")
     other = plan_of(llama_merge, "parameters.learning_rate=0.3", "models.1.parameters.weight=0.25", "seed=3")
     runs = {
@@ -296,7 +296,7 @@ def test_a_damaged_file_is_named(merged: Path, tmp_path: Path, name: str, conten
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_folder_that_is_no_merge_s_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_merge_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert done.exit_code == 2
     assert f"error: {tmp_path}: " in done.stderr and "merge/config.yaml" in done.stderr

@@ -82,7 +82,7 @@ def computed(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_folder_that_is_not_there_or_empty_may_be_used(place: Place, fresh: bool) -> None:
+def test_a_missing_or_empty_folder_may_be_used(place: Place, fresh: bool) -> None:
     assert not check_output(place.out, "this", fresh)
     if place.on_disk:
         Path(place.out).mkdir()
@@ -99,14 +99,14 @@ def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(place: Pl
     assert "--fresh" not in caught.value.do and place.output.read(name) == b"mine"
 
 
-def test_a_file_in_the_output_s_place_is_refused(disk: Path) -> None:
+def test_a_file_in_place_of_the_output_folder_is_refused(disk: Path) -> None:
     disk.write_text("mine")
     with refused(OutputError, where=str(disk), do="--out") as caught:
         check_output(str(disk), "this", fresh=True)
     assert "--fresh" not in caught.value.do
 
 
-def test_this_very_merge_is_done_unless_it_is_asked_for_anew(place: Place) -> None:
+def test_a_complete_merge_is_not_repeated_without_fresh(place: Place) -> None:
     place.output.write(RECORD, RECORD_OF_THIS.encode())
     assert check_output(place.out, "this", fresh=False)
     assert not check_output(place.out, "this", fresh=True)
@@ -127,14 +127,14 @@ def test_this_very_merge_is_done_unless_it_is_asked_for_anew(place: Place) -> No
         b"\xff\xfe",
     ],
 )
-def test_another_merge_is_refused_and_with_fresh_replaced(disk: Path, content: bytes) -> None:
+def test_another_merge_is_refused_without_fresh(disk: Path, content: bytes) -> None:
     LocalFolder(disk).write(RECORD, content)
     with refused(OutputError, where=str(disk), do="--fresh"):
         check_output(str(disk), "this", fresh=False)
     assert not check_output(str(disk), "this", fresh=True)
 
 
-def test_a_run_stands_beside_its_output(place: Place) -> None:
+def test_a_run_folder_is_next_to_its_output(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
         assert run.out == place.out and run.state.where == f"{place.out}.run"
         assert place.holds("merged.run/identity", "merged.run/lock")
@@ -143,7 +143,7 @@ def test_a_run_stands_beside_its_output(place: Place) -> None:
         assert run.composed.is_dir()
 
 
-def test_options_of_an_address_stay_behind_it() -> None:
+def test_options_of_an_address_stay_at_its_end() -> None:
     run = RunFolder("s3://bucket/a/merged?region=x")
     assert run.state.where == "s3://bucket/a/merged.run?region=x"
     assert run.weights.where == run.out == "s3://bucket/a/merged?region=x"
@@ -180,7 +180,7 @@ def test_a_run_that_computed_nothing_leaves_nothing_behind(place: Place, fails: 
     assert place.holds()
 
 
-def test_a_run_that_computed_something_is_there_for_the_next_start(place: Place) -> None:
+def test_a_run_with_results_is_kept_for_the_next_start(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
         assert not run.computed()
         computed(run)
@@ -198,14 +198,14 @@ def test_a_run_that_computed_something_is_there_for_the_next_start(place: Place)
         assert run.kept("others") is None
 
 
-def test_nothing_but_numbers_is_kept(disk: Path) -> None:
+def test_only_numeric_arrays_are_kept(disk: Path) -> None:
     with open_run(str(disk), "this", fresh=False) as run:
         with pytest.raises(ValueError, match="allow_pickle"):
             run.keep("objects", np.array([object()]))
         assert run.kept("objects") is None
 
 
-def test_every_sample_has_a_target_file_of_its_own(disk: Path) -> None:
+def test_every_sample_has_its_own_target_file(disk: Path) -> None:
     run = RunFolder(str(disk))
     names = {run.target(Sample(expert, index, (), "")) for expert in range(12) for index in range(12)}
     assert len(names) == 144
@@ -230,7 +230,7 @@ def test_the_state_of_another_merge_is_refused_and_kept(place: Place) -> None:
         assert again.stored_targets() == {"targets/0-0.safetensors"}
 
 
-def test_fresh_discards_what_an_earlier_start_left(place: Place) -> None:
+def test_fresh_discards_the_state_of_an_earlier_start(place: Place) -> None:
     with open_run(place.out, "other", fresh=False) as run:
         computed(run)
         run.save_stage(1, StageState(1, {}), ROWS)
@@ -244,7 +244,7 @@ def test_fresh_discards_what_an_earlier_start_left(place: Place) -> None:
         assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
-def test_what_has_no_record_of_its_merge_does_not_count(place: Place) -> None:
+def test_state_without_an_identity_is_discarded(place: Place) -> None:
     """A process that lost its connection may still write after its run has ended."""
     run = RunFolder(place.out)
     computed(run)
@@ -325,7 +325,7 @@ def test_the_run_of_a_killed_process_is_taken_over(place: Place, monkeypatch: py
         run.save_stage(1, StageState(1, {}), ROWS)
 
 
-def test_one_that_was_taken_over_writes_no_more(objects: Place) -> None:
+def test_a_run_that_was_taken_over_stops_writing(objects: Place) -> None:
     run = RunFolder(objects.out)
 
     def go_on() -> None:
@@ -366,7 +366,7 @@ def test_a_storage_that_refuses_is_an_output_error(
         pass
 
 
-def test_a_stage_s_state_comes_back_and_the_last_one_counts(place: Place) -> None:
+def test_the_last_saved_state_of_a_stage_is_loaded(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
         assert run.load_stage(1) is None
         for steps in (1, 2, 3):
@@ -381,7 +381,7 @@ def test_a_stage_s_state_comes_back_and_the_last_one_counts(place: Place) -> Non
         assert second is not None and second.steps == 1
 
 
-def test_a_state_that_was_half_written_does_not_count(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_written_state_is_ignored(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -395,7 +395,7 @@ def test_a_state_that_was_half_written_does_not_count(disk: Path, monkeypatch: p
         assert found is not None and found.steps == 1
 
 
-def test_metrics_come_in_the_order_of_stages_and_steps_and_a_repeated_step_counts_once(disk: Path) -> None:
+def test_metrics_are_ordered_by_stage_and_step_and_a_repeated_step_counts_once(disk: Path) -> None:
     with open_run(str(disk), "this", fresh=False) as run:
         for stage in (2, 1):
             for steps in (*range(12, 0, -1), 5):
@@ -408,7 +408,7 @@ def test_metrics_come_in_the_order_of_stages_and_steps_and_a_repeated_step_count
     assert found == wanted
 
 
-def test_the_output_keeps_whole_weight_files_of_this_run_and_nothing_else(place: Place) -> None:
+def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
         run.start_output()
         run.weights.write("model-00001-of-00002.safetensors", b"whole")
@@ -444,7 +444,7 @@ def finish(place: Place, content: bytes, **files: str) -> None:
 OUTPUT = ("merged/config.json", "merged/merge/config.yaml", "merged/model.safetensors", "merged/tokenizer.json")
 
 
-def test_a_finished_run_leaves_its_output_and_no_more(place: Place) -> None:
+def test_a_finished_run_leaves_only_its_output(place: Place) -> None:
     if place.on_disk:
         Path(place.out).mkdir()
     finish(place, b"new")
@@ -452,13 +452,13 @@ def test_a_finished_run_leaves_its_output_and_no_more(place: Place) -> None:
     assert check_output(place.out, "this", fresh=False)
 
 
-def test_what_writers_that_died_left_is_no_part_of_the_output(disk: Path) -> None:
+def test_partial_files_of_dead_writers_are_not_in_the_output(disk: Path) -> None:
     place = Place(str(disk), LocalFolder(disk.parent))
     finish(place, b"new", **{f".{'0' * 32}.part": "of a shard that was killed"})
     assert {path.name for path in disk.iterdir()} == {"config.json", "merge", "model.safetensors", "tokenizer.json"}
 
 
-def test_a_finished_run_replaces_an_earlier_merge_whole(place: Place) -> None:
+def test_a_finished_run_replaces_an_earlier_merge_completely(place: Place) -> None:
     finish(place, b"old")
     place.output.write("model-00007-of-00007.safetensors", b"of the old one")
     finish(place, b"new")
@@ -466,7 +466,7 @@ def test_a_finished_run_replaces_an_earlier_merge_whole(place: Place) -> None:
     assert place.output.read("model.safetensors") == b"new"
 
 
-def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_whole(disk: Path) -> None:
+def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_complete(disk: Path) -> None:
     place = Place(str(disk), LocalFolder(disk.parent))
     finish(place, b"old")
     with open_run(place.out, "this", fresh=False) as run:
@@ -495,7 +495,7 @@ def acts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
-def test_in_object_storage_the_marks_of_an_earlier_merge_go_first_and_the_new_ones_come_last(
+def test_in_object_storage_marker_files_are_removed_first_and_written_last(
     objects: Place, acts: list[tuple[str, str]]
 ) -> None:
     finish(objects, b"old", **{"README.md": "a card"})
@@ -512,7 +512,7 @@ def test_in_object_storage_the_marks_of_an_earlier_merge_go_first_and_the_new_on
 
 
 @pytest.mark.parametrize("name", [RECORD, "config.json", ""])
-def test_a_stop_while_an_earlier_merge_is_removed_is_gone_on_from(
+def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
     objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     finish(objects, b"old")
@@ -540,7 +540,7 @@ def test_a_stop_while_an_earlier_merge_is_removed_is_gone_on_from(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", RECORD])
-def test_a_stop_while_the_output_is_finished_is_gone_on_from(
+def test_a_run_resumes_after_a_stop_during_the_upload_of_the_output(
     objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     write = ObjectFolder.write
@@ -563,7 +563,7 @@ def test_a_stop_while_the_output_is_finished_is_gone_on_from(
     assert objects.holds(*OUTPUT)
 
 
-def test_the_identity_is_that_of_what_decides_the_result(make_merge: Callable[..., Path]) -> None:
+def test_the_identity_covers_everything_that_decides_the_result(make_merge: Callable[..., Path]) -> None:
     config = make_merge()
     this = identity(plan_of(config))
     same = ["cluster.shards=3", "cluster.wait=1", "cluster.trainer.num_gpus=0"]
