@@ -19,8 +19,8 @@ from engine.task_vectors.coefficients import Array
 def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
     """Return L_hid = mean over ℓ ∈ S of mean over tokens and features of (hₗ(x; θ) − hₖ,ₗ(x))²; 0 if S is empty.
 
-    Both arguments map layer indices to [T, H] in any float dtype; S are those of `expert`. The result is a float32
-    scalar.
+    Both arguments map layer indices to [T, H] in any float dtype; S is the set of layers in `expert`. The result is a
+    float32 scalar.
     """
     if not expert:
         return torch.zeros(())
@@ -35,8 +35,8 @@ def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Ten
     It is the mean over ℓ ∈ S of Σ (hₗ(x; θ) − hₖ,ₗ(x))² / Σ (hₖ,ₗ(x) − mean over tokens of hₖ,ₗ(x))²: 0 at a perfect
     match, 1 if the student's hidden states equal that mean, whatever the scale of the model's hidden states.
 
-    Both arguments map layer indices to [T, H] in any float dtype; S are those of `expert`. The result is a float32
-    scalar, 0 if S is empty.
+    Both arguments map layer indices to [T, H] in any float dtype; S is the set of layers in `expert`. The result is a
+    float32 scalar, 0 if S is empty.
     """
     if not expert:
         return torch.zeros(())

@@ -55,7 +55,7 @@ class Target:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Target:
-        """Return the target whose `tensors` are given."""
+        """Build a target from the tensors that `tensors` returned."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
