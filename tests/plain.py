@@ -1,4 +1,4 @@
-"""The driver's algorithm with the actors as plain classes in one process, without Ray."""
+"""The driver's algorithm in one process without Ray, with the actors as plain objects."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def task_vectors(plan: Plan, threads: int = 1) -> TaskVectors:
 
 
 class Received:
-    """Where merged pieces go when there is no model: flattened tensors, NaN until they are there."""
+    """A `PieceSink` without a model: flattened tensors, NaN until their pieces arrive."""
 
     def __init__(self, plan: Plan) -> None:
         dtype = getattr(torch, plan.dtype)
@@ -99,7 +99,7 @@ class Plain:
         return learner.coefficients
 
     def find_prior(self) -> list[float]:
-        """The loss of every common prior; the plan has the best."""
+        """Measure the loss of every common prior, set the best one in the plan, and return the losses."""
         order = training_order([len(mine) for mine in self.samples], epochs=1)
         everything = [WindowSample(self.samples[k][i], self.targets[k, i]) for k, i in order]
         losses = [self.trainer.measure(common_prior(self.plan, weight), everything) for weight in PRIORS]

@@ -1,6 +1,6 @@
-"""Expert Merging and Expert Merging++ the straightforward way: every model in memory, gradients by autograd.
+"""A reference implementation of Expert Merging and Expert Merging++: all models in memory, gradients by autograd.
 
-Written from the method's page alone, in plain torch and float32, and sharing no line with the engine.
+Written in plain torch and float32 from the paper (arXiv 2509.25712), independently of the engine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pieces(n: int, m: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-# Of files → of modules, as transformers 5 has them; the first that fits.
+# Names in files → names of modules in transformers 5; the first match applies.
 RENAMED = [
     (r"language_model\.model\.", "model.language_model."),
     (r"language_model\.lm_head\.", "lm_head."),
@@ -46,7 +46,7 @@ RENAMED = [
     (r"(multi_modal_projector|vision_tower|visual|image_newline)", r"model.\1"),
 ]
 FLAT = [(r"visual\.", "model.visual."), (r"model\.", "model.language_model.")]
-# An expert of a mixture: which fused parameter its matrix is a part of, and its place there.
+# A matrix of an expert of a mixture → the fused parameter that contains it, and its position there.
 FUSED = {
     "gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0),
     "w1": ("gate_up_proj", 0), "w3": ("gate_up_proj", 1), "w2": ("down_proj", 0),
@@ -62,7 +62,7 @@ def module_name(name: str, model_type: str) -> str:
 
 
 def to_module(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
-    """Tensors by their names in files as the module has them: renamed, those of mixtures' experts put together."""
+    """Convert the tensors of files to those of the module: renamed, with the experts of mixtures fused."""
     found: dict[str, torch.Tensor] = {}
     mixtures: dict[str, dict[int, dict[int, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
@@ -81,8 +81,12 @@ def to_module(tensors: dict[str, torch.Tensor], model_type: str) -> dict[str, to
 
 
 class Reference:
-    """`inputs`: for each expert the inputs of each sample, by the names of a forward pass's arguments; None: token ids
-    from the files. `loss_tokens` as in the config, by the places of each sample whose losses count.
+    """A merge of a config.
+
+    Args:
+        config: The YAML.
+        inputs: For each expert and sample, the arguments of a forward pass; None reads token ids from the files.
+        places: For each expert and sample, the positions whose losses count; None counts all.
     """
 
     def __init__(self, config: Path, inputs=None, places=None) -> None:
@@ -96,7 +100,7 @@ class Reference:
         self.type = self.model.config.model_type
         base, *files = (self._files(folder) for folder in folders)
         self.names = [name for name in base if not any(re.match(p, name) for p in raw.get("exclude", EXCLUDE))]
-        # What is not merged too, for parameters of which only a part is.
+        # Tensors that are not merged are needed too, for fused parameters of which only a part is merged.
         self.base = base
         self.tau = {n: torch.stack([file[n] - base[n] for file in files]) for n in self.names}
         text = getattr(self.model.config, "text_config", None) or getattr(self.model.config, "llm_config", None)

@@ -1,4 +1,4 @@
-"""Merges that learn nothing, without Ray: ours by shards as plain classes, mergekit's by its own run of the YAML."""
+"""Weight-space merges without Ray: by shards as plain objects, and by mergekit from the same YAML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _numbers = count()
 
 
 def write_config(folder: Path, **keys: Any) -> Path:
-    """A YAML of its own in the folder, over models of that folder by their whole paths, which both libraries read."""
+    """Write a new YAML to the folder, with absolute paths of its models, readable by both libraries."""
 
     def located(entry: dict[str, Any]) -> dict[str, Any]:
         return {**entry, "model": "+".join(str(folder / part) for part in entry["model"].split("+"))}
@@ -46,18 +46,18 @@ def write_config(folder: Path, **keys: Any) -> Path:
 
 
 def entries(*parameters: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
-    """`models` of a YAML: expert0, expert1, … with these parameters."""
+    """Return `models` of a YAML: expert0, expert1, … with the given parameters."""
     return [{"model": f"expert{k}", "parameters": dict(mine)} for k, mine in enumerate(parameters, first)]
 
 
 def ours(config: Path, shards: int = 1, only: int | None = None) -> Tensors:
-    """The tensors of our merge."""
+    """Return the tensors of this engine's merge."""
     plan = plan_of(config)
     return read(combine(plan, config.with_suffix(f".ours{only}"), shards, only))
 
 
 def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) -> Path:
-    """Every file of the output, each by the next of so many shards."""
+    """Write every file of the output, distributed over the shards in turn."""
     folder.mkdir()
     workers = [Shard(plan, index) for index in range(shards)]
     found = thresholds(plan, workers)
@@ -67,7 +67,7 @@ def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) 
 
 
 def thresholds(plan: Plan, workers: Sequence[Shard]) -> list[Threshold] | None:
-    """As the driver does it: over the whole model, where `trim` says so."""
+    """Return the thresholds over the whole model, computed as by the driver; None if no tensor has `trim: model`."""
     owned = slices(plan, len(workers))
 
     def counted(high: Counts | None) -> Counts:
@@ -79,7 +79,7 @@ def thresholds(plan: Plan, workers: Sequence[Shard]) -> list[Threshold] | None:
 
 
 def mergekits(config: Path, **options: Any) -> Tensors:
-    """The tensors of mergekit's own run of the YAML, on the CPU."""
+    """Return the tensors of mergekit's merge of the YAML, on the CPU."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -94,7 +94,7 @@ def mergekits(config: Path, **options: Any) -> Tensors:
 
 
 def read(folder: Path) -> Tensors:
-    """All tensors of a folder's files."""
+    """Read all tensors of a folder's files."""
     found: Tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)
@@ -102,7 +102,7 @@ def read(folder: Path) -> Tensors:
 
 
 def task_vectors(plan: Plan) -> dict[str, list[Tensor]]:
-    """τₖ of every tensor, dense, by plain subtraction of what the files hold, in float32."""
+    """Return τₖ of every tensor, dense, by subtraction of the stored tensors in float32."""
     base = open_base(plan)
     experts = [open_expert(expert, base) for expert in plan.experts]
     found = {}
@@ -122,13 +122,13 @@ def make_models(
     dtype: torch.dtype = torch.float32,
     layers: int = 3,
 ) -> Path:
-    """A base and experts expert0, expert1, … that differ from it in every tensor, head and embedding included."""
+    """Save a base and experts expert0, expert1, … that differ from it in every tensor, including head and embedding."""
     with _layers(layers):
         base = tiny.make_model(family, tied)
         with torch.no_grad():
             for seed, parameter in enumerate(base.parameters()):
                 if parameter.dim() < 2:
-                    # Norms of ones and biases of zeros would hide what is added to them.
+                    # Norms of ones and biases of zeros would hide errors in them.
                     parameter.add_(noise(parameter.shape, 1000 + seed, 0.1))
         tiny.save(base, folder / "base", dtype, sharded)
         for k in range(experts):
@@ -153,7 +153,7 @@ class _layers:
 
 
 VOCABULARY = 19
-# Matrices high, wide and square; what is no matrix to the methods of singular values; what is a row a token.
+# Tall, wide and square matrices. The other tensors are not matrices to the matrix methods, or have one row per token.
 MATRICES = {"layers.0.high.weight": (17, 11), "layers.0.wide.weight": (9, 23), "layers.1.square.weight": (12, 12)}
 OTHERS = {
     "embed_tokens.weight": (VOCABULARY, 7),
@@ -167,7 +167,7 @@ SHAPES: dict[str, tuple[int, ...]] = MATRICES | OTHERS
 
 
 def write_checkpoint(folder: Path, tensors: Tensors) -> Path:
-    """A model folder of whatever tensors."""
+    """Write a model folder with the given tensors."""
     folder.mkdir(parents=True)
     config = {"architectures": ["Any"], "model_type": "any", "vocab_size": VOCABULARY}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -182,8 +182,9 @@ def write_arrays(
     scale: float = 0.05,
     shapes: Mapping[str, tuple[int, ...]] = SHAPES,
 ) -> tuple[Tensors, list[Tensors]]:
-    """A base and experts as checkpoints of `shapes`, and what was written; `dtypes` of the base and of each expert,
-    the last for all that follow.
+    """Write a base and experts with tensors of `shapes`, and return their tensors.
+
+    `dtypes` are those of the base and of each expert; the last one applies to all that follow.
     """
     kinds = [*dtypes, *[dtypes[-1]] * (experts + 1 - len(dtypes))]
     base = {name: noise(shape, seed, 0.3) for seed, (name, shape) in enumerate(shapes.items())}
@@ -200,19 +201,20 @@ def write_arrays(
 
 
 def _falling(tensor: Tensor) -> Tensor:
-    """Matrices with columns that grow smaller: singular values well apart, so that what is cut between two of them is
-    well defined.
+    """Scale the columns of a matrix by falling factors, so that its singular values are well separated.
+
+    A cut between two of them is then well defined.
     """
     return tensor * 0.85 ** torch.arange(tensor.shape[1]) if tensor.dim() == 2 else tensor
 
 
 def noise(shape: Sequence[int], seed: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers."""
+    """Return normally distributed numbers."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def worst(found: Tensors, expected: Tensors) -> float:
-    """The largest difference of any element; both have the same names, shapes and dtypes."""
+    """Return the largest difference of any element, after checking that names, shapes and dtypes are equal."""
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert found[name].shape == tensor.shape and found[name].dtype == tensor.dtype, name
@@ -220,5 +222,5 @@ def worst(found: Tensors, expected: Tensors) -> float:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of two tensors' elements."""
+    """Return the largest difference of two tensors' elements."""
     return (found.double() - expected.double()).abs().max().item()

@@ -1,4 +1,4 @@
-"""Our merges against mergekit's own of the same YAML, and TIES and DARE against what their papers say."""
+"""Merges compared with mergekit's of the same YAML; TIES and DARE compared with their papers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import cut_small, plan_of
+from errors import refused
 from peft_adapters import build
 from torch import Tensor
 from weight_space import (
@@ -36,24 +37,24 @@ from engine.shards.weight_space import WeightSpace
 pytest.importorskip("mergekit")
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # mergekit's reader of pickles names numpy's old module.
+    # mergekit's pickle reader uses the deprecated module numpy.core.
     pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
 ]
 
 Record = Callable[[str, object], None]
-# Of weights of about one: what sums in another order differ by.
+# Difference of float32 sums in different orders, for weights of about one.
 CLOSE = 1e-6
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
-    """Keeps a number with the test's report."""
+    """Return a function that attaches a number to the test's report."""
     return lambda name, value: request.node.user_properties.append((name, value))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of three layers and its three experts, float32."""
+    """Return a folder with a Llama of three layers and three experts, float32."""
     return make_models(tmp_path_factory.mktemp("llama"))
 
 
@@ -64,7 +65,7 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in bfloat16 files."""
+    """Return a folder as `models`, in bfloat16."""
     return make_models(tmp_path_factory.mktemp("bfloat16"), dtype=torch.bfloat16)
 
 
@@ -77,7 +78,7 @@ def assert_same(config: Path, record: Record) -> Tensors:
 
 
 def apart_at_thresholds(found: Tensors, expected: Tensors, record: Record) -> int:
-    """How many elements differ by more than rounding; no other does."""
+    """Return the number of elements that differ by more than rounding, and record it."""
     worst(found, expected)
     apart = {name: (found[name] - expected[name]).abs() for name in expected}
     record("apart", max(some[some <= CLOSE].max().item() for some in apart.values()))
@@ -154,7 +155,7 @@ def test_ties(weights: tuple[float, ...], top: dict[str, Any], models: Path, rec
         dtype="float32",
     )
     found, expected = ours(config), mergekits(config)
-    # Of elements that are equal by absolute value mergekit keeps any, and we the first.
+    # Among elements of equal magnitude mergekit keeps any, this engine the first ones.
     assert apart_at_thresholds(found, expected, record) <= 1e-5 * sum(one.numel() for one in found.values())
 
 
@@ -175,7 +176,7 @@ def test_ties_of_each_expert_and_layer(models: Path, record: Record) -> None:
 
 
 def test_ties_differs_from_mergekit_only_where_elements_are_equal(halves: Path, record: Record) -> None:
-    """Differences of bfloat16 weights are often equal by absolute value: which of them stay is anyone's choice."""
+    """Differences of bfloat16 weights often have equal magnitudes; which of them are kept is not specified."""
     config = write_config(
         halves,
         merge_method="ties",
@@ -196,7 +197,7 @@ def test_ties_differs_from_mergekit_only_where_elements_are_equal(halves: Path, 
 
 @pytest.fixture
 def our_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, int]]:
-    """Makes mergekit thin by the masks of the YAML's merge; the counter says of how many task vectors it did."""
+    """Make mergekit use this engine's masks of a YAML; the returned counter counts the thinned task vectors."""
 
     def inject(config: Path) -> dict[str, int]:
         from mergekit import sparsify
@@ -244,7 +245,7 @@ def test_dare(
     our_masks: Callable[[Path], dict[str, int]],
     record: Record,
 ) -> None:
-    own = [{**mine, "density": density} for mine, density in zip(W, densities, strict=True)]
+    own = [{**settings, "density": density} for settings, density in zip(W, densities, strict=True)]
     keys = {"merge_method": method, "base_model": "base", "dtype": "float32", "parameters": top}
     config = write_config(models, **keys, models=entries(*own))
     used = our_masks(config)
@@ -356,12 +357,12 @@ def test_an_expert_with_a_tied_head_of_a_base_without(
     ],
 )
 def test_output_dtypes(method: str, source: str, out: str, request: pytest.FixtureRequest, record: Record) -> None:
-    """Computed in float32 by both, and rounded once: where float32 sums differ, to a neighbouring number at most."""
+    """Both compute in float32 and round once, so results differ by one rounding step at most."""
     config = write_config(
         request.getfixturevalue(source),
         merge_method=method,
         base_model="base",
-        # Weights at which sums of bfloat16 numbers are seldom half-way between two of them.
+        # With these weights, sums of bfloat16 numbers are rarely half-way between two bfloat16 numbers.
         models=entries({"weight": 0.3171}, {"weight": 0.2237}),
         parameters={"weight": 0.6913},
         dtype="float32",
@@ -382,7 +383,7 @@ def test_output_dtypes(method: str, source: str, out: str, request: pytest.Fixtu
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_alone_is_the_outputs(dtype: str, models: Path) -> None:
-    """mergekit rounds what it reads and every step to `dtype`; we only the result, so that ours is the nearer one."""
+    """mergekit rounds its inputs and every step to `dtype`; this engine rounds only the result, so it is closer."""
     keys = {"merge_method": "task_arithmetic", "base_model": "base", "models": entries(*W)}
     found, rough = (by(write_config(models, **keys, dtype=dtype)) for by in (ours, mergekits))
     exact = mergekits(write_config(models, **keys, dtype="float32"))
@@ -391,12 +392,12 @@ def test_dtype_alone_is_the_outputs(dtype: str, models: Path) -> None:
         assert found[name].dtype == rough[name].dtype == getattr(torch, dtype), name
         assert difference(found[name], tensor) <= 2.0**-bits * tensor.abs().max().item() + CLOSE, name
         assert difference(found[name], tensor) <= difference(rough[name], tensor), name
-        # Of an input and each of six operations half a rounding error, of numbers up to twice the result's.
+        # Half a rounding step for an input and each of six operations, on numbers up to twice the result.
         assert difference(found[name], rough[name]) <= 8 * 2.0**-bits * 2 * tensor.abs().max().item(), name
 
 
 def test_without_dtype_a_checkpoints_own_stays(halves: Path) -> None:
-    """mergekit's linear computes in float32 whatever is read, and rounds once as we do."""
+    """mergekit's linear computes in float32 for any input dtype and rounds once, as this engine does."""
     config = write_config(halves, merge_method="linear", models=entries({"weight": 0.3}, {"weight": 0.7}))
     found, expected = ours(config), mergekits(config)
     worst(found, expected)
@@ -409,7 +410,7 @@ def test_without_dtype_a_checkpoints_own_stays(halves: Path) -> None:
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
-    """The models, and beside them an adapter of the base's shapes."""
+    """Return a folder with the models and an adapter that fits all of them."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("adapted")
@@ -421,7 +422,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Path:
     return folder
 
 
-# transformers' own, where mergekit has peft add the adapter to its model.
+# Raised by transformers when mergekit merges the adapter with peft.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("carrier", ["base", "expert0"])
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties"])
@@ -478,7 +479,7 @@ def test_methods_of_mergekits_library(case: str, models: Path, record: Record) -
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "iso"])
-def test_who_computes_and_how_many_files_does_not_count(method: str, models: Path, tmp_path: Path) -> None:
+def test_the_bits_do_not_depend_on_shards_and_files(method: str, models: Path, tmp_path: Path) -> None:
     experts = entries(*[{}] if method == "slerp" else [{}, {}])
     parameters = {"slerp": {"t": 0.4}, "iso": {}}.get(method, {"weight": 0.4})
     if method in ("ties", "dare_ties"):
@@ -496,7 +497,7 @@ def test_who_computes_and_how_many_files_does_not_count(method: str, models: Pat
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "dare_ties"])
-def test_the_size_of_blocks_and_pieces_does_not_count(
+def test_the_bits_do_not_depend_on_blocks_and_pieces(
     method: str, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = write_config(
@@ -515,7 +516,7 @@ def test_the_size_of_blocks_and_pieces_does_not_count(
 
 
 def paper_ties(base: Tensors, taus: dict[str, list[Tensor]], density: float, scale: float) -> Tensors:
-    """TIES-Merging by its Algorithm 1: top-k of whole task vectors, elected signs, disjoint means; in float64."""
+    """TIES-Merging, Algorithm 1: top-k of whole task vectors, elected signs, disjoint means; in float64."""
     names = list(taus)
     flat_KN = torch.stack(
         [torch.cat([taus[name][k].double().flatten() for name in names]) for k in range(len(taus[names[0]]))]
@@ -549,7 +550,7 @@ def test_ties_of_the_paper(density: float, shards: int, weight: float, tmp_path:
 
 
 def test_ties_of_the_paper_keeps_all_that_are_equal(tmp_path: Path) -> None:
-    """bfloat16 differences: many are equal to the threshold, and all of them stay, in whatever tensor."""
+    """Many bfloat16 differences are equal to the threshold; all of them are kept, in every tensor."""
     base, _ = write_arrays(tmp_path, experts=3, dtypes=[torch.bfloat16])
     config = write_config(
         tmp_path,
@@ -570,7 +571,7 @@ def test_ties_of_the_paper_keeps_all_that_are_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", [{"filter": "mlp", "value": "model"}, ["model", "tensor"]], ids=str)
 def test_trim_may_differ_by_tensor(setting: Any, models: Path) -> None:
-    """Tensors that count for themselves are as they are without the others' threshold."""
+    """A tensor with `trim: tensor` does not depend on the threshold of the whole model."""
     keys = {"merge_method": "ties", "base_model": "base", "models": entries({}, {})}
     top = {"weight": 0.5, "density": 0.3}
     mixed = ours(write_config(models, **keys, parameters=top | {"trim": setting}))
@@ -586,7 +587,7 @@ def test_trim_may_differ_by_tensor(setting: Any, models: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 def test_dare_scaled_as_in_the_paper(method: str, tmp_path: Path) -> None:
-    """τ̂ = m∘τ/(1 − p): every element is dropped, or grows by 1/density exactly."""
+    """τ̂ = m∘τ/(1 − p): every element is dropped or scaled by 1/density."""
     base, experts = write_arrays(tmp_path, experts=1)
     config = write_config(
         tmp_path,
@@ -608,5 +609,5 @@ def test_dare_scaled_as_in_the_paper(method: str, tmp_path: Path) -> None:
 
 def test_weights_of_linear_that_sum_to_zero_are_refused(models: Path) -> None:
     config = write_config(models, merge_method="linear", models=entries({"weight": 1}, {"weight": -1}))
-    with pytest.raises(ConfigError, match="sum to zero"):
+    with refused(ConfigError, where="weight", do="normalize: false", facts=["zero"]):
         ours(config)

@@ -1,4 +1,4 @@
-"""The largest elements of task vectors, found by counting, against numpy's stable sorting."""
+"""The selection of the largest elements by counting, compared with numpy's stable sort."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import pieces
 
 Array = npt.NDArray[np.float32]
-# The smallest number that is not zero, and others without an exponent of their own.
+# The smallest positive float32, a denormal.
 DENORMAL = float(np.float32(1e-45))
 FEW = (0.0, -0.0, 1.0, -1.0, 0.5, DENORMAL, -DENORMAL, 3e-39, 1.0 + 2**-23, -1.0 - 2**-23, 3.4e38)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# The first example may compile the kernels.
+# No deadline: the first example may compile the kernels.
 given_any = settings(deadline=None)
 
 
@@ -42,15 +42,15 @@ def pool() -> Iterator[Executor]:
 
 
 class Given:
-    """A task vector whose elements are given as they are."""
+    """A task vector with the given elements."""
 
     minus_base = False
 
     def __init__(self, tau_N: Array) -> None:
         self._tau_N = torch.from_numpy(tau_N.copy())
 
-    def operand(self, start: int, stop: int, room_N: Tensor) -> Array:
-        raise AssertionError("blocks are asked for here")
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Array:
+        raise AssertionError("only blocks are read here")
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         out_N.copy_(self._tau_N[start:stop])
@@ -76,7 +76,7 @@ def tensor_of(taus: Sequence[Array | None], pool: Executor, shape: tuple[int, ..
 
 
 def sorted_out(tau: Array, keep: int | None) -> Array:
-    """What stays of a task vector: the largest by absolute value, of equal ones the first."""
+    """Return the task vector with only its `keep` largest elements by magnitude, of equal ones the first."""
     if keep is None:
         return tau
     order = np.argsort(-np.abs(tau), kind="stable")[:keep]
@@ -86,10 +86,10 @@ def sorted_out(tau: Array, keep: int | None) -> Array:
 
 
 def trimmed(tensor: MergeTensor, densities: Sequence[float]) -> list[Array]:
-    """What `Trimmed` leaves of each task vector, piece by piece and block by block."""
+    """Apply `Trimmed` to each task vector, piece by piece and block by block."""
     sparse, experts = Trimmed.within(tensor, densities), range(len(densities))
     found = np.full((len(densities), tensor.numel), np.nan, dtype=np.float32)
-    # In another order than that of the tensor: threads take pieces as they come.
+    # Not in the order of the tensor, since threads process pieces in any order.
     for piece in reversed(list(pieces(tensor.name, tensor.shape))):
         state = sparse.state(piece)
         for start, stop, _, tau_KB in tensor.blocks(piece, experts):
@@ -101,14 +101,14 @@ def trimmed(tensor: MergeTensor, densities: Sequence[float]) -> list[Array]:
 
 def assert_sorted_out(found: Array, tau: Array, keep: int | None) -> None:
     expected = sorted_out(tau, keep)
-    # A zero that stays and one that does not are the same, whatever their signs.
+    # Zeros of either sign are equal, whether kept or dropped.
     np.testing.assert_array_equal(found, expected)
     nonzero = np.count_nonzero(tau)
     assert np.count_nonzero(found) == (nonzero if keep is None else min(keep, nonzero))
 
 
 def vectors(least: int = 1, most: int = 60) -> st.SearchStrategy[Array]:
-    """Many equal values, or any that are finite, denormal ones among them."""
+    """Vectors with many equal values, or of any finite numbers, including denormal ones."""
     return st.one_of(
         hypothesis_numpy.arrays(np.float32, st.integers(least, most), elements=st.sampled_from(FEW).map(np.float32)),
         hypothesis_numpy.arrays(
@@ -121,7 +121,7 @@ densities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1e-9, 0.25, 0.5, 1.
 
 
 def count_of(taus: Sequence[Array]) -> object:
-    """`count` as `select` asks for it, by numpy alone."""
+    """Return the `count` argument of `select`, implemented in numpy."""
 
     def count(high: Counts | None) -> Counts:
         bits = [np.abs(tau).view(np.uint32) for tau in taus]
@@ -139,7 +139,7 @@ def count_of(taus: Sequence[Array]) -> object:
 
 @given_any
 @given(tau=vectors(), data=st.data())
-def test_select_finds_the_smallest_that_stays(tau: Array, data: st.DataObject) -> None:
+def test_select_finds_the_smallest_kept_element(tau: Array, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, len(tau)))
     (found,) = select(count_of([tau]), [keep])  # type: ignore[arg-type]
     magnitudes = np.abs(tau)
@@ -196,7 +196,7 @@ def test_trimmed_over_pieces_and_blocks(
     shape: tuple[int, ...],
     pool: Executor,
 ) -> None:
-    """Equal elements in several pieces: which of them may keep how many is told before any is trimmed."""
+    """Equal elements in several pieces: the number that each piece may keep is known before trimming."""
     wanted = data.draw(st.lists(densities, min_size=len(taus), max_size=len(taus)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         cut_small(monkeypatch, block, block * blocks_of_a_piece)
@@ -244,7 +244,7 @@ def test_thresholds_of_the_whole_model_keep_all_that_are_equal(tau: Array, densi
 @given_any
 @given(data=st.data(), parts=st.integers(2, 4))
 def test_counts_of_parts_add_up(data: st.DataObject, parts: int, pool: Executor) -> None:
-    """As the driver sums them over tensors and shards."""
+    """The driver sums counts over tensors and shards."""
     taus = data.draw(st.lists(vectors(1, 20), min_size=parts, max_size=parts))
     keep = data.draw(st.integers(1, sum(map(len, taus))))
     tensors = [tensor_of([tau], pool) for tau in taus]
@@ -258,7 +258,7 @@ def test_counts_of_parts_add_up(data: st.DataObject, parts: int, pool: Executor)
 @pytest.mark.parametrize("numel", [1, 4096, 250_001])
 @pytest.mark.parametrize("density", [1e-6, 0.1, 0.5, 0.9999])
 def test_trimmed_of_real_files(numel: int, density: float, pool: Executor) -> None:
-    """Differences of bfloat16 weights, of which many are equal."""
+    """Differences of bfloat16 weights have many equal magnitudes."""
     generator = torch.Generator().manual_seed(numel)
     base = torch.randn(numel, generator=generator).bfloat16()
     expert = (base.float() + 0.05 * torch.randn(numel, generator=generator)).bfloat16()

@@ -1,4 +1,4 @@
-"""Task vectors in the trainer's process: what arrives, what leaves, and how much of it may be under way."""
+"""Shards in the trainer's process: merged tensors, gradients, and the limit on bytes in flight."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         cut_small(monkeypatch, *request.param)
 
 
-# Task vectors and model at work together, or in turns.
+# Streams and model run concurrently, or in turns.
 both = pytest.mark.parametrize("overlap", [False, True], ids=["in-turns", "together"])
 
 
 def table_of(plan: Plan) -> Coefficients:
-    # In another order than that of their use.
+    # Not in the order in which the model uses the tensors.
     numels = dict(reversed(plan.numels.items()))
     layout = ChunkLayout.make(numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     return Coefficients(layout, np.random.default_rng(0).uniform(0.1, 0.9, (len(plan.experts), layout.width)))
@@ -59,7 +59,7 @@ def slopes_of(plan: Plan, seed: int = 0) -> dict[str, Tensor]:
 
 
 def dense(plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The merged tensors of the base [N] and the task vectors [K, N], in float64."""
+    """Return the base's merged tensors [N] and the task vectors [K, N], in float64."""
     folders = [plan.base_header.folder, *(expert.header.folder for expert in plan.experts)]
     base, *experts = (safetensors.torch.load_file(folder / "model.safetensors") for folder in folders)
     flat = {name: base[name].double().numpy().ravel() for name in plan.merged}
@@ -93,7 +93,7 @@ def test_every_merged_tensor_arrives_once_and_is_the_plain_sum(plan: Plan, threa
             for row, one in zip(wanted.values, tau[name], strict=True)
         ]
         exact += sum(terms)
-        # A difference and a product of each term, and as many sums as there are terms.
+        # Each term takes a difference and a product, and there is one addition per term.
         error = bound(len(terms) + 2, 1) * (np.abs(base[name]) + np.abs(terms).sum(axis=0))
         assert_within(found[name].double(), exact, error + rounding * found[name].double().abs().numpy(), name)
         whole = dict.fromkeys(pieces(name, plan.base_header.tensors[name].shape), wanted)
@@ -120,7 +120,7 @@ def test_gradients_are_the_plain_sums_in_the_layout_s_columns(plan: Plan, thread
 
 @both
 @pytest.mark.usefixtures("small_blocks")
-def test_what_leaves_several_times_counts_as_its_sum(plan: Plan, overlap: bool) -> None:
+def test_gradients_sent_several_times_add_up(plan: Plan, overlap: bool) -> None:
     layout, shards = table_of(plan).layout, LocalShards(plan, 2, overlap)
     first, second = slopes_of(plan, 1), slopes_of(plan, 2)
     leaving = shards.gradients(layout)
@@ -131,7 +131,7 @@ def test_what_leaves_several_times_counts_as_its_sum(plan: Plan, overlap: bool) 
     np.testing.assert_allclose(leaving.collect(), apart, rtol=1e-12, atol=1e-12)
 
 
-def test_what_never_leaves_has_no_gradient(plan: Plan) -> None:
+def test_tensors_that_are_never_sent_have_no_gradient(plan: Plan) -> None:
     layout, name = table_of(plan).layout, plan.merged[3]
     found = collected(LocalShards(plan, 1, overlap=False), layout, {name: slopes_of(plan)[name]})
     here = np.zeros(layout.width, dtype=bool)
@@ -140,7 +140,7 @@ def test_what_never_leaves_has_no_gradient(plan: Plan) -> None:
 
 
 def test_the_gradient_is_that_of_the_merge(llama_merge: Path) -> None:
-    """⟨G, θ(α + ε) − θ(α)⟩ = Σ ε · ∂L/∂α: the merge is linear, so the two streams must agree."""
+    """The merge is linear in α, so ⟨G, θ(α + ε) − θ(α)⟩ = Σ ε · ∂L/∂α."""
     plan = plan_of(llama_merge)
     shards, start, slopes = LocalShards(plan, 1, overlap=False), table_of(plan), slopes_of(plan)
     step = np.random.default_rng(1).uniform(-1, 1, start.values.shape)
@@ -166,7 +166,7 @@ def test_files_are_opened_at_the_first_call(llama_merge: Path, monkeypatch: pyte
 
 
 @both
-def test_a_fault_of_a_merge_or_a_gradient_comes_out(llama_merge: Path, overlap: bool) -> None:
+def test_an_error_of_a_merge_or_a_gradient_is_raised(llama_merge: Path, overlap: bool) -> None:
     plan = plan_of(llama_merge)
     shards, table = LocalShards(plan, 2, overlap), table_of(plan)
     received = Received(plan)
@@ -175,16 +175,16 @@ def test_a_fault_of_a_merge_or_a_gradient_comes_out(llama_merge: Path, overlap: 
         received.all_of(shards.merge(table, received))
 
     def fetch() -> Tensor:
-        raise RuntimeError("lost on its way")
+        raise RuntimeError("lost")
 
     leaving = shards.gradients(table.layout)
     leaving.send(plan.merged[0], fetch, 4)
-    with pytest.raises(RuntimeError, match="lost on its way"):
+    with pytest.raises(RuntimeError, match="lost"):
         leaving.collect()
 
 
 @both
-def test_gradients_wait_until_there_is_room_for_them(
+def test_send_blocks_until_the_limit_admits_the_gradient(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     slopes, names = slopes_of(plan), plan.merged[:2]
@@ -198,14 +198,14 @@ def test_gradients_wait_until_there_is_room_for_them(
 
     leaving.send(names[0], fetch, nbytes[0])
     second = begun(lambda: leaving.send(names[1], lambda: slopes[names[1]], nbytes[1]))
-    assert not second.done(), "there is no room beside the first"
+    assert not second.done(), "the limit does not admit both"
     go.set()
     second.result(LONG)
     assert leaving.collect().any()
 
 
 @both
-def test_a_gradient_larger_than_the_window_leaves_all_the_same(
+def test_a_gradient_larger_than_the_limit_is_sent(
     llama_merge: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     cut_small(monkeypatch, block=100, piece=300)
@@ -218,7 +218,7 @@ def test_a_gradient_larger_than_the_window_leaves_all_the_same(
 
 
 @both
-def test_no_more_gradients_are_held_than_the_window_has_room_for(
+def test_gradients_held_never_exceed_the_limit(
     llama_merge: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
     plan = plan_of(llama_merge)
@@ -234,7 +234,7 @@ def test_no_more_gradients_are_held_than_the_window_has_room_for(
         held.append(weakref.ref(slope))
         leaving.send(name, lambda slope=slope: slope, slope.nbytes)
         del slope
-        # A thread that is done may take a moment to forget what it did.
+        # A thread may release the gradient a moment after its future is done.
         deadline = time.monotonic() + LONG
         while alive() > limit and time.monotonic() < deadline:
             time.sleep(1e-3)
@@ -243,8 +243,8 @@ def test_no_more_gradients_are_held_than_the_window_has_room_for(
     assert leaving.collect().any()
 
 
-def test_the_model_may_compute_while_task_vectors_are_at_work(llama_merge: Path) -> None:
-    """With `overlap`, `merge` and `send` return before what they ask for is done."""
+def test_the_model_may_compute_while_the_streams_run(llama_merge: Path) -> None:
+    """With `overlap`, `merge` and `send` return before their work is done."""
     plan = plan_of(llama_merge)
     table, received, go = table_of(plan), Received(plan), threading.Event()
     put, shards = received.put, LocalShards(plan, 1, overlap=True)
@@ -268,13 +268,13 @@ def test_the_model_may_compute_while_task_vectors_are_at_work(llama_merge: Path)
     limit=st.integers(1, 50),
     sizes=st.lists(st.lists(st.integers(1, 80), min_size=1, max_size=12), min_size=1, max_size=4),
 )
-def test_a_window_never_holds_more_than_its_limit_or_one_larger_thing(limit: int, sizes: list[list[int]]) -> None:
+def test_the_limit_admits_at_most_its_bytes_or_one_larger_item(limit: int, sizes: list[list[int]]) -> None:
     window, lock, inside, seen = InFlightLimit(limit), threading.Lock(), [], []
     together = threading.Barrier(len(sizes))
 
-    def pass_through(mine: list[int]) -> None:
+    def pass_through(own_sizes: list[int]) -> None:
         together.wait(LONG)
-        for size in mine:
+        for size in own_sizes:
             window.enter(size)
             with lock:
                 inside.append(size)
@@ -284,13 +284,13 @@ def test_a_window_never_holds_more_than_its_limit_or_one_larger_thing(limit: int
                 inside.remove(size)
             window.leave(size)
 
-    for future in [begun(lambda mine=mine: pass_through(mine)) for mine in sizes]:
+    for future in [begun(lambda some=some: pass_through(some)) for some in sizes]:
         future.result(LONG)
     assert len(seen) == sum(map(len, sizes))
     assert all(sum(some) <= limit or len(some) == 1 for some in seen)
 
 
-def test_a_window_lets_in_what_fits_and_holds_back_what_does_not() -> None:
+def test_the_limit_admits_items_that_fit_and_blocks_others() -> None:
     window = InFlightLimit(10)
     for size in (4, 5, 1):
         begun(lambda size=size: window.enter(size)).result(LONG)
@@ -311,7 +311,7 @@ def test_a_window_lets_in_what_fits_and_holds_back_what_does_not() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(1, 3), st.integers(0, 99))
-def test_parts_of_the_gradient_are_added_where_they_belong(tensors: list[int], experts: int, seed: int) -> None:
+def test_parts_of_the_gradient_are_added_in_their_columns(tensors: list[int], experts: int, seed: int) -> None:
     numels = {"a": 7, "b": 1, "c": 12, "d": 5, "e": 3}
     layout = ChunkLayout.make(numels, {"a": 3, "b": 0, "c": 4, "d": 1, "e": 2})
     generator = np.random.default_rng(seed)
@@ -320,9 +320,9 @@ def test_parts_of_the_gradient_are_added_where_they_belong(tensors: list[int], e
     found = coefficient_gradient(layout, experts, iter(parts))
     assert found.shape == (experts, layout.width) and found.dtype == np.float64
     for name in numels:
-        mine = [part for owner, part in parts if owner == name]
-        # In their order: bit for bit the sum from left to right.
-        wanted = list(accumulate(mine, initial=np.zeros((experts, len(layout.edges_of[name]) - 1))))[-1]
+        of_tensor = [part for owner, part in parts if owner == name]
+        # Added in order, so the bits are those of a sum from left to right.
+        wanted = list(accumulate(of_tensor, initial=np.zeros((experts, len(layout.edges_of[name]) - 1))))[-1]
         np.testing.assert_array_equal(found[:, layout.columns[name]], wanted)
 
 

@@ -1,4 +1,4 @@
-"""Orthogonal task vectors: closed forms, TSV-Merge as their sum, what stays as it was, and what is kept."""
+"""Orthogonal task vectors: closed forms, TSV-Merge as their sum, unchanged tensors, and the stored files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 def dense(plan: Plan, state: Folder | None, name: str) -> list[Array | None]:
-    """Each expert's task vector as the streams have it; of the experts' own without a state."""
+    """Return each expert's task vector in float64: the orthogonal one stored in `state`, or the expert's own."""
     own = task_vectors(plan)
     streams = own if state is None else with_orthogonal(plan, own, state)
     base = own.base.read(name)
@@ -56,8 +56,9 @@ def stored(plan: Plan, folder: Path) -> LocalFolder:
 
 
 def closed_form(taus: list[Array], seen: Callable[[Array], Array] = lambda matrix: matrix) -> list[Array]:
-    """REACH · U⊥ₖ·Σₖ·V⊥ₖᵀ in float64, by inverse square roots instead of singular value decompositions; `seen` is what
-    is taken for each matrix that is decomposed.
+    """Return TASK_VECTOR_SCALE · U⊥ₖ·Σₖ·V⊥ₖᵀ in float64, by inverse square roots instead of decompositions.
+
+    `seen` is applied to each matrix before it is decomposed.
     """
     rank = min(taus[0].shape) // len(taus)
     parts = [
@@ -77,10 +78,11 @@ def closed_form(taus: list[Array], seen: Callable[[Array], Array] = lambda matri
 
 
 def float32_error(taus: list[Array]) -> float:
-    """What float32 decompositions may put the closed form off by, of any element.
+    """Return the error bound of the closed form's elements for decompositions in float32.
 
-    Four times as far as it moves when they see what backward-stable ones do; most of it where σᵣ and σᵣ₊₁, between
-    which a matrix is cut, lie close together, and where the experts' parts side by side are nearly dependent.
+    It is four times the largest change under perturbations of the size of a backward-stable decomposition's error. The
+    change is largest where the singular values σᵣ and σᵣ₊₁, between which a matrix is cut, are close together, and
+    where the concatenated parts of the experts are nearly dependent.
     """
     exact, generators = closed_form(taus), map(np.random.default_rng, range(3))
     others = [closed_form(taus, partial(moved, generator=generator)) for generator in generators]
@@ -93,7 +95,7 @@ def test_each_is_its_closed_form_and_orthogonal_to_the_others(
 ) -> None:
     plan = plan_of(make_merge(experts=experts), ORTHOGONAL)
     state = stored(plan, tmp_path)
-    assert set(plan.orthogonal) == plan.merged_set, "all of them are matrices"
+    assert set(plan.orthogonal) == plan.merged_set, "all merged tensors are matrices"
     for name in plan.merged:
         found = [tau for tau in dense(plan, state, name) if tau is not None]
         own = [tau for tau in dense(plan, None, name) if tau is not None]
@@ -101,7 +103,7 @@ def test_each_is_its_closed_form_and_orthogonal_to_the_others(
         for mine, wanted in zip(found, closed_form(own), strict=True):
             assert_within(mine, wanted, error, name)
         for a, b in pairwise(found):
-            # Of factors orthogonal within n·u, here 48 · 6e-8 = 3e-6 at most; a whole task vector has 0.1 and more.
+            # For factors orthogonal within n·u at most 48 · 6e-8 = 3e-6; for whole task vectors 0.1 and more.
             size = np.linalg.norm(a) * np.linalg.norm(b)
             assert np.linalg.norm(a.T @ b) < 1e-5 * size
             assert np.linalg.norm(a @ b.T) < 1e-5 * size
@@ -122,7 +124,7 @@ def test_with_one_common_weight_their_sum_is_tsv_merge(make_merge: Callable[...,
         torch.testing.assert_close(tensor, of_svd[name].flatten(), atol=1e-5 * float(moved) + 1e-7, rtol=0)
 
 
-def test_vectors_and_tokens_keep_their_own(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+def test_vectors_and_token_tensors_keep_their_task_vectors(make_merge: Callable[..., Path], tmp_path: Path) -> None:
     plan = plan_of(make_merge(exclude=[]), ORTHOGONAL)
     state = stored(plan, tmp_path)
     others = plan.merged_set - set(plan.orthogonal)
@@ -142,12 +144,12 @@ def test_an_expert_that_has_the_base_s_matrix_takes_no_part(make_merge: Callable
     first, second, third = dense(plan, stored(plan, tmp_path), Q)
     assert second is None and first is not None and third is not None
     rank = min(first.shape) // 3
-    assert np.linalg.matrix_rank(first, tol=1e-5 * np.linalg.norm(first)) == rank, "experts count, whoever changes it"
+    assert np.linalg.matrix_rank(first, tol=1e-5 * np.linalg.norm(first)) == rank, (
+        "the rank depends on the number of all experts"
+    )
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing:FutureWarning"
-)  # peft asks by a name that goes out of use
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
 def test_an_adapter_stays_two_factors_of_its_own_rank(make_merge: Callable[..., Path], tmp_path: Path) -> None:
     config = make_merge(experts=3)
     rank, target = 4, config.parent / "expert1"
@@ -174,11 +176,11 @@ def test_models_of_16_bits_keep_them_in_bfloat16(make_merge: Callable[..., Path]
     own = [tau for tau in dense(plan, None, Q) if tau is not None]
     for mine, wanted in zip(dense(plan, state, Q), closed_form(own), strict=True):
         assert mine is not None
-        # What float32 leaves is rounded to bfloat16 once.
+        # The float32 result is rounded to bfloat16 once.
         assert_within(mine, wanted, float32_error(own) + unit(torch.bfloat16) * np.abs(mine))
 
 
-def test_what_is_there_is_not_made_again(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+def test_stored_task_vectors_are_not_computed_again(make_merge: Callable[..., Path], tmp_path: Path) -> None:
     plan = plan_of(make_merge(), ORTHOGONAL)
     state = stored(plan, tmp_path)
     before = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
@@ -189,21 +191,21 @@ def test_what_is_there_is_not_made_again(make_merge: Callable[..., Path], tmp_pa
     assert {name for name in before if before[name] != after[name]} == {file_name(Q)}
 
 
-def test_in_object_storage_they_are_read_without_leaving_copies(
+def test_reading_from_object_storage_leaves_no_copies(
     make_merge: Callable[..., Path], store: Store, tmp_path: Path
 ) -> None:
     plan = plan_of(make_merge(), ORTHOGONAL)
     on_disk = stored(plan, tmp_path)
-    there = ObjectFolder(f"{store.root}/a run{store.options}")
-    orthogonalise(plan, task_vectors(plan), there, plan.orthogonal)
+    remote = ObjectFolder(f"{store.root}/a run{store.options}")
+    orthogonalise(plan, task_vectors(plan), remote, plan.orthogonal)
     for name in plan.merged:
-        for a, b in zip(dense(plan, there, name), dense(plan, on_disk, name), strict=True):
+        for a, b in zip(dense(plan, remote, name), dense(plan, on_disk, name), strict=True):
             np.testing.assert_array_equal(np.array(a), np.array(b))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "/etc/x", "a\0b", "x" * 10_000])
-def test_a_tensor_s_name_leads_nowhere(name: str) -> None:
+def test_a_tensor_s_name_is_not_part_of_its_path(name: str) -> None:
     assert re.fullmatch(r"orthogonal/[0-9a-f]{64}\.safetensors", file_name(name))
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import bound
@@ -53,7 +54,7 @@ def test_chunks_have_the_rounded_up_size_and_only_the_last_is_shorter(numel: int
 
 @QUICK
 @given(numel=st.integers(1, 5000), chunks=st.integers(1, 6000))
-def test_the_count_is_what_pieces_of_that_size_yield_and_never_more_than_asked_for(numel: int, chunks: int) -> None:
+def test_the_count_is_that_of_chunks_of_that_size_and_never_above_the_requested_one(numel: int, chunks: int) -> None:
     count = len(chunk_edges(numel, chunks)) - 1
     assert count == math.ceil(numel / math.ceil(numel / chunks)) <= min(numel, chunks)
 
@@ -64,7 +65,7 @@ def test_the_count_is_what_pieces_of_that_size_yield_and_never_more_than_asked_f
         (10, 1, (0, 10)),
         (10, 2, (0, 5, 10)),
         (10, 3, (0, 4, 8, 10)),
-        (10, 6, (0, 2, 4, 6, 8, 10)),  # pieces of 2 yield five, so five it is
+        (10, 6, (0, 2, 4, 6, 8, 10)),  # chunks of 2 elements: five suffice
         (3, 9, (0, 1, 2, 3)),
         (1, 1, (0, 1)),
     ],
@@ -219,5 +220,5 @@ def test_both_stages_come_back_from_parquet(
 def test_a_stage_that_the_file_does_not_have_is_named(tmp_path: Path, stage: int) -> None:
     path = tmp_path / "coefficients.parquet"
     write_coefficients(path, [example()], ["math", "code"])
-    with pytest.raises(RunError, match=f"coefficients.parquet: no stage {stage}"):
+    with refused(RunError, where="coefficients.parquet", facts=[f"stage {stage}"]):
         read_coefficients(path, stage)

@@ -1,4 +1,4 @@
-"""The compiled sums against float64, for every way in which operands are stored."""
+"""The compiled kernels, compared with float64, for all dtypes of the operands."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def exact(tensors: list[Tensor], base: Tensor) -> npt.NDArray[np.float64]:
 
 
 def products_error(terms_4N: npt.NDArray[np.float64]) -> float:
-    """What float32 makes of sums of spans: every term is rounded twice, then added, in any order.
+    """Return the error bound of sums of spans in float32: every term is rounded twice, then added, in any order.
 
-    One after the other they err by 0.4·√n·u·‖terms‖₂ in standard deviation, so that twice that bound is five of them;
-    lanes of a processor make their sums shorter, and err less.
+    Added one after the other, the standard deviation of the error is 0.4·√n·u·‖terms‖₂, so that the bound of 2·√n·u is
+    five standard deviations. SIMD lanes shorten the sums and reduce the error.
     """
     roundings = min(terms_4N.shape[1], SPAN) + 2
     return bound(roundings, float(np.linalg.norm(terms_4N, axis=1).max()), safety=2)
 
 
 def sums_error(start: npt.ArrayLike, terms_4N: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A difference, a product and four sums of each term: six roundings of no more than the absolute terms' sum."""
+    """Return the error bound of six roundings (a difference, a product, four sums) of at most Σ |terms| each."""
     return bound(6, 1) * (np.abs(start) + np.abs(terms_4N).sum(axis=0))
 
 
@@ -66,7 +66,7 @@ def test_sums_are_the_dense_ones(count: int, dtypes: tuple[torch.dtype, ...]) ->
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (3, 3), (3, 40), (40, 100)])
-def test_nothing_outside_the_range_counts(first: int, last: int) -> None:
+def test_elements_outside_the_range_have_no_effect(first: int, last: int) -> None:
     base, slope, experts = noise(100, 10), noise(100, 11), stored(100, (torch.float32,) * 4)
     outside = np.ones(100, bool)
     outside[first:last] = False
@@ -84,7 +84,7 @@ def test_nothing_outside_the_range_counts(first: int, last: int) -> None:
     assert_within(found[first:last], 2 + differences.sum(axis=0), sums_error(2, differences))
 
 
-def test_every_bfloat16_number_is_the_float32_that_torch_says() -> None:
+def test_every_bfloat16_number_is_widened_as_by_torch() -> None:
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     numbers = numbers[numbers.isfinite()]
     zeros, found = np.zeros(len(numbers), np.float32), np.zeros(len(numbers), np.float32)
@@ -95,7 +95,7 @@ def test_every_bfloat16_number_is_the_float32_that_torch_says() -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_four_are_added_in_their_order(order: tuple[int, ...]) -> None:
-    """1 + 2⁻²⁴ is lost in float32, 2 · 2⁻²⁴ is not: the order of three terms shows in the sum."""
+    """1 + 2⁻²⁴ rounds to 1 in float32, 1 + 2 · 2⁻²⁴ does not: the sum depends on the order of the terms."""
     small, terms = 2.0**-24, np.array([1.0, 2.0**-24, 2.0**-24], np.float32)[list(order)]
     operands = [np.full(40, term, np.float32) for term in (*terms, 0)]
     found = np.zeros(40, np.float32)

@@ -1,4 +1,4 @@
-"""Tensors of a file as one stream: in order, bounded ahead, whatever the number of threads."""
+"""The pipeline of a file's tensors: its order, and the bound on work ahead, for any number of threads."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import cut_small
+from errors import refused
 from torch import Tensor
 
 from engine.errors import ConfigError, RunError
@@ -39,9 +40,9 @@ def test_the_stream_is_every_piece_of_every_tensor_in_order(
     jobs = [TensorJob(name, tuple(t.shape), dtype, lambda t=t: copy_of(t)) for name, t in tensors.items()]
     parts = stream(jobs, pool, threads)
     for name, tensor in tensors.items():
-        mine = [next(parts) for _ in pieces(name, tensor.shape)]
-        assert len(mine) > 1 or tensor.numel() < 36
-        assert torch.equal(torch.cat([*mine, torch.empty(0, dtype=dtype)]), tensor.reshape(-1))
+        received = [next(parts) for _ in pieces(name, tensor.shape)]
+        assert len(received) > 1 or tensor.numel() < 36
+        assert torch.equal(torch.cat([*received, torch.empty(0, dtype=dtype)]), tensor.reshape(-1))
     assert next(parts, None) is None
 
 
@@ -75,20 +76,20 @@ def test_no_more_is_computed_than_a_few_pieces_ahead(pool: ThreadPoolExecutor, t
 def test_a_weight_that_is_not_finite_is_an_error_that_names_the_tensor(pool: ThreadPoolExecutor, value: float) -> None:
     tensor = torch.ones(50)
     tensor[49] = value
-    with pytest.raises(RunError, match="late: the merged tensor has a weight that is NaN or infinite"):
+    with refused(RunError, where="late", do="out_dtype", facts=["NaN", "float32"]):
         list(stream([TensorJob("late", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2))
 
 
 def test_large_weights_are_finite_though_their_sum_is_not(pool: ThreadPoolExecutor) -> None:
     tensor = torch.full((50,), 3e38)
     assert torch.equal(next(stream([TensorJob("t", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2)), tensor)
-    with pytest.raises(RunError, match="in float16"):
+    with refused(RunError, where="t", do="out_dtype", facts=["float16"]):
         list(stream([TensorJob("t", (50,), torch.float16, lambda: copy_of(tensor))], pool, 2))
 
 
-def test_what_a_preparation_raises_comes_out(pool: ThreadPoolExecutor) -> None:
+def test_an_error_of_a_preparation_is_raised(pool: ThreadPoolExecutor) -> None:
     def prepare() -> Fill:
         raise ConfigError("no", "here")
 
-    with pytest.raises(ConfigError, match="here: no"):
+    with refused(ConfigError, where="here"):
         list(stream([TensorJob("t", (5,), torch.float32, prepare)], pool, 2))
