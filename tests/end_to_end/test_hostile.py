@@ -38,7 +38,7 @@ CONFIG_JSON = "base/config.json"
 LONG = '"' + "x" * MB + '"'
 MODELS: Cases = {
     "truncated": (lambda f: put(f, CONFIG_JSON, '{"vocab_size": 6'), [CONFIG_JSON, "JSON", "column 17"]),
-    "UTF-16": (lambda f: put(f, CONFIG_JSON, "{}".encode("utf-16")), [CONFIG_JSON, "UTF-8"]),
+    "UTF-16": (lambda f: put(f, CONFIG_JSON, "{}".encode("utf-16")), [CONFIG_JSON, "UTF-8 text"]),
     "BOM": (lambda f: put(f, CONFIG_JSON, "\ufeff{}"), [CONFIG_JSON, "JSON", "BOM"]),
     "list": (lambda f: put(f, CONFIG_JSON, "[1]"), [CONFIG_JSON, "JSON object"]),
     "key twice": (lambda f: put(f, CONFIG_JSON, '{"a": 1, "a": 2}'), [CONFIG_JSON, "JSON", "key 'a'"]),
@@ -64,13 +64,16 @@ MODELS: Cases = {
         [CONFIG_JSON, "JSON", "5000 digits"],
     ),
     "half a character": (lambda f: put(f, CONFIG_JSON, '{"a": "\\ud800"}'), [CONFIG_JSON, "JSON", "surrogates"]),
-    "blocks that are text": (lambda f: edit_configs(f, num_hidden_layers="x"), ["in/base", "config.json", "blocks"]),
+    "blocks that are text": (
+        lambda f: edit_configs(f, num_hidden_layers="x"),
+        ["in/base", "config.json", "num_hidden_layers"],
+    ),
     "less than no blocks": (lambda f: edit_configs(f, num_hidden_layers=-1), ["in/base", "-1 blocks", "30 tensors"]),
     "blocks beyond all bounds": (
         lambda f: (edit_configs(f, num_hidden_layers=10**18), edit(f, parameters={"hidden_layers": "all"})),
         ["in/base", f"{10**18} blocks", "30 tensors"],
     ),
-    "true blocks": (lambda f: edit_configs(f, num_hidden_layers=True), ["in/base", "config.json", "blocks"]),
+    "true blocks": (lambda f: edit_configs(f, num_hidden_layers=True), ["in/base", "config.json", "num_hidden_layers"]),
     "vocabulary that is no number": (
         lambda f: edit_json(f, CONFIG_JSON, vocab_size=NAN),
         ["'expert0'", "vocabulary", "64", "`tokenizer_source: base`"],
@@ -83,7 +86,7 @@ MODELS: Cases = {
         lambda f: edit_json(f, CONFIG_JSON, architectures=["a\nb"]),
         ["'expert0'", "LlamaForCausalLM", "'a\\nb'"],
     ),
-    "folder for a file": (lambda f: make_folder(f, CONFIG_JSON), [CONFIG_JSON, "directory"]),
+    "folder for a file": (lambda f: make_folder(f, CONFIG_JSON), [CONFIG_JSON, "a directory"]),
     "pipe": (lambda f: pipe(f, CONFIG_JSON), [CONFIG_JSON, "pipe"]),
     "device": (lambda f: link(f, CONFIG_JSON, "/dev/zero"), [CONFIG_JSON, "link", "/dev/zero"]),
     "link out": (lambda f: move_out(f, CONFIG_JSON), [CONFIG_JSON, "link", "in/outside"]),
@@ -151,7 +154,7 @@ INDICES: Cases = {
         ["expert1/sub/model.safetensors", "link", "in/base/model.safetensors"],
     ),
     "index that is a pipe": (lambda f: pipe(f, INDEX), [INDEX, "pipe"]),
-    "index that is a folder": (lambda f: make_folder(f, INDEX), [INDEX, "directory"]),
+    "index that is a folder": (lambda f: make_folder(f, INDEX), [INDEX, "a directory"]),
     "100,000 files": (
         lambda f: index(f, lambda w: w.update({f"x{i}": f"{i}.safetensors" for i in range(100_000)})),
         [INDEX, "'0.safetensors'"],
@@ -170,7 +173,7 @@ HEADERS: Cases = {
     "length beyond the file": (lambda f: weights(f, {}, length=1000), [FILE, "header length"]),
     "empty": (lambda f: put(f, FILE, b""), [FILE, "header too small"]),
     "seven bytes": (lambda f: put(f, FILE, b"1234567"), [FILE, "15,540,725,856,023,089"]),
-    "no JSON": (lambda f: weights(f, b"{{{{"), [FILE, "column 2"]),
+    "no JSON": (lambda f: weights(f, b"{{{{"), [FILE, "key must"]),
     "list": (lambda f: weights(f, [1]), [FILE, "HashMetadata"]),
     "not UTF-8": (lambda f: weights(f, b'{"\xff": 1}'), [FILE, "UTF-8"]),
     "nothing": (lambda f: weights(f, {"a": None}), [FILE, "TensorInfo"]),
@@ -196,7 +199,7 @@ HEADERS: Cases = {
     "integers for floats": (integers, ["'expert1'", Q, "I32", "F32"]),
     "metadata that are numbers": (lambda f: weights(f, {"__metadata__": {"a": 1}, "a": tensor()}), [FILE, "`1`"]),
     "field twice": (lambda f: weights(f, b'{"a": {"dtype": "F32", "dtype": "F32"}}'), [FILE, "`dtype`"]),
-    "tensor twice": (lambda f: weights(f, TWICE), [FILE, "JSON", "key 'a'"]),
+    "tensor twice": (lambda f: weights(f, TWICE), [f"{FILE}: ", "JSON", "key 'a'"]),
     "name with NUL": (
         lambda f: weights(f, {**BLOCKS, "a\0b": tensor((0,), (24, 24))}, 24),
         ["'expert1'", " 30 ", "'lm_head.weight'", " 4 ", "'a0'"],
@@ -212,7 +215,7 @@ HEADERS: Cases = {
     ),
     "no tensors": (lambda f: weights(f, {}, 0), ["in/expert1", "3 blocks", "0 tensors"]),
     "pipe": (lambda f: pipe(f, FILE), [FILE, "pipe"]),
-    "folder": (lambda f: make_folder(f, FILE), [FILE, "directory"]),
+    "folder": (lambda f: make_folder(f, FILE), [FILE, "a directory"]),
     "device": (lambda f: link(f, FILE, "/dev/zero"), [FILE, "link", "/dev/zero"]),
     "link out": (lambda f: move_out(f, FILE), [FILE, "link", "in/outside"]),
 }
