@@ -81,7 +81,7 @@ class ImageEncoder:
                 text=[text], images=images or None, return_tensors="pt", images_kwargs=options, add_special_tokens=False
             )
             tokenizer = self._processor.tokenizer
-            short, asked = (
+            text_ids, prompt_ids = (
                 tokenizer(part, add_special_tokens=False).input_ids if part else [] for part in (text, prompt)
             )
         ids_T = output["input_ids"][0]
@@ -89,7 +89,7 @@ class ImageEncoder:
             (output[name] for name in MARKS if name in output), ids_T[None] == self._processor.image_token_id
         )
         # All image tokens come before the last answer, so the answer has as many tokens as in the plain text.
-        answer = None if prompt is None else len(ids_T) - len(short) + in_common(asked, short)
+        answer = None if prompt is None else len(ids_T) - len(text_ids) + in_common(prompt_ids, text_ids)
         inputs = {name: value for name, value in output.items() if name not in ("input_ids", "attention_mask")}
         return Encoded(
             ids_T.tolist(),

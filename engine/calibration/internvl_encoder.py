@@ -87,11 +87,11 @@ class ChatEncoder:
         messages = [(message["role"], texts(message["content"], PLACE)) for message in placed(record)]
         answered = messages[-1][0] == "assistant"
         prompt = self._prompt(messages[:-1] if answered else messages, True, tiles)
-        asked = list(self._tokenizer(prompt).input_ids)
+        prompt_ids = list(self._tokenizer(prompt).input_ids)
         if not answered:
-            return asked, None, True
+            return prompt_ids, None, True
         ids = list(self._tokenizer(self._prompt(messages, False, tiles)).input_ids)
-        return ids, in_common(asked, ids), False
+        return ids, in_common(prompt_ids, ids), False
 
     def _prompt(self, messages: list[tuple[str, str]], is_open: bool, tiles: list[int]) -> str:
         """Return the conversation as text. `is_open`: it ends where the assistant's next message begins."""

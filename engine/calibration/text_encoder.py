@@ -49,9 +49,9 @@ class TextEncoder:
             if record.field == "messages":
                 raise CalibrationError("the record is a chat, but the tokenizer has no chat template", record.where)
             answer = record.fields.get("response")
-            asked = list(tokenizer(question).input_ids)
-            ids = list(tokenizer(f"{question}\n{answer}").input_ids) if answer else asked
-            return Encoded(ids, not answer, in_common(asked, ids) if answer else None)
+            prompt_ids = list(tokenizer(question).input_ids)
+            ids = list(tokenizer(f"{question}\n{answer}").input_ids) if answer else prompt_ids
+            return Encoded(ids, not answer, in_common(prompt_ids, ids) if answer else None)
         whole, prompt = rendered(messages_of(record), tokenizer.apply_chat_template, record.where)
         ids = list(tokenizer(whole, add_special_tokens=False).input_ids)
         if prompt is None:
@@ -74,8 +74,8 @@ def messages_of(record: Record) -> Messages:
     if record.field == "messages":
         messages: Messages = record.fields["messages"]
         return messages
-    asked, answer = {"role": "user", "content": record.fields["question"]}, record.fields.get("response")
-    return [asked, {"role": "assistant", "content": answer}] if answer else [asked]
+    user, answer = {"role": "user", "content": record.fields["question"]}, record.fields.get("response")
+    return [user, {"role": "assistant", "content": answer}] if answer else [user]
 
 
 def rendered(messages: Messages, template: Callable[..., str], where: str) -> tuple[str, str | None]:
@@ -91,8 +91,8 @@ def rendered(messages: Messages, template: Callable[..., str], where: str) -> tu
     endless = CalibrationError("the chat template takes too long or too much memory", where)
     with cpu_limit(endless), memory_limit(endless):
         text = template(messages, add_generation_prompt=is_prompt, tokenize=False)
-        asked = messages[:-1]
-        prompt = None if is_prompt else template(asked, add_generation_prompt=True, tokenize=False) if asked else ""
+        before = messages[:-1]
+        prompt = None if is_prompt else template(before, add_generation_prompt=True, tokenize=False) if before else ""
     if len(text) > RECORD_BYTES:
         length = f"{len(text):,} characters"
         raise CalibrationError(f"the chat template produces {length}", where, f"at most {RECORD_BYTES:,}")

@@ -62,7 +62,7 @@ def test_an_alias_is_the_method(method: str) -> None:
     assert parse(merge_method=method).merge_method == "dare_linear"
 
 
-def test_learning_options_of_the_same_config_are_kept_out_and_told() -> None:
+def test_learning_options_of_the_same_config_are_ignored_and_listed() -> None:
     models = [{"model": "x", "calibration": "x.jsonl", "parameters": {"loss_weight": 2}}, {"model": "y"}]
     config = parse(models=models, parameters={"budget": 1, "density": 0.5}, batch_tokens=7)
     assert set(config.unused) == {"budget", "loss_weight", "batch_tokens"}

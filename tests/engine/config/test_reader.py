@@ -110,7 +110,7 @@ def test_a_preset_gives_defaults_and_no_more(path: Path) -> None:
         load(path, HEAD + MODELS, "preset=papers")
 
 
-def test_adamerging_asks_no_expert_whatever_the_preset(path: Path) -> None:
+def test_adamerging_runs_no_expert_whatever_the_preset(path: Path) -> None:
     for preset in ([], ["preset=paper"]):
         config = load(path, HEAD + MODELS, "merge_method=adamerging", *preset)
         assert (config.parameters.weight, config.parameters.regularization) == (0.3, 0.0)
@@ -374,7 +374,7 @@ def test_a_wrong_value_is_one_fault_with_line_key_and_what_was_expected(path: Pa
     ],
     ids=last_line,
 )
-def test_an_unknown_key_is_told_with_the_nearest_known_one(path: Path, text: str, key: str, near: str) -> None:
+def test_an_unknown_key_is_reported_with_the_nearest_known_one(path: Path, text: str, key: str, near: str) -> None:
     place, advice = fault(path, text).splitlines()
     assert place.startswith(f"{path}:{line_of(text)}: ") and repr(key) in place
     assert advice.startswith("  do: ") and repr(near) in advice
@@ -388,7 +388,7 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(path: Path, text: str
         ("parameters: {zzzz: 1}", "temperature"),
     ],
 )
-def test_an_unknown_key_like_no_other_is_told_with_all_known_ones(path: Path, text: str, known: str) -> None:
+def test_an_unknown_key_like_no_other_is_reported_with_all_known_ones(path: Path, text: str, known: str) -> None:
     place, advice = fault(path, f"{HEAD}{MODELS}{text}\n").splitlines()
     assert place.startswith(f"{path}:6: ")
     assert advice.startswith("  do: ") and known in advice
@@ -413,7 +413,7 @@ def test_missing_keys_are_named_and_no_other(path: Path, text: str, missing: lis
     assert [re.findall(r"'(.*?)'", line) for line in lines] == [[key] for key in missing]
 
 
-def test_at_most_five_faults_are_told_at_once(path: Path) -> None:
+def test_at_most_five_faults_are_reported_at_once(path: Path) -> None:
     message = fault(path, HEAD + MODELS + "".join(f"zzzz{number}: 1\n" for number in range(7)))
     assert message.count("'zzzz") == 5
     assert message.endswith("(2 more)")
@@ -432,7 +432,7 @@ def test_at_most_five_faults_are_told_at_once(path: Path) -> None:
         (HEAD + "models: [  # here", "<stream end>"),
     ],
 )
-def test_text_that_is_no_yaml_is_told_with_its_line(path: Path, text: str, problem: str) -> None:
+def test_text_that_is_no_yaml_is_reported_with_its_line(path: Path, text: str, problem: str) -> None:
     with refused(ConfigError, where=f"{path}:{line_of(text)}", facts=["YAML", problem]):
         load(path, text)
 
@@ -737,7 +737,7 @@ def spoilt_files(draw: st.DrawFn) -> bytes:
     return content
 
 
-def is_file_of_config_or_told(path: Path, *overrides: str) -> bool:
+def is_config_or_refused(path: Path, *overrides: str) -> bool:
     try:
         return isinstance(load_config(path, overrides), Config)
     except ConfigError as error:
@@ -746,20 +746,20 @@ def is_file_of_config_or_told(path: Path, *overrides: str) -> bool:
 
 @FUZZ
 @given(spoilt_files())
-def test_a_spoilt_config_is_read_or_told(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_a_spoilt_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "spoilt.yaml"
     path.write_bytes(content)
-    assert is_file_of_config_or_told(path)
+    assert is_config_or_refused(path)
 
 
 @FUZZ
 @given(st.sampled_from([VALID, SPACE]), st.sampled_from(KEYS) | st.just("slices"), json_like)
-def test_any_value_of_any_key_in_a_file_is_read_or_told(
+def test_any_value_of_any_key_in_a_file_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, raw: dict[str, Any], key: str, value: Any
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any-value.yaml"
     path.write_text(yaml.safe_dump(raw | {key: value}, allow_unicode=True), encoding="utf-8")
-    assert is_file_of_config_or_told(path)
+    assert is_config_or_refused(path)
 
 
 @FUZZ
@@ -767,7 +767,9 @@ def test_any_value_of_any_key_in_a_file_is_read_or_told(
     st.lists(st.sampled_from([*KEYS, "0", "1", "-1", "9" * 5000, "", "."]) | st.text(max_size=3), max_size=4),
     st.sampled_from([piece.decode("latin-1") for piece in PIECES]) | st.text(max_size=12),
 )
-def test_any_override_is_applied_or_told(tmp_path_factory: pytest.TempPathFactory, keys: list[str], value: str) -> None:
+def test_any_override_is_applied_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, keys: list[str], value: str
+) -> None:
     path = tmp_path_factory.getbasetemp() / "override.yaml"
     path.write_bytes(FILES[0])
-    assert is_file_of_config_or_told(path, f"{'.'.join(keys)}={value}")
+    assert is_config_or_refused(path, f"{'.'.join(keys)}={value}")

@@ -195,5 +195,5 @@ def test_of_a_mixture_the_experts_that_a_token_meets_compute(make_merge: Callabl
         plan, base=replace(plan.base, header=replace(plan.base_header, config=config | {"num_experts_per_tok": 4}))
     )
     (some, some_backward), (every, every_backward) = sample_flops(plan, 8), sample_flops(dense, 8)
-    # Two of four, of two operations a weight and token; backward too the weights' own gradient.
+    # Two of the four experts process a token, at two FLOP per weight; the backward pass adds the weight gradient.
     assert every - some == 8 * 2 * numel / 2 and every_backward - some_backward == 8 * 4 * numel / 2
