@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -383,13 +385,13 @@ def test_the_last_saved_state_of_a_stage_is_loaded(place: Place) -> None:
 
 def test_a_half_written_state_is_ignored(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with open_run(str(disk), "this", fresh=False) as run:
         run.save_stage(1, StageState(1, {"a": torch.ones(1)}), ROWS)
         with monkeypatch.context() as patched:
             patched.setattr("os.fsync", full)
-            with refused(StorageError, facts=["No space left on device"]):
+            with refused(StorageError, facts=[os.strerror(errno.ENOSPC)]):
                 run.save_stage(1, StageState(2, {"a": torch.zeros(1)}), ROWS)
         found = run.load_stage(1)
         assert found is not None and found.steps == 1
