@@ -41,9 +41,12 @@ MOST, FIELDS = "2,097,152", "input_ids, messages, question, text"
 IDS = "`input_ids`"
 
 RECORDS: Cases = {
-    "10 MB line": (lambda f: calibration(f, '{"text": "' + "x" * 10 * MB + '"}'), ["x.jsonl:1", MOST]),
-    "10 MB line of nothing": (lambda f: calibration(f, bytes(10 * MB)), ["x.jsonl:1", MOST]),
-    "5 million ids": (lambda f: calibration(f, '{"input_ids": [' + "7," * 5 * MB + "7]}"), ["x.jsonl:1", MOST]),
+    "10 MB line": (lambda f: calibration(f, '{"text": "' + "x" * 10 * MB + '"}'), ["x.jsonl:1", "the record", MOST]),
+    "10 MB line of nothing": (lambda f: calibration(f, bytes(10 * MB)), ["x.jsonl:1", "the record", MOST]),
+    "5 million ids": (
+        lambda f: calibration(f, '{"input_ids": [' + "7," * 5 * MB + "7]}"),
+        ["x.jsonl:1", "the record", MOST],
+    ),
     "10 million lines": (lambda f: calibration(f, "\n" * 10 * MB), ["x.jsonl: ", "1,000,000"]),
     "100,000 lists": (lambda f: calibration(f, EMPTY_LISTS), ["x.jsonl:1", "JSON", "recursion"]),
     "500 lists": (
@@ -53,7 +56,7 @@ RECORDS: Cases = {
     "not UTF-8": (lambda f: calibration(f, b'{"text": "\xff"}'), ["x.jsonl: ", "UTF-8"]),
     "UTF-16": (lambda f: calibration(f, RECORD.encode("utf-16")), ["x.jsonl: ", "UTF-8"]),
     "BOM": (lambda f: calibration(f, "\ufeff" + RECORD), ["x.jsonl:1", "BOM"]),
-    "binary": (lambda f: calibration(f, bytes(range(256))), ["x.jsonl:1", "JSON", "column 1"]),
+    "binary": (lambda f: calibration(f, bytes(range(256))), ["x.jsonl:1", "JSON", "Expecting value"]),
     "blank lines": (lambda f: calibration(f, "\n \n\t\n"), ["x.jsonl: ", "'expert1'", "calibration records"]),
     "list": (lambda f: calibration(f, "[1, 2]"), ["x.jsonl:1", "mapping"]),
     "number": (lambda f: calibration(f, RECORD + "1"), ["x.jsonl:2", "mapping"]),
@@ -88,7 +91,7 @@ RECORDS: Cases = {
     ),
     "JSON record of 10 MB": (
         lambda f: calibration(f, '[{"text": "' + "x" * 10 * MB + '"}]', "x.json"),
-        ["x.json record 1", MOST],
+        ["x.json record 1", "the record", MOST],
     ),
     "JSON truncated": (
         lambda f: calibration(f, '[{"text": "x"}, {"te', "x.json"),
@@ -153,7 +156,7 @@ TABLES: Cases = {
         lambda f: table(f, {"messages": pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))}),
         ["x.parquet record 1", "`messages`", "role"],
     ),
-    "text of 10 MB": (lambda f: table(f, {"text": ["w" * 10 * MB]}), ["x.parquet record 1", MOST]),
+    "text of 10 MB": (lambda f: table(f, {"text": ["w" * 10 * MB]}), ["x.parquet record 1", "the record", MOST]),
     "20 GB in a kilobyte": (messages_bomb, ["x.parquet: ", "memory"]),
     "5 million rows": (
         lambda f: table(f, {"text": repeated("w1", 5_000_000)}, store_schema=False),
@@ -170,7 +173,10 @@ TOKENIZER = [BASE, "tokenizer", "`input_ids`"]
 # Checked with the model's class or its tokenizer. Most of the facts are those of the libraries that the message quotes.
 PREPARED: Cases = {
     "less than no features": (lambda f: edit_configs(f, hidden_size=-4), [BASE, "transformers", "dimension -4"]),
-    "features beyond all bounds": (lambda f: edit_configs(f, hidden_size=10**18), [BASE, "transformers", f"{10**18}"]),
+    "features beyond all bounds": (
+        lambda f: edit_configs(f, hidden_size=10**18),
+        [BASE, "transformers", f"[64, {10**18}]"],
+    ),
     "features that are text": (
         lambda f: edit_configs(f, hidden_size="x"),
         [BASE, "transformers", "config.json", "'hidden_size'", "'x'"],
@@ -179,14 +185,20 @@ PREPARED: Cases = {
         lambda f: edit_configs(f, hidden_size=64),
         [BASE, "'lm_head.weight'", "(64, 32)", "(64, 64)"],
     ),
-    "vocabulary beyond all bounds": (lambda f: edit_configs(f, vocab_size=10**18), [BASE, "transformers", f"{10**18}"]),
+    "vocabulary beyond all bounds": (
+        lambda f: edit_configs(f, vocab_size=10**18),
+        [BASE, "transformers", f"[{10**18}, 32]"],
+    ),
     "larger vocabulary": (
         lambda f: edit_configs(f, vocab_size=10**7),
         [BASE, "'lm_head.weight'", "(64, 32)", "(10000000, 32)", "config.json"],
     ),
     "no heads": (lambda f: edit_configs(f, num_attention_heads=0), [BASE, "transformers", "config.json", "by zero"]),
-    "heads beyond all bounds": (lambda f: edit_configs(f, head_dim=10**10), [BASE, "transformers", "memory"]),
-    "unknown activation": (lambda f: edit_configs(f, hidden_act="x"), [BASE, "transformers", "'x'"]),
+    "heads beyond all bounds": (
+        lambda f: edit_configs(f, head_dim=10**10),
+        [BASE, "transformers", "5120000000000 bytes"],
+    ),
+    "unknown activation": (lambda f: edit_configs(f, hidden_act="x"), [BASE, "transformers", ": 'x'\n"]),
     "unknown type": (lambda f: edit_configs(f, dtype="x"), [BASE, "transformers", "config.json", "attribute 'x'"]),
     "labels beyond all bounds": (lambda f: edit_configs(f, num_labels=10**18), [BASE, "config.json", "memory"]),
     "kinds": (lambda f: edit_configs(f, model_type=["llama"]), [BASE, "transformers", "config.json", "'list'"]),
@@ -237,8 +249,8 @@ PREPARED: Cases = {
         lambda f: (text_record(f), put(f, "base/tokenizer_config.json", '{"a": ' + EMPTY_LISTS)),
         ["base/tokenizer_config.json: ", "JSON", "recursion"],
     ),
-    "class that is a list": (lambda f: tokenizer_config(f, tokenizer_class=["a"]), [*TOKENIZER, "'list'"]),
-    "tokens that are none": (lambda f: tokenizer_config(f, added_tokens_decoder=[1]), [*TOKENIZER, "'list'"]),
+    "class that is a list": (lambda f: tokenizer_config(f, tokenizer_class=["a"]), [*TOKENIZER, "'removesuffix'"]),
+    "tokens that are none": (lambda f: tokenizer_config(f, added_tokens_decoder=[1]), [*TOKENIZER, "'items'"]),
     "ids below 0": (lambda f: calibration(f, '{"input_ids": [-1]}'), ["x.jsonl:1", "-1", "64"]),
     "ids beyond the vocabulary": (lambda f: calibration(f, '{"input_ids": [64]}'), ["x.jsonl:1", "from 64", "64"]),
     "id of 4,000 digits": (
