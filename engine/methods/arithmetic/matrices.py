@@ -42,7 +42,6 @@ def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
 
 def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U [m, r], Σ [r], Vᵀ [r, n] of the `rank` leading singular parts, less those that are zero by rounding."""
-    import torch
 
     u, s, vt = torch.linalg.svd(tau, full_matrices=False)
     rank = min(rank, int((s > s[0] * max(tau.shape) * torch.finfo(s.dtype).eps).sum()))
@@ -54,7 +53,6 @@ def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Te
 
     U⊥ is the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise (Gargiulo et al., arXiv 2412.00081).
     """
-    import torch
 
     left, values, right = zip(*parts, strict=True)
     return _nearest_orthogonal(torch.cat(left, dim=1)), torch.cat(values), _nearest_orthogonal(torch.cat(right))
@@ -62,7 +60,6 @@ def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Te
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
     """Return P·Qᵀ of matrix = P·D·Qᵀ, the nearest matrix with orthonormal columns (or rows, if it is wide)."""
-    import torch
 
     p, _, qt = torch.linalg.svd(matrix, full_matrices=False)
     nearest: Tensor = p @ qt
