@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +108,19 @@ def write_calibration(path: Path, samples: int, seed: int, length: int = 9) -> P
     return path
 
 
+@cache
+def _models(family: str, experts: int, tied: bool, sharded: bool, dtype: torch.dtype) -> Path:
+    """Return a folder with a base and its experts, made once per process; callers copy it."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    base = make_model(family, tied)
+    save(base, folder / "base", dtype, sharded)
+    save_tokenizer(folder / "base")
+    for k in range(experts):
+        save(make_expert(base, seed=k + 1), folder / f"expert{k}", dtype, sharded)
+    return folder
+
+
 def make_merge(
     folder: Path,
     family: str = "llama",
@@ -115,13 +132,11 @@ def make_merge(
     **config: Any,
 ) -> Path:
     """Write a base, its experts, calibration files and a merge.yaml, and return the path of merge.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
-    base = make_model(family, tied)
-    save(base, folder / "base", dtype, sharded)
-    save_tokenizer(folder / "base")
+    shutil.copytree(_models(family, experts, tied, sharded, dtype), folder, dirs_exist_ok=True)
+    # The random numbers that a test draws next do not depend on whether the models were there already.
+    torch.manual_seed(experts)
     models = []
     for k in range(experts):
-        save(make_expert(base, seed=k + 1), folder / f"expert{k}", dtype, sharded)
         write_calibration(folder / f"expert{k}.jsonl", samples[k], seed=k)
         models.append(
             {"model": f"expert{k}", "calibration": f"expert{k}.jsonl", "parameters": {"weight": 0.2 + 0.1 * k}}

@@ -5,12 +5,15 @@ The folders have the same files, under the same names, as published checkpoints.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import random
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -293,15 +296,26 @@ def write_records(folder: Path, name: str, samples: int, seed: int) -> Path:
     return path
 
 
-def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[int] = (3, 2, 3), **config: Any) -> Path:
-    """Write a base, its experts, calibration files with images and a merge.yaml; return the path of merge.yaml."""
-    folder.mkdir(parents=True, exist_ok=True)
+@cache
+def _models(family: str, experts: int, samples: tuple[int, ...]) -> Path:
+    """Return a folder with a base, its experts and their records, made once per process; callers copy it."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     base = make_model(family)
     save(base, folder / "base", family)
-    listed = []
     for k in range(experts):
         save(make_expert(base, seed=k + 1), folder / f"expert{k}", family)
         write_records(folder, f"expert{k}", samples[k], seed=k)
+    return folder
+
+
+def make_merge(folder: Path, family: str, experts: int = 2, samples: Sequence[int] = (3, 2, 3), **config: Any) -> Path:
+    """Write a base, its experts, calibration files with images and a merge.yaml; return the path of merge.yaml."""
+    shutil.copytree(_models(family, experts, tuple(samples[:experts])), folder, dirs_exist_ok=True)
+    # The random numbers that a test draws next do not depend on whether the models were there already.
+    torch.manual_seed(experts)
+    listed = []
+    for k in range(experts):
         listed.append(
             {"model": f"expert{k}", "calibration": f"expert{k}.json", "parameters": {"weight": 0.2 + 0.1 * k}}
         )
