@@ -32,9 +32,9 @@ def largest_difference(stages: list[Coefficients], reference: Result) -> float:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: Path, family: str, tied: bool) -> None:
-    config = tiny.make_merge(
-        tmp_path / "merge", family, tied=tied, sharded=tied, parameters={"epochs": 2, "budget": 1.5}
-    )
+    # One family repeats its samples; for the others, the architecture is the point.
+    parameters = {"epochs": 2 if family == "llama" else 1, "budget": 1.5}
+    config = tiny.make_merge(tmp_path / "merge", family, tied=tied, sharded=tied, parameters=parameters)
     plain, reference = Plain(plan_of(config), tmp_path), Reference(config).run()
     stages = plain.run()
 

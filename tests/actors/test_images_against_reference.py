@@ -55,7 +55,8 @@ def test_a_sample_has_the_inputs_that_its_processor_makes(tmp_path: Path, family
 # A bias of the keys shifts all scores of a query equally, so its gradient is only rounding noise.
 @pytest.mark.parametrize("options", [{}, {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"])
 def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
-    parameters = {"epochs": 2, "budget": 1.5}
+    # One family repeats its samples; for the others, the architecture is the point.
+    parameters = {"epochs": 2 if family == "qwen2_5_vl" else 1, "budget": 1.5}
     config = tiny_images.make_merge(tmp_path / "merge", family, parameters=parameters, **options)
     plain, reference = Plain(plan_of(config), tmp_path), Reference(config, inputs_of(config)).run()
     assert set(plain.plan.merged) == set(reference.importance)
@@ -72,7 +73,7 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
 @pytest.mark.parametrize("method", ["expert_merging_pp", "adamerging"])
 def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
     """Gemma 3's head is merged here, so that its targets hold logits."""
-    parameters = {"epochs": 2, "loss_tokens": loss_tokens}
+    parameters = {"loss_tokens": loss_tokens}
     exclude = {"exclude": ["vision"]} if family == "gemma3" else {}
     config = tiny_images.make_merge(tmp_path / "merge", family, parameters=parameters, merge_method=method, **exclude)
     for file in config.parent.glob("expert*.json"):
