@@ -1,5 +1,7 @@
 # All targets run in .venv next to this file; `make install` creates it and does nothing if it is up to date.
 PYTHON ?= python3
+# Test processes at a time. A file of tests stays in one process, so that its fixtures are made once.
+WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,7 +20,7 @@ demo: install
 	$(BIN)/python examples/quickstart/demo.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -47,7 +49,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
