@@ -115,14 +115,14 @@ def store(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store
     return object_store.new_store(server, monkeypatch, tmp_path / "cache")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
     """The command line, in a process that forks for each command."""
     with hostile.server(tmp_path_factory.mktemp("home")) as started:
         yield started
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def merger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hostile.Server]:
     """Like `planner`, with the modules of a merge imported before the fork. A command fails if it starts Ray."""
     with hostile.server(tmp_path_factory.mktemp("home"), prepared=True) as started:

@@ -7,6 +7,7 @@ the start of Python; otherwise a command runs as with `python cli.py`. Imported,
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -33,7 +34,24 @@ PLAN = (
     "pyarrow.parquet",
     "safetensors",
 )
-MERGE = ("cluster.driver", "ray", "transformers.models.llama.modeling_llama")
+MERGE = (
+    "PIL.BmpImagePlugin",
+    "PIL.GifImagePlugin",
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "PIL.PpmImagePlugin",
+    "PIL.TiffImagePlugin",
+    "PIL.WebPImagePlugin",
+    "cluster.driver",
+    "cluster.evaluate",
+    "engine.evaluation.results",
+    "ray",
+    "transformers.conversion_mapping",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl",
+    "transformers.models.qwen2_vl.modeling_qwen2_vl",
+    "transformers.models.qwen2_vl.processing_qwen2_vl",
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +201,11 @@ def _serve(prepared: bool) -> None:
         importlib.import_module(name)
     if prepared:
         sys.modules["ray"].init = _refuse  # type: ignore[attr-defined]
+        # Built at the first call, from hundreds of regular expressions.
+        sys.modules["transformers.conversion_mapping"].get_checkpoint_conversion_mapping("llama")
+    # The garbage collector of a child then neither visits nor copies the objects of the server.
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             print(json.dumps(_answer(*json.loads(line), Path(folder))), flush=True)
