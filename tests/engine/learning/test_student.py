@@ -40,6 +40,7 @@ from engine.task_vectors.pieces import Piece, pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+Made = Callable[..., tuple[Plan, dict[tuple[int, int], Target]]]
 # Of a gradient's largest element: it came through 7 matrices a block and the head, there and back, by sums of 64 terms
 # at most, and each of them may be taken in any order.
 GRADIENT = bound(2 * (7 * tiny.COMMON["num_hidden_layers"] + 1) * tiny.VOCAB, 1)
@@ -60,6 +61,35 @@ def setup(one_thread: None, tmp_path_factory: pytest.TempPathFactory):
     layout = ChunkLayout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
     values = np.random.default_rng(0).uniform(0.1, 0.6, (2, layout.width))
     return config, plan, targets_of(plan, folder), Coefficients(layout, values)
+
+
+@pytest.fixture(scope="module")
+def made(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Return a function that makes a merge's plan and targets, once for the same arguments. Read-only.
+
+    `long`: the first sample of expert 1 is replaced by one of 40 tokens.
+    """
+    found: dict[str, tuple[Plan, dict[tuple[int, int], Target]]] = {}
+
+    def make(family: str, long: bool = False, **options: Any) -> tuple[Plan, dict[tuple[int, int], Target]]:
+        key = repr((family, long, options))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("made")
+            config = tiny.make_merge(folder / "merge", family, **options)
+            if long:
+                tiny.write_calibration(config.parent / "expert1.jsonl", 1, seed=5, length=40)
+            plan = plan_of(config)
+            found[key] = plan, targets_of(plan, folder)
+        return found[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def all_merged(setup, tmp_path_factory: pytest.TempPathFactory):
+    """Return plan and targets of the merge of `setup` without excluded tensors."""
+    plan = plan_of(setup[0], "exclude=[]")
+    return plan, targets_of(plan, tmp_path_factory.mktemp("all-merged"))
 
 
 def tokens_only(target: Target) -> Target:
@@ -184,14 +214,12 @@ def test_gradients_of_a_window_add_up(setup) -> None:
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 @pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
 def test_samples_of_any_lengths_in_one_pass_give_the_losses_and_gradients_of_each_alone(
-    tmp_path: Path, family: str, exclude: list[str] | None, has_expert: bool
+    made: Made, family: str, exclude: list[str] | None, has_expert: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
-    config = tiny.make_merge(tmp_path / "merge", family, experts=2, samples=(3, 1), **options)
     # Longer than the attention window of the families that have one, and much longer than the other samples.
-    tiny.write_calibration(config.parent / "expert1.jsonl", 1, seed=5, length=40)
-    plan = plan_of(config)
-    student, targets = filled(plan), targets_of(plan, tmp_path)
+    plan, targets = made(family, long=True, experts=2, samples=(3, 1), **options)
+    student = filled(plan)
     said = [target if has_expert else tokens_only(target) for target in targets.values()]
     samples = [(target, 0.1 + 0.2 * number) for number, target in enumerate(said)]
     assert {len(target.input_ids_T) for target, _ in samples} == {9, 10, 11, 40}
@@ -327,12 +355,9 @@ ORDERS: dict[str, Callable[[list[Piece]], list[Piece]]] = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 def test_weights_that_come_late_and_in_any_order_give_the_same_bits(
-    setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, exclude: list[str] | None
+    setup, all_merged, monkeypatch: pytest.MonkeyPatch, order: str, exclude: list[str] | None
 ) -> None:
-    config, plan, targets, _ = setup
-    if exclude is not None:
-        plan = plan_of(config, "exclude=[]")
-        targets = targets_of(plan, tmp_path)
+    plan, targets = setup[1:3] if exclude is None else all_merged
     cut_small(monkeypatch, block=100, piece=500)
     coefficients = constant(plan, 0.3)
     student, late = filled(plan, coefficients), Late(plan, coefficients)
@@ -509,14 +534,11 @@ def most_rows(seen: set[tuple[int, ...]]) -> int:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
 def test_logits_in_pieces_give_the_same_losses_and_gradients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, has_expert: bool
+    made: Made, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, has_expert: bool
 ) -> None:
     options = {} if exclude is None else {"exclude": exclude}
-    config = tiny.make_merge(
-        tmp_path / "merge", family, experts=1, samples=(2,), parameters={"temperature": 1.5}, **options
-    )
-    plan = plan_of(config)
-    student, target = filled(plan), targets_of(plan, tmp_path)[0, 1]
+    plan, targets = made(family, experts=1, samples=(2,), parameters={"temperature": 1.5}, **options)
+    student, target = filled(plan), targets[0, 1]
     tokens = len(target.input_ids_T)
     assert tokens == 10 and (target.logits_CV is None) == (exclude is None)
     target = target if has_expert else tokens_only(target)

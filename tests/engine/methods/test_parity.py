@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,6 +53,21 @@ CLOSE = 1e-6
 def record(request: pytest.FixtureRequest) -> Record:
     """Return a function that attaches a number to the test's report."""
     return lambda name, value: request.node.user_properties.append((name, value))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configs_read_once() -> Iterator[None]:
+    """Make mergekit read the config.json of a folder once, and not ten times a merge. It gets a copy each time."""
+    import mergekit.common
+
+    read_config = cache(mergekit.common.AutoConfig.from_pretrained)
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        return deepcopy(read_config(path, **options))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(mergekit.common, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+        yield
 
 
 @pytest.fixture(scope="module")
