@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from engine.report.charts import Blocks, ends, labels
 from engine.report.comparison import comparison
 from engine.report.merge_folder import Merged
 from engine.report.page import report_html
-from engine.report.sections import coefficient_charts, sections_of
+from engine.report.sections import ReportSection, coefficient_charts, sections_of
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients, read_coefficients, write_coefficients
 
@@ -60,8 +61,8 @@ def merged(llama_merge: Path, tmp_path: Path) -> Path:
     return write_merge(plan_of(llama_merge), tmp_path / "merged")
 
 
-def charts_of(merge: Merged, title: str) -> list[Any]:
-    section = next(section for section in sections_of(merge) if section.title == title)
+def charts_of(sections: Sequence[ReportSection], title: str) -> list[Any]:
+    section = next(section for section in sections if section.title == title)
     return [chart.figure for chart in section.charts]
 
 
@@ -113,9 +114,10 @@ def test_the_heatmaps_show_every_coefficient_in_its_cell(
 
 def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
     merge, record = Merged.read(str(merged)), merged / "merge"
+    sections = sections_of(merge)
     rows = pyarrow.parquet.read_table(record / "coefficients.parquet").to_pylist()
     for stage in (1, 2):
-        (figure,) = charts_of(merge, f"Coefficients of stage {stage}")
+        (figure,) = charts_of(sections, f"Coefficients of stage {stage}")
         trace = figure.data[0]
         for expert, prior in (("expert0", 0.2), ("expert1", 0.3)):
             row = trace.y.index(expert)
@@ -133,14 +135,14 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
                 assert ("fixed" in told) == (not mine[0]["learned"])
 
     table = pyarrow.parquet.read_table(record / "importance.parquet").to_pydict()
-    importance, chunks, top = charts_of(merge, "Importance and chunks")
+    importance, chunks, top = charts_of(sections, "Importance and chunks")
     for tensor, share, count in zip(table["tensor"], table["importance"], table["chunks"], strict=True):
         block, kind = int(tensor.split(".")[2]), tensor.split(".")[-2]
         cell = importance.data[0].y.index(kind), importance.data[0].x.index(str(block))
         assert importance.data[0].z[cell] == pytest.approx(share, rel=1e-6) and chunks.data[0].z[cell] == count
     assert list(top.data[0].x) == pytest.approx(sorted((100 * s for s in table["importance"]), reverse=True)[:20])
 
-    memory, seconds = charts_of(merge, "Memory and traffic")
+    memory, seconds = charts_of(sections, "Memory and traffic")
     assert dict(zip(memory.data[0].y, memory.data[0].x, strict=True)) == {
         actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]
     }
@@ -152,7 +154,7 @@ def test_losses_by_hand(merged: Path) -> None:
     assert merge.losses() == {1: ["kl", "hidden"], 2: ["kl", "hidden"]}
     # kl is 1, 2, 3, 4 in stage 1: expert0's samples 0 and 1, each seen once, and expert1's one sample, seen twice.
     assert merge.first_and_last(1, "kl") == {"expert0": (2, 2), "expert1": (2, 4)}
-    kl = charts_of(merge, "Losses")[0]
+    kl = charts_of(sections_of(merge), "Losses")[0]
     assert {t.name: (list(t.x), list(t.y)) for t in kl.data} == {
         "expert0": ([1, 2], [1, 3]),
         "expert1": ([1, 2], [2, 4]),
@@ -179,7 +181,7 @@ def test_labels_are_escaped_shortened_and_distinct(merged: Path) -> None:
     assert labels(["a<b", "x" * 30]) == ["a&lt;b", "…" + "x" * 25]
     alike = ["a" + "x" * 30, "b" + "x" * 30]
     assert labels(alike) == alike, "cut, they would be one"
-    figure = charts_of(Merged.read(str(merged)), "Coefficients of stage 1")[0]
+    figure = charts_of(sections_of(Merged.read(str(merged))), "Coefficients of stage 1")[0]
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "category", "a name may look like a date"
 
 
