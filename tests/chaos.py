@@ -141,7 +141,7 @@ class Driver:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=config.parent
         )
         self.lines: list[str] = []
-        self.timer = threading.Timer(LIMIT, self.process.kill)
+        self.timer = threading.Timer(LIMIT, self.kill)
         self.timer.start()
 
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
@@ -153,6 +153,9 @@ class Driver:
             if found:
                 name = found[1] if not found[1].startswith("writing") else "writing"
                 yield name, int(found[3] or 0), int(found[2] or found[4])
+
+    def kill(self) -> None:
+        kill([*descendants(self.process.pid), Process(self.process.pid)])
 
     def end(self) -> int:
         for _ in self:
@@ -189,7 +192,7 @@ def merges(folder: Path) -> Iterator[Given]:
 def strike(nodes: Nodes, victim: str, driver: Driver, random_: random.Random) -> str:
     """Kill the victim and return a description of it, or an empty text if it is not running any more."""
     if victim == "driver":
-        driver.process.kill()
+        driver.kill()
         return f"pid {driver.process.pid}"
     there = nodes.workers(victim.removeprefix("node of "))
     if not there:

@@ -19,6 +19,7 @@ import pytest
 import tiny
 import torch
 from object_store import Store
+from warm_processes import warm_server
 
 import actors.process
 from engine.config.reader import load_config
@@ -82,8 +83,32 @@ def make_merge(tmp_path: Path) -> Callable[..., Path]:
     return lambda **options: tiny.make_merge(tmp_path / "merge", **options)
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[dict[str, str]]:
+    with warm_server() as environment:
+        yield environment
+
+
 @pytest.fixture(scope="module")
-def small_ray() -> Iterator[None]:
+def warm(forks: dict[str, str]) -> Iterator[None]:
+    """The processes of merges that the module's tests start are forked from a server, see `warm_processes`."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in forks.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def warm_libraries() -> Iterator[None]:
+    """Like `warm`, but each process imports the engine that was shipped to it with a job."""
+    with warm_server(engine=False) as environment, pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_ray(warm: None) -> Iterator[None]:
     """A local Ray with two CPUs, shared by the tests of a module."""
     import ray
 

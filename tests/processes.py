@@ -7,10 +7,12 @@ re-parented because what started them has exited. A title such as `ray::Trainer`
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 from psutil import AccessDenied, NoSuchProcess, Process, process_iter
 
@@ -23,11 +25,24 @@ def new_mark() -> dict[str, str]:
 
 
 def descendants(pid: int) -> list[Process]:
-    """All processes below `pid`, without `pid` itself; none if it has exited."""
+    """All processes below `pid`, without `pid` itself; none if it has exited.
+
+    A process that runs in a fork of the server of `warm_processes` is below the process that asked the server for it.
+    """
     try:
-        return Process(pid).children(recursive=True)
+        found = Process(pid).children(recursive=True)
     except NoSuchProcess:
         return []
+    return [*found, *(each for process in found for each in _forked_for(process))]
+
+
+def _forked_for(process: Process) -> list[Process]:
+    """The process that the server forked for `process`, and its descendants."""
+    with suppress(KeyError, FileNotFoundError, NoSuchProcess, ValueError):
+        fork = Process(int(Path(f"{os.environ['WARM_SERVER']}.{process.pid}").read_text()))
+        if Process() in fork.parents():
+            return [fork, *fork.children(recursive=True)]
+    return []
 
 
 def marked(environment: Mapping[str, str]) -> list[Process]:

@@ -27,7 +27,7 @@ CELLS = [
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Given]:
+def given(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[chaos.Given]:
     with chaos.merges(tmp_path_factory.mktemp("chaos")) as given:
         yield given
 
@@ -63,6 +63,7 @@ def test_a_run_whose_experts_always_die_fails_after_a_bounded_number_of_tries(
         killer.join()
     log = "".join(driver.lines)
     assert code == RunError.exit_code, log
-    assert log.count("error: ") == 1 and "Traceback" not in log
+    # Ray adds lines of its own to this log, which may contain the word.
+    assert sum(line.startswith("error: ") for line in driver.lines) == 1 and "Traceback" not in log, log
     assert 4 <= len(killed) <= 12
     assert not (tmp_path / "out").exists()

@@ -176,7 +176,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def by_hand(warm_libraries: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Start the head and a worker, and run the blocks that must be run in direct succession."""
     folder = tmp_path_factory.mktemp("page")
     install(folder / "bin", ray=RAY)
@@ -264,7 +264,7 @@ def test_object_storage_holds_base_and_output(by_hand: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_slurm_script_merges_on_two_nodes(tmp_path: Path) -> None:
+def test_the_slurm_script_merges_on_two_nodes(warm_libraries: None, tmp_path: Path) -> None:
     install(tmp_path / "bin", ray=RAY, srun=SRUN, scontrol=SCONTROL)
     config = tiny.make_merge(tmp_path / "merge", cluster={"shards": 2})
     given = {"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2"}

@@ -41,7 +41,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(warm_libraries: None) -> Iterator[Head]:
     with started_head() as head:
         yield head
 

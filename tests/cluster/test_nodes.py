@@ -19,6 +19,7 @@ from cluster.session import ENVIRONMENT, nodes
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     "make",
     [

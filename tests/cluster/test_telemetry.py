@@ -278,6 +278,7 @@ def scraped(metrics: str) -> dict[tuple[str, str], float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(420)
+@pytest.mark.usefixtures("warm")
 def test_a_real_metrics_port_and_tensorboard_show_a_merge_that_was_stopped_once(tmp_path: Path) -> None:
     merge = tiny.make_merge(tmp_path / "merge", log_with="tensorboard", parameters={"epochs": 6})
     out = tmp_path / "out"

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+import pytest
 from transformers import AutoModelForCausalLM
 
 from engine.task_vectors.coefficients import read_coefficients
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = pytest.mark.usefixtures("warm")
 
 
 def test_adamerging_runs_without_experts_for_one_coefficient_each(llama_merge: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ FIRST = (tiny_images.CHAT, MIXTURES[0])
 @pytest.fixture(
     scope="module", params=[*FIRST, *late([f for f in (*BY_COMMAND, *OTHERS, *MIXTURES) if f not in FIRST])]
 )
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def made(request: pytest.FixtureRequest, warm: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A merge of each family; read-only."""
     family = request.param
     folder = tmp_path_factory.mktemp(family)

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+pytestmark = pytest.mark.usefixtures("warm")
+
 
 def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
