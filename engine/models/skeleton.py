@@ -12,6 +12,7 @@ import accelerate
 import torch
 import transformers
 from torch import Tensor
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
@@ -142,5 +143,9 @@ def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
     else:
         kind = transformers.AutoModelForCausalLM
     # Buffers such as rotary frequencies are in no file, so they are computed here instead of left on the meta device.
-    with reading("transformers cannot build this model", folder), accelerate.init_empty_weights(include_buffers=False):
-        return kind.from_config(config, dtype=dtype, trust_remote_code=remote)
+    empty = accelerate.init_empty_weights(include_buffers=False)
+    # Every weight is filled in later. Without initial values, parameters that share a weight are not tied either.
+    with reading("transformers cannot build this model", folder), empty, no_init_weights():
+        model = kind.from_config(config, dtype=dtype, trust_remote_code=remote)
+        model.tie_weights()
+    return model
