@@ -110,6 +110,7 @@ def _answer(client: socket.socket, child: int) -> None:
 
 if __name__ == "__main__":
     address, what = sys.argv[1:]
+    sys.path[0] = os.path.dirname(os.path.dirname(sys.path[0]))  # the checkout
     for module in LIBRARIES + (ENGINE if what == "engine" else ()):
         importlib.import_module(module)
     if what == "engine":
