@@ -1,8 +1,10 @@
 # All targets run in .venv next to this file; `make install` creates it and does nothing if it is up to date.
 PYTHON ?= python3
-# Test processes at a time. A file of tests stays in one process, so that its fixtures are made once.
-WORKERS ?= 2
 BIN := .venv/bin
+# Test processes at a time. A file of tests stays in one process, so that its fixtures are made once. The files are
+# tested in their order: by default, those with the fewest tests would be last, which take longest.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 STAMP := .venv/.installed
 
 .PHONY: install demo test test-slow chaos bench quality check clean
@@ -20,10 +22,10 @@ demo: install
 	$(BIN)/python examples/quickstart/demo.py
 
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
 chaos: install
@@ -49,8 +51,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST)
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

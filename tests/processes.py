@@ -30,10 +30,11 @@ def descendants(pid: int) -> list[Process]:
     A process that runs in a fork of the server of `warm_processes` is below the process that asked the server for it.
     """
     try:
-        found = Process(pid).children(recursive=True)
+        process = Process(pid)
+        found = process.children(recursive=True)
     except NoSuchProcess:
         return []
-    return [*found, *(each for process in found for each in _forked_for(process))]
+    return [*found, *(fork for each in (process, *found) for fork in _forked_for(each))]
 
 
 def _forked_for(process: Process) -> list[Process]:

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
 import pytest
@@ -25,11 +25,11 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.fixture
-def script(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def script(warm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GIVEN", "a value")
     path = tmp_path / "cli.py"
     path.write_text(SCRIPT)
-    yield path
+    return path
 
 
 def test_it_has_what_it_was_given_and_its_end_is_seen(script: Path, tmp_path: Path) -> None:
@@ -47,7 +47,11 @@ def test_it_gets_the_signals_of_the_process_that_asked_for_it(script: Path, numb
     with subprocess.Popen([sys.executable, script, "wait"], text=True, **pipes) as process:
         assert process.stdout is not None
         pid = json.loads(process.stdout.readline())[4]
-        (fork,) = descendants(process.pid)
+        deadline = time.monotonic() + 60
+        while not (found := descendants(process.pid)):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (fork,) = found
         assert fork.pid == pid != process.pid
         process.send_signal(number)
         assert process.wait(30) == -number

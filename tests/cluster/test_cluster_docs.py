@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import tiny
 import yaml
 from conftest import plan_of
 from object_store import ENVIRONMENT, Store, serving
-from processes import marked, new_mark, send
+from processes import kill, marked, new_mark, send
 from ray_head import BIN, ROOT, clean_environment, free_port
 from transformers import AutoModelForCausalLM
 
@@ -154,6 +154,9 @@ def started(script: str, environment: dict[str, str], log: Path) -> Iterator[sub
         yield process
     finally:
         send(signal.SIGTERM, marked(environment))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        kill(marked(environment))  # a raylet whose head has gone waits for it
         process.wait(60)
         wait_until(lambda: not marked(environment), log)
 

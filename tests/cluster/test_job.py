@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
+
 @dataclass(frozen=True)
 class Told:
     """The status, exit code and log of a job, as the cluster reports them."""

@@ -15,7 +15,7 @@ from errors import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420), pytest.mark.usefixtures("warm")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 # Merge to a disk of size $1 in a new mount namespace (no root needed); then enlarge it and run the same command again.
 SCRIPT = """

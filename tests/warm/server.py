@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -56,7 +57,11 @@ def compile_kernels() -> None:
     from engine.task_vectors.sums import inner_products, merge_piece
 
     torch.set_num_threads(1)  # else threads start, which a fork would not copy
-    piece, base, coefficients = Piece("tensor", 0, 4), torch.zeros(4), TensorCoefficients((0, 4), np.zeros((1, 1), np.float32))
+    piece, base, coefficients = (
+        Piece("tensor", 0, 4),
+        torch.zeros(4),
+        TensorCoefficients((0, 4), np.zeros((1, 1), np.float32)),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         task_vectors = [Stored(torch.zeros(4, dtype=dtype))]
         merge_piece(piece, base, task_vectors, coefficients, torch.empty(4))
@@ -110,13 +115,13 @@ def _answer(client: socket.socket, child: int) -> None:
 
 if __name__ == "__main__":
     address, what = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.dirname(sys.path[0]))  # the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
     for module in LIBRARIES + (ENGINE if what == "engine" else ()):
         importlib.import_module(module)
     if what == "engine":
         compile_kernels()
     script, *rest = accepted(address)
     # The code of a submitted job is found by PYTHONPATH.
-    sys.path[:1] = [os.path.dirname(script), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:1] = [str(Path(script).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = [script, *rest]
     runpy.run_path(script, run_name="__main__")
