@@ -18,9 +18,10 @@ import click
 
 from engine import __version__
 from engine.config.reader import load_config
-from engine.errors import ConfigError, MergeError, RunError
+from engine.errors import ConfigError, MergeError, OutputError, RunError
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
+from engine.run.place import check_apart, check_place
 from engine.storage.paths import is_uri, locate
 
 QUICKSTART = Path(__file__).resolve().parent / "examples" / "quickstart"
@@ -30,6 +31,7 @@ _config = click.argument("config", required=False, type=click.Path(path_type=Pat
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config; repeatable."
 )
+_OUT = "merged"
 _debug = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
 
 
@@ -41,12 +43,16 @@ def main() -> None:
 
 @main.command()
 @_config
-@click.option("--out", default="merged", show_default=True, help="Output folder, or its s3:// or gs:// URI.")
+@click.option("--out", default=_OUT, show_default=True, help="Output folder, or its s3:// or gs:// URI.")
 @_set
 @click.option(
     "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else Ray starts on this machine."
 )
-@click.option("--fresh", is_flag=True, help="Discard the state of an earlier start and replace an earlier merge.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
+)
 @_debug
 def merge(
     config: Path | None, out: str, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
@@ -59,10 +65,11 @@ def merge(
     def run() -> None:
         # Set first, so that SIGTERM at any later time raises KeyboardInterrupt, as Ctrl-C does.
         signal.signal(signal.SIGTERM, _stop)
-        plan = _plan(config, overrides)
+        target = _target(out)
+        check_place(target)
+        plan = _plan(config, overrides, target)
         from cluster.driver import merge as merge_by
 
-        target = out if is_uri(out) else str(locate(out, Path.cwd()))
         if merge_by(plan, target, address, fresh, debug):
             click.echo(f"merged {len(plan.experts)} experts into {target}")
         else:
@@ -73,6 +80,7 @@ def merge(
 
 @main.command()
 @_config
+@click.option("--out", help=f"Output folder or URI of the merge, which is checked as well. Default: {_OUT}.")
 @_set
 @click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Number of equal nodes.")
 @click.option(
@@ -82,7 +90,7 @@ def merge(
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
 @_debug
-def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
+def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
     Reads file headers alone. The estimates are memory, traffic and time.
@@ -94,7 +102,10 @@ def plan(config: Path | None, overrides: tuple[str, ...], debug: bool, **machine
         from engine.planning.scaling import GB, Machines
         from engine.planning.summary import print_plan, print_weight_space_plan
 
-        made = _plan(config, overrides)
+        target = _target(out or _OUT)
+        if out is not None:  # else a plan can be made where nothing can be written
+            check_place(target)
+        made = _plan(config, overrides, target)
         if not made.config.learned:
             print_weight_space_plan(made)
             return
@@ -245,11 +256,19 @@ def methods() -> None:
     print_methods()
 
 
-def _plan(path: Path | None, overrides: tuple[str, ...]) -> Plan:
+def _target(out: str) -> str:
+    """Return the output as an absolute path or a URI."""
+    return out if is_uri(out) else str(locate(out, Path.cwd(), OutputError))
+
+
+def _plan(path: Path | None, overrides: tuple[str, ...], target: str) -> Plan:
+    """Return the plan of the merge into `target`, in which no input may lie."""
     path = path or _default_config()
     if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
         raise ConfigError("no such config file", str(path.absolute()))
-    return make_plan(load_config(path, overrides), path.absolute().parent)
+    made = make_plan(load_config(path, overrides), path.absolute().parent)
+    check_apart(made, target, path.absolute())
+    return made
 
 
 def _default_config() -> Path:

@@ -12,6 +12,7 @@ from cluster.progress import Progress
 from cluster.watch import Task, Watch
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
+from engine.methods.registry import get_method
 from engine.output.merge_record import input_files
 from engine.output.model_folder import output_files, write_companions, write_json
 from engine.planning.open_models import base_folder
@@ -27,7 +28,15 @@ class Attempt:
         self.plan, self.folder, self.progress = plan, folder, progress
         self.watch = Watch(progress.say)
         self.process = ActorProcess("driver")
+        # One model, or one per expert in a folder of its name.
+        method = None if plan.config.learned else get_method(plan.config.merge_method)
+        each = method is not None and method.outputs == "experts"
+        self.models = [expert.name for expert in plan.experts] if each else [""]
         self.reports: list[Report] = []
+
+    def weight_files(self) -> list[str]:
+        """Return the names of all weight files of the output."""
+        return [named(model, file).name for model in self.models for file in output_files(self.plan)]
 
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
         """Write the weight files of the output on the shards, and the files beside them.
@@ -40,9 +49,8 @@ class Attempt:
             expert: The name of an expert, for a method whose output is one model per expert; also the model's folder.
         """
         files = output_files(self.plan)
-        named = [replace(file, name=f"{expert}/{file.name}") if expert else file for file in files]
         written = self.folder.written()
-        missing = [file for file in named if file.name not in written]
+        missing = [file for file in (named(expert, file) for file in files) if file.name not in written]
         self.spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
@@ -112,3 +120,8 @@ class Attempt:
             answers.append(answer)
             self.progress.advance(phase, done_before + len(answers))
         return answers
+
+
+def named(model: str, file: OutputFile) -> OutputFile:
+    """Return the file under the name that it has in the output, in the folder of its model if there are several."""
+    return replace(file, name=f"{model}/{file.name}") if model else file

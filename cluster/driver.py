@@ -15,6 +15,8 @@ from cluster.weight_space_merge import WeightSpaceMerge
 from engine.calibration.records import Records
 from engine.planning.plan import Plan
 from engine.run.identity import identity
+from engine.run.ownership import check_state
+from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_inputs, prepare
 from engine.run.run_folder import RunFolder, check_output, open_run
 
@@ -28,7 +30,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         plan: The plan of the merge.
         out: The output folder, an absolute path or a URI.
         address: The address of a running Ray cluster; None uses RAY_ADDRESS or starts Ray on this machine.
-        fresh: Discard the state of an earlier start, and replace an earlier merge.
+        fresh: Discard the state of an earlier start without `fresh`, and replace an earlier merge.
         debug: Show the actors' own output.
 
     Returns:
@@ -39,10 +41,14 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         ClusterError: the cluster cannot be reached or lacks resources.
         RunError: the merge failed; its state is kept.
     """
+    check_place(out)
+    check_apart(plan, out)
+    check_state(RunFolder(out).state)
     check_trackers(plan.config, out)
     records: Records = []
     if plan.config.learned:
         plan, records = check_inputs(plan)
+        check_apart(plan, out)  # now with the images of the records
     plan_identity = identity(plan)
     if check_output(out, plan_identity, fresh):
         if RunFolder(out).exists():

@@ -43,6 +43,8 @@ class LearnedMerge(Attempt):
         """Run the merge to its end, from the state in the run folder."""
         for s in (s for of_expert in self.samples for s in of_expert if s.cut):
             self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
+        if self.folder.computed():
+            self.progress.say(self._resumed())
         with Crew(self.plan, self.folder.state, self._layout(), self.watch) as crew:
             trainer = crew.trainer() if crew.layout.beside else None
             targets = self._targets(crew)
@@ -68,9 +70,24 @@ class LearnedMerge(Attempt):
             for shard in crew.shards:
                 self.report(shard)
         metrics = self.folder.metrics()
-        write_record(self.folder.composed, self.plan, plan_identity, digests, stages, importance, metrics)
+        files = self.weight_files()
+        write_record(self.folder.composed, self.plan, plan_identity, digests, stages, importance, metrics, files)
         self.reports[:0] = targets.reports
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
+
+    def _resumed(self) -> str:
+        """Return what this attempt goes on from: the stage and its step, and the targets and files that are kept."""
+        work = Work.of(self.plan.config, [[len(sample.input_ids) for sample in mine] for mine in self.samples])
+        number, state = 1, self.folder.load_stage(1)
+        if state is not None and state.steps == work.steps and self.plan.config.stages == 2:
+            number, state = 2, self.folder.load_stage(2)
+        parts = [f"resuming at stage {number}, step {state.steps if state else 0} of {work.steps}"]
+        if self.plan.config.has_targets:
+            parts.append(f"{len(self.folder.stored_targets())} of {work.samples} targets kept")
+        written = len(self.folder.written())
+        if written:
+            parts.append(f"{written} of {len(self.weight_files())} weight files kept")
+        return "; ".join(parts)
 
     def _layout(self) -> Seating:
         """Return seats on the nodes that are alive, or that join within `cluster.wait` seconds."""
@@ -122,7 +139,7 @@ class LearnedMerge(Attempt):
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""
-        self.folder.start_output()
+        self.folder.start_output(self.weight_files())
 
         def ask(shard: Any, file: OutputFile) -> Any:
             wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}

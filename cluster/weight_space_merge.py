@@ -24,25 +24,25 @@ class WeightSpaceMerge(Attempt):
     def run(self, plan_identity: str) -> None:
         """Run the merge to its end: thresholds over the whole model, if the method uses them, then every file."""
         method = get_method(self.plan.config.merge_method)
+        written = len(self.folder.written())
+        if written:
+            self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
         wait = self.plan.config.cluster.wait
         layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
         with Crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
             thresholds = self._thresholds(crew.shards)
-            self.folder.start_output()
-            if method.outputs == "experts":
-                for k, expert in enumerate(self.plan.experts):
-                    self._write(crew.shards, thresholds, k, expert.name)
-            else:
-                self._write(crew.shards, thresholds)
+            self.folder.start_output(self.weight_files())
+            for k, model in enumerate(self.models):
+                self._write(crew.shards, thresholds, k if model else None, model)
             digests = self.digests(crew.shards)
             for shard in crew.shards:
                 self.report(shard)
-        write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests)
+        write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests, self.weight_files())
         self.finish()
 
     def _write(
-        self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None = None, expert: str = ""
+        self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None, expert: str
     ) -> None:
         weights = self.folder.weights
         self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, thresholds, only), expert)

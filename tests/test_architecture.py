@@ -36,6 +36,7 @@ LIGHT = (
     *("engine.checkpoints.find", "engine.checkpoints.headers", "engine.checkpoints.adapters"),
     *("engine.checkpoints.vocabulary", "engine.checkpoints.match", "engine.methods."),
     *("engine.evaluation.items", "engine.evaluation.metrics", "engine.evaluation.results", "cli"),
+    *("engine.run.ownership", "engine.run.place"),
 )
 NOT_LIGHT = ("engine.planning.open_models", "engine.methods.arithmetic")
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]

@@ -18,8 +18,11 @@ from engine.output.card import write_card, write_weight_space_card
 from engine.output.resolved_config import located, resolved_config, versions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
+from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
+# Files that are written after all others: the record itself, the memory figures and the report.
+LAST_FILES = ("merge/config.yaml", "merge/memory.json", "merge/report.html")
 METRICS = pa.schema(
     [
         ("stage", pa.int8()),
@@ -59,6 +62,7 @@ def write_record(
     stages: Sequence[Coefficients],
     importance_L: Array | None,
     metrics: Sequence[Mapping[str, Any]],
+    weights: Sequence[str] = (),
 ) -> None:
     """Write the model card and all files of `merge/` except memory.json and report.html.
 
@@ -70,24 +74,35 @@ def write_record(
         stages: The learned coefficients of each stage.
         importance_L: The importance of the merged tensors, [L], in the order of the last stage's layout.
         metrics: The rows of metrics.parquet.
+        weights: The names of the weight files, which may be in another folder.
     """
     record = folder / "merge"
     names = [expert.name for expert in plan.experts]
     priors = {"priors": dict(zip(names, plan.priors, strict=True))}
-    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), priors)
     write_coefficients(record / "coefficients.parquet", stages, names)
     if importance_L is not None:
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
     write_metrics(record / "metrics.parquet", metrics)
     write_card(folder / "README.md", plan, stages[-1])
+    files = {"files": _files(folder, weights)}
+    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), priors | files)
 
 
 def write_weight_space_record(
-    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[str, str]
+    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[str, str], weights: Sequence[str]
 ) -> None:
-    """Write the model card and merge/config.yaml of a weight-space merge."""
-    write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests))
+    """Write the model card and merge/config.yaml of a weight-space merge; see `write_record`."""
     write_weight_space_card(folder / "README.md", plan, method)
+    files = {"files": _files(folder, weights)}
+    write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), files)
+
+
+def _files(folder: Path, weights: Sequence[str]) -> list[str]:
+    """Return the names of all files of the output: those in `folder` so far, the weights, and those that follow.
+
+    `--fresh` replaces an earlier merge only if there is nothing else in its folder.
+    """
+    return sorted({*LocalFolder(folder).names(), *weights, *LAST_FILES})
 
 
 def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -15,7 +15,7 @@ import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,11 +24,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 
 from engine.calibration.samples import Sample
-from engine.errors import OutputError, StorageError
+from engine.errors import OutputError
 from engine.planning.plan import Plan
+from engine.run.ownership import (
+    IDENTITY,
+    MARKER,
+    RECORD,
+    Claim,
+    EarlierMerge,
+    check_replaceable,
+    check_state,
+    clear,
+    extend_claim,
+    is_done,
+    mark,
+    remove_files,
+    resumes,
+)
 from engine.shards.orthogonal import FOLDER
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -36,8 +50,9 @@ from engine.storage.folder import Folder, storing
 from engine.storage.local_folder import LocalFolder, sweep
 from engine.storage.paths import is_uri, open_folder
 
-RECORD = "merge/config.yaml"
-IDENTITY, WRITING = "identity", "writing"
+WRITING = "writing"
+# Where an earlier merge on a disk stays, in the state, from its replacement to the end of the run.
+REPLACED = "replaced"
 # Contents of WRITING: while an earlier merge is being removed from the output's place, and afterwards.
 CLEARING, CLEARED = b"clearing", b"cleared"
 
@@ -53,34 +68,15 @@ class StageState:
 def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
     """Return whether `out` already holds the complete result of this merge; False with `fresh`, which redoes it.
 
+    False too if an unfinished run of this merge, begun with `fresh`, is to replace what `out` holds.
+
     Raises:
-        OutputError: `out` holds something other than a merge, or, without `fresh`, another merge.
+        OutputError: `out` holds something other than a merge, or, without `fresh`, another merge; or the folder of the
+            run's state is not this program's own.
     """
-    run, folder = RunFolder(out), open_folder(out)
-    try:
-        done = folder.exists(RECORD)
-    except StorageError as error:
-        raise OutputError(error.what, out, do=error.do) from error
-    if not done:
-        if run.may_use_output():
-            return False
-        raise OutputError(
-            "the output folder is in use: it holds something other than a merge", out, do="give another --out"
-        )
-    if fresh:
-        return False
-    try:
-        record = yaml.safe_load(folder.read(RECORD).decode())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        record = None
-    entry = record.get("record") if isinstance(record, dict) else None
-    if not isinstance(entry, dict) or entry.get("identity") != plan_identity:
-        raise OutputError(
-            "the output folder is in use: it holds another merge",
-            out,
-            do="give another --out, or --fresh to replace it",
-        )
-    return True
+    run = RunFolder(out)
+    check_state(run.state)
+    return is_done(open_folder(out), run.state, plan_identity, fresh)
 
 
 class RunFolder:
@@ -197,14 +193,22 @@ class RunFolder:
             return None
         return array
 
-    def start_output(self) -> None:
-        """Create the output's folders, and remove everything in them except weight files that this run wrote."""
+    def start_output(self, files: Iterable[str]) -> None:
+        """Create the output's folders, and remove everything in them except weight files that this run wrote.
+
+        Args:
+            files: The names of the weight files that this run writes.
+
+        Raises:
+            OutputError: the output's place holds something that this run does not replace.
+        """
         self.held()
         if not self._is_cleared():
+            extend_claim(self.state, files)
+            if not self.state.exists(WRITING):
+                check_replaceable(self.weights, Claim.read(self.state))
             self.state.write(WRITING, CLEARING)
-            # First the files that mark a complete merge and a model, so that a half-removed merge looks like neither.
-            for name in (RECORD, "config.json", ""):
-                self.weights.remove(name)
+            remove_files(self.weights, Claim.read(self.state).old)
             self.state.write(WRITING, CLEARED)
         composed = LocalFolder(self.composed)
         for name in composed.names() - self.written():
@@ -215,31 +219,49 @@ class RunFolder:
     def written(self) -> set[str]:
         """Return the names of the weight files that this run has written."""
         names = self.weights.names() if self._is_cleared() else set()
+        if self._path is None and names:
+            names &= set(Claim.read(self.state).own)
         return {name for name in names if name.endswith(".safetensors")}
 
-    def start_anew(self) -> None:
-        """Remove the state of an earlier start, and its output if that is incomplete."""
+    def start_anew(self, fresh: bool) -> None:
+        """Remove the state of an earlier start, and its output if that is incomplete; claim the output's place."""
         if self._path is None and self.state.exists(WRITING) and not self.weights.exists(RECORD):
-            self.weights.remove("")
-        self.state.remove("")
+            claim = Claim.read(self.state)
+            remove_files(self.weights, claim.own if self._is_cleared() else (*claim.own, *claim.old))
+        clear(self.state)
+        Claim.to_replace(EarlierMerge.read(open_folder(self.out)) if fresh else None, fresh).write(self.state)
+
+    def restore(self) -> None:
+        """Put an earlier merge back in its place if a stop cut off its replacement in between."""
+        replaced = self.composed.with_name(REPLACED)
+        if self._path is not None and replaced.is_dir() and not self._path.exists():
+            with storing(self._path):
+                replaced.rename(self._path)
 
     def finish(self) -> None:
-        """Move the complete output into its place, replacing an earlier merge, and remove the run's folder."""
+        """Move the complete output into its place, replacing an earlier merge, and remove the run's folder.
+
+        Raises:
+            OutputError: the output's place now holds something that this run does not replace.
+        """
         self.held()
         if self._path is None:
             self._upload()
         else:
             with storing(self._path):
                 sweep(self.composed)
+                check_replaceable(LocalFolder(self._path), Claim.read(self.state))
+                self.state.remove(REPLACED)
                 if self._path.exists():
-                    self._path.rename(self.composed.with_name("replaced"))
+                    self._path.rename(self.composed.with_name(REPLACED))
                 self.composed.rename(self._path)
         self.discard()
 
     def discard(self) -> None:
-        """Remove the run's folder."""
+        """Remove the run's folder; its marker last, so that what a stop leaves of it is known as this program's own."""
         self.held()
-        self.state.remove("")
+        clear(self.state)
+        self.state.remove(MARKER)
         if self._path is None:
             shutil.rmtree(self.composed, ignore_errors=True)
 
@@ -253,18 +275,14 @@ class RunFolder:
         kept = ("targets/", f"{FOLDER}/", "stage-")
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
-    def may_use_output(self) -> bool:
-        """Return whether the output's place is empty, apart from files of an unfinished run."""
-        if self._path is not None:
-            return not self._path.exists() or (self._path.is_dir() and not any(self._path.iterdir()))
-        return self.state.exists(WRITING) or not self.weights.names()
-
     def _is_cleared(self) -> bool:
         """Return whether every file in the output's place belongs to this run."""
         return self._path is not None or (self.state.exists(WRITING) and self.state.read(WRITING) == CLEARED)
 
     def _upload(self) -> None:
         names = [path.relative_to(self.composed).as_posix() for path in self.composed.rglob("*") if path.is_file()]
+        extend_claim(self.state, names)
+        check_replaceable(self.weights, Claim.read(self.state))
         # config.json marks a model and the record marks a complete merge, so these two are written last.
         for name in sorted(names, key=lambda name: (name == RECORD, Path(name).name == "config.json", name)):
             self.weights.write(name, (self.composed / name).read_bytes())
@@ -285,17 +303,15 @@ def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
         OutputError: another process holds the lock, or the folder holds the state of another merge.
     """
     run = RunFolder(out)
+    check_state(run.state)
     with run.state.locked() as run.held:
+        # Again under the lock: another run may have ended, or somebody put a file there.
+        check_state(run.state)
+        mark(run.state)
+        run.restore()
         state = run.state
-        if fresh or not state.exists(IDENTITY) or not run.computed():
-            # Without an identity, the files were written by a cut-off process of an earlier run after its end.
-            run.start_anew()
-        elif state.read(IDENTITY).decode() != plan_identity:
-            raise OutputError(
-                "the state of another merge into this folder still exists",
-                state.where,
-                do="complete that merge, or discard its state with --fresh",
-            )
+        if not run.computed() or not resumes(state, plan_identity, fresh):
+            run.start_anew(fresh)
         state.write(IDENTITY, plan_identity.encode())
         try:
             yield run

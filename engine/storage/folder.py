@@ -93,6 +93,12 @@ class Folder(Protocol):
     def names(self, under: str = "") -> set[str]:
         """Return the names of all complete files below `under`, relative to this folder."""
 
+    def entries(self) -> set[str]:
+        """Return the names of everything in this folder at any depth, of whatever kind, temporary files excepted.
+
+        A folder counts by its contents, an empty one by its own name. Links are not followed.
+        """
+
     def remove(self, name: str) -> None:
         """Remove a file or a folder, if there is one; for `""`, remove everything except the lock."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -76,6 +77,17 @@ class LocalFolder:
         paths = (path for path in (self.path / under).rglob("*") if path.is_file() and not is_temporary(path))
         return {path.relative_to(self.path).as_posix() for path in paths}
 
+    def entries(self) -> set[str]:
+        """See `Folder`."""
+        found = set()
+        for folder, inner, files in os.walk(self.path, onerror=_raise):
+            here = Path(folder)
+            # os.walk lists a link to a folder as a folder, and does not enter it.
+            links = [name for name in inner if (here / name).is_symlink()]
+            found |= {here / name for name in (*files, *links) if not is_temporary(here / name)}
+            found |= {here} if here != self.path and not inner and not files else set()
+        return {path.relative_to(self.path).as_posix() for path in found}
+
     def remove(self, name: str) -> None:
         """See `Folder`."""
         path = self.path / name
@@ -84,7 +96,7 @@ class LocalFolder:
                 for entry in path.iterdir() if path.is_dir() else ():
                     if entry.name != LOCK:
                         self.remove(entry.name)
-            elif path.is_dir():
+            elif path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -109,16 +121,24 @@ class LocalFolder:
             yield lambda: None
         finally:
             if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {LOCK}:
-                shutil.rmtree(self.path)
+                (self.path / LOCK).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody has put a file there
+                    self.path.rmdir()
             lock.release()
 
 
 def is_temporary(path: Path) -> bool:
     """Return whether this is the temporary file of a `LocalFolder`."""
-    return path.name.startswith(".") and path.name.endswith(".part")
+    return bool(re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name))
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of writers that died. A writer that is still running fails when it ends its file."""
-    for path in list(folder.rglob(".*.part")):
+    for path in [path for path in folder.rglob(".*.part") if is_temporary(path)]:
         path.unlink(missing_ok=True)
+
+
+def _raise(error: OSError) -> None:
+    """Raise an error of `os.walk`, which otherwise passes over a folder that it cannot read; not if there is none."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

@@ -75,6 +75,10 @@ class ObjectFolder:
         with (address / under).connection() as files:
             return {info.path[len(address.key) + 1 :] for info in below(files, (address / under).key, absent=True)}
 
+    def entries(self) -> set[str]:
+        """See `Folder`; an object counts by its name alone."""
+        return self.names()
+
     def remove(self, name: str) -> None:
         """See `Folder`."""
         address = Address.of(self.where)

@@ -303,8 +303,8 @@ def test_an_output_folder_that_holds_something_else_is_left_as_it_is(folder: Pat
     before = everything(folder.parent)
     message = message_of(run("merge", "merge.yaml", "--out", str(out)))
     assert message.startswith(f"error: {out}: ") and "--out" in message
-    # Only another merge may be replaced.
-    assert ("--fresh" in message) == (record is not None)
+    # Only another merge may be replaced, and nothing that it did not write.
+    assert "--fresh" not in message
     assert everything(folder.parent) == before
 
 
@@ -317,10 +317,44 @@ def test_fresh_does_not_replace_a_folder_that_is_no_merge(folder: Path) -> None:
     assert everything(folder.parent) == before
 
 
-@pytest.mark.parametrize("out", ["merge.yaml", "base", "merge.yaml/out", "~no-such-user/out"])
+@pytest.mark.parametrize("out", ["merge.yaml", "base", "merge.yaml/out", "~no-such-user/out", "base/out", "a" * 252])
 def test_an_output_that_cannot_be_a_new_folder_is_refused(folder: Path, out: str) -> None:
     before = everything(folder.parent)
-    assert out.rpartition("/")[2] in message_of(run("merge", "merge.yaml", "--out", out))
+    for command in ("plan", "merge"):
+        assert out.rpartition("/")[2][:100] in message_of(run(command, "merge.yaml", "--out", out))
+    assert everything(folder.parent) == before
+
+
+@pytest.mark.parametrize("out", [".", "..", "/", "/proc", "base", "math"])
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_inputs_and_strangers_are_safe_from_an_output(folder: Path, command: str, out: str) -> None:
+    """The base is itself a merge, an expert is called math.run, and --fresh is given."""
+    (folder / "base" / "merge").mkdir()
+    (folder / "base" / "merge" / "config.yaml").write_text("record: {files: [config.json, model.safetensors]}")
+    (folder / "expert0").rename(folder / "math.run")
+    edit_yaml(folder, lambda config: config["models"][0].update(model="math.run"))
+    before = everything(folder.parent)
+    fresh = ["--fresh"] if command == "merge" else []
+    message = message_of(run(command, "merge.yaml", "--out", out, *fresh))
+    assert "--out" in message and "--fresh" not in message
+    assert everything(folder.parent) == before
+
+
+def test_a_plan_without_out_is_one_for_the_default_output_of_merge(folder: Path) -> None:
+    (folder / "base").rename(folder / "merged")
+    edit_yaml(folder, lambda config: config.update(base_model="merged"))
+    for command in ("plan", "merge"):
+        assert str(folder / "merged") in message_of(run(command, "merge.yaml"))
+    assert run("plan", "merge.yaml", "--out", "other").exit_code == 0
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_state_folder_of_somebody_else_is_untouched(folder: Path, fresh: bool) -> None:
+    (folder / "merged.run" / "ckpt").mkdir(parents=True)
+    (folder / "merged.run" / "ckpt" / "step1.bin").write_text("months of work")
+    before = everything(folder.parent)
+    message = message_of(run("merge", "merge.yaml", *(["--fresh"] if fresh else [])))
+    assert message.startswith(f"error: {folder / 'merged.run'}: ") and "ckpt/step1.bin" in message
     assert everything(folder.parent) == before
 
 
@@ -329,6 +363,7 @@ def test_the_state_of_another_merge_is_kept(folder: Path) -> None:
     (state / "targets").mkdir(parents=True)
     (state / "targets" / "0-0.safetensors").write_text("hours of work")
     (state / "identity").write_text("another")
+    (state / "expert-merging-run.json").write_text('{"format": 1}')
     message = message_of(run("merge", "merge.yaml", "--out", "../out"))
     assert message.startswith(f"error: {state}: ") and "--fresh" in message
     assert (state / "identity").read_text() == "another"

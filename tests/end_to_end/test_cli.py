@@ -98,6 +98,8 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
         re.fullmatch("[0-9a-f]{64}", digest) for files in record_of["inputs"].values() for digest in files.values()
     )
 
+    assert set(record_of["files"]) == {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
     again = cli("merge", "--out", "result", cwd=mixed)
     assert again.returncode == 0 and str(out) in again.stdout and "--fresh" in again.stdout
     other = cli("merge", "--out", "result", "--set", "seed=1", cwd=mixed)
@@ -148,6 +150,7 @@ def test_a_stopped_merge_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"targets: 7 \(7 done before\)", done.stdout)
     assert re.search(r"stage 1: \d+ \(\d+ done before\)", done.stdout)
+    assert re.search(r"stage 1, step \d+ of 56; 7 of 7 targets", done.stdout)
     assert json.loads((tmp_path / "out" / "merge" / "memory.json").read_text())["expert_forwards"] == 7
     record = tmp_path / "out" / "merge"
     assert pyarrow.parquet.read_table(record / "coefficients.parquet")["stage"].unique().to_pylist() == [1]

@@ -34,7 +34,8 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     llama_merge: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged"
-    done = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
+    ties = ("--set", "merge_method=ties", "--set", "parameters.density=0.4")
+    done = cli("merge", llama_merge, *ties, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "ties: " in done.stdout and "hidden_layers" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -51,8 +52,24 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     assert "ties" in (out / "README.md").read_text()
     assert re.search(r"\bties\b", (out / "merge" / "report.html").read_text())
 
-    again = cli("merge", llama_merge, "--set", "merge_method=ties", "--set", "parameters.density=0.4", "--out", out)
+    again = cli("merge", llama_merge, *ties, "--out", out)
     assert again.returncode == 0 and str(out) in again.stdout and "--fresh" in again.stdout
+
+    # --fresh replaces exactly what the record lists, and nothing else.
+    listed = record["record"]["files"]
+    assert sorted(listed) == sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    (out / "merge" / "evaluation.parquet").write_text("scores")
+    other = ("merge", llama_merge, "--set", "merge_method=linear", "--out", out, "--fresh")
+    kept = cli(*other)
+    assert kept.returncode == 2 and "'merge/evaluation.parquet'" in kept.stderr
+    (out / "merge" / "evaluation.parquet").unlink()
+    assert cli(*other, "--set", "max_shard_size=20KB").returncode == 0
+    record = yaml.safe_load((out / "merge" / "config.yaml").read_text())
+    assert record["merge_method"] == "linear" and len(record["record"]["files"]) > len(listed)
+    assert sorted(record["record"]["files"]) == sorted(
+        path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()
+    )
+    assert cli("merge", llama_merge, *ties, "--out", out, "--fresh").returncode == 0
 
     # The recorded config merges from any folder; three shards and small files do not change the weights.
     spread = tmp_path / "spread"
@@ -73,6 +90,7 @@ def test_one_model_an_expert(llama_merge: Path, tmp_path: Path) -> None:
     names = [entry["model"] for entry in yaml.safe_load(llama_merge.read_text())["models"]]
     for name in names:
         AutoModelForCausalLM.from_pretrained(out / name)
+    assert not check_output(str(out), "another", fresh=True), "its record lists all files"
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "merge", "README.md"])
 
 

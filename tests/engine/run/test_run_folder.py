@@ -23,14 +23,16 @@ import engine.storage.lease
 from engine.calibration.samples import Sample
 from engine.errors import OutputError, StorageError
 from engine.run.identity import identity
-from engine.run.run_folder import RECORD, RunFolder, StageState, check_output, load_plan, open_run
+from engine.run.ownership import MARKER, RECORD, mark
+from engine.run.run_folder import RunFolder, StageState, check_output, load_plan, open_run
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
 from engine.storage.paths import open_folder
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
-RECORD_OF_THIS = "record: {identity: this}"
+MODEL = ["model.safetensors"]
+RECORD_OF_THIS = "record: {identity: this, files: [model.safetensors, config.json, tokenizer.json, README.md]}"
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def test_another_merge_is_refused_without_fresh(disk: Path, content: bytes) -> N
 def test_a_run_folder_is_next_to_its_output(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
         assert run.out == place.out and run.state.where == f"{place.out}.run"
-        assert place.holds("merged.run/identity", "merged.run/lock")
-        run.start_output()
+        assert place.holds(*(f"merged.run/{name}" for name in ("claim.json", "identity", "lock", MARKER)))
+        run.start_output(MODEL)
         assert run.weights.where == (f"{place.out}.run/output" if place.on_disk else place.out)
         assert run.composed.is_dir()
 
@@ -236,10 +238,10 @@ def test_fresh_discards_the_state_of_an_earlier_start(place: Place) -> None:
     with open_run(place.out, "other", fresh=False) as run:
         computed(run)
         run.save_stage(1, StageState(1, {}), ROWS)
-        run.start_output()
+        run.start_output(MODEL)
         run.weights.write("model.safetensors", b"of the other")
     with open_run(place.out, "this", fresh=True) as run:
-        assert run.state.names() == {"identity", "lock"} and place.output.names() == set()
+        assert run.state.names() == {"claim.json", "identity", "lock", MARKER} and place.output.names() == set()
         assert run.load_stage(1) is None and run.metrics() == [] and run.written() == set()
         computed(run)
     with open_run(place.out, "this", fresh=False) as run:
@@ -249,12 +251,107 @@ def test_fresh_discards_the_state_of_an_earlier_start(place: Place) -> None:
 def test_state_without_an_identity_is_discarded(place: Place) -> None:
     """A process that lost its connection may still write after its run has ended."""
     run = RunFolder(place.out)
+    mark(run.state)
     computed(run)
-    run.weights.write("model.safetensors", b"of whatever")
-    if not place.on_disk:
-        run.weights.remove("")
+    if place.on_disk:
+        run.weights.write("model.safetensors", b"of whatever")
     with open_run(place.out, "this", fresh=False) as run:
         assert run.stored_targets() == set() and run.written() == set()
+
+
+def contents(folder: Folder) -> dict[str, bytes]:
+    return {name: folder.read(name) for name in folder.names()}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "ckpt/step1.bin", "lock", "targets/0-0.safetensors", "identity"])
+def test_a_state_folder_that_is_not_ours_is_refused_and_untouched(place: Place, name: str, fresh: bool) -> None:
+    state = RunFolder(place.out).state
+    state.write(name, b"months of work")
+    before = contents(place.parent)
+    for act in (check_output, open_run):
+        with refused(OutputError, where=state.where, do="--out", facts=[repr(name), MARKER]) as caught:
+            result = act(place.out, "this", fresh)
+            result.__enter__() if not isinstance(result, bool) else None
+        assert "--fresh" not in caught.value.do
+    assert contents(place.parent) == before
+
+
+def test_a_state_folder_of_folders_and_links_is_refused_and_untouched(disk: Path) -> None:
+    state = disk.with_name("merged.run")
+    for make in (lambda: (state / "empty").mkdir(), lambda: (state / "link").symlink_to("/nowhere")):
+        state.mkdir()
+        make()
+        with refused(OutputError, where=str(state)), open_run(str(disk), "this", fresh=True):
+            pass
+        assert len(list(state.iterdir())) == 1
+        for path in state.iterdir():
+            path.unlink() if path.is_symlink() else path.rmdir()
+        state.rmdir()
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_or_a_link_in_place_of_the_state_folder_is_refused(disk: Path, link: bool) -> None:
+    state, other = disk.with_name("merged.run"), disk.with_name("other")
+    other.mkdir()
+    state.symlink_to(other) if link else state.write_text("mine")
+    with refused(OutputError, where=str(state), do="--out"), open_run(str(disk), "this", fresh=True):
+        pass
+    assert state.is_symlink() == link and not list(other.iterdir())
+
+
+def test_an_object_in_place_of_the_state_folder_is_refused(objects: Place) -> None:
+    objects.parent.write("merged.run", b"mine")
+    with refused(OutputError, where="merged.run", do="--out"), open_run(objects.out, "this", fresh=True):
+        pass
+    assert objects.holds("merged.run")
+
+
+@pytest.mark.parametrize("marker", [b'{"format": 999}', b"{}", b"[]", b"", b"\xff"])
+def test_a_state_of_another_format_is_refused_and_untouched(place: Place, marker: bytes) -> None:
+    state = RunFolder(place.out).state
+    state.write(MARKER, marker)
+    state.write("targets/0-0.safetensors", b"hours of work")
+    before = contents(place.parent)
+    with refused(OutputError, where=state.where), open_run(place.out, "this", fresh=True):
+        pass
+    assert contents(place.parent) == before
+
+
+def test_an_empty_folder_for_the_state_is_used(disk: Path) -> None:
+    disk.with_name("merged.run").mkdir()
+    with open_run(str(disk), "this", fresh=False) as run:
+        computed(run)
+    assert run.exists()
+
+
+def test_the_marker_is_written_first_and_removed_last(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(place.parent)
+    acts: list[tuple[str, str]] = []
+    for act in ("write", "remove"):
+        inner = getattr(kind, act)
+
+        def watched(self: Any, name: str, *rest: Any, act: str = act, inner: Callable[..., Any] = inner) -> None:
+            if self.where.endswith(".run") and name != "lock":
+                acts.append((act, name))
+            inner(self, name, *rest)
+
+        monkeypatch.setattr(kind, act, watched)
+    with open_run(place.out, "this", fresh=False) as run:
+        computed(run)
+        assert acts[0] == ("write", MARKER)
+        acts.clear()
+        run.discard()
+        removed = list(acts)
+    assert removed[0] == ("remove", "identity") and removed[-2:] == [("remove", "claim.json"), ("remove", MARKER)]
+
+
+def test_a_state_that_was_half_removed_is_not_resumed(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
+        computed(run)
+        run.state.remove("identity")
+    with open_run(place.out, "this", fresh=False) as run:
+        assert run.stored_targets() == set()
 
 
 def try_to_open(out: str, fresh: bool) -> None:
@@ -293,6 +390,7 @@ import engine.storage.lease, engine.storage.object_folder, engine.storage.paths
 engine.storage.lease.RENEWAL, engine.storage.lease.SETTLING = 0.1, 0
 state = engine.storage.paths.open_folder(sys.argv[1])
 with state.locked():
+    state.write("expert-merging-run.json", b'{"format": 1}')
     state.write("identity", b"this")
     state.write("targets/0-0.safetensors", b"a target")
     print("held", flush=True)
@@ -334,7 +432,7 @@ def test_a_run_that_was_taken_over_stops_writing(objects: Place) -> None:
         with open_run(objects.out, "this", fresh=False) as run:
             computed(run)
             run.state.write("lock", b"another's")
-            for act in (run.start_output, run.finish, run.discard):
+            for act in (lambda: run.start_output(MODEL), run.finish, run.discard):
                 with refused(StorageError, where=run.state.where):
                     act()
             run.save_stage(1, StageState(1, {}), ROWS)
@@ -412,7 +510,7 @@ def test_metrics_are_ordered_by_stage_and_step_and_a_repeated_step_counts_once(d
 
 def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) -> None:
     with open_run(place.out, "this", fresh=False) as run:
-        run.start_output()
+        run.start_output(["model-00001-of-00002.safetensors", "math/model.safetensors"])
         run.weights.write("model-00001-of-00002.safetensors", b"whole")
         run.weights.child("math").write("model.safetensors", b"whole")
         (run.composed / "config.json").write_text("{}")
@@ -420,7 +518,7 @@ def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) ->
         if place.on_disk:
             (run.composed / f".{'0' * 32}.part").write_text("of a writer that died")
     with open_run(place.out, "this", fresh=False) as run:
-        run.start_output()
+        run.start_output(MODEL)
         assert run.written() == {"model-00001-of-00002.safetensors", "math/model.safetensors"}
         assert run.weights.names() == run.written()
         assert not [path for path in run.composed.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
@@ -432,7 +530,7 @@ def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) ->
 def finish(place: Place, content: bytes, **files: str) -> None:
     with open_run(place.out, "this", fresh=True) as run:
         computed(run)
-        run.start_output()
+        run.start_output(MODEL)
         run.weights.write("model.safetensors", content)
         (run.composed / "config.json").write_text("{}")
         (run.composed / "tokenizer.json").write_text("{}")
@@ -462,6 +560,8 @@ def test_partial_files_of_dead_writers_are_not_in_the_output(disk: Path) -> None
 
 def test_a_finished_run_replaces_an_earlier_merge_completely(place: Place) -> None:
     finish(place, b"old")
+    record = place.output.read(RECORD).replace(b"files: [", b"files: [model-00007-of-00007.safetensors, ")
+    place.output.write(RECORD, record)
     place.output.write("model-00007-of-00007.safetensors", b"of the old one")
     finish(place, b"new")
     assert place.holds(*OUTPUT)
@@ -473,10 +573,135 @@ def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_complete(disk: P
     finish(place, b"old")
     with open_run(place.out, "this", fresh=False) as run:
         computed(run)
-        run.start_output()
+        run.start_output(MODEL)
         run.weights.write("model.safetensors", b"new")
         assert place.output.read("model.safetensors") == b"old"
     assert place.output.read("model.safetensors") == b"old"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "merge/evaluation.parquet", "model.safetensors.bak", "own/a.txt"])
+def test_fresh_replaces_no_folder_that_holds_more_than_the_merge(place: Place, name: str) -> None:
+    finish(place, b"old")
+    place.output.write(name, b"years of work")
+    before = contents(place.parent)
+    with refused(OutputError, where=place.out, do="--out", facts=[repr(name)]) as caught:
+        check_output(place.out, "other", fresh=True)
+    assert "--fresh" not in caught.value.do
+    with refused(OutputError, where=place.out, do="--out") as caught:
+        check_output(place.out, "other", fresh=False)
+    assert "--fresh" not in caught.value.do
+    assert contents(place.parent) == before
+    assert check_output(place.out, "this", fresh=False), "it holds this merge all the same"
+
+
+def test_fresh_names_folders_and_links_that_the_merge_did_not_write(disk: Path) -> None:
+    place = Place(str(disk), LocalFolder(disk.parent))
+    finish(place, b"old")
+    for make in (lambda: (disk / "own").mkdir(), lambda: (disk / "link").symlink_to("..")):
+        make()
+        (added,) = {path.name for path in disk.iterdir()} & {"own", "link"}
+        with refused(OutputError, where=str(disk), facts=[repr(added)]):
+            check_output(str(disk), "other", fresh=True)
+        (disk / added).unlink() if added == "link" else (disk / added).rmdir()
+    assert not check_output(str(disk), "other", fresh=True)
+
+
+@pytest.mark.parametrize("files", ["[model.safetensors, ../mine]", "[model.safetensors, 7]", "text", "{a: 1}"])
+def test_a_record_that_lists_no_names_of_its_files_is_not_replaced(place: Place, files: str) -> None:
+    place.output.write(RECORD, f"record: {{identity: old, files: {files}}}".encode())
+    place.output.write("model.safetensors", b"old")
+    with refused(OutputError, where=place.out, facts=["'model.safetensors'"]):
+        check_output(place.out, "this", fresh=True)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_came_into_the_output_s_place_during_a_run_is_not_replaced(place: Place, fresh: bool) -> None:
+    if fresh:
+        finish(place, b"old")
+
+    def merge() -> None:
+        with open_run(place.out, "other", fresh=fresh) as run:
+            computed(run)
+            place.output.write("mine.txt", b"mine")
+            run.start_output(MODEL)
+            run.weights.write("model.safetensors", b"new")
+            (run.composed / RECORD).write_text("record: {identity: other, files: [model.safetensors]}")
+            run.finish()
+
+    with refused(OutputError, where=place.out, do="same command", facts=["'mine.txt'"]):
+        merge()
+    assert place.output.read("mine.txt") == b"mine" and RunFolder(place.out).exists()
+    if fresh:
+        assert place.output.read("model.safetensors") == b"old"
+    place.output.remove("mine.txt")
+    with open_run(place.out, "other", fresh=fresh) as run:
+        assert run.stored_targets()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("identity", ["this", "other"])
+def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identity: str, again: bool) -> None:
+    finish(place, b"old")
+    with open_run(place.out, identity, fresh=True) as run:
+        computed(run)
+    assert not check_output(place.out, identity, fresh=again)
+    with open_run(place.out, identity, fresh=again) as run:
+        assert run.stored_targets() == {"targets/0-0.safetensors"}
+        run.start_output(MODEL)
+        run.weights.write("model.safetensors", b"new")
+        (run.composed / RECORD).write_text(f"record: {{identity: {identity}, files: [model.safetensors]}}")
+        run.finish()
+    assert place.output.names() == {"model.safetensors", RECORD} and not RunFolder(place.out).exists()
+    assert place.output.read("model.safetensors") == b"new"
+
+
+def test_a_run_with_fresh_does_not_replace_another_merge_than_it_began_with(place: Place) -> None:
+    finish(place, b"old")
+    with open_run(place.out, "other", fresh=True) as run:
+        computed(run)
+    place.output.write(RECORD, RECORD_OF_THIS.replace("this", "third").encode())
+    with refused(OutputError, where=place.out, do="--fresh"):
+        check_output(place.out, "other", fresh=False)
+
+
+def test_fresh_discards_the_state_of_a_start_without_fresh(place: Place) -> None:
+    with open_run(place.out, "this", fresh=False) as run:
+        computed(run)
+    with open_run(place.out, "this", fresh=True) as run:
+        assert run.stored_targets() == set()
+
+
+@pytest.mark.parametrize(("identity", "fresh"), [("other", False), ("other", True), ("third", True)])
+def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: str, fresh: bool) -> None:
+    place = Place(str(disk), LocalFolder(disk.parent))
+    finish(place, b"old")
+    with open_run(place.out, "other", fresh=True) as run:
+        computed(run)
+        run.start_output(MODEL)
+        run.weights.write("model.safetensors", b"new")
+        disk.rename(run.composed.with_name("replaced"))
+    assert not check_output(place.out, identity, fresh)
+    with open_run(place.out, identity, fresh) as run:
+        assert place.output.read("model.safetensors") == b"old"
+        assert bool(run.stored_targets()) == (identity == "other")
+        run.start_output(MODEL)
+        run.weights.write("model.safetensors", b"new")
+        (run.composed / RECORD).write_text("record: {files: [model.safetensors]}")
+        run.finish()
+    assert place.holds("merged/model.safetensors", f"merged/{RECORD}")
+
+
+def test_an_incomplete_output_is_removed_by_the_names_that_its_run_wrote(objects: Place) -> None:
+    with open_run(objects.out, "this", fresh=False) as run:
+        computed(run)
+        run.start_output(MODEL)
+        run.weights.write("model.safetensors", b"half")
+        objects.output.write("mine.safetensors", b"mine")
+        assert run.written() == {"model.safetensors"}
+    with refused(OutputError, where=objects.out, facts=["'mine.safetensors'"]):
+        check_output(objects.out, "other", fresh=True)
+    with open_run(objects.out, "other", fresh=True):
+        assert objects.output.names() == {"mine.safetensors"}
 
 
 @pytest.fixture
@@ -508,12 +733,12 @@ def test_in_object_storage_marker_files_are_removed_first_and_written_last(
     with open_run(objects.out, "other", fresh=True) as run:
         computed(run)
         assert acts == [], "the earlier merge is unchanged while the new one learns"
-        run.start_output()
+        run.start_output(MODEL)
     assert acts[:2] == [("remove", RECORD), ("remove", "config.json")]
     assert objects.output.names() == set()
 
 
-@pytest.mark.parametrize("name", [RECORD, "config.json", ""])
+@pytest.mark.parametrize("name", [RECORD, "config.json", "tokenizer.json"])
 def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
     objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -528,7 +753,7 @@ def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
     def begin() -> None:
         with open_run(objects.out, "other", fresh=True) as run:
             computed(run)
-            run.start_output()
+            run.start_output(MODEL)
 
     with monkeypatch.context() as patched:
         patched.setattr(ObjectFolder, "remove", stop)
@@ -537,7 +762,7 @@ def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
     assert not check_output(objects.out, "other", fresh=True)
     with open_run(objects.out, "other", fresh=False) as run:
         assert run.stored_targets() and run.written() == set()
-        run.start_output()
+        run.start_output(MODEL)
         assert objects.output.names() == set()
 
 
@@ -559,7 +784,7 @@ def test_a_run_resumes_after_a_stop_during_the_upload_of_the_output(
     assert not objects.output.exists(RECORD)
     assert not check_output(objects.out, "this", fresh=False)
     with open_run(objects.out, "this", fresh=False) as run:
-        run.start_output()
+        run.start_output(MODEL)
         assert run.written() == {"model.safetensors"}
     finish(objects, b"new")
     assert objects.holds(*OUTPUT)

@@ -1,0 +1,284 @@
+"""What a run may remove: the marker of its own folder, and the list of files of a merge that it replaces.
+
+A folder without the marker is somebody else's, whatever its name. Of an output, only the files that the record of the
+earlier merge lists are replaced, and only while nothing else is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from engine.errors import OutputError, StorageError
+from engine.storage.folder import LOCK, Folder
+from engine.storage.local_folder import LocalFolder
+
+RECORD = "merge/config.yaml"
+MARKER = "expert-merging-run.json"
+# Version of the layout of OUT.run/. Increase it when a state of the version before cannot be resumed.
+FORMAT = 1
+IDENTITY, CLAIM = "identity", "claim.json"
+# Content of a lock: empty on a disk, the owner and a number in object storage.
+_LOCKS = re.compile(rb"([0-9a-f]{32} [0-9a-f]{32})?")
+# Names that a message lists.
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class EarlierMerge:
+    """A complete merge in the output's place.
+
+    Attributes:
+        digest: SHA-256 of its record, merge/config.yaml.
+        identity: The identity in the record; None if the record is damaged.
+        files: The files that the merge wrote; the record alone if it does not list them.
+    """
+
+    digest: str
+    identity: str | None
+    files: frozenset[str]
+
+    @classmethod
+    def read(cls, folder: Folder) -> EarlierMerge | None:
+        """Return the merge in a folder, or None if there is no record of one."""
+        if not folder.exists(RECORD):
+            return None
+        data = folder.read(RECORD)
+        try:
+            record = yaml.safe_load(data.decode())
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+            record = None
+        entry = record.get("record") if isinstance(record, dict) else None
+        entry = entry if isinstance(entry, dict) else {}
+        identity, files = entry.get("identity"), entry.get("files")
+        names = files if isinstance(files, list) else []
+        if not all(isinstance(name, str) and _is_inside(name) for name in names):
+            names = []
+        return cls(
+            hashlib.sha256(data).hexdigest(),
+            identity if isinstance(identity, str) else None,
+            frozenset({RECORD, *names}),
+        )
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a run may remove from the output's place, stored in its state before anything is removed.
+
+    Attributes:
+        fresh: The run was started with --fresh; the same command resumes it.
+        digest: SHA-256 of the record of the merge that the run replaces; empty if the place was free.
+        old: The files of that merge.
+        own: Files that this run writes in the output's place, where it writes them one by one (object storage).
+    """
+
+    fresh: bool = False
+    digest: str = ""
+    old: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, state: Folder) -> Claim:
+        """Return the claim in a run's state; an empty one if there is none, or a damaged one: nothing is removed."""
+        try:
+            given = json.loads(state.read(CLAIM))
+            fresh, digest, old, own = (given[name] for name in ("fresh", "digest", "old", "own"))
+            if not (isinstance(fresh, bool) and isinstance(digest, str)):
+                return cls()
+            names = [*old, *own]
+            if not all(isinstance(name, str) and _is_inside(name) for name in names):
+                return cls()
+            return cls(fresh, digest, tuple(old), tuple(own))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return cls()
+
+    @classmethod
+    def to_replace(cls, merge: EarlierMerge | None, fresh: bool) -> Claim:
+        """Return the claim of a new run that replaces this merge, if there is one."""
+        return cls(fresh) if merge is None else cls(fresh, merge.digest, tuple(merge.files))
+
+    def write(self, state: Folder) -> None:
+        """Store the claim."""
+        content = {"fresh": self.fresh, "digest": self.digest, "old": sorted(self.old), "own": sorted(self.own)}
+        state.write(CLAIM, json.dumps(content).encode())
+
+    def allows(self, merge: EarlierMerge | None) -> bool:
+        """Return whether the run was started to replace this merge."""
+        return merge is not None and merge.digest == self.digest
+
+
+def check_state(state: Folder) -> None:
+    """Check that the folder of a run's state is free or this program's own, before anything in it is touched.
+
+    Raises:
+        OutputError: it holds anything without the marker, or the marker of another format, or it is a file or a link.
+    """
+    do = "give another --out, or move this away"
+    try:
+        if state.exists("") or (isinstance(state, LocalFolder) and state.path.is_symlink()):
+            raise OutputError("the folder for the state of the run is a file or a link", state.where, "a folder", do)
+        if state.exists(MARKER):
+            version = _format_of(state.read(MARKER))
+            if version != FORMAT:
+                raise OutputError(
+                    f"the state of a run in format {version}, made by another version of this program",
+                    state.where,
+                    f"format {FORMAT}",
+                    "complete that run with its version, or remove the folder",
+                )
+            return
+        there = state.entries()
+        if LOCK in there and _LOCKS.fullmatch(state.read(LOCK)):
+            there -= {LOCK}
+    except StorageError as error:
+        raise OutputError(error.what, state.where, do=error.do) from error
+    except OSError as error:
+        raise OutputError(f"the folder cannot be read: {error.strerror}", state.where, do=do) from error
+    if there:
+        raise OutputError(
+            f"the folder for the state of the run holds something else: {listed(sorted(there))}",
+            state.where,
+            f"no such folder, or one with {MARKER}, which every run writes",
+            do,
+        )
+
+
+def mark(state: Folder) -> None:
+    """Write the marker into the folder of a run's state, once `check_state` has found it free."""
+    if not state.exists(MARKER):
+        state.write(MARKER, json.dumps({"program": "expert-merging", "format": FORMAT}).encode())
+
+
+def clear(state: Folder) -> None:
+    """Remove everything from the folder of a run's state except the lock and the marker.
+
+    The identity goes first, so that a half-removed state is not resumed, and the claim last.
+    """
+    if isinstance(state, LocalFolder):
+        names = {path.name for path in state.path.iterdir()} if state.path.is_dir() else set()
+    else:
+        names = {name.partition("/")[0] for name in state.entries()}
+    for name in sorted(names - {LOCK, MARKER}, key=lambda name: (name != IDENTITY, name == CLAIM, name)):
+        state.remove(name)
+
+
+def strangers(folder: Folder, known: Collection[str]) -> list[str]:
+    """Return what a folder holds besides the known files, sorted; empty folders that may hold known files count not."""
+    parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    return sorted(folder.entries() - set(known) - parents)
+
+
+def is_done(folder: Folder, state: Folder, plan_identity: str, fresh: bool) -> bool:
+    """Return whether the output folder holds this merge and nothing is to be done; see `check_output`."""
+    try:
+        merge, claim = EarlierMerge.read(folder), Claim.read(state)
+        allowed = fresh or (claim.allows(merge) and _is_of(state, plan_identity))
+        if merge is not None and merge.identity == plan_identity and not allowed:
+            return True
+        known = merge.files if merge else {*claim.old, *claim.own}
+        others = ["."] if folder.exists("") else strangers(folder, known)
+    except StorageError as error:
+        raise OutputError(error.what, folder.where, do=error.do) from error
+    except OSError as error:
+        what = f"the output folder cannot be read: {error.strerror}"
+        raise OutputError(what, folder.where, do="give another --out") from error
+    if merge is not None and not allowed:
+        do = "give another --out" if others else "give another --out, or --fresh to replace it"
+        raise OutputError("the output folder is in use: it holds another merge", folder.where, do=do)
+    if others and merge is not None:
+        raise OutputError(
+            f"the output folder holds more than the earlier merge, which alone can be replaced: {listed(others)}",
+            folder.where,
+            "only files that its merge/config.yaml lists under record: files",
+            "move this away, or give another --out",
+        )
+    if others:
+        raise OutputError(
+            f"the output folder is in use: it holds something other than a merge: {listed(others)}",
+            folder.where,
+            do="give another --out",
+        )
+    return False
+
+
+def resumes(state: Folder, plan_identity: str, fresh: bool) -> bool:
+    """Return whether a run with these results is resumed rather than started anew.
+
+    With `fresh`, only a run that was itself begun with `fresh`: the same command resumes it.
+
+    Raises:
+        OutputError: the state is that of another merge, and not `fresh`.
+    """
+    if not state.exists(IDENTITY):
+        return False
+    if _is_of(state, plan_identity):
+        return not fresh or Claim.read(state).fresh
+    if not fresh:
+        raise OutputError(
+            "the state of another merge into this folder still exists",
+            state.where,
+            do="complete that merge, or discard its state with --fresh",
+        )
+    return False
+
+
+def check_replaceable(folder: Folder, claim: Claim) -> None:
+    """Check, right before a merge is replaced, that the output's place still holds what the run was started to replace.
+
+    Raises:
+        OutputError: it holds something else.
+    """
+    merge = EarlierMerge.read(folder)
+    known = set(claim.own)
+    if claim.allows(merge):
+        known |= set(claim.old)
+    others = ["."] if folder.exists("") else strangers(folder, known)
+    if others:
+        raise OutputError(
+            f"the output folder now holds something that this run does not replace: {listed(others)}",
+            folder.where,
+            do="move this away, then run the same command to resume",
+        )
+
+
+def remove_files(folder: Folder, names: Collection[str]) -> None:
+    """Remove files of a merge: first those that mark a merge and a model, so that a half-removed one is neither."""
+    present = folder.entries() & set(names)
+    for name in sorted(present, key=lambda name: (name != RECORD, Path(name).name != "config.json", name)):
+        folder.remove(name)
+
+
+def extend_claim(state: Folder, files: Iterable[str]) -> None:
+    """Store the names of files before the run writes them in the output's place."""
+    claim = Claim.read(state)
+    replace(claim, own=tuple({*claim.own, *files})).write(state)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names for a message, and the number of the others."""
+    shown = ", ".join(repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def _is_of(state: Folder, plan_identity: str) -> bool:
+    return state.exists(IDENTITY) and state.read(IDENTITY).decode(errors="replace") == plan_identity
+
+
+def _format_of(data: bytes) -> Any:
+    try:
+        marker = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return marker.get("format") if isinstance(marker, dict) else None
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a name is that of a file inside its folder; a planted record could list `../other`."""
+    return bool(name) and "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))

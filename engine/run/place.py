@@ -1,0 +1,162 @@
+"""Checks of `--out` from its name and the plan alone, before any work: can the folder be made, and is it no input.
+
+Reads no file. `plan` and `merge` make the same checks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from engine.errors import OutputError
+from engine.planning.plan import ModelPlan, Plan
+from engine.run.ownership import MARKER
+from engine.storage.address import Address
+from engine.storage.paths import is_uri
+
+# Bytes that the names of files below OUT.run/ may need, with the folder of an expert.
+_INNER = 400
+_PATH_MAX = 4096
+_OTHER = "give another --out"
+_IMAGES = "the image folder"
+
+
+def check_place(out: str) -> None:
+    """Check that a folder can be made at `out`, and that it can be renamed and replaced there.
+
+    Raises:
+        OutputError: it is a root, a bucket, a mount point, below a file or another run's state, read-only or too long.
+    """
+    if is_uri(out):
+        address = Address.of(out, OutputError)
+        if not address.path:
+            raise OutputError("the output is a whole bucket", out, str(replace(address, path="folder")))
+        return
+    path = Path(out)
+    if not path.name:
+        raise OutputError("the output is the root of the file system", out, "a folder", _OTHER)
+    state = path.with_name(f"{path.name}.run")
+    _check_length(path, state)
+    try:
+        for folder in (path, state):
+            if os.path.ismount(folder):
+                raise OutputError(
+                    "the folder is a mount point, which cannot be renamed or replaced",
+                    str(folder),
+                    do=f"give a folder in it: --out {path / 'merged'}" if folder == path else _OTHER,
+                )
+            if folder.exists() and not folder.is_dir():
+                raise OutputError("there is a file of this name", str(folder), "a folder", _OTHER)
+        for parent in path.parents:
+            if (parent / MARKER).is_file():
+                raise OutputError("the output lies in the state of another run", str(parent), do=_OTHER)
+        nearest = next(parent for parent in path.parents if parent.exists())
+        if not nearest.is_dir():
+            raise OutputError("the output lies below a file", str(nearest), "a folder", _OTHER)
+        # False for a file system that is mounted read-only, also for root.
+        wanted = [nearest, *(folder for folder in (path, state) if folder.is_dir())]
+        for folder in wanted:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise OutputError("the folder cannot be written", str(folder), "permission to write", _OTHER)
+    except OSError as error:
+        raise OutputError(f"the output folder cannot be used: {error.strerror}", out, do=_OTHER) from error
+
+
+def check_apart(plan: Plan, out: str, config: Path | None = None) -> None:
+    """Check that no input lies at or below `out` or the folder of the run's state, and that `out` lies below no input.
+
+    Args:
+        plan: The plan.
+        out: The output, an absolute path or a URI.
+        config: The config file, if there is one.
+
+    Raises:
+        OutputError: the output and an input are in each other's place.
+    """
+    state, inputs = _state_of(out), list(_inputs(plan, config))
+    for label, where in inputs:
+        for place in (out, state):
+            if _holds(place, where):
+                raise OutputError(f"{label} is in the place of the output: {where}", place, do=_OTHER)
+        if label == _IMAGES and (config is None or any(_holds(where, other) for _, other in inputs if other != where)):
+            continue  # not a folder of images alone, but the one in which the config, its data and outputs lie
+        if _holds(where, out):
+            raise OutputError(f"the output is in the place of {label}: {where}", out, do=_OTHER)
+
+
+def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield what each input is and its path or URI; for a model in object storage or of the hub also its local copy."""
+    if config is not None:
+        yield "the config", str(config)
+    models: list[tuple[str, ModelPlan]] = [("the base", plan.base)]
+    models += [(f"expert {expert.name!r}", expert) for expert in plan.experts]
+    models += [(f"the adapter of {expert.name!r}", expert.adapter) for expert in plan.experts if expert.adapter]
+    models += [("the model of the vocabulary", plan.rows)] if plan.rows else []
+    for label, model in models:
+        yield label, str(model.header.folder)
+        if is_uri(model.model):
+            yield label, model.model
+    if plan.tokenizer and (is_uri(plan.tokenizer) or plan.tokenizer.startswith("/")):
+        yield "the tokenizer", plan.tokenizer
+    for given, expert in zip(plan.config.models, plan.experts, strict=True):
+        for file, path in zip(given.calibration, expert.calibration, strict=False):
+            yield "a calibration file", str(path)
+            if is_uri(file.path):
+                yield "a calibration file", file.path
+    for image in (image for images in plan.images for image in images):
+        yield "an image", image
+    if plan.config.learned and plan.config.calibration.image_folder:
+        yield _IMAGES, plan.config.calibration.image_folder
+
+
+def _state_of(out: str) -> str:
+    if is_uri(out):
+        address = Address.of(out, OutputError)
+        return str(replace(address, path=f"{address.path}.run"))
+    return str(Path(out).with_name(f"{Path(out).name}.run"))
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Return whether `inner` lies at or below `outer`. Two endpoints of a bucket's name count as one."""
+    if is_uri(outer) != is_uri(inner):
+        return False
+    if is_uri(outer):
+        one, other = Address.of(outer, OutputError), Address.of(inner, OutputError)
+        return one.scheme == other.scheme and f"{other.key}/".startswith(f"{one.key}/")
+    real = Path(os.path.realpath(inner))
+    if real.is_relative_to(os.path.realpath(outer)) or Path(inner).is_relative_to(outer):
+        return True
+    try:
+        there = os.stat(outer)  # noqa: PTH116 - as below
+    except OSError:
+        return False
+    # Also by another name: a bind mount, or a disk that takes A and a for one name.
+    for folder in (real, *real.parents):
+        try:
+            if os.path.samestat(there, os.stat(folder)):  # noqa: PTH116
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _check_length(path: Path, state: Path) -> None:
+    """Check the names of output and state against the limits of the disk."""
+    nearest = next(parent for parent in path.parents if os.path.isdir(parent))  # noqa: PTH112 - for impossible names
+    longest = os.pathconf(nearest, "PC_NAME_MAX")
+    for name in state.parts:
+        if len(os.fsencode(name)) > longest:
+            what = f"the name of the output is too long: {len(os.fsencode(name)):,} bytes"
+            if name == state.name:
+                what += " with .run, the folder of its state"
+            raise OutputError(what, f"{str(path)[:200]}…", f"at most {longest} bytes", "give a shorter --out")
+    size, limit = len(os.fsencode(state)), _PATH_MAX - _INNER
+    if size > limit:
+        raise OutputError(
+            f"the path of the output is too long: {size:,} bytes",
+            f"{str(path)[:200]}…",
+            f"at most {limit:,} bytes",
+            "give a shorter --out",
+        )
