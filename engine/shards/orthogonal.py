@@ -4,7 +4,8 @@ They are computed once, matrix by matrix over all experts, and stored as files i
 writing then read them in place of the experts' own task vectors.
 Source: Gargiulo et al., Task Singular Vectors, arXiv 2412.00081: of τₖ = Uₖ·Σₖ·Vₖᵀ the leading r = ⌊min(m, n)/K⌋
 parts, τ⊥ₖ = U⊥ₖ·Σₖ·V⊥ₖᵀ with U⊥ the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise. TSV-Merge adds all of them
-with one λ; here a coefficient is learned for each. Letters: m rows and n columns of a matrix, r rank, K experts.
+with one λ; here a coefficient is learned for each. Directions that several experts have in common are shared among them
+(`orthogonal_parts`). Letters: m rows and n columns of a matrix, r rank, K experts.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from tolerance import assert_within, moved, unit
 from transformers import AutoModelForCausalLM
 from weight_space import combine, read
 
+from engine.methods.arithmetic import matrices
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
 from engine.shards.orthogonal import TASK_VECTOR_SCALE, file_name, orthogonalise, with_orthogonal
@@ -33,6 +34,7 @@ from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 Array = npt.NDArray[np.float64]
 ORTHOGONAL = "parameters.task_vectors=orthogonal"
 Q = "model.layers.0.self_attn.q_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def dense(plan: Plan, state: Folder | None, name: str) -> list[Array | None]:
@@ -61,10 +63,7 @@ def closed_form(taus: list[Array], seen: Callable[[Array], Array] = lambda matri
     `seen` is applied to each matrix before it is decomposed.
     """
     rank = min(taus[0].shape) // len(taus)
-    parts = [
-        (u[:, :rank], s[:rank], v[:rank].T)
-        for u, s, v in (np.linalg.svd(seen(tau), full_matrices=False) for tau in taus)
-    ]
+    parts = [leading(seen(tau), rank) for tau in taus]
 
     def nearest(matrix: Array) -> Array:
         matrix = seen(matrix)
@@ -75,6 +74,11 @@ def closed_form(taus: list[Array], seen: Callable[[Array], Array] = lambda matri
     left, right = (nearest(np.concatenate(some, axis=1)) for some in ([u for u, _, _ in parts], [v for *_, v in parts]))
     own = [slice(k * rank, (k + 1) * rank) for k in range(len(taus))]
     return [TASK_VECTOR_SCALE * (left[:, mine] * parts[k][1]) @ right[:, mine].T for k, mine in enumerate(own)]
+
+
+def leading(tau: Array, rank: int) -> tuple[Array, Array, Array]:
+    u, s, v = np.linalg.svd(tau, full_matrices=False)
+    return u[:, :rank], s[:rank], v[:rank].T
 
 
 def float32_error(taus: list[Array]) -> float:
@@ -147,6 +151,132 @@ def test_an_expert_that_has_the_base_s_matrix_takes_no_part(make_merge: Callable
     assert np.linalg.matrix_rank(first, tol=1e-5 * np.linalg.norm(first)) == rank, (
         "the rank depends on the number of all experts"
     )
+
+
+def spectrum(shape: tuple[int, int], rank: int, seed: int, rest: float) -> tuple[Array, Array, Array]:
+    """Return U, Σ, V of a random matrix with `rank` parts between 1 and 2 and others of the size `rest`."""
+    generator, smaller = np.random.default_rng(seed), min(shape)
+    u, v = (np.linalg.qr(generator.normal(size=(side, smaller)))[0] for side in shape)
+    return u, np.where(np.arange(smaller) < rank, np.linspace(2, 1, smaller), rest), v
+
+
+def degenerate(case: str, shape: tuple[int, int], rank: int) -> list[Array]:
+    """Return three task vectors whose leading `rank` parts are dependent."""
+    (u, s, v), (other_u, _, other_v) = (spectrum(shape, rank, seed, 0.01) for seed in (1, 2))
+    first, second = (u * s) @ v.T, (other_u * s) @ other_v.T
+    third = (spectrum(shape, rank, 3, 0.01)[0] * s) @ v.T
+    return {
+        "equal": [first, first, second],
+        "all equal": [first, first, first],
+        # Rounded in other places.
+        "multiples": [first, 3 * first, second],
+        "nearly equal": [first, first + 1e-7 * second, second],
+        "opposite": [first, -first, second],
+        "one is zero": [first, np.zeros(shape), first],
+        "common rows": [first, third, second],
+        "of low rank": [(u[:, :2] * s[:2]) @ v[:, :2].T, (other_u[:, :2] * s[:2]) @ v[:, :2].T, second],
+        "in the span of the others": [first, second, ((u + other_u)[:, :rank] @ (v + other_v)[:, :rank].T) / 2],
+    }[case]
+
+
+def without_null(taus: list[Array], rank: int) -> list[Array]:
+    """Return the closed form in float64 without the null directions of the concatenated parts.
+
+    Parts that are zero by the rounding of float32 are left out.
+    """
+    parts = []
+    for tau in taus:
+        u, s, v = leading(tau, rank)
+        kept = s > s[0] * max(tau.shape) * 2 * unit()
+        parts.append((u[:, kept], s[kept], v[:, kept]))
+
+    def nearest(matrix: Array) -> Array:
+        p, d, q = np.linalg.svd(matrix, full_matrices=False)
+        kept = d > 1e-5 * d[0]
+        near: Array = p[:, kept] @ q[kept]
+        return near
+
+    left, right = (nearest(np.concatenate(some, axis=1)) for some in ([u for u, _, _ in parts], [v for *_, v in parts]))
+    ends = np.cumsum([len(s) for _, s, _ in parts])
+    own = [slice(end - len(s), end) for end, (_, s, _) in zip(ends, parts, strict=True)]
+    return [
+        TASK_VECTOR_SCALE * (left[:, mine] * s) @ right[:, mine].T for mine, (_, s, _) in zip(own, parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "equal",
+        "all equal",
+        "multiples",
+        "nearly equal",
+        "opposite",
+        "one is zero",
+        "common rows",
+        "of low rank",
+        "in the span of the others",
+    ],
+)
+@pytest.mark.parametrize("name", [Q, DOWN])
+def test_dependent_experts_share_directions_and_get_no_noise(
+    make_merge: Callable[..., Path], tmp_path: Path, case: str, name: str
+) -> None:
+    config = make_merge(experts=3)
+    base = load_file(config.parent / "base" / "model.safetensors")[name]
+    rank = min(base.shape) // 3
+    for k, tau in enumerate(degenerate(case, (base.shape[0], base.shape[1]), rank)):
+        path = config.parent / f"expert{k}" / "model.safetensors"
+        save_file(load_file(path) | {name: base + torch.from_numpy(tau).float()}, path, metadata={"format": "pt"})
+    plan = plan_of(config, ORTHOGONAL)
+    own = [tau if tau is not None and tau.any() else None for tau in dense(plan, None, name)]
+    changed = [tau for tau in own if tau is not None]
+    wanted = iter(without_null(changed, rank))
+    # A decomposition in float32 turns the parts, of which the smallest is 1, by n·u; factors and product likewise.
+    error = 8 * max(base.shape) * unit() * TASK_VECTOR_SCALE * max(np.linalg.norm(tau, 2) for tau in changed)
+    for tau, mine in zip(own, dense(plan, stored(plan, tmp_path), name), strict=True):
+        assert (mine is None) == (tau is None)
+        if mine is not None:
+            assert_within(mine, next(wanted), error, case)
+
+
+def test_of_equal_experts_each_gets_its_share(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(experts=2)
+    shutil.copy(config.parent / "expert0" / "model.safetensors", config.parent / "expert1" / "model.safetensors")
+    plan = plan_of(config, ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    for name in plan.merged:
+        own = [tau for tau in dense(plan, None, name) if tau is not None]
+        u, s, v = leading(own[0], min(own[0].shape) // 2)
+        shared = TASK_VECTOR_SCALE / 2 * (u * s) @ v.T
+        for mine in dense(plan, state, name):
+            assert mine is not None
+            # Four times the change under a perturbation of the size of a decomposition's error, as in float32_error.
+            other = leading(moved(own[0], np.random.default_rng(0)), len(s))
+            change = float(np.abs(TASK_VECTOR_SCALE / 2 * (other[0] * other[1]) @ other[2].T - shared).max())
+            assert_within(mine, shared, 4 * change, name)
+
+
+def test_independent_experts_keep_the_bits_of_the_whole_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [matrices.leading(torch.randn(48, 40, generator=generator), 13) for _ in range(3)]
+    left, _, right = matrices.orthogonal_parts(parts)
+    for found, stack in [
+        (left, torch.cat([u for u, _, _ in parts], dim=1)),
+        (right, torch.cat([v for *_, v in parts])),
+    ]:
+        p, _, q = torch.linalg.svd(stack, full_matrices=False)
+        assert torch.equal(found, p @ q)
+
+
+def test_a_matrix_that_no_expert_changes_has_no_task_vectors(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config = make_merge(experts=2)
+    base = load_file(config.parent / "base" / "model.safetensors")[Q]
+    for k in range(2):
+        path = config.parent / f"expert{k}" / "model.safetensors"
+        save_file(load_file(path) | {Q: base}, path, metadata={"format": "pt"})
+    plan = plan_of(config, ORTHOGONAL)
+    assert dense(plan, stored(plan, tmp_path), Q) == [None, None]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
