@@ -240,9 +240,9 @@ def report(runs: tuple[str, ...], out: Path, evaluations: tuple[Path, ...], debu
     """
 
     def run() -> None:
-        from engine.report.page import write_report
+        from engine.report.page import report_on
 
-        write_report(runs, out, evaluations)
+        report_on(runs, out, evaluations)
         click.echo(f"wrote {out}")
 
     _guarded(run, debug)

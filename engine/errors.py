@@ -6,7 +6,12 @@ exit code of its class. Violated assumptions about our own code are asserts inst
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
+
+# Unicode categories of characters that can control a terminal or disguise a text: control, format, surrogate, line
+# separator, paragraph separator.
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 class MergeError(Exception):
@@ -29,7 +34,11 @@ class MergeError(Exception):
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         lines += [f"  expected: {self.expected}"] if self.expected else []
         lines += [f"  do: {self.do}"] if self.do else []
-        return "\n".join(lines)
+        # Names of files and quotations come from outside.
+        text = "\n".join(lines)
+        return "".join(
+            char if char == "\n" or unicodedata.category(char) not in _UNSEEN else repr(char)[1:-1] for char in text
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process boundaries, and their text must be the same on the other side.

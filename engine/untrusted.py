@@ -147,8 +147,8 @@ def library_errors_as(fault: Callable[[str], InputError], *more: type[Exception]
 
 
 @contextmanager
-def cpu_limit(fault: InputError) -> Iterator[None]:
-    """Raise `fault` if the block takes more than SECONDS of CPU time.
+def cpu_limit(fault: InputError, seconds: float | None = None) -> Iterator[None]:
+    """Raise `fault` if the block takes more than `seconds` of CPU time (None: SECONDS).
 
     Effective in the main thread only, where Python handles signals; commands run their checks there. In other threads
     the block runs without a limit.
@@ -162,7 +162,7 @@ def cpu_limit(fault: InputError) -> Iterator[None]:
 
     before = signal.signal(signal.SIGVTALRM, stop)
     # Repeated every second, because library code may swallow the first exception.
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS, 1)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS if seconds is None else seconds, 1)
     try:
         yield
     finally:
@@ -171,11 +171,11 @@ def cpu_limit(fault: InputError) -> Iterator[None]:
 
 
 @contextmanager
-def memory_limit(fault: InputError) -> Iterator[None]:
-    """Raise `fault` if the block allocates more than MEMORY bytes of address space."""
+def memory_limit(fault: InputError, limit: int = MEMORY) -> Iterator[None]:
+    """Raise `fault` if the block allocates more than `limit` bytes of address space."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + MEMORY
+    most = pages * resource.getpagesize() + limit
     resource.setrlimit(resource.RLIMIT_AS, (most if soft == resource.RLIM_INFINITY else min(soft, most), hard))
     try:
         yield

@@ -31,6 +31,7 @@ PLAN = (
     "engine.calibration.samples",
     "engine.planning.scaling",
     "engine.planning.summary",
+    "engine.report.page",
     "pyarrow.parquet",
     "safetensors",
 )

@@ -32,6 +32,9 @@ AS_GIVEN = {"generate_responses": 0}
 # of a value (enough for any path) and of a number.
 BYTES, VALUES, DEPTH, TEXT, DIGITS = 4 << 20, 100_000, 40, 4096, 1000
 
+# The bytes and values of a config that a merge recorded, which lists every image with its hash.
+RECORD_BYTES, RECORD_VALUES = 32 << 20, 500_000
+
 # Unicode categories that are refused, because they can disguise a name or control a terminal: control, format,
 # surrogate, line separator, paragraph separator.
 INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -55,10 +58,14 @@ def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader of YAML without tags and of bounded size, which refuses a key that is given twice."""
+    """Loader of YAML without tags and of bounded size, which refuses a key that is given twice.
 
-    def __init__(self, text: str) -> None:
+    `values` is the maximum number of values. `plain`: refuse invisible characters.
+    """
+
+    def __init__(self, text: str, values: int = VALUES, plain: bool = True) -> None:
         super().__init__(text)
+        self._values, self._plain = values, plain
         self._depth = 0
         # Number of values below each completed node, itself included.
         self._sizes: dict[yaml.Node, int] = {}
@@ -82,8 +89,8 @@ class _Loader(yaml.SafeLoader):
         else:
             self._total += 1
             self._sizes[node] = self._total - before
-        if self._total > VALUES:
-            raise _fault(f"the config has more than {VALUES:,} values", event)
+        if self._total > self._values:
+            raise _fault(f"the config has more than {self._values:,} values", event)
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
@@ -91,7 +98,7 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > (DIGITS if node.tag in NUMBERS else TEXT):
             raise _fault(f"a value has {len(node.value):,} characters", node)
         unseen = next((char for char in node.value if unicodedata.category(char) in INVISIBLE), None)
-        if unseen is not None:
+        if unseen is not None and self._plain:
             raise _fault(f"a value contains the character {unseen!r}", node)
         return node
 
@@ -213,10 +220,25 @@ def _check(config: Config, where: Any) -> None:
         )
 
 
-def _parse(text: str, where: str) -> tuple[Any, yaml.Node | None]:
+def read_recorded(path: Path) -> dict[str, Any]:
+    """Return the keys of a merge/config.yaml, its `record` included, for `parse_config`.
+
+    Names of input files may have any characters.
+
+    Raises:
+        ConfigError: The file is not a regular file, not YAML, too large, or not a mapping.
+    """
+    text = read_text(path, RECORD_BYTES, ConfigError, "the recorded config")
+    raw, _ = _parse(text, str(path), RECORD_VALUES, plain=False)
+    if not isinstance(raw, dict):
+        raise ConfigError("the recorded config is not a mapping of keys to values", str(path))
+    return raw
+
+
+def _parse(text: str, where: str, values: int = VALUES, plain: bool = True) -> tuple[Any, yaml.Node | None]:
     """Return the value of a YAML text and its root node."""
     try:
-        loader = _Loader(text)
+        loader = _Loader(text, values, plain)
         node = loader.get_single_node()
         return loader.construct_document(node) if node is not None else None, node
     except (yaml.YAMLError, ValueError, OverflowError) as error:

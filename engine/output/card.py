@@ -5,41 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from engine.config.mergekit_yaml import as_yaml
 from engine.methods.options import Method
-from engine.output.resolved_config import resolved_config, versions
+from engine.output.names import code, dump, markdown, public_config, public_name, yaml_block
+from engine.output.resolved_config import resolved, versions
 from engine.planning.plan import Plan
 from engine.task_vectors.coefficients import Coefficients
 
 
 def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
     """Write the README.md of a weight-space merge: the models, the method, and the config that repeats the merge."""
-    front = {
-        "base_model": list(dict.fromkeys([plan.base.model, *(expert.model for expert in plan.experts)])),
-        "library_name": "transformers",
-        "tags": ["merge", method.name],
-    }
-    config = yaml.safe_dump(resolved_config(plan), sort_keys=False, allow_unicode=True)
+    front = {"base_model": _models(plan), "library_name": "transformers", "tags": ["merge", method.name]}
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     output = "One model per expert, each in a folder of its name" if method.outputs == "experts" else "One model"
     path.write_text(
         f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{dump(front)}---
 
 # A merge of {len(plan.experts)} models by {method.name}
 
 {output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
-tensors are those of `{plan.base.model}`.
+tensors are those of {code(public_name(plan.base.model))}.
 
-```yaml
-{config}```
+{yaml_block(as_yaml(public_config(resolved(plan))))}
 
-`merge/` holds the same config with the hashes of the inputs, and the peak memory of every process. Made with
+`merge/` holds the same config with the paths and hashes of the inputs, and the peak memory of every process. Made with
 {made_with}.
 """,
         encoding="utf-8",
     )
+
+
+def _models(plan: Plan) -> list[str]:
+    """Return the base and the experts as the hub names them: ids without a revision, once each."""
+    models = [plan.base.model, *(expert.model for expert in plan.experts)]
+    return list(dict.fromkeys(public_name(model).partition("@")[0] for model in models))
 
 
 def _loading(plan: Plan) -> str:
@@ -76,29 +77,25 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
         plan.config.merge_method, "Expert Merging"
     )
-    front = {
-        "base_model": [plan.base.model, *(expert.model for expert in plan.experts)],
-        "library_name": "transformers",
-        "tags": ["merge", plan.config.merge_method],
-    }
+    front = {"base_model": _models(plan), "library_name": "transformers", "tags": ["merge", plan.config.merge_method]}
     rows = [
-        f"| {expert.name} | {expert.kind} | {prior:g} | {values.mean():.3f} "
+        f"| {markdown(expert.name)} | {expert.kind} | {prior:g} | {values.mean():.3f} "
         f"| {values.min():.3f} to {values.max():.3f} |"
         for expert, prior, values in zip(
             plan.experts, plan.priors, learned.values[:, learned.layout.learned_columns], strict=True
         )
     ]
-    options = yaml.safe_dump(resolved_config(plan)["parameters"], sort_keys=False)
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     tied = plan.config.merge_method == "adamerging" and plan.config.parameters.granularity == "task"
+    base = code(public_name(plan.base.model))
     total = 1 if tied else int(np.sum(learned.layout.learned_columns))
     path.write_text(
         f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{dump(front)}---
 
 # A merge of {len(plan.experts)} experts by {method}
 
-{len(plan.experts)} fine-tuned experts of `{plan.base.model}` in one model. For each expert {total} coefficients were
+{len(plan.experts)} fine-tuned experts of {base} in one model. For each expert {total} coefficients were
 learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all other tensors are the
 base's.
 
@@ -114,8 +111,7 @@ base's.
 
 ## Options
 
-```yaml
-{options}```
+{yaml_block(as_yaml(plan.config)["parameters"])}
 
 `merge/` holds the whole config with the hashes of the inputs, every coefficient, the importance of every tensor, the
 losses of every step, and the peak memory of every process. Made with {made_with}.

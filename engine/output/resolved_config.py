@@ -8,7 +8,7 @@ from typing import Any
 
 from engine import __version__
 from engine.config.mergekit_yaml import as_yaml
-from engine.config.schema import CalibrationFile, ExpertConfig
+from engine.config.schema import CalibrationFile, Config, ExpertConfig
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import is_uri
 
@@ -22,7 +22,12 @@ def versions() -> dict[str, str]:
 
 
 def resolved_config(plan: Plan) -> dict[str, Any]:
-    """Return the config with every default filled in and every path absolute, so that it runs from any folder."""
+    """Return the keys of the config with every default filled in and every path absolute: it runs from any folder."""
+    return as_yaml(resolved(plan))
+
+
+def resolved(plan: Plan) -> Config:
+    """Return the config with every path absolute."""
     paths = {"base_model": plan.base.model, "models": []}
     experts = [
         given.model_copy(
@@ -34,7 +39,7 @@ def resolved_config(plan: Plan) -> dict[str, Any]:
         for given, expert in zip(plan.config.models, plan.experts, strict=True)
     ]
     tokenizer = {"tokenizer_source": plan.tokenizer} if plan.tokenizer else {}
-    return as_yaml(plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer))
+    return plan.config.model_copy(update=paths | {"models": tuple(experts)} | tokenizer)
 
 
 def located(given: ExpertConfig, expert: ExpertPlan) -> tuple[CalibrationFile, ...]:

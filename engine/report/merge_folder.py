@@ -1,7 +1,12 @@
-"""The files in `merge/` of an output folder, read as typed data."""
+"""The files in `merge/` of an output folder, read as typed data.
+
+The folder may be someone else's: every file is a regular file of bounded size, and a table has at most ROWS rows.
+"""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,24 +18,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import pydantic
-import yaml
 from pydantic import Field
 
-from engine.config.reader import parse_config
+from engine.config.reader import parse_config, read_recorded
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.evaluation.results import SCHEMA
+from engine.output.names import public_config
 from engine.storage.cache import fetch
 from engine.storage.paths import as_path, is_uri
 from engine.task_vectors.coefficients import Array, Coefficients, read_coefficients
-from engine.untrusted import FAULTS
+from engine.untrusted import FAULTS, JSON_BYTES, check_regular, read_text, shown
 
 FILES = ("config.yaml", "memory.json", "coefficients.parquet", "importance.parquet", "metrics.parquet")
 EVALUATION = "evaluation.parquet"
-# Exceptions that libraries raise for a damaged file.
-DAMAGE: tuple[type[Exception], ...] = (*FAULTS, yaml.YAMLError)
 # Columns of merge/metrics.parquet with the losses of a method.
 LOSSES = ("kl", "hidden", "entropy")
+# The most rows of a table, and of a table of scores, which a page shows whole. A hundred experts of 1,000 tensors with
+# 10 chunks each have two million coefficients in two stages.
+ROWS, SCORES = 5_000_000, 100_000
+STAGES = {1, 2}
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Curve:
 class Merged:
     """A merge as recorded in its output folder. A file that does not exist leaves its attribute None or empty.
 
-    `where` is the folder as the user gave it.
+    `where` is the folder as the user gave it. `config` names models and files without the folders that they are in.
     """
 
     where: str
@@ -107,7 +114,7 @@ class Merged:
         """
         wanted = [f"merge/{name}" for name in (*FILES, EVALUATION)]
         path = (fetch(where, wanted, ConfigError) if is_uri(where) else as_path(where)) / "merge"
-        if not (path / FILES[0]).is_file():
+        if not os.path.isfile(path / FILES[0]):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])
         memory, coefficients, importance, metrics = (path / name for name in FILES[1:])
@@ -115,11 +122,11 @@ class Merged:
             where,
             config,
             record,
-            _memory(memory) if memory.exists() else None,
-            _stages(coefficients, config, record) if coefficients.exists() else {},
-            _importance(importance) if importance.exists() else None,
-            _metrics(metrics) if metrics.exists() else None,
-            read_evaluation(path / EVALUATION) if (path / EVALUATION).exists() else None,
+            _memory(memory) if os.path.lexists(memory) else None,
+            _stages(coefficients, config, record) if os.path.lexists(coefficients) else {},
+            _importance(importance) if os.path.lexists(importance) else None,
+            _metrics(metrics) if os.path.lexists(metrics) else None,
+            read_evaluation(path / EVALUATION) if os.path.lexists(path / EVALUATION) else None,
         )
 
     def prior(self, expert: str) -> float:
@@ -166,12 +173,14 @@ def read_evaluation(path: Path) -> pa.Table:
     Raises:
         ConfigError: the file is damaged, or has two values for one model, data set and metric.
     """
-    table = _table(path, SCHEMA)
-    keys = list(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
-    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
+    table = _table(path, SCHEMA, SCORES)
+    keys = Counter(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
+    twice = next((key for key, times in keys.items() if times > 1), None)
     if twice:
         raise ConfigError(
-            f"two values for {', '.join(twice)}", str(path), "one value for each model, data set and metric"
+            f"two values for {shown(', '.join(map(str, twice)))}",
+            str(path),
+            "one value for each model, data set and metric",
         )
     return table
 
@@ -181,40 +190,57 @@ def _reading(path: Path) -> Iterator[None]:
     """Raise ConfigError, naming the file, for any exception that a library raises for a damaged file."""
     try:
         yield
-    except DAMAGE as error:
-        what = f"the file is damaged: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except FAULTS as error:
+        cause = shown(str(error).splitlines()[0] if str(error) else "", 300)
+        what = f"the file is damaged: {type(error).__name__}: {cause}"
         raise ConfigError(what, str(path), do="give an unchanged output folder") from error
 
 
-def _table(path: Path, schema: pa.Schema) -> pa.Table:
+def _check_table(path: Path, most: int = ROWS) -> None:
+    """Check that a parquet file is a regular file of at most `most` rows, which its footer tells."""
+    check_regular(path, None, ConfigError)
+    with _reading(path):
+        rows = pyarrow.parquet.read_metadata(path).num_rows
+    if rows > most:
+        raise ConfigError(f"the file has {rows:,} rows", str(path), f"at most {most:,}")
+
+
+def _table(path: Path, schema: pa.Schema, most: int = ROWS) -> pa.Table:
+    _check_table(path, most)
     with _reading(path):
         return pyarrow.parquet.read_table(path, columns=schema.names).select(schema.names).cast(schema)
 
 
 def _config(path: Path) -> tuple[Config, Provenance]:
-    # Not read by `load_config`, which bounds the size of a config: a record may list very many files.
+    raw = read_recorded(path)
     with _reading(path):
-        raw = yaml.safe_load(path.read_bytes())
         record = pydantic.TypeAdapter(Provenance).validate_python(raw.pop("record"))
-        return parse_config(raw, path), record
+        return public_config(parse_config(raw, path)), record
 
 
 def _memory(path: Path) -> Memory:
+    text = read_text(path, JSON_BYTES, ConfigError)
     with _reading(path):
-        return pydantic.TypeAdapter(Memory).validate_json(path.read_bytes())
+        return pydantic.TypeAdapter(Memory).validate_json(text)
 
 
 def _stages(path: Path, config: Config, record: Provenance) -> dict[int, Coefficients]:
+    _check_table(path)
     with _reading(path):
-        numbers = sorted(pyarrow.parquet.read_table(path, columns=["stage"])["stage"].unique().to_pylist())
+        numbers = pyarrow.parquet.read_table(path, columns=["stage"])["stage"].unique().to_pylist()
+        if not set(numbers) <= STAGES:
+            raise ConfigError("there are other stages than 1 and 2", str(path))
+        numbers.sort()
         read = {number: read_coefficients(path, number) for number in numbers}
     names = [expert.name for expert in config.models]
     for models, _ in read.values():
         if models != names:
-            raise ConfigError("the experts differ from those in config.yaml", str(path), ", ".join(names))
+            raise ConfigError("the experts differ from those in config.yaml", str(path), shown(", ".join(names), 300))
     unknown = [one.name for one in config.models if config.weight(one) is None and one.name not in record.priors]
     if read and unknown:
-        raise ConfigError(f"the prior of {unknown[0]!r} is missing", str(path), "`priors` in the record of config.yaml")
+        raise ConfigError(
+            f"the prior of {shown(repr(unknown[0]))} is missing", str(path), "`priors` in the record of config.yaml"
+        )
     return {number: table for number, (_, table) in read.items()}
 
 
@@ -227,7 +253,10 @@ def _importance(path: Path) -> Importance:
 
 def _metrics(path: Path) -> pa.Table:
     numbers = dict.fromkeys(("stage", "step", "sample"), pa.int64()) | dict.fromkeys(LOSSES, pa.float64())
-    return _table(path, pa.schema(numbers | {"model": pa.string()}))
+    table = _table(path, pa.schema(numbers | {"model": pa.string()}))
+    if not set(table["stage"].unique().to_pylist()) <= STAGES:
+        raise ConfigError("there are other stages than 1 and 2", str(path))
+    return table
 
 
 def _curve(rows: pa.Table, loss: str) -> Curve:

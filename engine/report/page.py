@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,15 +14,23 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OutputError
+from engine.evaluation.items import unique
 from engine.methods.registry import get_method
+from engine.output.names import public_name
 from engine.report import charts
 from engine.report.comparison import comparison
 from engine.report.merge_folder import Merged, read_evaluation
 from engine.report.sections import Cell, Chart, ReportSection, Table, options_of, sections_of
 from engine.storage.local_folder import LocalFolder
+from engine.storage.paths import locate
+from engine.untrusted import check_regular, cpu_limit, library_errors_as, memory_limit, shown
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+# A line near the start of every page, by which `report` knows a file that it may replace.
+MARK = b'<meta name="generator" content="expert-merging">'
+# Limits of a report on folders from elsewhere: CPU seconds, and bytes of memory. A large merge takes some ten seconds.
+SECONDS, MEMORY = 180, 2 << 30
 
 
 def write_report(folders: Sequence[str], target: Path, evaluations: Sequence[Path] = ()) -> None:
@@ -34,15 +43,50 @@ def write_report(folders: Sequence[str], target: Path, evaluations: Sequence[Pat
         StorageError: the report cannot be written.
     """
     merges = [Merged.read(folder) for folder in folders]
-    page = report_html(merges, {str(path): read_evaluation(path) for path in evaluations})
-    LocalFolder(target.parent).write(target.name, page.encode())
+    page = report_html(merges, [(path.name, read_evaluation(path)) for path in evaluations])
+    LocalFolder(target.parent).write(target.name, page.encode(errors="replace"))
 
 
-def report_html(merges: Sequence[Merged], evaluations: Mapping[str, pa.Table] | None = None) -> str:
-    """Return the page. `evaluations` are tables of scores by name, shown next to those of the merges themselves."""
+def report_on(folders: Sequence[str], target: Path, evaluations: Sequence[Path] = ()) -> None:
+    """Write the report of folders that may be someone else's, in bounded time and memory; see `write_report`.
+
+    Raises:
+        OutputError: the target exists and is not a report.
+        ConfigError: a folder is not the output of a merge, a file is damaged, or the report takes too much.
+        StorageError: the report cannot be written.
+    """
+    where, do = shown(", ".join(folders), 300), "report on fewer merges, or on unchanged output folders"
+    target = locate(str(target), Path.cwd(), OutputError)
+    _check_target(target)
+    slow = ConfigError(f"the report takes more than {SECONDS} seconds", where, do=do)
+    large = ConfigError(f"the report takes more than {MEMORY >> 30} GiB of memory", where, do=do)
+    unfit = library_errors_as(
+        lambda message: ConfigError(f"the files do not fit together: {message}", where, "an unchanged output folder")
+    )
+    with cpu_limit(slow, SECONDS), memory_limit(large, MEMORY), unfit:
+        write_report(folders, target, evaluations)
+
+
+def _check_target(target: Path) -> None:
+    """Check that a report may be written to this path: there is nothing yet, or an earlier report."""
+    if not os.path.lexists(target):
+        return
+    check_regular(target, None, OutputError, "the file for the report")
+    with target.open("rb") as file:
+        if MARK not in file.read(1000):
+            raise OutputError(
+                "the file exists and is not a report of this version",
+                str(target),
+                do="give another --out, or remove it",
+            )
+
+
+def report_html(merges: Sequence[Merged], evaluations: Sequence[tuple[str, pa.Table]] = ()) -> str:
+    """Return the page. `evaluations` are named tables of scores, shown next to those of the merges themselves."""
     runs = dict(zip(_names(merges), merges, strict=True))
     own = {name: merge.evaluation for name, merge in runs.items() if merge.evaluation is not None}
-    scores = _scores(own | dict(evaluations or {}))
+    names = unique([*runs, *(name for name, _ in evaluations)])[len(runs) :]
+    scores = _scores(own | dict(zip(names, (table for _, table in evaluations), strict=True)))
     if len(merges) == 1:
         config, method = merges[0].config, get_method(merges[0].config.merge_method)
         title = f"{len(config.models)} experts merged by {method.name}"
@@ -66,12 +110,12 @@ def report_html(merges: Sequence[Merged], evaluations: Mapping[str, pa.Table] | 
 
 
 def _names(merges: Sequence[Merged]) -> list[str]:
-    """Return a name for each run: the last part of its path, or the whole path if two last parts are equal."""
+    """Return a name for each run: the last part of its path, with a number if two are equal."""
     paths = [merge.where.rstrip("/") for merge in merges]
     if twice := [path for path, times in Counter(paths).items() if times > 1]:
         raise ConfigError("the run is given twice", twice[0], "different runs")
     last = [path.rpartition("/")[2] or path for path in paths]
-    return last if len(set(last)) == len(last) else paths
+    return unique(last)
 
 
 def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
@@ -80,9 +124,11 @@ def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
     A model whose scores differ between sources appears once per source.
     """
     by_model: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    models = list(dict.fromkeys(str(model) for table in sources.values() for model in table["model"].to_pylist()))
+    public = dict(zip(models, unique([public_name(model) for model in models]), strict=True))
     for name, table in sources.items():
         for row in table.to_pylist():
-            by_model[name, row["model"]].append(row)
+            by_model[name, public[str(row["model"])]].append(row)
     ways = Counter(model for _, model in {(repr(rows), model) for (_, model), rows in by_model.items()})
     rows = [
         (model if ways[model] == 1 else f"{name}: {model}", row)
@@ -96,8 +142,10 @@ def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
         nothing = {"value": float("nan"), "count": 0}
         values = {m: np.array([cells.get((m, d), nothing)["value"] for d in data], dtype=np.float64) for m in models}
         drawn.append(Chart(metric, charts.bars(values, data, metric), wide=True))
-        counts = {d: sorted({row["count"] for (_, of), row in cells.items() if of == d}) for d in data}
-        head = ["model", *(f"{d} ({' or '.join(f'{n:,}' for n in counts[d])})" for d in data)]
+        counts: dict[str, set[int]] = defaultdict(set)
+        for (_, of), row in cells.items():
+            counts[of].add(row["count"])
+        head = ["model", *(f"{d} ({' or '.join(f'{n:,}' for n in sorted(counts[d]))})" for d in data)]
         tables.append(Table([[model, *map(float, values[model])] for model in models], head, metric))
     text = "Scores of models by data set. The number of examples is in brackets."
     return [ReportSection("Evaluation", text, tables, drawn)] if rows else []

@@ -1,0 +1,107 @@
+"""The model card: names cannot add markup, and no path of this machine occurs in it or in a report."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import plan_of
+from hypothesis import given
+from hypothesis import strategies as st
+from recorded_merges import learned, write_merge
+
+from engine.methods.registry import get_method
+from engine.output.card import write_card, write_weight_space_card
+from engine.output.names import code, markdown, public_config, public_name, yaml_block
+from engine.report.merge_folder import Merged
+from engine.report.page import report_html
+
+HASH = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("model", "public"),
+    [
+        ("owner/math", "owner/math"),
+        (f"owner/math@{HASH}", f"owner/math@{HASH}"),
+        ("gpt2", "gpt2"),
+        ("/home/alice/experts/math", "math"),
+        ("/home/alice/experts/math/", "math"),
+        ("../alice/math", "math"),
+        ("~/math", "math"),
+        ("/", "model"),
+        ("s3://user@bucket/deep/math?endpoint_override=host:9000", "math"),
+        ("file:///home/alice/math", "math"),
+        (f"/home/alice/.cache/huggingface/hub/models--owner--math/snapshots/{HASH}", "owner/math"),
+        (f"/cache/models--gpt2/snapshots/{HASH}/", "gpt2"),
+        ("/home/alice/base+/home/alice/adapter", "base+adapter"),
+        (f"owner/base@{HASH}+/home/alice/adapter", f"owner/base@{HASH}+adapter"),
+        ("/home/alice/a+b", "a+b"),
+    ],
+)
+def test_a_public_name_has_no_folders(model: str, public: str) -> None:
+    assert public_name(model) == public
+
+
+@given(st.text(alphabet="ab`~\n \x1b", min_size=1, max_size=30))
+def test_no_text_ends_its_code(text: str) -> None:
+    inline = code(text)
+    fence = re.match("`+", inline)
+    assert fence is not None and "\n" not in inline and "\x1b" not in inline
+    # By CommonMark, the span ends at the first run of exactly as many backticks as open it.
+    runs = [run.start() for run in re.finditer("`+", inline) if len(run[0]) == len(fence[0])]
+    assert runs[1:] == [len(inline) - len(fence[0])]
+
+    first, *lines, last = yaml_block({"name": text, "list": [text]}).split("\n")
+    ticks = first.removesuffix("yaml")
+    assert last == ticks and not any(line.strip() == ticks for line in lines)
+    assert yaml.safe_load("\n".join(lines)) == {"name": text, "list": [text]}
+
+
+def test_markdown_is_escaped() -> None:
+    assert markdown("a|b\n<img src=x>") == "a\\|b &lt;img src=x\\>"
+    assert markdown("[x](y) `c` **d** _e_ &lt;") == "\\[x\\](y) \\`c\\` \\*\\*d\\*\\* \\_e\\_ &amp;lt;"
+    assert markdown("math-expert.v1") == "math-expert.v1"
+
+
+NAME = "x | y |\n\n<script>alert(1)</script> [a](javascript:b) ``` \x1b[31m"
+
+
+def test_a_hostile_name_adds_nothing_to_the_card(llama_merge: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama_merge)
+    hostile = plan.config.models[0].model_copy(update={"name": NAME})
+    config = plan.config.model_copy(update={"models": (hostile, *plan.config.models[1:])})
+    changed = replace(plan, config=config, experts=(replace(plan.experts[0], name=NAME), *plan.experts[1:]))
+    cards = []
+    for number, one in enumerate((plan, changed)):
+        write_card(tmp_path / f"{number}.md", one, learned(one)[0][-1])
+        write_weight_space_card(tmp_path / f"{number}-w.md", one, get_method("linear"))
+        cards.append([(tmp_path / f"{number}{kind}.md").read_text() for kind in ("", "-w")])
+    for plain, card in zip(*cards, strict=True):
+        assert "\x1b" not in card
+        assert len(card.splitlines()) == len(plain.splitlines())
+    assert "<script" not in cards[1][0]
+    row = next(line for line in cards[1][0].splitlines() if "script" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6, "the name adds no cells"
+
+
+def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> None:
+    inside = str(llama_merge.parent)
+    images = f"calibration.image_folder={json.dumps(inside)}"
+    plan = plan_of(llama_merge, images, f"log_dir={json.dumps(inside)}", "cluster.labels.kubernetes_host=node7")
+    write_card(tmp_path / "a.md", plan, learned(plan)[0][-1])
+    write_weight_space_card(tmp_path / "b.md", plan, get_method("linear"))
+    (tmp_path / "other").mkdir()
+    folders = [write_merge(plan, tmp_path / "merged"), write_merge(plan_of(llama_merge), tmp_path / "other" / "merged")]
+    merges = [Merged.read(str(folder)) for folder in folders]
+    pages = [report_html(merges[:1]), report_html(merges)]
+    assert "merged-2" in pages[1], "two runs of one name are numbered"
+    for text in [(tmp_path / "a.md").read_text(), (tmp_path / "b.md").read_text(), *pages]:
+        assert inside not in text and str(tmp_path) not in text and "node7" not in text
+    front = yaml.safe_load((tmp_path / "a.md").read_text().split("---")[1])
+    assert front["base_model"] == ["base", "expert0", "expert1"]
+    assert public_config(plan.config).models[0].calibration[0].path == "expert0.jsonl"
