@@ -24,12 +24,21 @@ from engine.methods.learned import ModelParameters, Parameters
 # The trackers of accelerate, named like their packages.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
+# The most characters of an expert's name, as of a file's; the most shards and GPUs of an actor, and the smallest part
+# of a GPU that Ray assigns.
+NAME, SHARDS, GPUS, GPU_PART = 255, 10_000, 1024, 0.0001
+# The most records of a calibration file, tokens of a text, and seconds to wait (thirty years).
+RECORDS, TOKENS, WAIT = 1_000_000, 10_000_000, 1_000_000_000
+# Bounds of the rates of machines, in TFLOP/s and GB/s: with them no estimate overflows.
+SLOWEST, FASTEST = 1e-9, 1e9
+
 # Keys that accept several kinds of values, with the text that error messages show as expected.
 UNIONS: dict[int | str, str] = {
+    "name": f"a text that is not blank, of at most {NAME} characters",
     "weight": "a number, or auto",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
-    "num_gpus": "auto, or a number of at least 0",
-    "shards": "auto, or a whole number of at least 0",
+    "num_gpus": f"auto, 0, a fraction of at least {GPU_PART} and below 1, or a whole number of at most {GPUS:,}",
+    "shards": f"auto, or a whole number from 0 to {SHARDS:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
@@ -45,6 +54,19 @@ def _pattern(value: str) -> str:
         re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"a regular expression ({error})") from error
+    return value
+
+
+def _name(value: str) -> str:
+    if not value.strip() or len(value) > NAME:
+        raise ValueError(UNIONS["name"])
+    return value
+
+
+def _gpus(value: float) -> float:
+    """Refuse numbers of GPUs that Ray cannot assign."""
+    if value and (value < GPU_PART or (value > 1 and value != int(value))):
+        raise ValueError(UNIONS["num_gpus"])
     return value
 
 
@@ -105,8 +127,8 @@ class CalibrationFile(Section):
     """
 
     path: Annotated[str, Field(min_length=1)]
-    samples: Annotated[Int, Field(ge=1)] | None = None
-    loss_weight: Annotated[Float, Field(ge=0)] | None = None
+    samples: Annotated[Int, Field(ge=1, le=RECORDS)] | None = None
+    loss_weight: Annotated[Float, Field(ge=0, le=1e6)] | None = None
     image_options: ImageOptions = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
@@ -119,7 +141,9 @@ class ExpertConfig(Section):
     """An entry of `models`: a checkpoint or an adapter, given by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
-    name: Annotated[str, Field(min_length=1)] = Field(default_factory=lambda given: _last_part(given.get("model", "")))
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        default_factory=lambda given: _last_part(given.get("model", ""))
+    )
     calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files)] = ()
     parameters: ModelParameters = ModelParameters()
 
@@ -127,9 +151,9 @@ class ExpertConfig(Section):
 class Calibration(Section):
     """Options that turn records into calibration samples."""
 
-    max_length: Annotated[Int, Field(ge=2)] = 2048
+    max_length: Annotated[Int, Field(ge=2, le=TOKENS)] = 2048
     shuffle: bool = False
-    generate_responses: Annotated[Int, Field(ge=0)] = 64
+    generate_responses: Annotated[Int, Field(ge=0, le=TOKENS)] = 64
     image_options: ImageOptions = Field(default_factory=dict)
     # Searched for images that are not next to their data file. None: the config's folder.
     image_folder: Annotated[str, Field(min_length=1)] | None = None
@@ -143,8 +167,11 @@ class ActorResources(Section):
         labels: Labels of the Ray nodes on which the actor may run.
     """
 
-    num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
+    num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0, le=GPUS), AfterValidator(_gpus)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
+
+
+Rate = Annotated[Float, Field(ge=SLOWEST, le=FASTEST)]
 
 
 class Rates(Section):
@@ -161,12 +188,12 @@ class Rates(Section):
         disk_gbs: GB/s of a disk.
     """
 
-    compute_tflops: Annotated[Float, Field(gt=0)] | None = None
-    memory_gbs: Annotated[Float, Field(gt=0)] | None = None
-    stream_gbs: Annotated[Float, Field(gt=0)] | None = None
-    exchange_gbs: Annotated[Float, Field(gt=0)] | None = None
-    network_gbs: Annotated[Float, Field(gt=0)] | None = None
-    disk_gbs: Annotated[Float, Field(gt=0)] | None = None
+    compute_tflops: Rate | None = None
+    memory_gbs: Rate | None = None
+    stream_gbs: Rate | None = None
+    exchange_gbs: Rate | None = None
+    network_gbs: Rate | None = None
+    disk_gbs: Rate | None = None
 
 
 class Cluster(Section):
@@ -183,10 +210,10 @@ class Cluster(Section):
 
     expert: ActorResources = ActorResources()
     trainer: ActorResources = ActorResources()
-    shards: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
+    shards: Literal["auto"] | Annotated[Int, Field(ge=0, le=SHARDS)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
     rates: Rates = Rates()
-    wait: Annotated[Float, Field(ge=0)] = 600
+    wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600
 
 
 class ListedBase(Section):
@@ -238,7 +265,7 @@ class Config(Section):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # These three are not in `cluster`, because they may change the last bits of a result and so are part of its
     # identity.
-    batch_tokens: Annotated[Int, Field(ge=1)] = 192
+    batch_tokens: Annotated[Int, Field(ge=1, le=TOKENS)] = 192
     gradients: Literal["accumulate", "stream"] = "accumulate"
     gradient_checkpointing: bool = False
     # Allows Python code in a model's folder to run.

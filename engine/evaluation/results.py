@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,15 @@ from engine.errors import OutputError
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.paths import is_uri, locate, open_folder
+from engine.untrusted import check_regular, library_errors_as
 
 SCHEMA = pa.schema(
     {"model": pa.string(), "data": pa.string(), "metric": pa.string(), "value": pa.float64(), "count": pa.int64()}
 )
+# In the metadata of every file of results, by which `evaluate` knows a file that it may replace.
+MARK = {b"expert-merging": b"evaluation"}
+# Maximum bytes of a file of results: more than a million rows.
+BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,14 @@ def results_file(out: str) -> tuple[Folder, str]:
     """Return the folder of the results and the file's name in it. Creates nothing.
 
     Raises:
-        OutputError: the name does not end in .parquet, or a folder has it.
+        OutputError: the name does not end in .parquet, or something other than earlier results has it.
     """
+    folder, name = _place(out)
+    _check_replaceable(folder, name)
+    return folder, name
+
+
+def _place(out: str) -> tuple[Folder, str]:
     if not out.endswith(".parquet"):
         raise OutputError("the results are written as a parquet file", out, "a name that ends in .parquet")
     if is_uri(out):
@@ -52,10 +64,38 @@ def results_file(out: str) -> tuple[Folder, str]:
 
 
 def save_results(rows: Sequence[Row], folder: Folder, name: str) -> None:
-    """Write all rows to a parquet file with SCHEMA's columns. The file is complete or absent."""
+    """Write all rows to a parquet file with SCHEMA's columns. The file is complete or absent.
+
+    Raises:
+        OutputError: the name belongs to something other than earlier results.
+    """
+    # Again, because an evaluation takes long, and another program may have written a file of this name.
+    _check_replaceable(folder, name)
     data = io.BytesIO()
-    pyarrow.parquet.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA), data)
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA.with_metadata(MARK))
+    pyarrow.parquet.write_table(table, data)
     folder.write(name, data.getvalue())
+
+
+def _check_replaceable(folder: Folder, name: str) -> None:
+    where = f"{folder.where}/{name}"
+    if isinstance(folder, LocalFolder):
+        if not os.path.lexists(where):
+            return
+        check_regular(Path(where), None, OutputError, "the file for the results")
+    elif not folder.exists(name):
+        return
+    foreign = OutputError(
+        "the file for the results exists and was not written by this version of `evaluate`",
+        where,
+        do="give another --out, or remove the file",
+    )
+    if folder.size(name) > BYTES:
+        raise foreign
+    with library_errors_as(lambda _: foreign):
+        found = pyarrow.parquet.read_metadata(io.BytesIO(folder.read(name))).metadata or {}
+    if MARK.items() - found.items():
+        raise foreign
 
 
 def print_results(rows: Sequence[Row]) -> None:

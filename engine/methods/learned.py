@@ -63,34 +63,38 @@ SECOND_STAGE = ("budget", "kappa", "fixed", "start")
 ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
 
 
+# The most of a weight or a rate: beyond it float32 overflows.
+MOST = 1e6
+
+
 class ModelParameters(Section):
     """Options of one expert; None means the merge's value in `Parameters`."""
 
     weight: Float | Literal["auto"] | None = None
-    loss_weight: Annotated[Float, Field(ge=0)] | None = None
-    samples_per_model: Annotated[Int, Field(ge=1)] | None = None
+    loss_weight: Annotated[Float, Field(ge=0, le=MOST)] | None = None
+    samples_per_model: Annotated[Int, Field(ge=1, le=1_000_000)] | None = None
 
 
 class Parameters(Section):
     """Options of a merge. The defaults were chosen by `benchmarks/quality`; `PAPER` has those of the published code."""
 
     weight: Float | Literal["auto"] = "auto"
-    loss_weight: Annotated[Float, Field(ge=0)] = 1.0
-    samples_per_model: Annotated[Int, Field(ge=1)] = 8
+    loss_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0
+    samples_per_model: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
     task_vectors: Literal["orthogonal", "whole"] = "orthogonal"
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_loss: Literal["mse", "relative"] = "relative"
-    hidden_weight: Annotated[Float, Field(ge=0)] = 1.0
-    temperature: Annotated[Float, Field(gt=0)] = 2.0
+    hidden_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0
+    temperature: Annotated[Float, Field(ge=1e-3, le=1e3)] = 2.0
     loss_tokens: Literal["auto", "all", "text", "response"] = "auto"
-    regularization: Annotated[Float, Field(ge=0)] = 0.0
-    learning_rate: Annotated[Float, Field(gt=0)] = 1.0
-    weight_decay: Annotated[Float, Field(ge=0)] = 1e-5
+    regularization: Annotated[Float, Field(ge=0, le=MOST)] = 0.0
+    learning_rate: Annotated[Float, Field(gt=0, le=MOST)] = 1.0
+    weight_decay: Annotated[Float, Field(ge=0, le=MOST)] = 1e-5
     max_grad_norm: Annotated[Float, Field(gt=0)] = 1.0
-    gradient_accumulation: Annotated[Int, Field(ge=1)] = 5
+    gradient_accumulation: Annotated[Int, Field(ge=1, le=1_000_000)] = 5
     epochs: Annotated[Int, Field(ge=1, le=10_000)] = 8
     budget: Annotated[Float, Field(gt=0, le=1e6)] = 8.0
-    kappa: Annotated[Float, Field(ge=0)] = 1.0
+    kappa: Annotated[Float, Field(ge=0, le=100)] = 1.0
     fixed: Literal["prior", "stage1"] = "stage1"
     start: Literal["prior", "stage1"] = "stage1"
     granularity: Literal["layer", "task"] = "layer"

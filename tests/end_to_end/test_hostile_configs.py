@@ -122,6 +122,36 @@ PLACES: dict[str, tuple[Spoil, list[str]]] = {
     "link to itself": (lambda f: link(f, "c.yaml", "c.yaml"), ["in/c.yaml"]),
 }
 
+# Numbers and names that are valid by their type.
+ABSURD = {
+    "cluster.shards=1e12": ["cluster.shards", "10,000"],
+    "cluster.shards=1000000000000": ["cluster.shards", "10,000"],
+    "cluster.expert.num_gpus=1.0e+300": ["cluster.expert.num_gpus", "1,024"],
+    "cluster.trainer.num_gpus=1.5": ["cluster.trainer.num_gpus", "1.5"],
+    "cluster.trainer.num_gpus=1.0e-9": ["cluster.trainer.num_gpus", "0.0001"],
+    "cluster.wait=1.0e+300": ["cluster.wait", "1000000000"],
+    "cluster.rates.compute_tflops=1.0e-300": ["cluster.rates.compute_tflops", "0.000000001"],
+    "cluster.rates.stream_gbs=1.0e+300": ["cluster.rates.stream_gbs", "1000000000"],
+    "cluster.rates.disk_gbs=1.0e-320": ["cluster.rates.disk_gbs", "0.000000001"],
+    f"parameters.samples_per_model={2**63 - 1}": ["parameters.samples_per_model", "1000000"],
+    f"models.0.parameters.samples_per_model={2**63 - 1}": ["models.0.parameters.samples_per_model", "1000000"],
+    f"parameters.gradient_accumulation={2**63 - 1}": ["parameters.gradient_accumulation", "1000000"],
+    f"parameters.epochs={2**62}": ["parameters.epochs", "10000"],
+    f"batch_tokens={2**63 - 1}": ["batch_tokens", "10000000"],
+    f"calibration.max_length={2**63 - 1}": ["calibration.max_length", "10000000"],
+    f"calibration.generate_responses={2**63 - 1}": ["calibration.generate_responses", "10000000"],
+    "max_shard_size=99999999999999999999TB": ["max_shard_size", "5GB"],
+    "parameters.temperature=1.0e-300": ["parameters.temperature", "0.001"],
+    "parameters.temperature=1.0e+300": ["parameters.temperature", "1000"],
+    "parameters.learning_rate=1.0e+308": ["parameters.learning_rate", "1000000"],
+    "parameters.kappa=1.0e+300": ["parameters.kappa", "100"],
+    "parameters.hidden_weight=1.0e+300": ["parameters.hidden_weight", "1000000"],
+    "parameters.regularization=1.0e+300": ["parameters.regularization", "1000000"],
+    "models.0.parameters.loss_weight=1.0e+300": ["models.0.parameters.loss_weight", "1000000"],
+    "models.0.name=' '": ["models.0.name", "255"],
+    f"models.0.name={'x' * 256}": ["models.0.name", "255"],
+}
+
 LAUGHS = ["&a0 [x, x]", *(f"&a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
 FORM = "key.sub=value"
 OVERRIDES = {
@@ -166,6 +196,19 @@ def test_a_config_that_is_no_file_is_refused(planner: Server, folder: Path, spoi
 @pytest.mark.parametrize("name", ["", "x" * 300, "/proc/self/fd/0", "base/../../../../../../../../dev/tty"])
 def test_a_name_of_no_file_is_refused(planner: Server, folder: Path, name: str) -> None:
     refused(planner.run("plan", name, cwd=folder), [name or "in: ", "config file"])
+
+
+@pytest.mark.parametrize(("override", "facts"), ABSURD.items(), ids=[key[:40] for key in ABSURD])
+def test_an_absurd_number_or_name_is_refused(planner: Server, folder: Path, override: str, facts: list[str]) -> None:
+    refused(planner.run("plan", "merge.yaml", "--set", override, cwd=folder), ["merge.yaml", *facts])
+
+
+def test_the_largest_numbers_are_planned(planner: Server, folder: Path) -> None:
+    largest = ["cluster.shards=10000", "cluster.wait=1000000000", "parameters.samples_per_model=1000000"]
+    largest += ["batch_tokens=10000000", "calibration.max_length=10000000", f"models.0.name={'x' * 255}"]
+    ended = planner.run("plan", "merge.yaml", *(f"--set={each}" for each in largest), cwd=folder)
+    assert ended.code == 0, ended
+    assert ended.seconds < 10
 
 
 @pytest.mark.parametrize(("override", "facts"), OVERRIDES.values(), ids=list(OVERRIDES))

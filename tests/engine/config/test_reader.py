@@ -232,7 +232,7 @@ def test_the_rates_are_these() -> None:
         ("gradient_checkpointing: 3", "gradient_checkpointing", ["3", "boolean"]),
         ("cluster: {shards: -1}", "cluster.shards", ["-1", "auto"]),
         ("cluster: {shards: all}", "cluster.shards", ["'all'", "auto"]),
-        ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs", ["greater than 0"]),
+        ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs", ["0.000000001"]),
         ("cluster: {rates: {network_gbs: fast}}", "cluster.rates.network_gbs", ["'fast'", "number"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from object_store import Store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.calibration.records import Record
@@ -27,6 +29,8 @@ from engine.evaluation.measure import Evaluation, score
 from engine.evaluation.metrics import chosen, exact_match, f1
 from engine.evaluation.results import Row, print_results, results_file, save_results
 from engine.evaluation.subject import Options, Reader, Subject
+from engine.storage.local_folder import LocalFolder
+from engine.storage.paths import open_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -398,6 +402,31 @@ def test_results_are_a_file_and_tables(tmp_path: Path, capsys: pytest.CaptureFix
     print_results(rows)
     said = capsys.readouterr().out.split()
     assert [word for word in said if not word.startswith("─")] == "a kl m1 0.25 m2 1e-07 b f1 m1 1".split()
+
+
+def test_results_replace_only_results(tmp_path: Path, store: Store) -> None:
+    rows = [Row("m1", "a", "kl", 0.25, 3)]
+    mine = tmp_path / "mine.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a record"]}), mine)
+    (tmp_path / "notes.parquet").write_text("notes")
+    (tmp_path / "link.parquet").symlink_to("mine.parquet")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    before = mine.read_bytes()
+    for name in ("mine", "notes", "link", "pipe"):
+        with refused(OutputError, where=".parquet"):
+            results_file(str(tmp_path / f"{name}.parquet"))
+        with refused(OutputError, where=f"{name}.parquet"):
+            save_results(rows, LocalFolder(tmp_path), f"{name}.parquet")
+    assert mine.read_bytes() == before and (tmp_path / "notes.parquet").read_text() == "notes"
+
+    there = open_folder(f"{store.root}/scores")
+    there.write("mine.parquet", before)
+    with refused(OutputError, where="mine.parquet", do="--out"):
+        results_file(f"{store.root}/scores/mine.parquet")
+    for folder in (LocalFolder(tmp_path), there):
+        for _ in range(2):
+            save_results(rows, *results_file(f"{folder.where}/new.parquet"))
+        assert "new.parquet" in folder.names()
 
 
 def test_invalid_names_of_result_files(tmp_path: Path) -> None:
