@@ -93,7 +93,7 @@ def merge(
 def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
-    Reads file headers alone. The estimates are memory, traffic and time.
+    Reads file headers alone. The estimates are disk space, memory, traffic and time.
     """
 
     def run() -> None:
@@ -107,11 +107,11 @@ def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug
             check_place(target)
         made = _plan(config, overrides, target)
         if not made.config.learned:
-            print_weight_space_plan(made)
+            print_weight_space_plan(made, target)
             return
         given = {name: value for name, value in machines.items() if value is not None}
         given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
-        print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given))
+        print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target)
 
     _guarded(run, debug)
 

@@ -13,6 +13,7 @@ from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.weight_space_merge import WeightSpaceMerge
 from engine.calibration.records import Records
+from engine.planning.disk import check_disk, disk_needs
 from engine.planning.plan import Plan
 from engine.run.identity import identity
 from engine.run.ownership import check_state
@@ -38,7 +39,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
 
     Raises:
         InputError: the config, a model, a calibration file or the output folder is wrong.
-        ClusterError: the cluster cannot be reached or lacks resources.
+        ClusterError: the cluster cannot be reached or lacks resources, or the output's disk lacks space.
         RunError: the merge failed; its state is kept.
     """
     check_place(out)
@@ -58,6 +59,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         return False
     with open_run(out, plan_identity, fresh) as run:
         samples = prepare(plan, records, run) if plan.config.learned else []
+        check_disk(disk_needs(plan, [[sample.tokens for sample in of_expert] for of_expert in samples]), out)
         with (
             connect(address, debug),
             Telemetry(run.name(), plan.config, out) as telemetry,

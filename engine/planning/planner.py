@@ -55,6 +55,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     if not merged:
         patterns = ", ".join(config.exclude)
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"remove some of the patterns: {patterns}")
+    _check_budget(config, [base.tensors[name].numel for name in merged])
     return Plan(
         config=config,
         base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
@@ -89,6 +90,33 @@ def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
             if tensor.dtype in FLOATS
             and tensor.numel
             and not any(re.match(pattern, name) for pattern in config.exclude)
+        )
+
+
+def _check_budget(config: Config, numels: Sequence[int]) -> None:
+    """Refuse a budget of stage 2 that can give no tensor a chunk, or more chunks than there are elements.
+
+    Between these bounds the chunks depend on the importance, which is known after stage 1 alone.
+    """
+    if config.stages != 2:
+        return
+    budget, count = config.parameters.budget, len(numels)
+    # Of ⌊B·N · share⌋ chunks. All shares are 1/N with κ = 0; else a single tensor may have all of the importance.
+    least = 1.0 if config.parameters.kappa == 0 else 1 / count
+    if budget < least * (1 - 1e-9):
+        raise ConfigError(
+            f"with a budget of {budget:g}, none of the {count} merged tensors can get a chunk to learn",
+            "parameters.budget",
+            f"at least {least:.3g}, better 1 or more",
+            "raise `budget`, or use `merge_method: expert_merging`, which has no second stage",
+        )
+    if budget * count > sum(numels):
+        raise ConfigError(
+            f"with a budget of {budget:g}, the {count} merged tensors would get {int(budget * count):,} chunks, but "
+            f"have {sum(numels):,} elements",
+            "parameters.budget",
+            f"at most {sum(numels) / count:.3g}",
+            "lower `budget`",
         )
 
 

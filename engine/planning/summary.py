@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import rich.box
@@ -9,6 +10,7 @@ import rich.console
 import rich.filesize
 import rich.table
 
+from engine.planning.disk import DiskNeeds, DiskRoom, disk_needs, shortage
 from engine.planning.plan import Plan
 from engine.planning.scaling import GB, Machines, Prediction, Site, Work, choose, predict, shortages
 
@@ -19,17 +21,19 @@ PLACES: dict[Site, str] = {
 }
 
 
-def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> None:
-    """Print the plan of a learned merge, and its estimated memory, traffic and time on the machines.
+def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, out: str) -> None:
+    """Print the plan of a learned merge, and its estimated disk space, memory, traffic and time on the machines.
 
     Args:
         plan: The plan.
         tokens: For each expert, the approximate number of tokens of its samples.
         machines: The machines.
+        out: The output folder, an absolute path or a URI.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     work = Work.of(plan.config, tokens)
-    console.print(_facts(plan, work))
+    needs, room = disk_needs(plan, tokens), DiskRoom.of(out)
+    console.print(_facts(plan, work, needs, room))
     console.print(_experts(plan, [len(counts) for counts in tokens]))
     chosen = choose(plan, work, machines)
     places: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
@@ -41,17 +45,19 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) 
         f"{_gigabytes(machines.memory)}, per GPU: {_gigabytes(machines.gpu_memory)}; "
         f"about {work.tokens:.0f} tokens per sample. Times are estimates, see docs/scaling.md and `cluster.rates`"
     )
-    for line in shortages(plan, chosen, machines):
+    for line in [*shortages(plan, chosen, machines), *_disk_shortages(needs, room)]:
         console.print(f"does not fit: {line}")
 
 
-def print_weight_space_plan(plan: Plan) -> None:
-    """Print the plan of a weight-space merge."""
+def print_weight_space_plan(plan: Plan, out: str) -> None:
+    """Print the plan of a weight-space merge, and its disk space in the output folder, a path or a URI."""
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     facts = _tensors(plan)
     headers = [model.header for model in (plan.base, *plan.experts)]
     read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())
     facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, one to three times, as the method needs")
+    needs, room = disk_needs(plan), DiskRoom.of(out)
+    facts.add_row("disk", _disk(needs, room))
     if plan.config.unused:
         facts.add_row("not used", ", ".join(plan.config.unused))
     console.print(facts)
@@ -67,6 +73,17 @@ def print_weight_space_plan(plan: Plan) -> None:
         for label, names in (("taken from the base", expert.match.absent), ("not used", expert.match.ignored)):
             if names:
                 console.print(f"{expert.name}: {label}: {', '.join(sorted(names))}", markup=False)
+    for line in _disk_shortages(needs, room):
+        console.print(f"does not fit: {line}")
+
+
+def _disk(needs: DiskNeeds, room: DiskRoom | None) -> str:
+    return f"{needs}; free: {'unknown' if room is None else rich.filesize.decimal(room.free)}"
+
+
+def _disk_shortages(needs: DiskNeeds, room: DiskRoom | None) -> list[str]:
+    lacking = "" if room is None else shortage(needs, room)
+    return [lacking] if lacking else []
 
 
 def _tensors(plan: Plan) -> rich.table.Table:
@@ -83,7 +100,7 @@ def _tensors(plan: Plan) -> rich.table.Table:
     return facts
 
 
-def _facts(plan: Plan, work: Work) -> rich.table.Table:
+def _facts(plan: Plan, work: Work, needs: DiskNeeds, room: DiskRoom | None) -> rich.table.Table:
     parameters, facts = plan.config.parameters, _tensors(plan)
     if plan.config.has_targets:
         facts.add_row("hidden layers", ", ".join(map(str, plan.hidden_layers)) or "none")
@@ -91,8 +108,24 @@ def _facts(plan: Plan, work: Work) -> rich.table.Table:
     facts.add_row("coefficients", f"{len(plan.merged)} per expert in stage 1")
     if plan.config.stages == 2:
         facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} per expert in stage 2")
+        for line in _chunks(plan):
+            facts.add_row("", line)
+    facts.add_row("disk", _disk(needs, room))
     facts.add_row("optimiser steps", f"{work.steps} per stage, {plan.config.stages} stages")
     return facts
+
+
+def _chunks(plan: Plan) -> list[str]:
+    """Return what is known about the chunks of stage 2 before the importance is."""
+    budget, kappa, count = plan.config.parameters.budget, plan.config.parameters.kappa, len(plan.merged)
+    if kappa > 0:
+        # With a smaller share of the importance, a tensor's ⌊B·N · share⌋ is 0.
+        return (
+            [f"a tensor gets chunks from a share of {1 / budget / count:.2%} of the importance"] if budget < 1 else []
+        )
+    chunks = math.floor(budget + 1e-9)
+    small = [name for name, numel in plan.numels.items() if numel < chunks]
+    return [f"fewer elements than their {chunks} chunks: {', '.join(small)}"] if small else []
 
 
 def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:

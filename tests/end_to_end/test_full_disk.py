@@ -1,4 +1,4 @@
-"""A full disk: exit code 4, a message that says so, and a state from which the run resumes."""
+"""A full disk: exit code 4, a message that says so, and a state from which the run resumes; a small one: exit code 3."""
 
 from __future__ import annotations
 
@@ -17,10 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-# Merge to a disk of size $1 in a new mount namespace (no root needed); then enlarge it and run the same command again.
+# Merge to a disk in a new mount namespace (no root needed) that shrinks to size $1 once the merge has begun; then enlarge
+# it and run the same command again.
 SCRIPT = """
 set -u
-mount -t tmpfs -o size="$1" tmpfs "$DISK" || exit 99
+mount -t tmpfs -o size=50m tmpfs "$DISK" || exit 99
+shrink() {
+    for _ in $(seq 4000); do
+        ls "$DISK"/out.run/plan.* && exec mount -o remount,size="$1" "$DISK"
+        sleep 0.05
+    done
+}
+shrink "$1" > /dev/null 2>&1 &
 "$PYTHON" "$CLI" merge "$CONFIG" --out "$DISK/out"
 echo "exit $?; there: $(ls "$DISK")"
 find "$DISK/out.run" -name '*.part' | sed 's/^/left over: /'
@@ -28,6 +36,13 @@ mount -o remount,size=50m "$DISK" || exit 99
 "$PYTHON" "$CLI" merge "$CONFIG" --out "$DISK/out"
 echo "exit $?; there: $(ls "$DISK")"
 cp -r "$DISK/out" "$SAVED"
+"""
+
+# Merge to a disk of size $1.
+SMALL = """
+mount -t tmpfs -o size="$1" tmpfs "$DISK" || exit 99
+"$PYTHON" "$CLI" merge "$CONFIG" --out "$DISK/out"
+echo "exit $?; there: $(ls -A "$DISK")"
 """
 
 
@@ -43,19 +58,31 @@ def undisturbed(config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return result(out)
 
 
+def on_a_disk(script: str, size: str, config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    disk = folder / "disk"
+    disk.mkdir()
+    environment = {**os.environ, "DISK": str(disk), "CONFIG": str(config), "SAVED": str(folder / "saved")}
+    environment |= {"PYTHON": sys.executable, "CLI": str(ROOT / "cli.py")}
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", script, "bash", size]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_disk_without_room_is_refused_before_the_merge_begins(config: Path, tmp_path: Path) -> None:
+    done = on_a_disk(SMALL, "80k", config, tmp_path)
+    assert done.stdout.rstrip().endswith("exit 3; there:"), done.stdout + done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert str(tmp_path / "disk" / "out") in done.stderr and "--out" in done.stderr and "are free" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("size", "reached"), [("60k", "targets"), ("180k", "stage 2")], ids=["while targets are stored", "in the output"]
 )
 def test_a_full_disk_ends_the_run_and_its_state_is_whole(
     config: Path, undisturbed: dict[str, bytes], size: str, reached: str, tmp_path: Path
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    environment = {**os.environ, "DISK": str(disk), "CONFIG": str(config), "SAVED": str(tmp_path / "saved")}
-    environment |= {"PYTHON": sys.executable, "CLI": str(ROOT / "cli.py")}
-    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", SCRIPT, "bash", size]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = on_a_disk(SCRIPT, size, config, tmp_path)
     first, _, second = done.stdout.partition("exit 4; there: out.run\n")
     assert second, done.stdout + done.stderr
     assert f"] {reached}" in first

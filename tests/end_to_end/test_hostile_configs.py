@@ -61,6 +61,8 @@ CONFIGS: Cases = {
         ["merge.yaml:14", "parameters.temperature", "nan", "finite"],
     ),
     "infinity": (lambda f: edit(f, parameters={"budget": INF}), ["merge.yaml:14", "parameters.budget", "inf"]),
+    "budget without a chunk": (lambda f: edit(f, parameters={"budget": 1e-9}), ["parameters.budget", "1e-09"]),
+    "budget above the elements": (lambda f: edit(f, parameters={"budget": 1e6}), ["parameters.budget", "1e+06"]),
     "budget that overflows": (lambda f: edit(f, parameters={"budget": 1e308}), ["budget", "1e+308", "1000000"]),
     "samples beyond all bounds": (
         lambda f: edit(f, parameters={"samples_per_model": 10**30}),

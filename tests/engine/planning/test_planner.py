@@ -324,3 +324,23 @@ def test_any_names_have_an_order_that_depends_on_nothing_else(names: list[str]) 
     # Equal numbers that are written differently (07 and 7) keep the given order.
     if len({re.sub(r"\d+", lambda number: str(int(number[0])), name) for name in names}) == len(set(names)):
         assert in_order_of_use(sorted(names)) == ordered
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts"),
+    [
+        (["parameters.budget=0.04"], ["0.04", "21", "0.0476"]),
+        (["parameters.budget=0.99", "parameters.kappa=0"], ["0.99", "21", "at least 1"]),
+        (["parameters.budget=1e6"], ["1e+06", "21,000,000"]),
+    ],
+    ids=["no chunk", "no chunk if all are alike", "more chunks than elements"],
+)
+def test_a_budget_that_no_importance_can_satisfy(llama_merge: Path, overrides: list[str], facts: list[str]) -> None:
+    with refused(ConfigError, where="parameters.budget", do="`budget`", facts=facts):
+        plan_of(llama_merge, *overrides)
+    plan_of(llama_merge, *overrides, "merge_method=expert_merging")
+
+
+@pytest.mark.parametrize("overrides", [["budget=0.05"], ["budget=1", "kappa=0"]])
+def test_a_budget_that_some_importance_satisfies(llama_merge: Path, overrides: list[str]) -> None:
+    plan_of(llama_merge, *(f"parameters.{override}" for override in overrides))

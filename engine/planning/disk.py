@@ -1,0 +1,121 @@
+"""Disk space of a merge: what the output and the state in OUT.run/ take, and what the disk of the output has.
+
+The output is written in OUT.run/ and renamed, so one disk holds both, and an earlier merge in OUT until then.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import rich.filesize
+
+from engine.checkpoints.adapters import AdapterHeader
+from engine.checkpoints.headers import BYTES, SAFETENSORS
+from engine.checkpoints.vocabulary import HEADS
+from engine.errors import ClusterError
+from engine.methods.registry import NATIVE
+from engine.planning.plan import ExpertPlan, Plan
+from engine.storage.paths import is_uri
+
+
+@dataclass(frozen=True)
+class DiskNeeds:
+    """Bytes of a merge on disk: the output's weights, stored orthogonal task vectors, and (estimated) targets."""
+
+    output: int
+    orthogonal: int = 0
+    targets: int = 0
+
+    @property
+    def total(self) -> int:
+        """The bytes of OUT.run/ when the output is complete."""
+        return self.output + self.orthogonal + self.targets
+
+    def __str__(self) -> str:
+        parts = {"the output": self.output, "orthogonal task vectors": self.orthogonal, "targets": self.targets}
+        return ", ".join(f"{rich.filesize.decimal(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
+
+
+@dataclass(frozen=True)
+class DiskRoom:
+    """Free bytes of the disk of an output, and bytes that an earlier start of the run has stored there."""
+
+    free: int
+    held: int
+
+    @classmethod
+    def of(cls, out: str) -> DiskRoom | None:
+        """Return the room for an output, which need not exist yet; None in object storage, whose limits are unknown."""
+        if is_uri(out):
+            return None
+        path = Path(out)
+        disk = next(folder for folder in (path, *path.parents) if os.path.isdir(folder))  # noqa: PTH112 - no error
+        held = 0
+        for file in path.with_name(f"{path.name}.run").rglob("*"):
+            with suppress(FileNotFoundError):  # a merge that is running
+                held += file.lstat().st_size
+        return cls(shutil.disk_usage(disk).free, held)
+
+
+def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = ()) -> DiskNeeds:
+    """Return the disk space of a merge whose samples have these numbers of tokens, given per expert."""
+    tensors = plan.base_header.tensors
+    output = sum(tensor.numel * BYTES.get(plan.out_dtype(name), 1) for name, tensor in tensors.items())
+    method = NATIVE.get(plan.config.merge_method)
+    if method is not None and method.outputs == "experts":
+        output *= len(plan.experts)
+    orthogonal = sum(_orthogonal(plan, expert) for expert in plan.experts)
+    return DiskNeeds(output, orthogonal, _targets(plan, tokens) if plan.config.has_targets else 0)
+
+
+def check_disk(needs: DiskNeeds, out: str) -> None:
+    """Check that the disk of the output has room for the rest of a merge.
+
+    Raises:
+        ClusterError: It has not.
+    """
+    room = DiskRoom.of(out)
+    if room is not None and (lacking := shortage(needs, room)):
+        raise ClusterError(lacking, out, do="free disk space, or give another --out")
+
+
+def shortage(needs: DiskNeeds, room: DiskRoom) -> str:
+    """Return what the disk lacks, with numbers; empty if the merge fits."""
+    missing = needs.total - room.held
+    if missing <= room.free:
+        return ""
+    stored = f", of which {rich.filesize.decimal(room.held)} are stored" if room.held else ""
+    return (
+        f"the merge needs {rich.filesize.decimal(needs.total)} on the disk of the output{stored}, and "
+        f"{rich.filesize.decimal(room.free)} are free ({needs})"
+    )
+
+
+def _orthogonal(plan: Plan, expert: ExpertPlan) -> int:
+    """Return the bytes of an expert's stored orthogonal task vectors: whole matrices, or the factors of an adapter."""
+    if expert.kind != "adapter":
+        return sum(plan.numels[name] for name in plan.orthogonal) * (4 if plan.dtype == "float32" else 2)
+    header, nbytes = expert.header, 0
+    assert isinstance(header, AdapterHeader)
+    for name in plan.orthogonal:
+        if name in header.pairs:
+            shape = plan.base_header.tensors[name].shape
+            own = header.tensors[header.pairs[name].a].shape[0]
+            nbytes += 4 * min(own, max(1, min(shape) // len(plan.experts))) * sum(shape)
+    return nbytes
+
+
+def _targets(plan: Plan, tokens: Sequence[Sequence[int]]) -> int:
+    """Return the bytes of the targets: per token the hidden states and, with a merged head, the logits."""
+    header = plan.base_header
+    hidden = int(header.text_config.get("hidden_size") or 0)
+    # Without a merged head, the last hidden state replaces the logits unless the expert's head differs. That needs
+    # a look at the weights, so the smaller of the two counts here.
+    last = (header.vocab_size or 0) if any(HEADS.match(name) for name in plan.merged) else hidden
+    each = (len(plan.hidden_layers) * hidden + last) * BYTES[SAFETENSORS[plan.dtype]]
+    return each * sum(map(sum, tokens))
