@@ -11,11 +11,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 
 from actors.process import ActorProcess, Report
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
+from engine.errors import DamagedError
+from engine.learning.targets import load_target
 from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
@@ -35,6 +36,14 @@ from engine.task_vectors.streams import Inspection, TaskVectors
 
 def _digest(file: str) -> str:
     return digest(fetch(file) if is_uri(file) else Path(file))
+
+
+def _is_damaged(folder: Folder, name: str) -> bool:
+    try:
+        load_target(folder, name)
+    except DamagedError:
+        return True
+    return False
 
 
 class Shard:
@@ -73,10 +82,17 @@ class Shard:
         return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
 
     def target(self, folder: Folder, *names: str) -> dict[str, Packed]:
-        """Return the tensors of stored files: a target, preceded by the sample's pixel inputs if it has any."""
-        # Not decoded into a `Target`: the tensors are sent as they are stored.
-        files = [safetensors.torch.load(folder.read(name)) for name in names]
+        """Return the tensors of stored files: a target, preceded by the sample's pixel inputs if it has any.
+
+        Raises:
+            DamagedError: A file is damaged.
+        """
+        files = [load_target(folder, name).tensors() for name in names]
         return pack_all({name: tensor for tensors in files for name, tensor in tensors.items()})
+
+    def damaged(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
+        """Return whether these stored files are damaged, by name."""
+        return {name: _is_damaged(folder, name) for name in names}
 
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: a tensor is merged if it has coefficients, and copied from the base if not."""

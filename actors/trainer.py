@@ -11,7 +11,7 @@ from typing import Any
 from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
-from engine.learning.learner import Learner, Stage
+from engine.learning.learner import Learner, LearnerState, Stage
 from engine.learning.student import Losses, Student
 from engine.learning.targets import Target
 from engine.planning.plan import Plan
@@ -39,7 +39,7 @@ class Step:
     """
 
     rows: list[dict[str, Any]]
-    state: dict[str, Any]
+    state: LearnerState
     traffic: dict[str, int]
 
 
@@ -59,7 +59,7 @@ class Trainer:
         self._plan, self._shards, self._pull = plan, shards, pull
         self._merged: Coefficients | None = None
 
-    def step(self, stage: Stage, state: dict[str, Any] | None, number: int, window: Sequence[WindowSample]) -> Step:
+    def step(self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample]) -> Step:
         """Take optimiser step `number` of a stage on one window.
 
         Merged tensors arrive during the forward pass of the window's first pass. Their gradient leaves during the

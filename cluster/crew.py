@@ -23,7 +23,7 @@ from cluster.session import reserved
 from cluster.watch import Watch
 from engine.machine import usable_cpus
 from engine.planning.plan import Plan
-from engine.run.run_folder import load_plan
+from engine.run.state import load_plan, plan_digest
 from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Shards
 from engine.storage.folder import Folder
@@ -41,6 +41,7 @@ class Crew:
 
     def __init__(self, plan: Plan, state: Folder, layout: Seating, watch: Watch) -> None:
         self.layout, self._state, self._watch = layout, state, watch
+        self._digest = plan_digest(plan)
         self._reservation = reserved(layout.reserved, plan.config.cluster.wait, watch.say)
         run = uuid.uuid4().hex
         self._shard_names = [f"shard-{index}-{run}" for index in range(len(layout.shards))]
@@ -99,7 +100,7 @@ class Crew:
             scheduling_strategy=where,
             name=name,
         )
-        actor = remote.remote(self._state, arguments)
+        actor = remote.remote(self._state, self._digest, arguments)
         self._alive.append(actor)
         self._watch.on(actor, seat.node)
         return actor
@@ -112,8 +113,8 @@ def _planned(kind: type) -> type:
     may not find it.
     """
 
-    def start(self: Any, state: Folder, arguments: Arguments) -> None:
-        kind.__init__(self, *arguments(load_plan(state), state))  # type: ignore[misc]
+    def start(self: Any, state: Folder, digest: str, arguments: Arguments) -> None:
+        kind.__init__(self, *arguments(load_plan(state, digest), state))  # type: ignore[misc]
 
     return type(kind.__name__, (kind,), {"__init__": start})
 

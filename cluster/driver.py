@@ -67,6 +67,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         ):
             if plan.config.unused:
                 progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
+            run.say = progress.say
             run.keep_plan(plan)
             until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.progress_marker, progress.say)
     return True

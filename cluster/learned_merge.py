@@ -91,7 +91,7 @@ class LearnedMerge(Attempt):
 
     def _layout(self) -> Seating:
         """Return seats on the nodes that are alive, or that join within `cluster.wait` seconds."""
-        config, kept = self.plan.config, self.folder.kept("devices")
+        config, kept = self.plan.config, self.folder.kept("devices", (2,))
         work = Work.of(config, [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples])
 
         def find() -> tuple[Devices, Seating]:
@@ -107,12 +107,22 @@ class LearnedMerge(Attempt):
     def _targets(self, crew: Crew) -> TargetComputation:
         """Start the experts whose targets are not stored yet. A target is computed once in the life of a run."""
         wanted = self.samples if self.plan.config.has_targets else []
-        stored = self.folder.stored_targets() if wanted else set()
+        stored = self._intact_targets(crew) if wanted else set()
         missing = [[sample for sample in samples if self.folder.target(sample) not in stored] for samples in wanted]
         self.progress.phase("targets", sum(map(len, wanted)), len(stored))
         targets = TargetComputation(self, crew, missing, len(stored))
         targets.nbytes += sum(map(self.folder.state.size, stored))
         return targets
+
+    def _intact_targets(self, crew: Crew) -> set[str]:
+        """Return the names of the stored targets, which the shards check. Damaged ones are removed."""
+        stored = sorted(self.folder.stored_targets())
+        if not stored:
+            return set()
+        ask = lambda shard, share: shard.damaged.remote(self.folder.state, share)  # noqa: E731
+        damaged = self.dealt("checking targets", crew.shards, stored, ask)
+        self.folder.forget([name for name in stored if damaged[name]], "the target is computed again")
+        return {name for name in stored if not damaged[name]}
 
     def _magnitudes(self, crew: Crew) -> Array:
         """Return sₖ,ₗ = mean |τₖ,ₗ| of the merged tensors, [K, L]; with orthogonal task vectors, compute these first.
@@ -122,7 +132,8 @@ class LearnedMerge(Attempt):
         Raises:
             CheckpointError: a weight is not finite.
         """
-        kept = self.folder.kept("magnitudes")
+        shape = (len(self.plan.experts), len(self.plan.merged))
+        kept = self.folder.kept("magnitudes", shape, "the weights are read again")
         if kept is not None:
             return kept
         names = list(self.plan.base_header.tensors)

@@ -23,7 +23,7 @@ from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
-from engine.run.run_folder import StageState
+from engine.run.state import StageState
 from engine.task_vectors.coefficients import Coefficients
 
 
@@ -41,8 +41,8 @@ class Stages:
         """Return the plan with every prior; `auto` becomes the common weight of the smallest loss over all samples."""
         if not needs_prior(self.attempt.plan):
             return self.attempt.plan
-        kept = self.attempt.folder.kept("prior")
-        losses = [] if kept is None else kept.tolist()
+        kept = self.attempt.folder.kept("prior", (None,), "the prior is searched again")
+        losses = [] if kept is None else kept.tolist()[: len(PRIORS)]
         once = windows(
             training_order([len(samples) for samples in self.samples], 1),
             self.attempt.plan.config.parameters.gradient_accumulation,
@@ -61,7 +61,7 @@ class Stages:
         parameters = self.attempt.plan.config.parameters
         order = training_order([len(samples) for samples in self.samples], parameters.epochs)
         steps = windows(order, parameters.gradient_accumulation)
-        state = self.attempt.folder.load_stage(stage.number) or StageState(0, None)
+        state = self._state(stage, len(steps))
         phase = f"stage {stage.number}"
         self.attempt.progress.phase(phase, len(steps), state.steps)
         reference = ray.put(stage)
@@ -75,6 +75,20 @@ class Stages:
         assert state.learner is not None
         learner.restore(state.learner)
         return learner.coefficients
+
+    def _state(self, stage: Stage, steps: int) -> StageState:
+        """Return the stored state of a stage, if it is one of this stage."""
+        state = self.attempt.folder.load_stage(stage.number)
+        if state is None:
+            return StageState(0, None)
+        try:
+            if state.learner is None or not 0 < state.steps <= steps:
+                raise ValueError("the state has no step, or more than the stage")
+            Learner(self.attempt.plan.config.parameters, stage).restore(state.learner)
+        except ValueError as error:
+            self.attempt.progress.say(f"the stored state of stage {stage.number} is damaged: {error}; it starts again")
+            return StageState(0, None)
+        return state
 
     def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
         """Wait until the targets of a window are stored, and return its samples with references to the targets."""

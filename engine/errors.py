@@ -79,3 +79,7 @@ class RunError(MergeError):
 
 class StorageError(RunError):
     """An operation of a disk or of object storage failed; earlier files are unchanged."""
+
+
+class DamagedError(StorageError):
+    """A file of a run's state is not as it was written."""

@@ -19,6 +19,20 @@ ROOT = Path("/")
 # `trust_remote_code` allows it; never pickled weights.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
+# Files that are copied to the output: tokenizer files by the names of transformers' tokenizers, then all others. A
+# fixed list, so that no other file of a model's folder reaches the output.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "vocab.txt", "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "spiece.model", "spm.model",
+    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+COMPANIONS = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md",
+)  # fmt: skip
+# A folder in a model's folder, whose files transformers reads with the tokenizer.
+TEMPLATES = "additional_chat_templates"
+
 
 def find_model(model: str, config_folder: Path) -> Path:
     """Return the folder of a model on this machine.
@@ -68,8 +82,12 @@ def check_folder(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"the folder cannot be read: {error.strerror}", str(folder)) from error
     for path in paths:
-        if any(fnmatchcase(path.name, pattern) for pattern in (*HUB_FILES, "LICENSE*")):
+        if any(fnmatchcase(path.name, pattern) for pattern in (*HUB_FILES, *TOKENIZER_FILES, "LICENSE*")):
             check_file(path, folder)
+        elif path.name == TEMPLATES:
+            check_inside(path, folder)
+            for template in sorted(path.iterdir()) if path.is_dir() else ():
+                check_file(template, folder)
 
 
 def check_file(path: Path, folder: Path) -> None:
@@ -77,6 +95,16 @@ def check_file(path: Path, folder: Path) -> None:
 
     Raises:
         CheckpointError: the file is not regular, or is a link out of the folder.
+    """
+    check_inside(path, folder)
+    check_regular(path, None, CheckpointError)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Check that a file or folder of a model folder is not a link out of it; see `check_folder`.
+
+    Raises:
+        CheckpointError: it is a link out of the folder.
     """
     allowed = [Path(os.path.realpath(folder))]
     if allowed[0].parent.name == "snapshots":
@@ -86,7 +114,6 @@ def check_file(path: Path, folder: Path) -> None:
         raise CheckpointError(
             f"the file is a link out of the model's folder, to {target}", str(path), do="replace the link by the file"
         )
-    check_regular(path, None, CheckpointError)
 
 
 def portable(model: str, folder: Path, config_folder: Path) -> str:

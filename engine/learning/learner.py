@@ -7,12 +7,11 @@ Letters in array names: K experts, C learned coefficients of one expert.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.learning.losses import regularization, regularization_gradient
 from engine.methods.learned import Parameters
@@ -21,6 +20,10 @@ from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients, l
 
 # Cosine annealing with warm restarts: the first period, its growth, and the floor as a fraction of the learning rate.
 PERIOD, GROWTH, FLOOR = 50, 2, 0.1
+# Names of AdamW's own tensors in a state; they exist from the first step on.
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# The tensors of a learner by name.
+LearnerState = dict[str, Tensor]
 # Candidates for the common prior of `weight: auto`.
 PRIORS = tuple(round(0.1 * tenth, 1) for tenth in range(1, 10))
 
@@ -145,20 +148,52 @@ class Learner:
         self._schedule.step()
         return metrics
 
-    def state(self) -> dict[str, Any]:
-        """Return the state from which a stage resumes: a few kilobytes, loadable by `torch.load(weights_only=True)`."""
-        return {
-            "a": self._a.detach().clone(),
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
-            "schedule": self._schedule.state_dict(),
+    def state(self) -> LearnerState:
+        """Return the state from which a stage resumes: tensors of a few kilobytes, copied."""
+        moments = self._optimizer.state[self._a]
+        group, schedule = self._optimizer.param_groups[0], self._schedule
+        # All numbers of the schedule fit into float64 without rounding.
+        place = [group["lr"], schedule.T_cur, schedule.T_i, schedule.last_epoch]
+        tensors = {
+            "a": self._a,
+            "schedule": torch.tensor(place, dtype=torch.float64),
+            **{name: moments[name] for name in MOMENTS if name in moments},
         }
+        return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a state, bit for bit as without an interruption."""
+    def restore(self, state: LearnerState) -> None:
+        """Resume from a state, bit for bit as without an interruption.
+
+        Raises:
+            ValueError: the state is not one of this stage; nothing is changed.
+        """
+        self._check(state)
         with torch.no_grad():
             self._a.copy_(state["a"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self._schedule.load_state_dict(state["schedule"])
+        # In the memory layout of `a`, as AdamW creates them: the layout decides which instructions a sum uses.
+        kept = {name: torch.empty_like(self._a) for name in ("exp_avg", "exp_avg_sq")}
+        kept["step"] = torch.empty(())
+        self._optimizer.state[self._a] = {name: kept[name].copy_(state[name]) for name in MOMENTS if name in state}
+        rate, now, period, last = state["schedule"].tolist()
+        schedule = self._schedule
+        schedule.T_cur, schedule.T_i, schedule.last_epoch = int(now), int(period), int(last)
+        schedule._last_lr = [rate]
+        self._optimizer.param_groups[0]["lr"] = rate
+
+    def _check(self, state: LearnerState) -> None:
+        """Check names, dtypes, shapes and values of a state, which may come from a file that anyone wrote."""
+        shapes = {"a": self._a.shape, "schedule": torch.Size([4])}
+        if state.keys() != shapes.keys():
+            shapes |= {"step": torch.Size([]), "exp_avg": self._a.shape, "exp_avg_sq": self._a.shape}
+        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+            raise ValueError("the tensors have other names or shapes than those of this stage")
+        for name, tensor in state.items():
+            if tensor.dtype != (torch.float32 if name == "step" else torch.float64) or not tensor.isfinite().all():
+                raise ValueError(f"{name!r} has another dtype, or values that are not finite")
+        rate, now, period, last = state["schedule"].tolist()
+        whole = all(number == int(number) for number in (now, period, last))
+        if not (whole and 0 <= now < period and 0 <= last <= 2**53 and rate >= 0 and period >= PERIOD):
+            raise ValueError("the schedule is at a place that it cannot reach")
 
     def _alpha(self) -> Array:
         return sigmoid(self._a.detach().numpy())

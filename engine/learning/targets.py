@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.calibration.samples import Sample, loss_positions
 from engine.storage.folder import Folder
+from engine.storage.sealed import read_sealed, refuse, write_sealed
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Target:
         named |= {f"inputs.{name}": tensor for name, tensor in self.inputs.items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def is_plausible(self) -> bool:
+        """Return whether dtypes and shapes fit each other, as they do in every target that an expert computed."""
+        ids_T, outputs = self.input_ids_T, [*self.hidden_CH.values(), self.last_hidden_CH, self.logits_CV]
+        counted = len(ids_T) if self.counted_C is None else len(self.counted_C)
+        places = [tensor for tensor in (ids_T, self.counted_C) if tensor is not None]
+        return bool(
+            all(place.dim() == 1 and place.dtype == torch.int64 and (place >= 0).all() for place in places)
+            and (self.counted_C is None or bool((self.counted_C < len(ids_T)).all()))
+            and all(
+                output.dim() == 2 and len(output) == counted and output.is_floating_point()
+                for output in outputs
+                if output is not None
+            )
+        )
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Target:
         """Build a target from the tensors that `tensors` returned."""
@@ -83,13 +100,23 @@ def loss_index(sample: Sample, length: int) -> Tensor | None:
 
 
 def save_target(target: Target, folder: Folder, name: str) -> int:
-    """Write a target to a file atomically and return the size of the file in bytes."""
+    """Write a target to a sealed file and return the size of the file in bytes."""
     # Cloned: the last hidden state may be a layer of S too, and safetensors refuses two names for one memory.
     data = safetensors.torch.save({name: tensor.clone() for name, tensor in target.tensors().items()})
-    folder.write(name, data)
-    return len(data)
+    return write_sealed(folder, name, data)
 
 
 def load_target(folder: Folder, name: str) -> Target:
-    """Read a target from its file."""
-    return Target.from_tensors(safetensors.torch.load(folder.read(name)))
+    """Read a target from its file.
+
+    Raises:
+        DamagedError: the file is damaged, or its tensors are not those of a target.
+    """
+    where, content = f"{folder.where}/{name}", read_sealed(folder, name)
+    try:
+        target = Target.from_tensors(safetensors.torch.load(content))
+    except (SafetensorError, ValueError, KeyError):
+        refuse(where)
+    if not target.is_plausible():
+        refuse(where)
+    return target

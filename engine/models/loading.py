@@ -21,6 +21,10 @@ NOT_COMPUTED = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
     "transformers_version", "use_cache",
 }  # fmt: skip
+# Implementations that are part of transformers. Any other name, such as that of a hub repository or of a package, would
+# make transformers fetch or import code; then its default for the architecture is used.
+ATTENTIONS = {"eager", "sdpa"}
+EXPERTS = {"eager", "batched_mm", "grouped_mm"}
 CONFIGS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
@@ -45,7 +49,21 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
         else memory_limit(CheckpointError(f"{what}: it takes too much memory", str(folder)))
     )
     with reading(what, folder), bound:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
+        _choose_implementations(config)
+    return config
+
+
+def _choose_implementations(config: Any) -> None:
+    """Remove implementations from a config and its sections that are not part of transformers."""
+    # Each value as the config has it: setting it for a config also sets it for all of its sections.
+    parts = [part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig)]
+    for name, known in (("_attn_implementation_internal", ATTENTIONS), ("_experts_implementation_internal", EXPERTS)):
+        value = getattr(config, name, None)
+        if not isinstance(value, str) or value not in known:
+            setattr(config, name, None)
+    for part in parts:
+        _choose_implementations(part)
 
 
 def load_config_like(base: Any, folder: Path) -> Any:
@@ -61,6 +79,7 @@ def load_config_like(base: Any, folder: Path) -> Any:
         return load_model_config(folder)
     with reading("the base's code cannot read its config.json", folder):
         config = type(base).from_dict(read_json(folder / "config.json"))
+        _choose_implementations(config)
     config.auto_map, config.name_or_path = base.auto_map, base.name_or_path
     return config
 
@@ -74,7 +93,10 @@ def load_generation_config(folder: Path) -> Any:
     if not (folder / "generation_config.json").exists():
         return None
     with reading("transformers cannot read its generation_config.json", folder):
-        return transformers.GenerationConfig.from_pretrained(folder)
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+    # Would load a second model, from the place that the model's config names.
+    generation.use_mtp = None
+    return generation
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:

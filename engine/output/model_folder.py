@@ -7,21 +7,14 @@ it.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+from engine.checkpoints.find import COMPANIONS, TOKENIZER_FILES, check_file
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.planning.plan import Plan
-
-# Files of a model folder besides weights and config.json, by the names that tokenizers and processors use.
-TOKENIZER = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-)  # fmt: skip
-COMPANIONS = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "LICENSE*",
-)  # fmt: skip
 
 
 def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
@@ -52,6 +45,9 @@ def write_companions(
     """Write config.json with the output's dtype and, for several weight files, the index; copy the base's other files.
 
     Tokenizer files are copied from `tokenizer_folder` if it is given.
+
+    Raises:
+        CheckpointError: a file to copy is not regular, or is a link out of its folder.
     """
     config = dict(plan.base_header.config)
     chosen = plan.config.out_dtype or plan.config.dtype
@@ -65,11 +61,12 @@ def write_companions(
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    companions = (*COMPANIONS, "*.py") if plan.config.trust_remote_code else COMPANIONS
-    for patterns, source in ((companions, base_folder), (TOKENIZER, tokenizer_folder or base_folder)):
-        for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
-            if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-                shutil.copyfile(path, folder / path.name)
+    code = sorted(path.name for path in base_folder.glob("*.py")) if plan.config.trust_remote_code else []
+    for names, source in (((*COMPANIONS, *code), base_folder), (TOKENIZER_FILES, tokenizer_folder or base_folder)):
+        for path in (source / name for name in names if os.path.lexists(source / name)):
+            # Checked with the folder by `plan`, and again here, since the folder may have changed.
+            check_file(path, source)
+            shutil.copyfile(path, folder / path.name)
 
 
 def write_json(path: Path, data: object) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.adapters import AdapterHeader, is_adapter, read_adapter_header
-from engine.checkpoints.find import find_model, portable
+from engine.checkpoints.find import check_folder, find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
 from engine.checkpoints.vocabulary import with_rows_of
@@ -183,6 +183,7 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     named = {model.name: model.model for model in config.models}
     model = named.get(str(source), str(source))
     folder = find_model(model, config_folder)
+    check_folder(folder)
     return portable(model, folder, config_folder), folder
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import safetensors.torch
 from torch import Tensor
 
 from engine.calibration.encoder import encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.learning.frozen_expert import check_models
-from engine.learning.targets import without_targets
+from engine.learning.targets import save_target, without_targets
 from engine.planning.plan import Plan
 from engine.run.run_folder import RunFolder
 
@@ -45,12 +44,12 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
     Raises:
         CalibrationError: a record or one of its images cannot be used.
     """
-    prepared = run.samples()
+    prepared = run.samples(plan)
     if prepared is not None:
         return prepared
 
     def keep(sample: Sample, inputs: Mapping[str, Tensor]) -> None:
-        run.state.write(run.inputs(sample), safetensors.torch.save(without_targets(sample, inputs).tensors()))
+        save_target(without_targets(sample, inputs), run.state, run.inputs(sample))
 
     samples = make_samples(records, encoder(plan, records), plan, keep)
     run.keep_samples(samples)

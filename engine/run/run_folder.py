@@ -9,25 +9,16 @@ merge/config.yaml, written last, marks it as complete.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import pickle
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from engine.calibration.samples import Sample
-from engine.errors import OutputError
-from engine.planning.plan import Plan
+from engine.errors import DamagedError, OutputError
+from engine.run.kept_state import KeptState
 from engine.run.ownership import (
     IDENTITY,
     MARKER,
@@ -46,23 +37,17 @@ from engine.run.ownership import (
 from engine.shards.orthogonal import FOLDER
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
-from engine.storage.folder import Folder, storing
+from engine.storage.folder import storing
 from engine.storage.local_folder import LocalFolder, sweep
 from engine.storage.paths import is_uri, open_folder
+from engine.storage.private import check_private, make_private
+from engine.storage.sealed import read_sealed, write_sealed
 
 WRITING = "writing"
 # Where an earlier merge on a disk stays, in the state, from its replacement to the end of the run.
 REPLACED = "replaced"
 # Contents of WRITING: while an earlier merge is being removed from the output's place, and afterwards.
 CLEARING, CLEARED = b"clearing", b"cleared"
-
-
-@dataclass(frozen=True)
-class StageState:
-    """The progress of a stage: completed optimiser steps, and the learner's state after them (None before any)."""
-
-    steps: int
-    learner: dict[str, Any] | None
 
 
 def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
@@ -79,7 +64,7 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
     return is_done(open_folder(out), run.state, plan_identity, fresh)
 
 
-class RunFolder:
+class RunFolder(KeptState):
     """The folders of one run; `open_run` creates them.
 
     Attributes:
@@ -87,7 +72,7 @@ class RunFolder:
         state: The folder of everything that is needed to resume.
         weights: The folder for the output's weight files.
         composed: The local folder for all other files of the output.
-        held: Raises StorageError, when called, if another process has taken the run over.
+        held, say: See `KeptState`.
     """
 
     def __init__(self, out: str) -> None:
@@ -95,17 +80,16 @@ class RunFolder:
         # The path to which the output is renamed; None where it is written in its final place.
         self._path = None if is_uri(out) else Path(out)
         if self._path is not None:
-            self.state = open_folder(self._path.with_name(f"{self._path.name}.run"))
+            super().__init__(open_folder(self._path.with_name(f"{self._path.name}.run")))
             self.weights = self.state.child("output")
             self.composed = Path(self.weights.where)
         else:
             address = Address.of(out, OutputError)
             if not address.path:
                 raise OutputError("the output is a whole bucket", out, str(replace(address, path="folder")))
-            self.state = open_folder(str(replace(address, path=f"{address.path}.run")))
+            super().__init__(open_folder(str(replace(address, path=f"{address.path}.run"))))
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
-        self.held: Callable[[], None] = lambda: None
 
     def name(self) -> str:
         """Return the run's name for gauges and trackers: the output's name and 8 random hex digits.
@@ -113,85 +97,15 @@ class RunFolder:
         It stays the same until the run is complete.
         """
         try:
-            return self.state.read("name").decode()
-        except FileNotFoundError:
+            return read_sealed(self.state, "name").decode()
+        except (FileNotFoundError, DamagedError):
             name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', PurePosixPath(self.out).name)}-{uuid.uuid4().hex[:8]}"
-            self.state.write("name", name.encode())
+            write_sealed(self.state, "name", name.encode())
             return name
-
-    def target(self, sample: Sample) -> str:
-        """Return the file name of a sample's target in the state."""
-        return f"targets/{sample.expert}-{sample.index}.safetensors"
-
-    def inputs(self, sample: Sample) -> str:
-        """Return the file name of a sample's pixel inputs in the state."""
-        return f"inputs/{sample.expert}-{sample.index}.safetensors"
-
-    def keep_samples(self, samples: list[list[Sample]]) -> None:
-        """Store the samples, after all of their pixel inputs."""
-        self.state.write("samples-2.pickle", pickle.dumps(samples))
-
-    def samples(self) -> list[list[Sample]] | None:
-        """Return the samples that an earlier start prepared, or None if its preparation was not complete.
-
-        The file is a pickle that only this run writes.
-        """
-        try:
-            samples: list[list[Sample]] = pickle.loads(self.state.read("samples-2.pickle"))
-        except FileNotFoundError:
-            return None
-        return samples
-
-    def stored_targets(self) -> set[str]:
-        """Return the file names of the stored targets."""
-        return self.state.names("targets")
-
-    def keep_plan(self, plan: Plan) -> None:
-        """Store the plan in the state, where every node can read it."""
-        self.state.write("plan.pickle", pickle.dumps(plan))
-
-    def load_stage(self, stage: int) -> StageState | None:
-        """Return the state after the last completed optimiser step of a stage, or None before the first."""
-        try:
-            saved = torch.load(io.BytesIO(self.state.read(f"stage-{stage}.pt")), weights_only=True)
-        except FileNotFoundError:
-            return None
-        return StageState(saved["steps"], saved["learner"])
-
-    def save_stage(self, stage: int, state: StageState, rows: list[dict[str, Any]]) -> None:
-        """Store the metrics rows of an optimiser step, then the state after it.
-
-        Raises:
-            StorageError: a file cannot be written, or another process has taken the run over.
-        """
-        self.held()
-        self.state.write(f"metrics/{stage}-{state.steps:06}.json", json.dumps(rows).encode())
-        saved = io.BytesIO()
-        torch.save({"steps": state.steps, "learner": state.learner}, saved)
-        self.state.write(f"stage-{stage}.pt", saved.getvalue())
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""
-        steps = [state.steps for state in map(self.load_stage, (1, 2)) if state]
-        return len(self.stored_targets()), len(self.state.names(FOLDER)), steps, len(self.written())
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics rows of all steps in order. A repeated step has overwritten the rows of its first try."""
-        return [row for name in sorted(self.state.names("metrics")) for row in json.loads(self.state.read(name))]
-
-    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
-        """Store a small numeric array under a name."""
-        saved = io.BytesIO()
-        np.save(saved, array, allow_pickle=False)
-        self.state.write(f"{name}.npy", saved.getvalue())
-
-    def kept(self, name: str) -> npt.NDArray[Any] | None:
-        """Return the array that `keep` stored under a name, or None."""
-        try:
-            array: npt.NDArray[Any] = np.load(io.BytesIO(self.state.read(f"{name}.npy")), allow_pickle=False)
-        except FileNotFoundError:
-            return None
-        return array
+        return len(self.stored_targets()), len(self.state.names(FOLDER)), self.steps_taken(), len(self.written())
 
     def start_output(self, files: Iterable[str]) -> None:
         """Create the output's folders, and remove everything in them except weight files that this run wrote.
@@ -288,13 +202,6 @@ class RunFolder:
             self.weights.write(name, (self.composed / name).read_bytes())
 
 
-def load_plan(state: Folder) -> Plan:
-    """Return the plan that `keep_plan` stored, from a pickle that only this run writes."""
-    plan = pickle.loads(state.read("plan.pickle"))
-    assert isinstance(plan, Plan)
-    return plan
-
-
 @contextmanager
 def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
     """Open the folders of a merge's run, new or as an earlier start left them, and lock them during the context.
@@ -303,13 +210,17 @@ def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
         OutputError: another process holds the lock, or the folder holds the state of another merge.
     """
     run = RunFolder(out)
-    check_state(run.state)
-    with run.state.locked() as run.held:
+    state = run.state
+    check_state(state)
+    if isinstance(state, LocalFolder):
+        check_private(state.path)
+    with state.locked() as run.held:
         # Again under the lock: another run may have ended, or somebody put a file there.
-        check_state(run.state)
-        mark(run.state)
+        check_state(state)
+        if isinstance(state, LocalFolder):
+            make_private(state.path)
+        mark(state)
         run.restore()
-        state = run.state
         if not run.computed() or not resumes(state, plan_identity, fresh):
             run.start_anew(fresh)
         state.write(IDENTITY, plan_identity.encode())

@@ -157,7 +157,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     # Ray does not record the exit code of a job that it stopped.
     assert (told.status, told.code) == ("STOPPED", None), told.log
     assert told.log.rstrip().splitlines()[-1].startswith("stopped")
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.safetensors").exists()
     again = run_job(head, config, "--out", tmp_path / "out")
     assert again.code == 0, again.log
     assert re.search(r"stage 1: 120 \(\d+ done before\)", again.log) and "targets: 7 (7 done before)" in again.log

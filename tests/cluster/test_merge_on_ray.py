@@ -164,7 +164,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged:
     with pytest.raises(KeyboardInterrupt):
         run_merge(plan, tmp_path / "merged", stop_in_stage_2)
     assert not (tmp_path / "merged").exists()
-    assert (tmp_path / "merged.run" / "stage-2.pt").exists()
+    assert (tmp_path / "merged.run" / "stage-2.safetensors").exists()
     run_merge(plan, tmp_path / "merged")
     assert result(tmp_path / "merged") == result(merged)
     figures = json.loads((tmp_path / "merged" / "merge" / "memory.json").read_text())

@@ -145,7 +145,7 @@ def test_a_stopped_merge_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     code, message = stopped(command, environment)
     assert code == 130, message
     assert "stopped" in message and "Traceback" not in message
-    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.pt").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.run" / "stage-1.safetensors").exists()
     done = cli("merge", config, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert re.search(r"targets: 7 \(7 done before\)", done.stdout)

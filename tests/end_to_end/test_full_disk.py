@@ -1,4 +1,4 @@
-"""A full disk: exit code 4, a message that says so, and a state from which the run resumes; a small one: exit code 3."""
+"""A full disk: exit code 4, a clear message, and a state from which the run resumes; a small one: exit code 3."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
-# Merge to a disk in a new mount namespace (no root needed) that shrinks to size $1 once the merge has begun; then enlarge
-# it and run the same command again.
+# Merge to a disk in a new mount namespace (no root needed) that shrinks to size $1 once the merge has begun; then
+# enlarge it and run the same command again.
 SCRIPT = """
 set -u
 mount -t tmpfs -o size=50m tmpfs "$DISK" || exit 99

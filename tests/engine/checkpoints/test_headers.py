@@ -405,6 +405,22 @@ def test_a_snapshot_may_link_to_nothing_but_its_blobs(tmp_path: Path, whole: Pat
     check_refused(snapshot, snapshot / file, do="link", facts=[str((snapshot / file).resolve())])
 
 
+@pytest.mark.parametrize("name", ["vocab.bpe", "LICENSE.md", "tokenizer.json", "additional_chat_templates/a.jinja"])
+def test_a_link_out_of_the_folder_is_refused_for_every_file_that_is_copied_or_read(
+    tmp_path: Path, folder: Path, name: str
+) -> None:
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    check_refused(folder, folder / name, do="link", facts=[str(tmp_path / "secret")])
+
+
+def test_a_folder_of_templates_is_not_a_link_out_of_the_folder(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    check_refused(folder, folder / "additional_chat_templates", do="link", facts=[str(tmp_path / "elsewhere")])
+
+
 def test_a_link_within_the_folder_is_followed(folder: Path, whole: Path) -> None:
     (folder / "model.safetensors").rename(folder / "weights")
     (folder / "model.safetensors").symlink_to("weights")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import plan_of
+from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -20,6 +21,7 @@ from torch import Tensor
 from engine.checkpoints.headers import BYTES, FLOATS, ModelHeader, TensorHeader, read_model_header
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.config.reader import parse_config
+from engine.errors import CheckpointError
 from engine.output.model_folder import output_files, write_companions
 from engine.planning.plan import ModelPlan, Plan
 from engine.storage.local_folder import LocalFolder
@@ -277,6 +279,7 @@ def test_companion_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     others = [
         "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
         "training_args.bin", "optimizer.pt", "modeling_custom.py", "README.md", "tokenizer.safetensors", "vocab.bin",
+        "tokenizer.env", "chat_template.html", "vocab.secret", "id_rsa.model", "LICENSE.key", "tokenizer",
     ]  # fmt: skip
     for name in companions + others:
         (base / name).write_bytes(name.encode())
@@ -285,6 +288,32 @@ def test_companion_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     write_companions(out, plan, base, output_files(plan))
     copied = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "config.json"}
     assert copied == {name: name.encode() for name in companions}
+
+
+@pytest.mark.parametrize("name", ["vocab.bpe", "tokenizer_config.json", "LICENSE", "chat_template.jinja"])
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_links_out_of_a_folder_are_not_copied(tmp_path: Path, name: str, own_tokenizer: bool) -> None:
+    base, out, tokenizer = (tmp_path / folder for folder in ("base", "out", "tokenizer"))
+    for folder in (base, out, tokenizer):
+        folder.mkdir()
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    source = tokenizer if own_tokenizer and name != "LICENSE" else base
+    (source / name).symlink_to(tmp_path / "secret")
+    plan = plan_with({"model_type": "llama"})
+    with refused(CheckpointError, where=str(source / name), do="link", facts=[str(tmp_path / "secret")]):
+        write_companions(out, plan, base, output_files(plan), tokenizer if own_tokenizer else None)
+    assert not (out / name).exists()
+
+
+def test_links_inside_a_folder_are_copied_as_files(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    (base / "real.json").write_text("{}")
+    (base / "vocab.json").symlink_to("real.json")
+    plan = plan_with({"model_type": "llama"})
+    write_companions(out, plan, base, output_files(plan))
+    assert (out / "vocab.json").read_text() == "{}" and not (out / "vocab.json").is_symlink()
 
 
 def test_a_real_base_is_written_whole(llama_merge: Path, tmp_path: Path) -> None:

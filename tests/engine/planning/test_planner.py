@@ -241,6 +241,13 @@ def test_a_missing_model_is_reported(llama_merge: Path, key: str) -> None:
     assert caught.value.where == str(llama_merge.parent.parent.resolve() / "none")
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "vocab.bpe"])
+def test_a_tokenizer_source_with_a_link_out_of_it_is_refused(llama_merge: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/etc/passwd")
+    with refused(CheckpointError, where=str(tmp_path / name), do="link", facts=["/etc/passwd"]):
+        plan_of(llama_merge, f"tokenizer_source={tmp_path}")
+
+
 def write_adapter(folder: Path) -> None:
     folder.mkdir()
     options = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}

@@ -1,0 +1,182 @@
+"""Formats of a run's state: plan and samples as JSON, arrays and the learner as safetensors; never code.
+
+What is read is checked like any input from outside, since anyone may write to a bucket. `engine.storage.sealed` adds
+the checksum of a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+import safetensors.numpy
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from engine.calibration.samples import Sample
+from engine.errors import InputError
+from engine.learning.learner import LearnerState
+from engine.planning.plan import Plan
+from engine.storage.folder import Folder
+from engine.storage.sealed import read_sealed, refuse
+from engine.untrusted import parse_json
+
+T = TypeVar("T")
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class StageState:
+    """The progress of a stage: completed optimiser steps, and the learner's state after them (None before any)."""
+
+    steps: int
+    learner: LearnerState | None
+
+
+@contextmanager
+def decoding(where: str) -> Iterator[None]:
+    """Raise DamagedError, which names the file `where`, for content that cannot be what a run wrote."""
+    try:
+        yield
+    except (InputError, SafetensorError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        refuse(where)
+
+
+@cache
+def _types(kind: Any) -> Any:
+    return pydantic.TypeAdapter(kind)
+
+
+def _encode(kind: Any, value: Any) -> bytes:
+    # Not `dump_json`, which turns NaN and infinity into null; a model's config may contain them.
+    return json.dumps(_types(kind).dump_python(value, mode="json")).encode()
+
+
+def encode_plan(plan: Plan) -> bytes:
+    """Return the plan as JSON."""
+    return _encode(Plan, plan)
+
+
+def load_plan(state: Folder, digest: str) -> Plan:
+    """Return the plan that `RunFolder.keep_plan` stored. `digest` is the `plan_digest` of the driver's plan.
+
+    The digest does not come from the folder, so no one who may write there can change which files a node reads, or
+    whether code of a model may run.
+
+    Raises:
+        DamagedError: the file is missing, damaged, or not the driver's plan.
+    """
+    where = f"{state.where}/{PLAN}"
+    try:
+        content = read_sealed(state, PLAN)
+    except FileNotFoundError:
+        refuse(where)
+    if hashlib.sha256(content).hexdigest() != digest:
+        refuse(where)
+    with decoding(where):
+        plan: Plan = _types(Plan).validate_python(json.loads(content))
+    return plan
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return the SHA-256 of the stored plan in hexadecimal."""
+    return hashlib.sha256(encode_plan(plan)).hexdigest()
+
+
+def encode_samples(samples: list[list[Sample]]) -> bytes:
+    """Return the samples as JSON."""
+    return _encode(list[list[Sample]], samples)
+
+
+def decode_samples(content: bytes, plan: Plan, where: str) -> list[list[Sample]]:
+    """Return the samples that `encode_samples` encoded.
+
+    Raises:
+        DamagedError: the content cannot be samples of this plan.
+    """
+    with decoding(where):
+        raw = parse_json(content.decode(), where, InputError)
+        samples: list[list[Sample]] = _types(list[list[Sample]]).validate_python(raw)
+        if len(samples) != len(plan.experts):
+            raise ValueError
+        for k, of_expert in enumerate(samples):
+            if not all(_fits(sample, plan, k, index) for index, sample in enumerate(of_expert)):
+                raise ValueError
+    return samples
+
+
+def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
+    """Return whether this can be sample `index` of expert k."""
+    ids = sample.input_ids
+    vocabulary = plan.base_header.vocab_size or max(ids, default=0) + 1
+    return (
+        (sample.expert, sample.index) == (k, index)
+        and bool(ids)
+        and 0 <= min(ids) <= max(ids) < vocabulary
+        and min(sample.generate, sample.cut) >= 0
+        and sample.tokens <= plan.config.calibration.max_length
+        and all(0 <= start <= stop <= sample.tokens for start, stop in sample.masked_spans)
+        and 0 <= sample.loss_weight < math.inf
+    )
+
+
+def encode_stage(state: StageState) -> bytes:
+    """Return the state of a stage as safetensors; the number of steps is a tensor of its own."""
+    tensors = {f"learner.{name}": tensor for name, tensor in (state.learner or {}).items()}
+    return safetensors.torch.save(tensors | {"steps": torch.tensor(state.steps)})
+
+
+def decode_stage(content: bytes, where: str) -> StageState:
+    """Return the state that `encode_stage` encoded. Its tensors are checked by `Learner.restore`.
+
+    Raises:
+        DamagedError: the content cannot be the state of a stage.
+    """
+    with decoding(where):
+        tensors = safetensors.torch.load(content)
+        count = tensors.pop("steps")
+        if count.shape or count.is_floating_point() or count.item() < 0:
+            raise ValueError
+        learner = {name.removeprefix("learner."): tensor for name, tensor in tensors.items()}
+    return StageState(int(count), learner or None)
+
+
+def encode_array(array: npt.NDArray[Any]) -> bytes:
+    """Return a numeric array as safetensors."""
+    return safetensors.numpy.save({"array": np.ascontiguousarray(array)})
+
+
+def decode_array(content: bytes, where: str) -> npt.NDArray[Any]:
+    """Return the array that `encode_array` encoded.
+
+    Raises:
+        DamagedError: the content is no such array, or has numbers that are not finite.
+    """
+    with decoding(where):
+        array: npt.NDArray[Any] = safetensors.numpy.load(content)["array"]
+        if not np.isfinite(array).all():
+            raise ValueError
+    return array
+
+
+def decode_rows(content: bytes, where: str) -> list[dict[str, Any]]:
+    """Return rows of metrics from JSON.
+
+    Raises:
+        DamagedError: the content is no list of rows of plain values.
+    """
+    with decoding(where):
+        rows: list[dict[str, Any]] = _types(list[dict[str, str | int | float | None]]).validate_python(
+            parse_json(content.decode(), where, InputError)
+        )
+    return rows
