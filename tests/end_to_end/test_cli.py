@@ -150,7 +150,7 @@ def test_a_stopped_merge_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"targets: 7 \(7 done before\)", done.stdout)
     assert re.search(r"stage 1: \d+ \(\d+ done before\)", done.stdout)
-    assert re.search(r"stage 1, step \d+ of 56; 7 of 7 targets", done.stdout)
+    assert re.search(r"stage 1, step \d+ of 22; 7 of 7 targets", done.stdout)
     assert json.loads((tmp_path / "out" / "merge" / "memory.json").read_text())["expert_forwards"] == 7
     record = tmp_path / "out" / "merge"
     assert pyarrow.parquet.read_table(record / "coefficients.parquet")["stage"].unique().to_pylist() == [1]
