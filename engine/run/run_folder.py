@@ -34,6 +34,7 @@ from engine.run.ownership import (
     remove_files,
     resumes,
 )
+from engine.run.place import check_place
 from engine.shards.orthogonal import FOLDER
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -56,9 +57,10 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
     False too if an unfinished run of this merge, begun with `fresh`, is to replace what `out` holds.
 
     Raises:
-        OutputError: `out` holds something other than a merge, or, without `fresh`, another merge; or the folder of the
-            run's state is not this program's own.
+        OutputError: `out` holds something other than a merge, or, without `fresh`, another merge; or no folder can be
+            made there, or the folder of the run's state is not this program's own.
     """
+    check_place(out)
     run = RunFolder(out)
     check_state(run.state)
     return is_done(open_folder(out), run.state, plan_identity, fresh)
