@@ -3,6 +3,8 @@
 torch has no operation that subtracts and multiplies at once. Its intermediate differences went through the cache, and a
 pass over an expert took 1.5 times as long as reading it. Each kernel takes four experts, since several memory streams
 use more bandwidth than one. An operand is float32 [n], or bfloat16 as the uint16 of its bits [n].
+Every product and every sum is rounded by itself, in an order that the code fixes, so that the bits are those of any
+CPU. A fused multiplication and addition, which not every CPU has, saves no time: memory is the limit.
 Letters: B elements of a block.
 Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
 """
@@ -14,6 +16,8 @@ from typing import Any
 import numba
 import numba.extending
 import numpy as np
+
+from engine.task_vectors.lanes import LANES, add_products
 
 # Number of elements whose products are summed in float32; the sums of spans are added in float64.
 SPAN = 1 << 12
@@ -56,41 +60,34 @@ def _add_differences(
         )
 
 
-def _span_products(slope: Any, base: Any, x0: Any, x1: Any, x2: Any, x3: Any) -> tuple[Any, Any, Any, Any]:
-    p0 = p1 = p2 = p3 = np.float32(0)
-    for i in range(base.shape[0]):
-        p0 += slope[i] * (_widen(x0[i]) - base[i])
-        p1 += slope[i] * (_widen(x1[i]) - base[i])
-        p2 += slope[i] * (_widen(x2[i]) - base[i])
-        p3 += slope[i] * (_widen(x3[i]) - base[i])
-    return p0, p1, p2, p3
-
-
-# An inner product may be summed in any order, so that the compiler can use all SIMD lanes; the terms of a merged weight
-# are added in a fixed order. Both may fuse a multiplication and an addition into one rounding.
-_products_of_span = numba.njit(_span_products, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-
-
 def _inner_products(
     sums: Any, slope_B: Any, base_B: Any, x0_B: Any, x1_B: Any, x2_B: Any, x3_B: Any, first: int, last: int
 ) -> None:
-    """Add ⟨slope, xᵢ − base⟩ from `first` to `last` to `sums` [4], float64; each span is summed in float32."""
+    """Add ⟨slope, xᵢ − base⟩ from `first` to `last` to `sums` [4], float64.
+
+    Each span is summed in `LANES` partial sums in float32, which are added in order in float64.
+    """
+    partial = np.empty((4, LANES), np.float32)
     for start in range(first, last, SPAN):
         stop = min(start + SPAN, last)
-        p0, p1, p2, p3 = _products_of_span(
-            slope_B[start:stop],
-            base_B[start:stop],
-            x0_B[start:stop],
-            x1_B[start:stop],
-            x2_B[start:stop],
-            x3_B[start:stop],
-        )
-        sums[0] += p0
-        sums[1] += p1
-        sums[2] += p2
-        sums[3] += p3
+        slope, base = slope_B[start:stop], base_B[start:stop]
+        x0, x1, x2, x3 = x0_B[start:stop], x1_B[start:stop], x2_B[start:stop], x3_B[start:stop]
+        partial[:] = 0
+        rows = (stop - start) // LANES
+        add_products(partial, slope, base, x0, x1, x2, x3, rows)
+        for i in range(rows * LANES, stop - start):
+            lane = i - rows * LANES
+            partial[0, lane] += slope[i] * (_widen(x0[i]) - base[i])
+            partial[1, lane] += slope[i] * (_widen(x1[i]) - base[i])
+            partial[2, lane] += slope[i] * (_widen(x2[i]) - base[i])
+            partial[3, lane] += slope[i] * (_widen(x3[i]) - base[i])
+        for k in range(4):
+            total = 0.0
+            for lane in range(LANES):
+                total += partial[k, lane]
+            sums[k] += total
 
 
 # Each combination of operand types is compiled at its first call, which takes half a second. The GIL is released.
-add_differences = numba.njit(_add_differences, nogil=True, fastmath={"contract"})
+add_differences = numba.njit(_add_differences, nogil=True)
 inner_products = numba.njit(_inner_products, nogil=True)

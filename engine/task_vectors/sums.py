@@ -119,9 +119,13 @@ def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> 
 
 
 def _sum(block_B: Tensor) -> float:
-    """Return the sum of a block; in float64, which copies the block, only if float32 overflows."""
-    total = block_B.sum().item()
-    return total if math.isfinite(total) else block_B.sum(dtype=torch.float64).item()
+    """Return the sum of a block; in float64, which copies the block, only if float32 overflows.
+
+    numpy adds pairwise with eight partial sums; the partial sums of torch are as many as the CPU's registers hold.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(block_B.numpy().sum())
+    return total if math.isfinite(total) else float(block_B.numpy().sum(dtype=np.float64))
 
 
 def _groups(task_vectors: Sequence[TaskVector | None]) -> list[list[int]]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from engine.task_vectors.kernels import SPAN, add_differences, inner_products
 from engine.task_vectors.kinds import as_operand
+from engine.task_vectors.lanes import LANES
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -112,3 +117,74 @@ def test_a_small_difference_is_not_lost_beside_a_large_base() -> None:
     expert, sums = base + np.float32(2**-13), np.zeros(4)
     inner_products(sums, np.ones(1000, np.float32), base, *[expert] * 4, 0, 1000)
     assert (sums == 1000 * 2.0**-13).all()
+
+
+def in_lanes(slope: Tensor, base: Tensor, expert: Tensor) -> float:
+    """Return ⟨slope, expert − base⟩ in the order that the kernel promises, by numpy, which rounds every operation."""
+    terms, total = slope.numpy() * (expert.float().numpy() - base.numpy()), 0.0
+    for start in range(0, len(terms), SPAN):
+        lanes = np.zeros(LANES, np.float32)
+        for first in range(start, min(start + SPAN, len(terms)), LANES):
+            row = terms[first : min(first + LANES, start + SPAN)]
+            lanes[: len(row)] += row
+        span = 0.0
+        for lane in lanes:
+            span += float(lane)
+        total += span
+    return total
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 4, (torch.bfloat16,) * 4, DTYPES * 2])
+@pytest.mark.parametrize("count", [1, LANES - 1, LANES, SPAN - 1, 2 * SPAN + LANES + 3])
+def test_the_order_of_the_sums_is_fixed(count: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    base, slope, experts = noise(count, 10), noise(count, 11), stored(count, dtypes)
+    sums = np.zeros(4)
+    inner_products(sums, slope.numpy(), base.numpy(), *map(as_operand, experts), 0, count)
+    assert sums.tolist() == [in_lanes(slope, base, expert) for expert in experts]
+
+
+@pytest.mark.parametrize("first", range(1, 5))
+def test_the_alignment_of_the_operands_has_no_effect(first: int) -> None:
+    count = SPAN + 5
+    tensors = [noise(count + first, seed) for seed in range(6)]
+    shifted, own = np.zeros(4), np.zeros(4)
+    inner_products(shifted, *[tensor.numpy() for tensor in tensors], first, first + count)
+    inner_products(own, *[tensor[first:].clone().numpy() for tensor in tensors], 0, count)
+    assert shifted.tolist() == own.tolist()
+
+
+# Run as it is and for the oldest CPU of this architecture: without wide registers, and without fused operations.
+BITS = """
+import numpy as np
+import torch
+from engine.task_vectors.kernels import add_differences, inner_products
+from engine.task_vectors.kinds import Stored
+from engine.task_vectors.sums import mean_magnitudes
+
+generator = np.random.default_rng(0)
+floats = [generator.standard_normal(10_001).astype(np.float32) for _ in range(6)]
+alpha = np.float32([0.1, 0.2, 0.3, 0.4])
+for experts in (floats[2:], [(x.view(np.uint32) >> 16).astype(np.uint16) for x in floats[2:]]):
+    sums, merged = np.zeros(4), np.zeros(10_001, np.float32)
+    inner_products(sums, *floats[:2], *experts, 3, 9_990)
+    add_differences(merged, floats[1], *experts, alpha, 3, 9_990)
+    print(sums.tobytes().hex(), merged.tobytes().hex())
+base, *taus = (torch.from_numpy(x) for x in floats)
+magnitude, magnitudes = mean_magnitudes(base, [Stored(tau) for tau in taus])
+print(magnitude.hex(), magnitudes.tobytes().hex())
+"""
+
+
+def test_the_bits_are_the_same_for_every_type_of_cpu() -> None:
+    def bits(**settings: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", BITS],
+            env=os.environ | settings,  # numpy warns of features that this CPU does not have
+            cwd=Path(__file__).parents[3],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+
+    oldest = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "ATEN_CPU_CAPABILITY": "default"}
+    assert bits() == bits(**oldest, NPY_DISABLE_CPU_FEATURES="X86_V3,X86_V4")
