@@ -1,5 +1,7 @@
 """Losses of the learned methods, computed in float32.
 
+All sums run in the order of `ordered_sum`. torch splits the sum of a whole tensor by the number of its threads, so that
+the last bits of a loss, and with a relative one those of the gradients, would change with the number of CPUs.
 Letters in tensor names: T tokens, H hidden features, V vocabulary. The tensors hold one sample without padding.
 Sources: Expert Merging, arXiv 2509.25712; for the entropy AdaMerging, arXiv 2310.02575.
 """
@@ -16,6 +18,20 @@ from torch.nn import functional
 from engine.task_vectors.coefficients import Array
 
 
+def ordered_sum(values: Tensor) -> Tensor:
+    """Return the sum over the first dimension, in an order that depends on its length alone: halves are added up.
+
+    A sum of two tensors has the same bits whatever the threads and registers. Autograd may record it.
+    """
+    rest = values.new_zeros(values.shape[1:])
+    while len(values) > 1:
+        half = len(values) // 2
+        if len(values) % 2:
+            rest = rest + values[-1]
+        values = values[:half] + values[half : 2 * half]
+    return rest + values[0] if len(values) else rest
+
+
 def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
     """Return L_hid = mean over ℓ ∈ S of mean over tokens and features of (hₗ(x; θ) − hₖ,ₗ(x))²; 0 if S is empty.
 
@@ -24,9 +40,7 @@ def hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> 
     """
     if not expert:
         return torch.zeros(())
-    losses = [functional.mse_loss(student[i].float(), expert[i].float()) for i in sorted(expert)]
-    # Layers may be on different devices.
-    return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
+    return _mean([_squares(student[i].float() - expert[i].float()) / expert[i].numel() for i in sorted(expert)])
 
 
 def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Tensor]) -> Tensor:
@@ -43,11 +57,20 @@ def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Ten
     losses = []
     for i in sorted(expert):
         target_TH = expert[i].float()
-        spread = (target_TH - target_TH.mean(dim=0)).square().sum()
-        error = (student[i].float() - target_TH).square().sum()
+        spread = _squares(target_TH - ordered_sum(target_TH) / len(target_TH))
+        error = _squares(student[i].float() - target_TH)
         # A single token has no variance, so its error is relative to its own square.
-        losses.append(error / (spread if spread > 0 else target_TH.square().sum().clamp_min(1e-12)))
-    return torch.stack([loss.to(losses[-1].device) for loss in losses]).mean()
+        losses.append(error / (spread if spread > 0 else _squares(target_TH).clamp_min(1e-12)))
+    return _mean(losses)
+
+
+def _squares(values: Tensor) -> Tensor:
+    return ordered_sum(values.square().flatten())
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    # Layers may be on different devices.
+    return ordered_sum(torch.stack([loss.to(losses[-1].device) for loss in losses])) / len(losses)
 
 
 def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +86,7 @@ def logit_loss(student_TV: Tensor, expert_TV: Tensor, temperature: float) -> tup
     )
     gap = expert - student
     probability = expert.exp_()
-    kl = torch.dot(probability.reshape(-1), gap.reshape(-1))
+    kl = ordered_sum(gap.mul_(probability).flatten())
     gradient = student.exp_().sub_(probability).mul_(temperature)
     return temperature**2 * kl, gradient
 
@@ -78,9 +101,9 @@ def entropy_loss(student_TV: Tensor) -> tuple[Tensor, Tensor]:
     p_TV = functional.softmax(student_TV.detach().float(), dim=-1)
     # −p·ln p, and 0 where p = 0.
     parts_TV = torch.special.entr(p_TV)
-    entropy_T = parts_TV.sum(dim=-1)
+    entropy_T = ordered_sum(parts_TV.T)
     gradient = parts_TV.sub_(p_TV.mul_(entropy_T[:, None]))
-    return entropy_T.sum(), gradient
+    return ordered_sum(entropy_T), gradient
 
 
 def regularization(alpha: Array, prior: Array) -> float:

@@ -17,6 +17,7 @@ from engine.learning.losses import (
     entropy_loss,
     hidden_loss,
     logit_loss,
+    ordered_sum,
     regularization,
     regularization_gradient,
     relative_hidden_loss,
@@ -352,3 +353,45 @@ def test_the_relative_hidden_loss_of_one_token_or_of_no_layer_is_finite() -> Non
     assert relative_hidden_loss({0: one}, {0: other}).item() == pytest.approx(expected, rel=1e-6)
     assert relative_hidden_loss({0: one[:0]}, {0: other[:0]}).item() == 0.0
     assert relative_hidden_loss({}, {}).item() == 0.0
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(0, 99))
+def test_an_ordered_sum_is_the_sum_and_so_is_its_gradient(count: int, seed: int) -> None:
+    values = random(count, 3, seed=seed).requires_grad_()
+    found = ordered_sum(values)
+    torch.testing.assert_close(found, values.sum(dim=0), rtol=1e-6, atol=1e-5)
+    found.sum().backward()
+    assert values.grad is not None and bool((values.grad == 1).all())
+
+
+def test_an_ordered_sum_adds_halves() -> None:
+    """In float32 1 + 2⁻²⁴ rounds to 1, and 1 + 2 · 2⁻²⁴ does not."""
+    small = 2.0**-24
+    assert ordered_sum(torch.tensor([1.0, small, small, small])).item() == 1 + 2 * small
+    assert ordered_sum(torch.tensor([small, 1.0, 0.0, small])).item() == 1
+    assert ordered_sum(torch.tensor([1.0, 0.0, small])).item() == 1
+    assert torch.equal(ordered_sum(torch.empty(0, 3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("tokens", [1, 301])
+def test_the_losses_do_not_depend_on_the_number_of_threads(tokens: int) -> None:
+    """torch splits a sum of more than 2¹⁵ elements among its threads."""
+    width = 40_000 if tokens == 1 else 257
+    student, expert = random(tokens, width, seed=1), random(tokens, width, seed=2)
+
+    def bits(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        at = student.clone().requires_grad_()
+        hidden = [loss({1: at, 2: 2 * at}, {1: expert, 2: expert}) for loss in (hidden_loss, relative_hidden_loss)]
+        sum(hidden).backward()
+        assert at.grad is not None
+        return [*hidden, at.grad, *logit_loss(student, expert, 2.0), *entropy_loss(student)]
+
+    before = torch.get_num_threads()
+    try:
+        first, *others = [bits(threads) for threads in (1, 2, 3, 4)]
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
