@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from cluster.placement import Node, Seat
 from cluster.watch import Lost
 from engine.errors import ClusterError
+from engine.machine import check_home
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
 # By default glibc keeps large freed buffers, and the memory of a trainer seems to grow. With these settings it returns
@@ -29,6 +30,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 TOKEN = "check that the head is running; if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
+SHORT = "set RAY_TMPDIR to an existing folder with a path of at most 35 characters"
+WRITABLE = "give this user access to it, or set HOME and RAY_TMPDIR to folders that this user can write to"
 SAY_EVERY = 5.0
 KNOCK_SECONDS = 10.0
 Found = TypeVar("Found")
@@ -41,6 +44,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
     Raises:
         ClusterError: no cluster answers at the address, or Ray does not start.
     """
+    check_home(ClusterError)
     address = address or os.environ.get("RAY_ADDRESS")
     on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any]
@@ -66,6 +70,11 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine", do=TOKEN) from error
+    except OSError as error:
+        # Such as a folder whose name is too long for the sockets in it, or to which this user cannot write.
+        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+        do = SHORT if "AF_UNIX" in str(error) else WRITABLE
+        raise ClusterError(f"Ray does not start: {error}", str(error.filename or temporary), do=do) from error
     finally:
         # Ray sets a SIGTERM handler that ends the driver at once. Restore ours, which raises KeyboardInterrupt.
         signal.signal(signal.SIGTERM, on_stop)

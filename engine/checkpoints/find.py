@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from engine.errors import CheckpointError
+from engine.machine import check_home
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import check_regular
@@ -57,6 +58,7 @@ def find_model(model: str, config_folder: Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", hub_id, flags=re.ASCII):
         raise CheckpointError("no such model folder", str(path), "a folder with config.json, or a hub id: owner/name")
 
+    check_home(CheckpointError, "HF_HOME")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -7,7 +7,6 @@ chooses the placement with the smallest step time. Units: bytes, seconds, FLOP; 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Literal
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
-from engine.machine import usable_cpus
+from engine.machine import usable_cpus, usable_memory
 from engine.planning.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import passes, training_order, windows
@@ -68,7 +67,7 @@ class Machines:
     def here(cls) -> Machines:
         """Return this machine as a cluster of one node."""
         gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
-        return cls(1, usable_cpus(), gpus, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return cls(1, usable_cpus(), gpus, usable_memory())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import filelock
 
 from engine.errors import InputError
+from engine.machine import check_home
 from engine.storage.address import Address
 from engine.storage.folder import Folder, storing
 from engine.storage.local_folder import LocalFolder
@@ -38,7 +39,12 @@ def below(files: Any, key: str, absent: bool = False) -> list[Any]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of the cache: EXPERT_MERGING_CACHE, or ~/.cache/expert-merging."""
+    """Return the folder of the cache: EXPERT_MERGING_CACHE, or ~/.cache/expert-merging.
+
+    Raises:
+        InputError: neither EXPERT_MERGING_CACHE nor a home folder is set.
+    """
+    check_home(InputError, "EXPERT_MERGING_CACHE")
     return Path(os.environ.get("EXPERT_MERGING_CACHE") or "~/.cache/expert-merging").expanduser().absolute()
 
 
