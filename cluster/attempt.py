@@ -20,12 +20,18 @@ from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
 
+# Times that the bound of a wait is doubled.
+MOST_DOUBLINGS = 3
+
 
 class Attempt:
-    """One attempt at a merge on a connected cluster: its plan, its run folder, and the memory reports of its actors."""
+    """One attempt at a merge on a connected cluster: its plan, its run folder, and the memory reports of its actors.
 
-    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress) -> None:
-        self.plan, self.folder, self.progress = plan, folder, progress
+    `losses` is the number of attempts before this one.
+    """
+
+    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress, losses: int = 0) -> None:
+        self.plan, self.folder, self.progress, self._losses = plan, folder, progress, losses
         self.watch = Watch(progress.say)
         self.process = ActorProcess("driver")
         # One model, or one per expert in a folder of its name.
@@ -37,6 +43,10 @@ class Attempt:
     def weight_files(self) -> list[str]:
         """Return the names of all weight files of the output."""
         return [named(model, file).name for model in self.models for file in output_files(self.plan)]
+
+    def bound(self, patience: float) -> None:
+        """Bound every wait for results; after each loss the bound is doubled, since machines may be slow, not hung."""
+        self.watch.patience = patience * 2 ** min(self._losses, MOST_DOUBLINGS)
 
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
         """Write the weight files of the output on the shards, and the files beside them.

@@ -6,6 +6,8 @@ The driver holds references and small tables, never a tensor of a model.
 
 from __future__ import annotations
 
+from itertools import count
+
 from cluster.learned_merge import LearnedMerge, Samples
 from cluster.progress import Progress
 from cluster.session import connect
@@ -25,7 +27,8 @@ from engine.run.run_folder import RunFolder, check_output, open_run
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
     """Merge according to the plan into `out`.
 
-    After the loss of a node, the merge is attempted again on the remaining nodes, from the state in `OUT.run/`.
+    After the loss of a node, or if an actor hangs, the merge is attempted again with new actors on the remaining nodes,
+    from the state in `OUT.run/`.
 
     Args:
         plan: The plan of the merge.
@@ -69,18 +72,25 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
                 progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
             run.say = progress.say
             run.keep_plan(plan)
-            until_done(lambda: attempt(plan, samples, run, progress, plan_identity), run.progress_marker, progress.say)
+            losses = count()
+            until_done(
+                lambda: attempt(plan, samples, run, progress, plan_identity, next(losses)),
+                run.progress_marker,
+                progress.say,
+            )
     return True
 
 
-def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, plan_identity: str) -> None:
-    """Complete the merge from its stored state, on the nodes that are alive.
+def attempt(
+    plan: Plan, samples: Samples, run: RunFolder, progress: Progress, plan_identity: str, losses: int = 0
+) -> None:
+    """Complete the merge from its stored state, on the nodes that are alive, after a number of lost attempts.
 
     Raises:
-        Lost: a node or an object was lost; the merge can be attempted again.
+        Lost: a node or an object was lost, or an actor hangs; the merge can be attempted again.
         MergeError: the merge cannot continue.
     """
     if plan.config.learned:
-        LearnedMerge(plan, samples, run, progress).run(plan_identity)
+        LearnedMerge(plan, samples, run, progress, losses).run(plan_identity)
     else:
-        WeightSpaceMerge(plan, run, progress).run(plan_identity)
+        WeightSpaceMerge(plan, run, progress, losses).run(plan_identity)

@@ -12,7 +12,7 @@ import numpy as np
 
 from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.placement import Devices, Seating, arrange, check_memory
+from cluster.placement import Devices, Seating, arrange, check_memory, machines
 from cluster.progress import Progress
 from cluster.session import await_layout, nodes
 from cluster.stages import Stages
@@ -22,6 +22,7 @@ from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
 from engine.output.merge_record import write_record
+from engine.planning.patience import patience
 from engine.planning.plan import Plan
 from engine.planning.scaling import Work
 from engine.run.run_folder import RunFolder
@@ -35,8 +36,8 @@ Samples = Sequence[Sequence[Sample]]
 class LearnedMerge(Attempt):
     """One attempt at a merge by a learned method."""
 
-    def __init__(self, plan: Plan, samples: Samples, folder: RunFolder, progress: Progress) -> None:
-        super().__init__(plan, folder, progress)
+    def __init__(self, plan: Plan, samples: Samples, folder: RunFolder, progress: Progress, losses: int = 0) -> None:
+        super().__init__(plan, folder, progress, losses)
         self.samples = samples
 
     def run(self, plan_identity: str) -> None:
@@ -101,6 +102,7 @@ class LearnedMerge(Attempt):
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
+        self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
         self.folder.keep("devices", np.array([devices.trainer, devices.expert]))
         return layout
 

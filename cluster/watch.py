@@ -1,4 +1,4 @@
-"""Waiting for results of actors while the cluster is watched for lost nodes.
+"""Waiting for results of actors while the cluster is watched for lost nodes, and the actors for results.
 
 Ray's failures become the project's errors, or `Lost` if the run can resume from its stored state.
 """
@@ -28,6 +28,8 @@ from engine.errors import MergeError, RunError
 HEARTBEAT = 30.0
 # Seconds between two checks of the nodes.
 LOOK_EVERY = 1.0
+# Seconds of silence that one check can add. More has passed if the driver itself was stopped or starved.
+MOST_SILENCE = 10.0
 # Attempts in a row that may be lost without progress before the run fails.
 TRIES = 3
 Result = TypeVar("Result")
@@ -36,16 +38,37 @@ Worker = TypeVar("Worker")
 
 
 class Lost(Exception):
-    """A node or an object was lost. The run must place its actors again and resume from its stored state."""
+    """A node or an object was lost. The run must place its actors again and resume from its stored state.
+
+    `do` is the advice for a user if this repeats.
+    """
+
+    do = ""
+
+
+class Hung(Lost):
+    """No actor has returned a result for longer than a healthy one takes."""
+
+    do = "raise `cluster.hang`, if the machines are only slow; then run the same command to resume"
 
 
 class Watch:
-    """Waits for references. During every wait, the callbacks of references given to `later` are called."""
+    """Waits for references. During every wait, the callbacks of references given to `later` are called.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    Results are the heartbeat of the actors. If none arrives for `patience` seconds of waiting, an actor hangs: it was
+    stopped, or waits for a lock or for storage that does not answer. One actor that hangs silences the others in time,
+    because their work ends or needs its result.
+
+    Attributes:
+        say: Prints a line.
+        patience: Seconds without any result after which a wait raises `Hung`. None: no bound.
+    """
+
+    def __init__(self, say: Callable[[str], None], patience: float | None = None) -> None:
+        self.say, self.patience = say, patience
+        self._silent = 0.0
         self._nodes: dict[Any, str] = {}
-        self._later: dict[Any, tuple[Callable[[Any], None], str]] = {}
+        self._later: dict[Any, tuple[Callable[[Any], None], str, bool]] = {}
         self._looked = 0.0
 
     def on(self, actor: Any, node: str) -> None:
@@ -56,9 +79,12 @@ class Watch:
         """Stop watching the node of a dismissed actor."""
         self._nodes.pop(actor, None)
 
-    def later(self, reference: Any, then: Callable[[Any], None], what: str) -> None:
-        """Call `then` with the value of the reference, during the first wait in which it is ready."""
-        self._later[reference] = then, what
+    def later(self, reference: Any, then: Callable[[Any], None], what: str, seated: bool = True) -> None:
+        """Call `then` with the value of the reference, during the first wait in which it is ready.
+
+        `seated`: its actor has a seat. One that waits for its seat may be silent forever.
+        """
+        self._later[reference] = then, what, seated
 
     def forget(self, reference: Any) -> None:
         """Drop a reference that was given to `later`."""
@@ -67,6 +93,7 @@ class Watch:
     def until(self, done: Callable[[], bool], what: str) -> None:
         """Call the callbacks of references given to `later` until `done` returns True."""
         began = beat = time.monotonic()
+        self._silent = 0.0
         while not done():
             assert self._later, f"nothing to wait for: {what}"
             beat = self._turn([], began, beat, what)
@@ -81,9 +108,10 @@ class Watch:
         Raises:
             MergeError: the error that an actor raised.
             RunError: an actor died more often than Ray restarts it, or failed unexpectedly.
-            Lost: a watched node was lost, or an object that no actor can compute again.
+            Lost: a watched node was lost, or an object that no actor can compute again, or an actor hangs.
         """
         wanted = list(references)
+        self._silent = 0.0
         began = beat = time.monotonic()
         while True:
             ready, _ = ray.wait(wanted, num_returns=1, timeout=0)
@@ -110,13 +138,15 @@ class Watch:
             yield task, answer
 
     def _turn(self, wanted: Sequence[Any], began: float, beat: float, what: str) -> float:
-        """Wait up to LOOK_EVERY, call callbacks, check the nodes, and return the time of the last heartbeat."""
+        """Wait up to LOOK_EVERY, call callbacks, check nodes and silence; return the time of the last line."""
+        asked = time.monotonic()
         ready, _ = ray.wait([*wanted, *self._later], num_returns=1, timeout=LOOK_EVERY)
+        now = time.monotonic()
+        self._listen(bool(ready), now - asked, bool(wanted), what)
         for reference in ready:
             if reference in self._later:
-                then, what_for = self._later.pop(reference)
+                then, what_for, _ = self._later.pop(reference)
                 then(self._value(reference, what_for))
-        now = time.monotonic()
         if now - self._looked >= LOOK_EVERY:
             self._looked = now
             self._look()
@@ -124,6 +154,15 @@ class Watch:
             self.say(f"still {what}, {now - began:.0f} s")
             return now
         return beat
+
+    def _listen(self, heard: bool, waited: float, wanted: bool, what: str) -> None:
+        """Add up the silence, and raise Hung if it is longer than the actors of this wait can need."""
+        if heard or not (wanted or any(seated for _, _, seated in self._later.values())):
+            self._silent = 0.0
+            return
+        self._silent += min(waited, MOST_SILENCE)
+        if self.patience is not None and self._silent > self.patience:
+            raise Hung(f"an actor hangs: no result for {self._silent:.0f} s while {what}")
 
     def _look(self) -> None:
         lost = set(self._nodes.values()) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -193,5 +232,5 @@ def until_done(attempt: Callable[[], Result], marker: Callable[[], object], say:
             before, reached = reached, marker()
             tries = tries + 1 if reached == before else 1
             if tries >= TRIES:
-                raise RunError(f"{TRIES} attempts in a row made no progress: {loss}") from loss
+                raise RunError(f"{TRIES} attempts in a row made no progress: {loss}", do=loss.do) from loss
             say(f"{loss}; placing all actors again and resuming from the stored state")

@@ -9,11 +9,12 @@ import numpy as np
 
 from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.placement import lay_out_shards
+from cluster.placement import Devices, lay_out_shards, machines
 from cluster.session import await_layout, nodes
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.registry import get_method
 from engine.output.merge_record import write_weight_space_record
+from engine.planning.patience import patience
 from engine.planning.plan import slices
 from engine.shards.weight_space import model_thresholds
 
@@ -29,6 +30,8 @@ class WeightSpaceMerge(Attempt):
             self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
         wait = self.plan.config.cluster.wait
         layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
+        here = machines(nodes(), self.plan.config, Devices(0, 0))
+        self.bound(patience(self.plan, here, len(layout.shards)))
         with Crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
             thresholds = self._thresholds(crew.shards)

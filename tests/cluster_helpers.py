@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from processes import descendants, kill, titled
+from processes import descendants, send, titled
 
 from cluster.driver import attempt
 from cluster.progress import Progress
+from cluster.watch import until_done
 from engine.planning.plan import Plan
 from engine.run.identity import identity
 from engine.run.preparation import check_inputs, prepare
@@ -33,7 +35,12 @@ def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = N
             progress.advance = watched  # type: ignore[method-assign]
         samples = prepare(plan, records, run) if plan.config.learned else []
         run.keep_plan(plan)
-        attempt(plan, samples, run, progress, identity(plan))
+        losses = count()
+        until_done(
+            lambda: attempt(plan, samples, run, progress, identity(plan), next(losses)),
+            run.progress_marker,
+            progress.say,
+        )
     return out
 
 
@@ -45,22 +52,23 @@ def result(out: Path) -> dict[str, bytes]:
 
 
 class KillOnce:
-    """A callback for `run_merge` that kills actors with SIGKILL, once in each of the given phases.
+    """A callback for `run_merge` that kills actors, once in each of the given phases.
 
     Args:
         victims: The title of the processes to kill, such as `ray::Trainer`, by the phase in which they are killed.
+        by: The signal: SIGKILL, or SIGSTOP for actors that hang.
 
     Only descendants of this process are killed: the workers of the Ray that this process started.
     """
 
-    def __init__(self, victims: Mapping[str, str]) -> None:
-        self.victims = dict(victims)
+    def __init__(self, victims: Mapping[str, str], by: signal.Signals = signal.SIGKILL) -> None:
+        self.victims, self.by = dict(victims), by
         self.killed: dict[str, list[int]] = {}
 
     def __call__(self, phase: str) -> None:
         if phase in self.victims and phase not in self.killed:
             found = titled(self.victims[phase], descendants(os.getpid()))
-            kill(found)
+            send(self.by, found)
             self.killed[phase] = [process.pid for process in found]
 
     @property

@@ -39,6 +39,7 @@ UNIONS: dict[int | str, str] = {
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": f"auto, 0, a fraction of at least {GPU_PART} and below 1, or a whole number of at most {GPUS:,}",
     "shards": f"auto, or a whole number from 0 to {SHARDS:,}",
+    "hang": f"auto, or a number of seconds above 0 and of at most {WAIT:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
@@ -197,7 +198,7 @@ class Rates(Section):
 
 
 class Cluster(Section):
-    """Resources of the actors, rates of the machines, and the time to wait for resources.
+    """Resources of the actors, rates of the machines, and the times to wait for resources and for results.
 
     Attributes:
         expert: Resources of an expert actor.
@@ -206,6 +207,8 @@ class Cluster(Section):
         labels: Labels of the Ray nodes that the merge may use.
         rates: Speed of the machines.
         wait: Seconds to wait for resources.
+        hang: Seconds without a result after which the actors count as hung. `auto`: far above the estimated time of
+            the longest call (`engine.planning.patience`).
     """
 
     expert: ActorResources = ActorResources()
@@ -214,6 +217,7 @@ class Cluster(Section):
     labels: dict[str, str] = Field(default_factory=dict)
     rates: Rates = Rates()
     wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600
+    hang: Literal["auto"] | Annotated[Float, Field(gt=0, le=WAIT)] = "auto"
 
 
 class ListedBase(Section):

@@ -11,6 +11,7 @@ import rich.filesize
 import rich.table
 
 from engine.planning.disk import DiskNeeds, DiskRoom, disk_needs, shortage
+from engine.planning.patience import patience
 from engine.planning.plan import Plan
 from engine.planning.scaling import GB, Machines, Prediction, Site, Work, choose, predict, shortages
 
@@ -45,6 +46,8 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
         f"{_gigabytes(machines.memory)}, per GPU: {_gigabytes(machines.gpu_memory)}; "
         f"about {work.tokens:.0f} tokens per sample. Times are estimates, see docs/scaling.md and `cluster.rates`"
     )
+    hang = patience(plan, machines, chosen.shards, work)
+    console.print(f"hangs: all actors are replaced after {hang:.0f} s without a result, see `cluster.hang`")
     for line in [*shortages(plan, chosen, machines), *_disk_shortages(needs, room)]:
         console.print(f"does not fit: {line}")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet
 import pytest
 import safetensors.torch
@@ -153,6 +156,24 @@ def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, me
     other = run_merge(plan_of(config), tmp_path / "merged", kill_once)
     assert not kill_once.missed
     assert result(other) == result(merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("phase", "victim"), [("targets", "ray::Expert"), ("stage 1", "ray::Trainer"), ("stage 2", "ray::Shard")]
+)
+def test_actors_that_hang_are_replaced_with_the_same_bits(
+    config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], phase: str, victim: str
+) -> None:
+    stop_once = KillOnce({phase: victim}, signal.SIGSTOP)
+    other = run_merge(plan_of(config, "cluster.hang=15"), tmp_path / "merged", stop_once)
+    assert not stop_once.missed
+    assert result(other) == result(merged)
+    assert "hangs" in "".join(capsys.readouterr())
+    deadline = time.monotonic() + 30
+    while any(map(psutil.pid_exists, stop_once.killed[phase])) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(psutil.pid_exists, stop_once.killed[phase])), "an actor that hangs is killed"
 
 
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ray.exceptions import (
 )
 
 import cluster.watch
-from cluster.watch import TRIES, Lost, Watch, until_done
+from cluster.watch import MOST_SILENCE, TRIES, Hung, Lost, Watch, until_done
 from engine.errors import CheckpointError, MergeError, RunError
 
 
@@ -183,3 +183,67 @@ def test_a_loss_that_repeats_without_getting_further_is_the_end() -> None:
     with refused(RunError, facts=[str(TRIES), "node-7"]):
         until_done(attempt, lambda: "here", print)
     assert len(attempts) == TRIES
+
+
+class Clock:
+    """Time that passes in `wait` alone: `step` seconds each."""
+
+    def __init__(self, fake: FakeRay, monkeypatch: pytest.MonkeyPatch, step: float = 5.0) -> None:
+        self.now, self.step, self.waits = 0.0, step, 0
+        self.then: Callable[[int], object] = lambda _: None
+        fake.turns = self.turn
+        monkeypatch.setattr(cluster.watch, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def turn(self) -> None:
+        self.now += self.step
+        self.waits += 1
+        self.then(self.waits)
+        assert self.waits < 10_000, "it never ends"
+
+
+def test_an_actor_that_returns_nothing_hangs(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(fake, monkeypatch)
+    with pytest.raises(Hung, match="1005"):
+        Watch(print, patience=1000).answer("never", "waiting")
+    assert 1000 < clock.now < 2100, "one call of `wait` asks without waiting, in the beginning"
+    clock.then = lambda number: number < 5000 or fake.values.update(late=1)
+    assert Watch(print).answer("late", "waiting") == 1, "no bound"
+
+
+def test_a_run_that_is_slow_does_not_hang(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result comes just before the bound, in any wait and for any reference."""
+    clock, served = Clock(fake, monkeypatch), list[str]()
+    clock.then = lambda number: number % 190 or fake.values.update({f"late {number // 190}": ""})
+    watch = Watch(print, patience=1000)
+    for number in range(1, 6):
+        watch.later(f"late {number}", lambda _: served.append(""), "more")
+    watch.later("never", served.append, "more")
+    watch.until(lambda: len(served) == 3, "waiting")
+    assert watch.answer("late 6", "waiting") == "" and len(served) == 5
+    with pytest.raises(Hung):
+        watch.until(lambda: False, "waiting")
+
+
+def test_an_actor_without_a_seat_may_be_silent(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, served = Clock(fake, monkeypatch), list[str]()
+    clock.then = lambda number: number < 5000 or fake.values.update(seat="there")
+    watch = Watch(print, patience=1000)
+    watch.later("seat", served.append, "starting", seated=False)
+    watch.until(lambda: bool(served), "waiting")
+    watch.later("another seat", served.append, "starting", seated=False)
+    with pytest.raises(Hung):
+        watch.answer("never", "waiting")
+
+
+def test_time_in_which_the_driver_was_stopped_does_not_count(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(fake, monkeypatch, step=100_000.0)
+    clock.then = lambda number: number < 50 or fake.values.update(late=1)
+    assert Watch(print, patience=50 * MOST_SILENCE).answer("late", "waiting") == 1
+
+
+def test_a_hang_that_repeats_is_the_end_and_names_the_option() -> None:
+    def attempt() -> None:
+        raise Hung("silent")
+
+    with refused(RunError, do="`cluster.hang`", facts=[str(TRIES), "silent"]):
+        until_done(attempt, lambda: "here", print)

@@ -437,6 +437,7 @@ def test_a_plan_prints_its_tables_and_writes_nothing(folder: Path, monkeypatch: 
     assert "7, once for all stages" in rows["expert forwards"]
     assert "3 per stage, 2 stages" in rows["optimiser steps"]
     assert "the output" in rows["disk"] and "targets" in rows["disk"] and "free" in rows["disk"]
+    assert "900 s" in next(row for row in rows.values() if "cluster.hang" in row)
     assert rows["expert0"].split()[1:5] == ["checkpoint", "0.2", "1", "4"]
     assert rows["expert1"].split()[1:5] == ["checkpoint", "0.3", "1", "3"]
     assert rows["expert1"].endswith(str(folder / "expert1"))

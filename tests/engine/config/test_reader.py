@@ -91,7 +91,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
     assert (config.calibration.max_length, config.calibration.shuffle) == (2048, False)
     assert config.calibration.generate_responses == 0
     assert (config.seed, config.dtype, config.out_dtype) == (0, None, None)
-    assert (config.cluster.shards, config.cluster.wait) == ("auto", 600)
+    assert (config.cluster.shards, config.cluster.wait, config.cluster.hang) == ("auto", 600, "auto")
     assert config.cluster.expert.num_gpus == config.cluster.trainer.num_gpus == "auto"
     assert (config.gradients, config.gradient_checkpointing) == ("accumulate", False)
     assert set(config.cluster.rates.model_dump().values()) == {None}
@@ -337,6 +337,8 @@ def test_a_config_is_frozen(path: Path) -> None:
                 ("cluster: {rates: {disk_gbs: [1]}}", "cluster.rates.disk_gbs"),
                 ("cluster: {shards: true}", "cluster.shards"),
                 ("cluster: {wait: soon}", "cluster.wait"),
+                ("cluster: {hang: 0}", "cluster.hang"),
+                ("cluster: {hang: never}", "cluster.hang"),
                 ("record: 5", "record"),
             ]
         ),

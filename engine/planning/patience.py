@@ -1,0 +1,98 @@
+"""How long a healthy merge may be silent: the bound after which an actor that returns no result counts as hung.
+
+The bound is far above the scaling model's estimate of the longest call, because a call that is only slow must never be
+taken for one that hangs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from engine.methods.registry import get_method
+from engine.planning.flops import SVD_FLOPS
+from engine.planning.plan import Plan
+from engine.planning.scaling import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Machines, Site, Work, predict
+from engine.sizes import MATRICES_PER_CALL
+
+# Seconds. Processes start, import packages from network storage and compile kernels, on machines that others use too.
+FLOOR = 900.0
+# A healthy machine may be this many times slower than the model's rates: shared cores, cold storage, a small GPU.
+SLOWER = 20.0
+# Bytes per second of storage without `cluster.rates`: far away, cold, and read by every shard at the same time.
+SLOW_DISK = 20 * MB
+# FLOP of a weight-space method of whole matrices, per element, model and row or column: 300 steps with a product of
+# matrices each, as in WUDI. Singular value decompositions take a thirtieth.
+WHOLE_FLOPS = 600
+
+
+def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = None) -> float:
+    """Return `cluster.hang`, or the seconds without a result after which the actors of a merge count as hung.
+
+    Args:
+        plan: The plan.
+        machines: The machines.
+        shards: Number of shards.
+        work: The calibration work of a learned merge.
+    """
+    given = plan.config.cluster.hang
+    if given != "auto":
+        return given
+    cores = max(1.0, machines.cpus * machines.nodes / max(shards, machines.nodes))
+    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _orthogonal(plan, cores)]
+    if work is not None:
+        calls += [_target(plan, work, machines), _step(plan, work, machines)]
+    return max(FLOOR, SLOWER * max(calls))
+
+
+def _reading(plan: Plan) -> float:
+    """Return the seconds of a call that reads or hashes every model, with all shards on one disk."""
+    headers = [model.header for model in (plan.base, *plan.experts)]
+    headers += [expert.adapter.header for expert in plan.experts if expert.adapter is not None]
+    return sum(tensor.nbytes for header in headers for tensor in header.tensors.values()) / _disk_rate(plan)
+
+
+def _orthogonal(plan: Plan, cores: float) -> float:
+    """Return the seconds of a call that makes task vectors of the largest matrices orthogonal."""
+    shapes = [plan.base_header.tensors[name].shape for name in plan.orthogonal]
+    each = max((SVD_FLOPS * math.prod(shape) * min(shape) / CORE_FLOPS for shape in shapes), default=0.0)
+    # One decomposition per matrix and expert on a core each, then two per matrix.
+    return each * MATRICES_PER_CALL * max(2, math.ceil(len(plan.experts) / cores) + 2)
+
+
+def _whole_matrices(plan: Plan, cores: float) -> float:
+    """Return the seconds of a call that writes a file by a weight-space method, if that holds whole matrices."""
+    if not get_method(plan.config.merge_method).whole:
+        return 0.0
+    tensors = sorted(
+        (tensor for tensor in plan.base_header.tensors.values() if len(tensor.shape) > 1 and tensor.numel),
+        key=lambda tensor: -min(tensor.shape),
+    )
+    flops, room = 0.0, plan.config.max_shard_size
+    for tensor in tensors:
+        if room <= 0:
+            break
+        flops += WHOLE_FLOPS * (len(plan.experts) + 2) * float(tensor.numel) * min(tensor.shape)
+        room -= tensor.nbytes
+    return flops / (CORE_FLOPS * cores)
+
+
+def _target(plan: Plan, work: Work, machines: Machines) -> float:
+    """Return the seconds of an expert's first target: it is loaded, and generates a response token by token."""
+    rates = plan.config.cluster.rates
+    weights = sum(tensor.nbytes for tensor in plan.base_header.tensors.values())
+    memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
+    tokens = plan.config.calibration.generate_responses
+    return weights / _disk_rate(plan) + tokens * weights / memory + _step(plan, work, machines)
+
+
+def _step(plan: Plan, work: Work, machines: Machines) -> float:
+    """Return the seconds of an optimiser step on the longest samples, wherever the task vectors are."""
+    longest = replace(work, tokens=work.pass_tokens)
+    places: tuple[Site, ...] = ("trainer", "node", "nodes")
+    return max(predict(plan, longest, machines, where).step.total for where in places)
+
+
+def _disk_rate(plan: Plan) -> float:
+    given = plan.config.cluster.rates.disk_gbs
+    return given * GB if given else SLOW_DISK * SLOWER
