@@ -216,7 +216,7 @@ class Cluster(Section):
     shards: Literal["auto"] | Annotated[Int, Field(ge=0, le=SHARDS)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
     rates: Rates = Rates()
-    wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600
+    wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600.0
     hang: Literal["auto"] | Annotated[Float, Field(gt=0, le=WAIT)] = "auto"
 
 

@@ -64,7 +64,8 @@ class KeptState:
         try:
             samples = decode_samples(content, plan, self._where("samples.json"))
         except DamagedError:
-            return self._damaged("samples.json", "the samples are prepared again")
+            self._damaged("samples.json", "the samples are prepared again")
+            return None
         names = [self.inputs(sample) for of_expert in samples for sample in of_expert if sample.inputs]
         missing = any(self._read(name, "the samples are prepared again") is None for name in names)
         return None if missing else samples
@@ -95,11 +96,13 @@ class KeptState:
         try:
             state = decode_stage(content, self._where(name))
         except DamagedError:
-            return self._damaged(name, again)
+            self._damaged(name, again)
+            return None
         stored = self.state.names("metrics")
         for rows in (_rows(stage, steps + 1) for steps in range(state.steps)):
             if rows not in stored or self._rows_of(rows) is None:
-                return self._damaged(rows, again)
+                self._damaged(rows, again)
+                return None
         return state
 
     def save_stage(self, stage: int, state: StageState, rows: list[dict[str, Any]]) -> None:
@@ -152,7 +155,8 @@ class KeptState:
         except DamagedError:
             if not again:
                 raise
-            return self._damaged(file, again)
+            self._damaged(file, again)
+            return None
         return array
 
     def _where(self, name: str) -> str:
@@ -165,7 +169,8 @@ class KeptState:
         except FileNotFoundError:
             return None
         except DamagedError:
-            return self._damaged(name, again)
+            self._damaged(name, again)
+            return None
 
     def _rows_of(self, name: str) -> list[dict[str, Any]] | None:
         try:

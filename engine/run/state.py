@@ -133,7 +133,8 @@ def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
 def encode_stage(state: StageState) -> bytes:
     """Return the state of a stage as safetensors; the number of steps is a tensor of its own."""
     tensors = {f"learner.{name}": tensor for name, tensor in (state.learner or {}).items()}
-    return safetensors.torch.save(tensors | {"steps": torch.tensor(state.steps)})
+    content: bytes = safetensors.torch.save(tensors | {"steps": torch.tensor(state.steps)})
+    return content
 
 
 def decode_stage(content: bytes, where: str) -> StageState:
@@ -153,7 +154,8 @@ def decode_stage(content: bytes, where: str) -> StageState:
 
 def encode_array(array: npt.NDArray[Any]) -> bytes:
     """Return a numeric array as safetensors."""
-    return safetensors.numpy.save({"array": np.ascontiguousarray(array)})
+    content: bytes = safetensors.numpy.save({"array": np.ascontiguousarray(array)})
+    return content
 
 
 def decode_array(content: bytes, where: str) -> npt.NDArray[Any]:
