@@ -26,12 +26,16 @@ from engine.shards.orthogonal import orthogonalise, with_orthogonal
 from engine.shards.weight_space import WeightSpace
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
-from engine.storage.local_folder import digest
+from engine.storage.local_folder import LocalFolder, digest
 from engine.storage.paths import is_uri
+from engine.storage.sealed import digest_name, has_digest, keep_digest
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import TensorJob, copy_of, stream
 from engine.task_vectors.streams import Inspection, TaskVectors
+
+# Subfolder of the checksums of the output's files.
+OUTPUT = "output"
 
 
 def _digest(file: str) -> str:
@@ -94,6 +98,17 @@ class Shard:
         """Return whether these stored files are damaged, by name."""
         return {name: _is_damaged(folder, name) for name in names}
 
+    def incomplete(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
+        """Return whether these files of the output are not as they were written, by name.
+
+        On a disk, the checksums are compared. Object storage has checksums of its own, so there it is enough that the
+        file was written to its end.
+        """
+        assert self._state is not None
+        if not isinstance(folder, LocalFolder):
+            return {name: not self._state.exists(digest_name(f"{OUTPUT}/{name}")) for name in names}
+        return {name: not has_digest(self._state, f"{OUTPUT}/{name}", folder.path / name) for name in names}
+
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: a tensor is merged if it has coefficients, and copied from the base if not."""
 
@@ -135,7 +150,9 @@ class Shard:
         if folder.exists(file.name):
             return  # written by an earlier attempt at the same call
         parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads)
-        write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
+        sha256 = write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
+        if self._state is not None:
+            keep_digest(self._state, f"{OUTPUT}/{file.name}", sha256)
 
     @cached_property
     def _models(self) -> TaskVectors:

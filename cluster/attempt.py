@@ -59,13 +59,26 @@ class Attempt:
             expert: The name of an expert, for a method whose output is one model per expert; also the model's folder.
         """
         files = output_files(self.plan)
-        written = self.folder.written()
-        missing = [file for file in (named(expert, file) for file in files) if file.name not in written]
+        mine = [named(expert, file) for file in files]
+        written = self._complete(shards, sorted(self.folder.written() & {file.name for file in mine}))
+        missing = [file for file in mine if file.name not in written]
         self.spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
         folder = self.folder.composed / expert
         folder.mkdir(exist_ok=True)
         write_companions(folder, self.plan, base_folder(self.plan), files, tokenizer)
+
+    def _complete(self, shards: Sequence[Any], names: Sequence[str]) -> set[str]:
+        """Return those of the output's files that are as an earlier attempt wrote them. The others are removed."""
+        if not names:
+            return set()
+        weights = self.folder.weights
+        ask = lambda shard, share: shard.incomplete.remote(weights, share)  # noqa: E731
+        incomplete = self.dealt("checking written files", shards, names, ask)
+        for name in (name for name in names if incomplete[name]):
+            self.progress.say(f"{weights.where}/{name}: damaged; the file is written again")
+            weights.remove(name)
+        return {name for name in names if not incomplete[name]}
 
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:
         """Return the SHA-256 of the input files by path or URI, computed by the shards."""

@@ -26,6 +26,7 @@ from engine.planning.patience import patience
 from engine.planning.plan import Plan
 from engine.planning.scaling import Work
 from engine.run.run_folder import RunFolder
+from engine.shards.orthogonal import FOLDER, file_name
 from engine.sizes import MATRICES_PER_CALL
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
@@ -136,7 +137,8 @@ class LearnedMerge(Attempt):
         """
         shape = (len(self.plan.experts), len(self.plan.merged))
         kept = self.folder.kept("magnitudes", shape, "the weights are read again")
-        if kept is not None:
+        orthogonal = {file_name(name) for name in self.plan.orthogonal}
+        if kept is not None and orthogonal <= self.folder.state.names(FOLDER):
             return kept
         names = list(self.plan.base_header.tensors)
         ask = lambda shard, share: shard.inspect.remote(share)  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class OutputFile:
     tensors: tuple[OutputTensor, ...]
 
 
-def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> None:
+def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor], Iterable[Tensor]]) -> str:
     """Write one safetensors file with one part of one tensor in memory at a time; it appears when it is complete.
 
     The writer of the safetensors library needs all tensors of a file in memory. The format is the header's length
@@ -41,6 +42,9 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
         folder: The folder of the file.
         file: Name and tensors.
         parts: Returns the consecutive parts of a tensor, in its output dtype. It is called once per tensor, in order.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal.
 
     Raises:
         StorageError: the file cannot be written.
@@ -52,15 +56,20 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
         end += entry.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    encoded = len(encoded).to_bytes(8, "little") + encoded
+    digest = hashlib.sha256(encoded)
     with folder.create(file.name) as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        out.write(encoded)
         for entry in file.tensors:
             written = 0
             for part in parts(entry):
                 value = part.contiguous().reshape(-1)
                 if value.nbytes:
-                    written += out.write(value.view(torch.uint8).numpy().data)
+                    data = value.view(torch.uint8).numpy().data
+                    digest.update(data)
+                    written += out.write(data)
             assert written == entry.nbytes, entry.name
+    return digest.hexdigest()
 
 
 def torch_dtype(code: str) -> torch.dtype | None:

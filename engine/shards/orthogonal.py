@@ -25,6 +25,7 @@ from engine.methods.arithmetic.matrices import leading, orthogonal_parts
 from engine.planning.plan import Plan
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
+from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import Product, Stored, TaskVector
 from engine.task_vectors.streams import TaskVectors
@@ -53,7 +54,10 @@ def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterab
     All matrices and experts are decomposed in parallel on the pool of `streams`, which read the experts' own task
     vectors. The factors of all named matrices are in memory at a time.
     """
-    missing = [name for name in names if not state.exists(file_name(name))]
+    # A checksum is written after its file.
+    missing = [
+        name for name in names if not (state.exists(file_name(name)) and state.exists(digest_name(file_name(name))))
+    ]
     decompose = partial(_decompose, streams, len(plan.experts))
     decomposed = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
     parts = ({k: part for k, future in enumerate(row) if (part := future.result())} for row in decomposed)
@@ -96,7 +100,7 @@ def _store(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> 
         left, right = factors[int(k)]
         yield {"left": left, "right": right}[side] if side else (left @ right).to(torch_dtype(entry.dtype))
 
-    write_file(state, OutputFile(file_name(name), tuple(entries)), values)
+    keep_digest(state, file_name(name), write_file(state, OutputFile(file_name(name), tuple(entries)), values))
 
 
 def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
@@ -127,7 +131,10 @@ def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> T
 
 
 class _Files:
-    """The stored task vectors. Each file is opened once and kept as views, since every piece of every step reads it."""
+    """The stored task vectors. Each file is opened once and kept as views, since every piece of every step reads it.
+
+    A damaged file is removed, so that the next start of the run computes it again.
+    """
 
     def __init__(self, state: Folder) -> None:
         self._state, self._lock = state, threading.Lock()
@@ -137,9 +144,16 @@ class _Files:
         """Return τ⊥ₖ of a matrix by k, for the experts that change it."""
         with self._lock:
             if name not in self._opened:
-                with borrowed(self._state, file_name(name)) as path, safe_open(path, framework="pt") as file:
-                    self._opened[name] = _stored({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                self._opened[name] = self._open(file_name(name))
             return self._opened[name]
+
+    def _open(self, stored: str) -> dict[int, TaskVector]:
+        with borrowed(self._state, stored) as path:
+            if not has_digest(self._state, stored, path):
+                self._state.remove(stored)
+                refuse(f"{self._state.where}/{stored}")
+            with safe_open(path, framework="pt") as file:
+                return _stored({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[int, TaskVector]:

@@ -2,20 +2,24 @@
 
 A sealed file is one line (a mark with the format's version, and the SHA-256 of the rest in hexadecimal), then the
 content. The checksum finds damage, not intent: whoever may write the file may also write its checksum. Readers
-therefore check the content like any input from outside.
+therefore check the content like any input from outside. A file that is mapped into memory, or that belongs to the
+output, is not sealed: its checksum is in a file of its own below DIGESTS.
 """
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import DamagedError
 from engine.storage.folder import Folder
+from engine.storage.local_folder import digest
 
 MARK = b"expert-merging 1 "
 # Bytes before the content: the mark, 64 hexadecimal digits and a newline.
 HEAD = len(MARK) + 65
+DIGESTS = "digests"
 AGAIN = "run the same command: it computes damaged files again where it can; --fresh discards the run's whole state"
 
 
@@ -60,3 +64,21 @@ def read_sealed(folder: Folder, name: str) -> bytes:
     except IsADirectoryError:
         refuse(f"{folder.where}/{name}")
     return unseal(data, f"{folder.where}/{name}")
+
+
+def digest_name(name: str) -> str:
+    """Return the file name of the checksum of the file `name`."""
+    return f"{DIGESTS}/{name}"
+
+
+def keep_digest(state: Folder, name: str, sha256: str) -> None:
+    """Store the SHA-256, in hexadecimal, of a complete file that has the name `name` in the state."""
+    write_sealed(state, digest_name(name), sha256.encode())
+
+
+def has_digest(state: Folder, name: str, path: Path) -> bool:
+    """Return whether the file at `path` is the one whose SHA-256 was stored under this name."""
+    try:
+        return read_sealed(state, digest_name(name)).decode() == digest(path)
+    except (FileNotFoundError, DamagedError):
+        return False

@@ -60,3 +60,17 @@ def test_an_output_file_is_written_once(
     monkeypatch.setattr(actors.shard, "open_task_vectors", None)
     write(Shard(plan, 1))
     assert (tmp_path / file.name).stat().st_ino == before.st_ino and folder.names() == {file.name}
+
+
+def test_a_damaged_output_file_is_found(llama_merge: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama_merge)
+    shard, folder = Shard(plan, 0, LocalFolder(tmp_path / "state")), LocalFolder(tmp_path / "output")
+    (file,) = output_files(plan)
+    shard.write(folder, file, {})
+    assert shard.incomplete(folder, [file.name]) == {file.name: False}
+    whole = folder.read(file.name)
+    for content in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        folder.write(file.name, content)
+        assert shard.incomplete(folder, [file.name]) == {file.name: True}
+    folder.write("other.safetensors", whole)
+    assert shard.incomplete(folder, ["other.safetensors"]) == {"other.safetensors": True}

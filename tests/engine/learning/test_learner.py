@@ -15,6 +15,7 @@ import torch
 from conftest import plan_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.learning.learner import (
     Learner,
@@ -173,6 +174,38 @@ def test_a_restored_learner_resumes_bit_for_bit(stop: int, stage: Stage) -> None
     for slope in slopes[stop:]:
         assert second.step(slope) == whole.step(slope)
         assert second.coefficients.same_as(whole.coefficients)
+
+
+def taken() -> dict[str, Tensor]:
+    learner = Learner(Parameters(), partly_fixed())
+    learner.step(gradients(1, CUT.width)[0])
+    return learner.state()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"a": None},
+        {"exp_avg": None},
+        {"more": torch.ones(1)},
+        {"a": torch.zeros(1, 1, dtype=torch.float64)},
+        {"a": taken()["a"].float()},
+        {"a": taken()["a"] * math.nan},
+        {"exp_avg_sq": taken()["a"] * math.inf},
+        {"schedule": torch.zeros(3, dtype=torch.float64)},
+        {"schedule": torch.tensor([0.1, 1.5, 50, 1], dtype=torch.float64)},
+        {"schedule": torch.tensor([0.1, 50, 50, 1], dtype=torch.float64)},
+        {"schedule": torch.tensor([0.1, 0, 0, 1], dtype=torch.float64)},
+        {"schedule": torch.tensor([-0.1, 1, 50, 1], dtype=torch.float64)},
+    ],
+)
+def test_tensors_that_are_no_state_of_the_stage_are_refused(changes: dict[str, Tensor | None]) -> None:
+    state = {name: tensor for name, tensor in (taken() | changes).items() if tensor is not None}
+    learner = Learner(Parameters(), partly_fixed())
+    before = learner.coefficients
+    with pytest.raises(ValueError):  # noqa: PT011 - its text is shown as it is
+        learner.restore(state)
+    assert learner.coefficients.same_as(before)
 
 
 def test_a_state_is_a_snapshot_that_later_steps_leave_alone() -> None:

@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from conftest import plan_of
+from errors import refused
 from object_store import Store
 from plain import Received, task_vectors
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from tolerance import assert_within, moved, unit
 from transformers import AutoModelForCausalLM
 from weight_space import combine, read
 
+from engine.errors import DamagedError
 from engine.methods.arithmetic import matrices
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
@@ -29,6 +31,7 @@ from engine.shards.orthogonal import TASK_VECTOR_SCALE, file_name, orthogonalise
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
+from engine.storage.sealed import digest_name
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 Array = npt.NDArray[np.float64]
@@ -313,11 +316,11 @@ def test_models_of_16_bits_keep_them_in_bfloat16(make_merge: Callable[..., Path]
 def test_stored_task_vectors_are_not_computed_again(make_merge: Callable[..., Path], tmp_path: Path) -> None:
     plan = plan_of(make_merge(), ORTHOGONAL)
     state = stored(plan, tmp_path)
-    before = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
+    before = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names("orthogonal")}
     assert set(before) == {file_name(name) for name in plan.merged}
     (tmp_path / "state" / file_name(Q)).unlink()
     stored(plan, tmp_path)
-    after = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names()}
+    after = {name: (tmp_path / "state" / name).stat().st_mtime_ns for name in state.names("orthogonal")}
     assert {name for name in before if before[name] != after[name]} == {file_name(Q)}
 
 
@@ -343,3 +346,22 @@ def test_whole_task_vectors_are_the_streams_themselves(llama_merge: Path) -> Non
     plan = plan_of(llama_merge)
     streams = task_vectors(plan)
     assert plan.orthogonal == () and with_orthogonal(plan, streams, None) is streams
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b"", None])
+def test_a_damaged_file_is_refused_removed_and_computed_again(
+    llama_merge: Path, tmp_path: Path, change: Callable[[bytes], bytes] | None
+) -> None:
+    plan = plan_of(llama_merge, ORTHOGONAL)
+    state = stored(plan, tmp_path)
+    name, whole = file_name(Q), state.read(file_name(Q))
+    if change is None:
+        state.remove(digest_name(name))  # the process died before it wrote the checksum
+    else:
+        state.write(name, change(whole))
+        with refused(DamagedError, where=name):
+            dense(plan, state, Q)
+        assert not state.exists(name)
+    orthogonalise(plan, task_vectors(plan), state, plan.orthogonal)
+    assert state.read(name) == whole
+    assert len(dense(plan, state, Q)) == 2
