@@ -193,3 +193,26 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged:
     metrics = [p.joinpath("merge/metrics.parquet") for p in (merged, tmp_path / "merged")]
     one, other = (pyarrow.parquet.read_table(path).drop(["seconds"]) for path in metrics)
     assert one.equals(other)
+
+
+def test_a_damaged_state_is_computed_again_with_the_same_bits(
+    config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop_after_writing(phase: str) -> None:
+        if phase == "hashing the inputs":
+            raise KeyboardInterrupt
+
+    plan, run = plan_of(config), tmp_path / "merged.run"
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, tmp_path / "merged", stop_after_writing)
+    damaged = {"samples.json", "magnitudes.safetensors", "targets/1-0.safetensors", "stage-1.safetensors"}
+    damaged |= {"stage-2.safetensors", "output/model.safetensors"}
+    for name, cut in zip(sorted(damaged), (0, 5, 100, 200, 1, 300), strict=True):
+        (run / name).write_bytes((run / name).read_bytes()[:cut])
+    run_merge(plan, tmp_path / "merged")
+    assert result(tmp_path / "merged") == result(merged)
+    printed = capsys.readouterr().out.splitlines()
+    said = {name: sum(str(run / name) in line for line in printed) for name in damaged}
+    assert said == dict.fromkeys(damaged, 1)
+    figures = json.loads((tmp_path / "merged" / "merge" / "memory.json").read_text())
+    assert figures["expert_forwards"] == 7, "six targets are kept, and the damaged one is computed again"
