@@ -43,6 +43,7 @@ class KeptState:
         self.state = state
         self.held: Callable[[], None] = lambda: None
         self.say: Callable[[str], None] = print
+        self._said: set[str] = set()
 
     def target(self, sample: Sample) -> str:
         """Return the file name of a sample's target in the state."""
@@ -179,7 +180,10 @@ class KeptState:
             return None
 
     def _damaged(self, name: str, again: str) -> None:
-        self.say(f"{self._where(name)}: damaged or missing; {again}")
+        """Say once that a file is damaged, however often it is read."""
+        if name not in self._said:
+            self._said.add(name)
+            self.say(f"{self._where(name)}: damaged or missing; {again}")
 
 
 def _rows(stage: int, steps: int) -> str:

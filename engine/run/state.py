@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pydantic
+import pydantic_core
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -57,14 +58,14 @@ def _types(kind: Any) -> Any:
     return pydantic.TypeAdapter(kind)
 
 
-def _encode(kind: Any, value: Any) -> bytes:
-    # Not `dump_json`, which turns NaN and infinity into null; a model's config may contain them.
-    return json.dumps(_types(kind).dump_python(value, mode="json")).encode()
+def _encode(value: Any) -> bytes:
+    # By default, NaN and infinity would turn into null; a model's config may contain them.
+    return json.dumps(pydantic_core.to_jsonable_python(value, inf_nan_mode="constants")).encode()
 
 
 def encode_plan(plan: Plan) -> bytes:
     """Return the plan as JSON."""
-    return _encode(Plan, plan)
+    return _encode(plan)
 
 
 def load_plan(state: Folder, digest: str) -> Plan:
@@ -95,7 +96,7 @@ def plan_digest(plan: Plan) -> str:
 
 def encode_samples(samples: list[list[Sample]]) -> bytes:
     """Return the samples as JSON."""
-    return _encode(list[list[Sample]], samples)
+    return _encode(samples)
 
 
 def decode_samples(content: bytes, plan: Plan, where: str) -> list[list[Sample]]:
