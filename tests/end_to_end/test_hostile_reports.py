@@ -17,6 +17,7 @@ from hostile_inputs import MB, Cases, Spoil, bomb, cases, link, make_folder, pip
 from recorded_merges import write_merge
 
 from engine.evaluation.results import Row, save_results
+from engine.report import page
 from engine.storage.local_folder import LocalFolder
 
 CONFIG, MEMORY, EVALUATION = "m/merge/config.yaml", "m/merge/memory.json", "m/merge/evaluation.parquet"
@@ -120,7 +121,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 @cases(report=REPORTS)
 def test_a_hostile_output_folder_is_refused(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
-    refused(planner.run("report", "m", cwd=folder), facts)
+    refused(planner.run("report", "m", cwd=folder), facts, memory=page.MEMORY)
 
 
 @pytest.mark.parametrize("name", [LONG, "a\x1b[31mb", "/proc/self/fd/0", "gone"])
