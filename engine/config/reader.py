@@ -228,10 +228,18 @@ def read_recorded(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is not a regular file, not YAML, too large, or not a mapping.
     """
-    text = read_text(path, RECORD_BYTES, ConfigError, "the recorded config")
-    raw, _ = _parse(text, str(path), RECORD_VALUES, plain=False)
+    return parse_recorded(read_text(path, RECORD_BYTES, ConfigError, "the recorded config"), str(path))
+
+
+def parse_recorded(text: str, where: str) -> dict[str, Any]:
+    """Return the keys of the text of a merge/config.yaml, as `read_recorded` does.
+
+    Raises:
+        ConfigError: The text is not YAML, has too many values, or is not a mapping.
+    """
+    raw, _ = _parse(text, where, RECORD_VALUES, plain=False)
     if not isinstance(raw, dict):
-        raise ConfigError("the recorded config is not a mapping of keys to values", str(path))
+        raise ConfigError("the recorded config is not a mapping of keys to values", where)
     return raw
 
 

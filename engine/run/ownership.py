@@ -10,13 +10,13 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
-from engine.errors import OutputError, StorageError
+from engine.config.reader import RECORD_BYTES, parse_recorded
+from engine.errors import ConfigError, OutputError, StorageError
 from engine.storage.folder import LOCK, Folder
 from engine.storage.local_folder import LocalFolder
 
@@ -51,11 +51,11 @@ class EarlierMerge:
         if not folder.exists(RECORD):
             return None
         data = folder.read(RECORD)
-        try:
-            record = yaml.safe_load(data.decode())
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-            record = None
-        entry = record.get("record") if isinstance(record, dict) else None
+        record: dict[str, Any] = {}
+        # Within the bounds of a file from outside, because the folder may be anybody's.
+        with suppress(ConfigError, UnicodeDecodeError, RecursionError):
+            record = parse_recorded(data.decode(), f"{folder.where}/{RECORD}") if len(data) <= RECORD_BYTES else {}
+        entry = record.get("record")
         entry = entry if isinstance(entry, dict) else {}
         identity, files = entry.get("identity"), entry.get("files")
         names = files if isinstance(files, list) else []
@@ -170,7 +170,7 @@ def clear(state: Folder) -> None:
 
 
 def strangers(folder: Folder, known: Collection[str]) -> list[str]:
-    """Return what a folder holds besides the known files, sorted; empty folders that may hold known files count not."""
+    """Return what a folder holds besides the known files, sorted; the folders of known files do not count."""
     parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     return sorted(folder.entries() - set(known) - parents)
 
