@@ -81,9 +81,17 @@ class Attempt:
         return {name for name in names if not incomplete[name]}
 
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:
-        """Return the SHA-256 of the input files by path or URI, computed by the shards."""
-        files = sorted({file for of_model in input_files(self.plan).values() for file in of_model})
-        return self.dealt("hashing the inputs", shards, files, lambda shard, share: shard.digests.remote(share))
+        """Return the SHA-256 of the input files by path or URI; the shards compute those that are not known yet.
+
+        Raises:
+            InputError: an input is not as it was when the run began.
+        """
+        files = {file for of_model in input_files(self.plan).values() for file in of_model}
+        known = self.folder.identity.digests
+        missing = sorted(files - known.keys())
+        hashed = self.dealt("hashing the inputs", shards, missing, lambda shard, share: shard.digests.remote(share))
+        self.folder.check_unchanged(self.plan, hashed)
+        return known | hashed
 
     def dealt(
         self, phase: str, shards: Sequence[Any], items: Sequence[str], ask: Callable[[Any, Sequence[str]], Any]

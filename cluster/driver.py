@@ -15,9 +15,10 @@ from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.weight_space_merge import WeightSpaceMerge
 from engine.calibration.records import Records
+from engine.errors import MergeError
 from engine.planning.disk import check_disk, disk_needs
 from engine.planning.plan import Plan
-from engine.run.identity import identity
+from engine.run.inputs import identity
 from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_inputs, prepare
@@ -53,14 +54,14 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     if plan.config.learned:
         plan, records = check_inputs(plan)
         check_apart(plan, out)  # now with the images of the records
-    plan_identity = identity(plan)
-    if check_output(out, plan_identity, fresh):
+    now = identity(plan)
+    if check_output(out, now, fresh):
         if RunFolder(out).exists():
             # The output was renamed into place, but the driver died before it removed OUT.run.
-            with open_run(out, plan_identity, fresh=False) as run:
+            with open_run(out, now, fresh=False) as run:
                 run.discard()
         return False
-    with open_run(out, plan_identity, fresh) as run:
+    with open_run(out, now, fresh) as run:
         samples = prepare(plan, records, run) if plan.config.learned else []
         check_disk(disk_needs(plan, [[sample.tokens for sample in of_expert] for of_expert in samples]), out)
         with (
@@ -73,17 +74,17 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
             run.say = progress.say
             run.keep_plan(plan)
             losses = count()
-            until_done(
-                lambda: attempt(plan, samples, run, progress, plan_identity, next(losses)),
-                run.progress_marker,
-                progress.say,
-            )
+            try:
+                until_done(
+                    lambda: attempt(plan, samples, run, progress, next(losses)), run.progress_marker, progress.say
+                )
+            except MergeError:
+                run.check_unchanged(plan)  # if an input has changed, this is the error to show
+                raise
     return True
 
 
-def attempt(
-    plan: Plan, samples: Samples, run: RunFolder, progress: Progress, plan_identity: str, losses: int = 0
-) -> None:
+def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, losses: int = 0) -> None:
     """Complete the merge from its stored state, on the nodes that are alive, after a number of lost attempts.
 
     Raises:
@@ -91,6 +92,6 @@ def attempt(
         MergeError: the merge cannot continue.
     """
     if plan.config.learned:
-        LearnedMerge(plan, samples, run, progress, losses).run(plan_identity)
+        LearnedMerge(plan, samples, run, progress, losses).run()
     else:
-        WeightSpaceMerge(plan, run, progress, losses).run(plan_identity)
+        WeightSpaceMerge(plan, run, progress, losses).run()

@@ -41,7 +41,7 @@ class LearnedMerge(Attempt):
         super().__init__(plan, folder, progress, losses)
         self.samples = samples
 
-    def run(self, plan_identity: str) -> None:
+    def run(self) -> None:
         """Run the merge to its end, from the state in the run folder."""
         for s in (s for of_expert in self.samples for s in of_expert if s.cut):
             self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
@@ -51,6 +51,7 @@ class LearnedMerge(Attempt):
             trainer = crew.trainer() if crew.layout.beside else None
             targets = self._targets(crew)
             magnitudes = self._magnitudes(crew)
+            digests = self.digests(crew.shards)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
@@ -68,12 +69,13 @@ class LearnedMerge(Attempt):
             self.report(trainer)
             crew.dismiss(trainer)
             self._write(crew, stages[-1])
-            digests = self.digests(crew.shards)
             for shard in crew.shards:
                 self.report(shard)
         metrics = self.folder.metrics()
         files = self.weight_files()
-        write_record(self.folder.composed, self.plan, plan_identity, digests, stages, importance, metrics, files)
+        self.folder.check_unchanged(self.plan)
+        identity = self.folder.identity.encode()
+        write_record(self.folder.composed, self.plan, identity, digests, stages, importance, metrics, files)
         self.reports[:0] = targets.reports
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 

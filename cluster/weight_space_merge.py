@@ -22,7 +22,7 @@ from engine.shards.weight_space import model_thresholds
 class WeightSpaceMerge(Attempt):
     """One attempt at a merge by a weight-space method."""
 
-    def run(self, plan_identity: str) -> None:
+    def run(self) -> None:
         """Run the merge to its end: thresholds over the whole model, if the method uses them, then every file."""
         method = get_method(self.plan.config.merge_method)
         written = len(self.folder.written())
@@ -41,7 +41,8 @@ class WeightSpaceMerge(Attempt):
             digests = self.digests(crew.shards)
             for shard in crew.shards:
                 self.report(shard)
-        write_weight_space_record(self.folder.composed, self.plan, method, plan_identity, digests, self.weight_files())
+        identity = self.folder.identity.encode()
+        write_weight_space_record(self.folder.composed, self.plan, method, identity, digests, self.weight_files())
         self.finish()
 
     def _write(

@@ -16,7 +16,7 @@ from cluster.driver import attempt
 from cluster.progress import Progress
 from cluster.watch import until_done
 from engine.planning.plan import Plan
-from engine.run.identity import identity
+from engine.run.inputs import identity
 from engine.run.preparation import check_inputs, prepare
 from engine.run.run_folder import open_run
 
@@ -37,7 +37,7 @@ def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = N
         run.keep_plan(plan)
         losses = count()
         until_done(
-            lambda: attempt(plan, samples, run, progress, identity(plan), next(losses)),
+            lambda: attempt(plan, samples, run, progress, next(losses)),
             run.progress_marker,
             progress.say,
         )

@@ -60,6 +60,6 @@ def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0) -> Pat
     """Write the `merge/` folder of an output, as after a merge in two stages."""
     (out / "merge").mkdir(parents=True)
     stages, importance = learned(plan, seed=seed)
-    write_record(out, plan, "identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))
+    write_record(out, plan, b"identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))
     (out / "merge" / "memory.json").write_text(json.dumps(MEMORY))
     return out

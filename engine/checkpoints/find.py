@@ -31,6 +31,8 @@ COMPANIONS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
+# Files that decide what a model computes, besides its weights.
+DECIDING = ("config.json", "adapter_config.json", "generation_config.json", "model.safetensors.index.json")
 # A folder in a model's folder, whose files transformers reads with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 
@@ -90,6 +92,21 @@ def check_folder(folder: Path) -> None:
             check_inside(path, folder)
             for template in sorted(path.iterdir()) if path.is_dir() else ():
                 check_file(template, folder)
+
+
+def deciding_files(folder: Path, copied: bool, remote_code: bool) -> list[str]:
+    """Return the names of the files besides the weights that decide the result of a merge, sorted.
+
+    Args:
+        folder: The folder of a model.
+        copied: The output gets this model's tokenizer or companions, from which the samples are made, too.
+        remote_code: The model's code may run.
+    """
+    names = {*DECIDING, *((*TOKENIZER_FILES, *COMPANIONS) if copied else ())}
+    names |= {path.name for path in folder.glob("*.py")} if copied and remote_code else set()
+    if copied and (folder / TEMPLATES).is_dir():
+        names |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).iterdir()}
+    return sorted(name for name in names if (folder / name).is_file())
 
 
 def check_file(path: Path, folder: Path) -> None:

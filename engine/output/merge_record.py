@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
 # Files that are written after all others: the record itself, the memory figures and the report.
-LAST_FILES = ("merge/config.yaml", "merge/memory.json", "merge/report.html")
+LAST_FILES = ("merge/config.yaml", "merge/identity.json", "merge/memory.json", "merge/report.html")
 METRICS = pa.schema(
     [
         ("stage", pa.int8()),
@@ -57,7 +58,7 @@ def _weights(model: ModelPlan) -> list[str]:
 def write_record(
     folder: Path,
     plan: Plan,
-    identity: str,
+    identity: bytes,
     digests: Mapping[str, str],
     stages: Sequence[Coefficients],
     importance_L: Array | None,
@@ -69,7 +70,7 @@ def write_record(
     Args:
         folder: The output folder.
         plan: The plan, with every prior.
-        identity: The identity of the merge.
+        identity: The identity of the merge, encoded.
         digests: SHA-256 of each input file.
         stages: The learned coefficients of each stage.
         importance_L: The importance of the merged tensors, [L], in the order of the last stage's layout.
@@ -89,7 +90,7 @@ def write_record(
 
 
 def write_weight_space_record(
-    folder: Path, plan: Plan, method: Method, identity: str, digests: Mapping[str, str], weights: Sequence[str]
+    folder: Path, plan: Plan, method: Method, identity: bytes, digests: Mapping[str, str], weights: Sequence[str]
 ) -> None:
     """Write the model card and merge/config.yaml of a weight-space merge; see `write_record`."""
     write_weight_space_card(folder / "README.md", plan, method)
@@ -113,16 +114,24 @@ def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]
 def write_config(
     path: Path,
     plan: Plan,
-    identity: str,
+    identity: bytes,
     inputs: Mapping[str, Mapping[str, str]],
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write merge/config.yaml: the resolved config, and under `record` identity, date, versions, inputs and `more`.
+    """Write merge/config.yaml: the resolved config, and under `record` date, versions, inputs and `more`.
 
-    `inputs` maps each model to the SHA-256 of its files.
+    The identity is written beside it, as identity.json; `record` has its SHA-256. `inputs` maps each model to the
+    SHA-256 of its files.
     """
+    (path.parent / "identity.json").write_bytes(identity)
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"identity": identity, "date": date, "versions": versions(), "inputs": inputs, **more}
+    record = {
+        "identity": hashlib.sha256(identity).hexdigest(),
+        "date": date,
+        "versions": versions(),
+        "inputs": inputs,
+        **more,
+    }
     text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
     path.write_text(text, encoding="utf-8")
 

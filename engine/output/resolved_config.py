@@ -12,7 +12,7 @@ from engine.config.schema import CalibrationFile, Config, ExpertConfig
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import is_uri
 
-PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "ray", "safetensors", "numpy", "numba")
 
 
 def versions() -> dict[str, str]:

@@ -16,15 +16,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.config.reader import RECORD_BYTES, parse_recorded
-from engine.errors import ConfigError, OutputError, StorageError
+from engine.errors import ConfigError, DamagedError, InputError, OutputError, StorageError
+from engine.run.identity import Identity, decode, listed
 from engine.storage.folder import LOCK, Folder
 from engine.storage.local_folder import LocalFolder
+from engine.storage.sealed import read_sealed, write_sealed
 
 RECORD = "merge/config.yaml"
+RECORDED_IDENTITY = "merge/identity.json"
 MARKER = "expert-merging-run.json"
 # Version of the layout of OUT.run/. Increase it when a state of the version before cannot be resumed.
 FORMAT = 1
-IDENTITY, CLAIM = "identity", "claim.json"
+IDENTITY, CLAIM = "identity.json", "claim.json"
 # Content of a lock: empty on a disk, the owner and a number in object storage.
 _LOCKS = re.compile(rb"([0-9a-f]{32} [0-9a-f]{32})?")
 # Names that a message lists.
@@ -37,12 +40,12 @@ class EarlierMerge:
 
     Attributes:
         digest: SHA-256 of its record, merge/config.yaml.
-        identity: The identity in the record; None if the record is damaged.
+        identity: The identity that it stored; None if it is damaged or absent.
         files: The files that the merge wrote; the record alone if it does not list them.
     """
 
     digest: str
-    identity: str | None
+    identity: Identity | None
     files: frozenset[str]
 
     @classmethod
@@ -57,15 +60,12 @@ class EarlierMerge:
             record = parse_recorded(data.decode(), f"{folder.where}/{RECORD}") if len(data) <= RECORD_BYTES else {}
         entry = record.get("record")
         entry = entry if isinstance(entry, dict) else {}
-        identity, files = entry.get("identity"), entry.get("files")
+        files = entry.get("files")
         names = files if isinstance(files, list) else []
         if not all(isinstance(name, str) and _is_inside(name) for name in names):
             names = []
-        return cls(
-            hashlib.sha256(data).hexdigest(),
-            identity if isinstance(identity, str) else None,
-            frozenset({RECORD, *names}),
-        )
+        identity = _recorded_identity(folder, entry.get("identity"))
+        return cls(hashlib.sha256(data).hexdigest(), identity, frozenset({RECORD, *names}))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def check_state(state: Folder) -> None:
         raise OutputError(f"the folder cannot be read: {error.strerror}", state.where, do=do) from error
     if there:
         raise OutputError(
-            f"the folder for the state of the run holds something else: {listed(sorted(there))}",
+            f"the folder for the state of the run holds something else: {names_of(sorted(there))}",
             state.where,
             f"no such folder, or one with {MARKER}, which every run writes",
             do,
@@ -175,13 +175,16 @@ def strangers(folder: Folder, known: Collection[str]) -> list[str]:
     return sorted(folder.entries() - set(known) - parents)
 
 
-def is_done(folder: Folder, state: Folder, plan_identity: str, fresh: bool) -> bool:
+def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
     """Return whether the output folder holds this merge and nothing is to be done; see `check_output`."""
+    differences: list[str] = []
     try:
         merge, claim = EarlierMerge.read(folder), Claim.read(state)
-        allowed = fresh or (claim.allows(merge) and _is_of(state, plan_identity))
-        if merge is not None and merge.identity == plan_identity and not allowed:
-            return True
+        allowed = fresh or (claim.allows(merge) and _is_of(state, now))
+        if merge is not None and merge.identity is not None and not allowed:
+            differences = merge.identity.differences(now)
+            if not differences:
+                return True
         known = merge.files if merge else {*claim.old, *claim.own}
         others = ["."] if folder.exists("") else strangers(folder, known)
     except StorageError as error:
@@ -191,42 +194,80 @@ def is_done(folder: Folder, state: Folder, plan_identity: str, fresh: bool) -> b
         raise OutputError(what, folder.where, do="give another --out") from error
     if merge is not None and not allowed:
         do = "give another --out" if others else "give another --out, or --fresh to replace it"
-        raise OutputError("the output folder is in use: it holds another merge", folder.where, do=do)
+        what = "the output folder is in use: it holds another merge"
+        raise OutputError(f"{what}: {listed(differences)}" if differences else what, folder.where, do=do)
     if others and merge is not None:
         raise OutputError(
-            f"the output folder holds more than the earlier merge, which alone can be replaced: {listed(others)}",
+            f"the output folder holds more than the earlier merge, which alone can be replaced: {names_of(others)}",
             folder.where,
             "only files that its merge/config.yaml lists under record: files",
             "move this away, or give another --out",
         )
     if others:
         raise OutputError(
-            f"the output folder is in use: it holds something other than a merge: {listed(others)}",
+            f"the output folder is in use: it holds something other than a merge: {names_of(others)}",
             folder.where,
             do="give another --out",
         )
     return False
 
 
-def resumes(state: Folder, plan_identity: str, fresh: bool) -> bool:
+def resumes(state: Folder, now: Identity, fresh: bool) -> bool:
     """Return whether a run with these results is resumed rather than started anew.
 
     With `fresh`, only a run that was itself begun with `fresh`: the same command resumes it.
 
     Raises:
-        OutputError: the state is that of another merge, and not `fresh`.
+        OutputError: the state is that of another merge, or an input has changed, and not `fresh`.
+        DamagedError: the identity of the state is damaged, and not `fresh`.
     """
-    if not state.exists(IDENTITY):
+    try:
+        before = read_identity(state)
+    except DamagedError:
+        if fresh:
+            return False
+        raise
+    if before is None:
         return False
-    if _is_of(state, plan_identity):
-        return not fresh or Claim.read(state).fresh
-    if not fresh:
-        raise OutputError(
-            "the state of another merge into this folder still exists",
-            state.where,
-            do="complete that merge, or discard its state with --fresh",
-        )
-    return False
+    if fresh and not Claim.read(state).fresh:
+        return False
+    differences = before.differences(now)
+    if not differences:
+        return True
+    if fresh:
+        return False
+    if before.options == now.options:
+        raise changed(differences, "restore it, or discard the state of the run with --fresh")
+    raise OutputError(
+        f"the state of another merge into this folder still exists: {listed(differences)}",
+        state.where,
+        do="complete that merge, or discard its state with --fresh",
+    )
+
+
+def changed(differences: list[str], do: str) -> InputError:
+    """Return the error for inputs that are not those with which the run began."""
+    return InputError(f"not as it was when this run began: {listed(differences)}", "the inputs", do=do)
+
+
+def read_identity(state: Folder) -> Identity | None:
+    """Return the identity in a run's state; None if there is none.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    where = f"{state.where}/{IDENTITY}"
+    try:
+        return decode(read_sealed(state, IDENTITY), where)
+    except FileNotFoundError:
+        return None
+    except InputError as error:
+        raise DamagedError(error.what, where, do="discard the state of the run with --fresh") from error
+
+
+def write_identity(state: Folder, identity: Identity) -> None:
+    """Store the identity of a run in its state."""
+    write_sealed(state, IDENTITY, identity.encode())
 
 
 def check_replaceable(folder: Folder, claim: Claim) -> None:
@@ -242,7 +283,7 @@ def check_replaceable(folder: Folder, claim: Claim) -> None:
     others = ["."] if folder.exists("") else strangers(folder, known)
     if others:
         raise OutputError(
-            f"the output folder now holds something that this run does not replace: {listed(others)}",
+            f"the output folder now holds something that this run does not replace: {names_of(others)}",
             folder.where,
             do="move this away, then run the same command to resume",
         )
@@ -261,14 +302,26 @@ def extend_claim(state: Folder, files: Iterable[str]) -> None:
     replace(claim, own=tuple({*claim.own, *files})).write(state)
 
 
-def listed(names: Sequence[str]) -> str:
+def names_of(names: Sequence[str]) -> str:
     """Return the first names for a message, and the number of the others."""
     shown = ", ".join(repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
 
 
-def _is_of(state: Folder, plan_identity: str) -> bool:
-    return state.exists(IDENTITY) and state.read(IDENTITY).decode(errors="replace") == plan_identity
+def _is_of(state: Folder, now: Identity) -> bool:
+    before = read_identity(state)
+    return before is not None and not before.differences(now)
+
+
+def _recorded_identity(folder: Folder, sha256: Any) -> Identity | None:
+    """Return the identity beside a record that names its SHA-256, or None."""
+    try:
+        if folder.size(RECORDED_IDENTITY) > RECORD_BYTES:
+            return None
+        data = folder.read(RECORDED_IDENTITY)
+        return decode(data, RECORDED_IDENTITY) if hashlib.sha256(data).hexdigest() == sha256 else None
+    except (FileNotFoundError, InputError):
+        return None
 
 
 def _format_of(data: bytes) -> Any:

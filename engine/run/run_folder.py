@@ -12,12 +12,15 @@ import hashlib
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from engine.errors import DamagedError, OutputError
+from engine.planning.plan import Plan
+from engine.run.identity import Identity
+from engine.run.inputs import identity
 from engine.run.kept_state import KeptState
 from engine.run.ownership import (
     IDENTITY,
@@ -25,14 +28,17 @@ from engine.run.ownership import (
     RECORD,
     Claim,
     EarlierMerge,
+    changed,
     check_replaceable,
     check_state,
     clear,
     extend_claim,
     is_done,
     mark,
+    read_identity,
     remove_files,
     resumes,
+    write_identity,
 )
 from engine.run.place import check_place
 from engine.shards.orthogonal import FOLDER
@@ -51,7 +57,7 @@ REPLACED = "replaced"
 CLEARING, CLEARED = b"clearing", b"cleared"
 
 
-def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
+def check_output(out: str, now: Identity, fresh: bool) -> bool:
     """Return whether `out` already holds the complete result of this merge; False with `fresh`, which redoes it.
 
     False too if an unfinished run of this merge, begun with `fresh`, is to replace what `out` holds.
@@ -63,7 +69,7 @@ def check_output(out: str, plan_identity: str, fresh: bool) -> bool:
     check_place(out)
     run = RunFolder(out)
     check_state(run.state)
-    return is_done(open_folder(out), run.state, plan_identity, fresh)
+    return is_done(open_folder(out), run.state, now, fresh)
 
 
 class RunFolder(KeptState):
@@ -74,8 +80,11 @@ class RunFolder(KeptState):
         state: The folder of everything that is needed to resume.
         weights: The folder for the output's weight files.
         composed: The local folder for all other files of the output.
+        identity: The identity of the merge; set by `open_run`.
         held, say: See `KeptState`.
     """
+
+    identity: Identity
 
     def __init__(self, out: str) -> None:
         self.out = out
@@ -92,6 +101,24 @@ class RunFolder(KeptState):
             super().__init__(open_folder(str(replace(address, path=f"{address.path}.run"))))
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
+
+    def begin(self, now: Identity) -> None:
+        """Store the identity of the merge."""
+        self.identity = now
+        write_identity(self.state, now)
+
+    def check_unchanged(self, plan: Plan, digests: Mapping[str, str] | None = None) -> None:
+        """Check that every input is as it was when the run began, and store the SHA-256 of those that were hashed.
+
+        Raises:
+            InputError: an input has changed. What was computed may be a mixture, so the next start begins again.
+        """
+        differences = self.identity.changed_files(identity(plan))
+        if differences:
+            self.state.remove(IDENTITY)
+            raise changed(differences, "run the same command: it begins again, with the inputs as they are now")
+        if digests:
+            self.begin(self.identity.with_digests(digests))
 
     def name(self) -> str:
         """Return the run's name for gauges and trackers: the output's name and 8 random hex digits.
@@ -205,11 +232,12 @@ class RunFolder(KeptState):
 
 
 @contextmanager
-def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
+def open_run(out: str, now: Identity, fresh: bool) -> Iterator[RunFolder]:
     """Open the folders of a merge's run, new or as an earlier start left them, and lock them during the context.
 
     Raises:
         OutputError: another process holds the lock, or the folder holds the state of another merge.
+        InputError: an input has changed since the run began.
     """
     run = RunFolder(out)
     state = run.state
@@ -223,9 +251,12 @@ def open_run(out: str, plan_identity: str, fresh: bool) -> Iterator[RunFolder]:
             make_private(state.path)
         mark(state)
         run.restore()
-        if not run.computed() or not resumes(state, plan_identity, fresh):
+        before = None
+        if run.computed() and resumes(state, now, fresh):
+            before = read_identity(state)
+        else:
             run.start_anew(fresh)
-        state.write(IDENTITY, plan_identity.encode())
+        run.begin(now.with_digests(before.digests if before else {}))
         try:
             yield run
         finally:

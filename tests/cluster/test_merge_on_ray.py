@@ -199,7 +199,7 @@ def test_a_damaged_state_is_computed_again_with_the_same_bits(
     config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop_after_writing(phase: str) -> None:
-        if phase == "hashing the inputs":
+        if phase == "writing":
             raise KeyboardInterrupt
 
     plan, run = plan_of(config), tmp_path / "merged.run"

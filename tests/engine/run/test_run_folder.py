@@ -18,22 +18,25 @@ import pytest
 import torch
 from conftest import plan_of
 from errors import refused
+from identities import merge_of, record_of
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
 from engine.errors import OutputError, StorageError
-from engine.run.identity import identity
-from engine.run.ownership import MARKER, RECORD, mark
+from engine.run.identity import Identity
+from engine.run.ownership import MARKER, RECORD, RECORDED_IDENTITY, mark
 from engine.run.run_folder import RunFolder, check_output, open_run
 from engine.run.state import StageState, load_plan, plan_digest
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
 from engine.storage.paths import open_folder
+from engine.storage.sealed import seal
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
 MODEL = ["model.safetensors"]
-RECORD_OF_THIS = "record: {identity: this, files: [model.safetensors, config.json, tokenizer.json, README.md]}"
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "README.md"]
+THIS, OTHER, THIRD = map(merge_of, ("this", "other", "third"))
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ def disk(tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
+def record(folder: Folder, merge: Identity) -> None:
+    """Mark an output as this merge."""
+    for file, text in record_of(merge, FILES).items():
+        folder.write(file, text.encode())
+
+
 def computed(run: RunFolder) -> None:
     """Store a target, as a merge does that has begun to compute."""
     run.state.write(run.target(Sample(0, 0, (1, 2), "x.jsonl:1")), b"a target")
@@ -88,10 +97,10 @@ def computed(run: RunFolder) -> None:
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_missing_or_empty_folder_may_be_used(place: Place, fresh: bool) -> None:
-    assert not check_output(place.out, "this", fresh)
+    assert not check_output(place.out, THIS, fresh)
     if place.on_disk:
         Path(place.out).mkdir()
-        assert not check_output(place.out, "this", fresh)
+        assert not check_output(place.out, THIS, fresh)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -99,7 +108,7 @@ def test_a_missing_or_empty_folder_may_be_used(place: Place, fresh: bool) -> Non
 def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(place: Place, name: str, fresh: bool) -> None:
     place.output.write(name, b"mine")
     with refused(OutputError, where=place.out, do="--out") as caught:
-        check_output(place.out, "this", fresh)
+        check_output(place.out, THIS, fresh)
     assert caught.value.where == place.out and caught.value.exit_code == 2
     assert "--fresh" not in caught.value.do and place.output.read(name) == b"mine"
 
@@ -107,14 +116,14 @@ def test_a_folder_that_holds_something_else_is_refused_even_with_fresh(place: Pl
 def test_a_file_in_place_of_the_output_folder_is_refused(disk: Path) -> None:
     disk.write_text("mine")
     with refused(OutputError, where=str(disk), do="--out") as caught:
-        check_output(str(disk), "this", fresh=True)
+        check_output(str(disk), THIS, fresh=True)
     assert "--fresh" not in caught.value.do
 
 
 def test_a_complete_merge_is_not_repeated_without_fresh(place: Place) -> None:
-    place.output.write(RECORD, RECORD_OF_THIS.encode())
-    assert check_output(place.out, "this", fresh=False)
-    assert not check_output(place.out, "this", fresh=True)
+    record(place.output, THIS)
+    assert check_output(place.out, THIS, fresh=False)
+    assert not check_output(place.out, THIS, fresh=True)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +144,14 @@ def test_a_complete_merge_is_not_repeated_without_fresh(place: Place) -> None:
 def test_another_merge_is_refused_without_fresh(disk: Path, content: bytes) -> None:
     LocalFolder(disk).write(RECORD, content)
     with refused(OutputError, where=str(disk), do="--fresh"):
-        check_output(str(disk), "this", fresh=False)
-    assert not check_output(str(disk), "this", fresh=True)
+        check_output(str(disk), THIS, fresh=False)
+    assert not check_output(str(disk), THIS, fresh=True)
 
 
 def test_a_run_folder_is_next_to_its_output(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.out == place.out and run.state.where == f"{place.out}.run"
-        assert place.holds(*(f"merged.run/{name}" for name in ("claim.json", "identity", "lock", MARKER)))
+        assert place.holds(*(f"merged.run/{name}" for name in ("claim.json", "identity.json", "lock", MARKER)))
         run.start_output(MODEL)
         assert run.weights.where == (f"{place.out}.run/output" if place.on_disk else place.out)
         assert run.composed.is_dir()
@@ -164,14 +173,14 @@ def test_options_of_an_address_stay_at_its_end() -> None:
 )
 def test_a_whole_bucket_is_no_output(out: str, instead: str) -> None:
     with refused(OutputError, where=out) as caught:
-        check_output(out, "this", fresh=True)
+        check_output(out, THIS, fresh=True)
     assert caught.value.expected == instead
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_that_computed_nothing_leaves_nothing_behind(place: Place, fails: bool, llama_merge: Path) -> None:
     def begin() -> None:
-        with open_run(place.out, "this", fresh=False) as run:
+        with open_run(place.out, THIS, fresh=False) as run:
             run.keep_plan(plan_of(llama_merge))
             run.keep("devices", np.ones(2))
             if fails:
@@ -186,14 +195,14 @@ def test_a_run_that_computed_nothing_leaves_nothing_behind(place: Place, fails: 
 
 
 def test_a_run_with_results_is_kept_for_the_next_start(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert not run.computed()
         computed(run)
         assert run.computed()
         run.save_stage(1, StageState(1, {"a": torch.ones(2)}), ROWS)
         run.keep("magnitudes", np.eye(3, dtype=np.float32))
     assert RunFolder(place.out).exists()
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == {run.target(Sample(0, 0, (), ""))} == {"targets/0-0.safetensors"}
         assert run.state.read(run.target(Sample(0, 0, (), ""))) == b"a target"
         assert run.load_stage(1) is not None
@@ -212,33 +221,33 @@ def test_every_sample_has_its_own_target_file(disk: Path) -> None:
 
 def test_the_plan_is_kept_in_the_run_s_state(place: Place, llama_merge: Path) -> None:
     plan = plan_of(llama_merge)
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         run.keep_plan(plan)
         assert load_plan(run.state, plan_digest(plan)) == plan
 
 
 def test_the_state_of_another_merge_is_refused_and_kept(place: Place) -> None:
-    with open_run(place.out, "other", fresh=False) as run:
+    with open_run(place.out, OTHER, fresh=False) as run:
         computed(run)
     before = run.state.names()
-    with refused(OutputError, where=run.state.where, do="--fresh"), open_run(place.out, "this", fresh=False):
+    with refused(OutputError, where=run.state.where, do="--fresh"), open_run(place.out, THIS, fresh=False):
         pass
     assert run.state.names() == before
-    with open_run(place.out, "other", fresh=False) as again:
+    with open_run(place.out, OTHER, fresh=False) as again:
         assert again.stored_targets() == {"targets/0-0.safetensors"}
 
 
 def test_fresh_discards_the_state_of_an_earlier_start(place: Place) -> None:
-    with open_run(place.out, "other", fresh=False) as run:
+    with open_run(place.out, OTHER, fresh=False) as run:
         computed(run)
         run.save_stage(1, StageState(1, {}), ROWS)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"of the other")
-    with open_run(place.out, "this", fresh=True) as run:
-        assert run.state.names() == {"claim.json", "identity", "lock", MARKER} and place.output.names() == set()
+    with open_run(place.out, THIS, fresh=True) as run:
+        assert run.state.names() == {"claim.json", "identity.json", "lock", MARKER} and place.output.names() == set()
         assert run.load_stage(1) is None and run.metrics() == [] and run.written() == set()
         computed(run)
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
@@ -249,7 +258,7 @@ def test_state_without_an_identity_is_discarded(place: Place) -> None:
     computed(run)
     if place.on_disk:
         run.weights.write("model.safetensors", b"of whatever")
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == set() and run.written() == set()
 
 
@@ -258,14 +267,14 @@ def contents(folder: Folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("name", ["notes.txt", "ckpt/step1.bin", "lock", "targets/0-0.safetensors", "identity"])
+@pytest.mark.parametrize("name", ["notes.txt", "ckpt/step1.bin", "lock", "targets/0-0.safetensors", "identity.json"])
 def test_a_state_folder_that_is_not_ours_is_refused_and_untouched(place: Place, name: str, fresh: bool) -> None:
     state = RunFolder(place.out).state
     state.write(name, b"months of work")
     before = contents(place.parent)
     for act in (check_output, open_run):
         with refused(OutputError, where=state.where, do="--out", facts=[repr(name), MARKER]) as caught:
-            result = act(place.out, "this", fresh)
+            result = act(place.out, THIS, fresh)
             result.__enter__() if not isinstance(result, bool) else None
         assert "--fresh" not in caught.value.do
     assert contents(place.parent) == before
@@ -276,7 +285,7 @@ def test_a_state_folder_of_folders_and_links_is_refused_and_untouched(disk: Path
     for make in (lambda: (state / "empty").mkdir(), lambda: (state / "link").symlink_to("/nowhere")):
         state.mkdir()
         make()
-        with refused(OutputError, where=str(state)), open_run(str(disk), "this", fresh=True):
+        with refused(OutputError, where=str(state)), open_run(str(disk), THIS, fresh=True):
             pass
         assert len(list(state.iterdir())) == 1
         for path in state.iterdir():
@@ -289,14 +298,14 @@ def test_a_file_or_a_link_in_place_of_the_state_folder_is_refused(disk: Path, li
     state, other = disk.with_name("merged.run"), disk.with_name("other")
     other.mkdir()
     state.symlink_to(other) if link else state.write_text("mine")
-    with refused(OutputError, where=str(state), do="--out"), open_run(str(disk), "this", fresh=True):
+    with refused(OutputError, where=str(state), do="--out"), open_run(str(disk), THIS, fresh=True):
         pass
     assert state.is_symlink() == link and not list(other.iterdir())
 
 
 def test_an_object_in_place_of_the_state_folder_is_refused(objects: Place) -> None:
     objects.parent.write("merged.run", b"mine")
-    with refused(OutputError, where="merged.run", do="--out"), open_run(objects.out, "this", fresh=True):
+    with refused(OutputError, where="merged.run", do="--out"), open_run(objects.out, THIS, fresh=True):
         pass
     assert objects.holds("merged.run")
 
@@ -307,14 +316,14 @@ def test_a_state_of_another_format_is_refused_and_untouched(place: Place, marker
     state.write(MARKER, marker)
     state.write("targets/0-0.safetensors", b"hours of work")
     before = contents(place.parent)
-    with refused(OutputError, where=state.where), open_run(place.out, "this", fresh=True):
+    with refused(OutputError, where=state.where), open_run(place.out, THIS, fresh=True):
         pass
     assert contents(place.parent) == before
 
 
 def test_an_empty_folder_for_the_state_is_used(disk: Path) -> None:
     disk.with_name("merged.run").mkdir()
-    with open_run(str(disk), "this", fresh=False) as run:
+    with open_run(str(disk), THIS, fresh=False) as run:
         computed(run)
     assert run.exists()
 
@@ -331,25 +340,25 @@ def test_the_marker_is_written_first_and_removed_last(place: Place, monkeypatch:
             inner(self, name, *rest)
 
         monkeypatch.setattr(kind, act, watched)
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         computed(run)
         assert acts[0] == ("write", MARKER)
         acts.clear()
         run.discard()
         removed = list(acts)
-    assert removed[0] == ("remove", "identity") and removed[-2:] == [("remove", "claim.json"), ("remove", MARKER)]
+    assert removed[0] == ("remove", "identity.json") and removed[-2:] == [("remove", "claim.json"), ("remove", MARKER)]
 
 
 def test_a_state_that_was_half_removed_is_not_resumed(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         computed(run)
-        run.state.remove("identity")
-    with open_run(place.out, "this", fresh=False) as run:
+        run.state.remove("identity.json")
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == set()
 
 
 def try_to_open(out: str, fresh: bool) -> None:
-    with refused(OutputError, where=RunFolder(out).state.where) as caught, open_run(out, "this", fresh=fresh):
+    with refused(OutputError, where=RunFolder(out).state.where) as caught, open_run(out, THIS, fresh=fresh):
         pass
     assert "--fresh" not in caught.value.do
 
@@ -358,7 +367,7 @@ def try_to_open(out: str, fresh: bool) -> None:
 def test_a_run_of_the_same_process_is_not_joined(place: Place, fresh: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # On a busy machine the first run may not renew its lease for a while.
     monkeypatch.setattr(engine.storage.lease, "PATIENCE", 200)
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         computed(run)
         try_to_open(place.out, fresh)
         thread_failed: list[BaseException] = []
@@ -385,7 +394,7 @@ engine.storage.lease.RENEWAL, engine.storage.lease.SETTLING = 0.1, 0
 state = engine.storage.paths.open_folder(sys.argv[1])
 with state.locked():
     state.write("expert-merging-run.json", b'{"format": 1}')
-    state.write("identity", b"this")
+    state.write("identity.json", bytes.fromhex(sys.argv[2]))
     state.write("targets/0-0.safetensors", b"a target")
     print("held", flush=True)
     input()
@@ -394,7 +403,7 @@ with state.locked():
 
 def hold(place: Place) -> subprocess.Popen[str]:
     """Start another process that holds the lock of the run."""
-    command = [sys.executable, "-c", HOLD, RunFolder(place.out).state.where]
+    command = [sys.executable, "-c", HOLD, RunFolder(place.out).state.where, seal(THIS.encode()).hex()]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     return other
@@ -406,7 +415,7 @@ def test_a_run_of_another_process_is_not_joined_until_it_ends(place: Place, monk
         for fresh in (False, True):
             try_to_open(place.out, fresh)
         other.communicate("\n")
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == {"targets/0-0.safetensors"}
 
 
@@ -414,7 +423,7 @@ def test_the_run_of_a_killed_process_is_taken_over(place: Place, monkeypatch: py
     monkeypatch.setattr(engine.storage.lease, "PATIENCE", 3)
     with hold(place) as other:
         other.kill()
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.stored_targets() == {"targets/0-0.safetensors"}
         run.save_stage(1, StageState(1, {}), ROWS)
 
@@ -423,7 +432,7 @@ def test_a_run_that_was_taken_over_stops_writing(objects: Place) -> None:
     run = RunFolder(objects.out)
 
     def go_on() -> None:
-        with open_run(objects.out, "this", fresh=False) as run:
+        with open_run(objects.out, THIS, fresh=False) as run:
             computed(run)
             run.state.write("lock", b"another's")
             for act in (lambda: run.start_output(MODEL), run.finish, run.discard):
@@ -441,7 +450,7 @@ def test_a_run_that_was_taken_over_stops_writing(objects: Place) -> None:
 def test_a_folder_that_cannot_be_made_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     out = str(tmp_path / "file" / "merged")
-    with refused(OutputError, where=out), open_run(out, "this", fresh=False):
+    with refused(OutputError, where=out), open_run(out, THIS, fresh=False):
         pass
 
 
@@ -451,17 +460,17 @@ def test_a_storage_that_refuses_is_an_output_error(
     monkeypatch.setattr(engine.storage.lease, "SETTLING", 0)
     store = object_store.new_store(server, monkeypatch, tmp_path)
     with store.fault("refuse-all"), refused(OutputError, facts=["ACCESS_DENIED"]):
-        check_output(f"{store.root}/merged", "this", fresh=False)
-    assert not check_output("s3://no-such-bucket/merged", "this", fresh=False)
+        check_output(f"{store.root}/merged", THIS, fresh=False)
+    assert not check_output("s3://no-such-bucket/merged", THIS, fresh=False)
     with (
         refused(OutputError, facts=["NO_SUCH_BUCKET"]),
-        open_run("s3://no-such-bucket/merged", "this", fresh=False),
+        open_run("s3://no-such-bucket/merged", THIS, fresh=False),
     ):
         pass
 
 
 def test_the_last_saved_state_of_a_stage_is_loaded(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         assert run.load_stage(1) is None
         for steps in (1, 2, 3):
             learner = {"a": torch.full((2, 3), float(steps), dtype=torch.float64), "step": torch.tensor(steps)}
@@ -479,7 +488,7 @@ def test_a_half_written_state_is_ignored(disk: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with open_run(str(disk), "this", fresh=False) as run:
+    with open_run(str(disk), THIS, fresh=False) as run:
         run.save_stage(1, StageState(1, {"a": torch.ones(1)}), ROWS)
         with monkeypatch.context() as patched:
             patched.setattr("os.fsync", full)
@@ -490,7 +499,7 @@ def test_a_half_written_state_is_ignored(disk: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_metrics_are_ordered_by_stage_and_step_and_a_repeated_step_counts_once(disk: Path) -> None:
-    with open_run(str(disk), "this", fresh=False) as run:
+    with open_run(str(disk), THIS, fresh=False) as run:
         for stage in (2, 1):
             for steps in (*range(12, 0, -1), 5):
                 rows = [{"stage": stage, "step": steps - 1, "sample": sample} for sample in range(2)]
@@ -503,7 +512,7 @@ def test_metrics_are_ordered_by_stage_and_step_and_a_repeated_step_counts_once(d
 
 
 def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         run.start_output(["model-00001-of-00002.safetensors", "math/model.safetensors"])
         run.weights.write("model-00001-of-00002.safetensors", b"whole")
         run.weights.child("math").write("model.safetensors", b"whole")
@@ -511,31 +520,32 @@ def test_a_restart_keeps_only_complete_weight_files_of_this_run(place: Place) ->
         (run.composed / "merge" / "half.parquet").write_text("half")
         if place.on_disk:
             (run.composed / f".{'0' * 32}.part").write_text("of a writer that died")
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         run.start_output(MODEL)
         assert run.written() == {"model-00001-of-00002.safetensors", "math/model.safetensors"}
         assert run.weights.names() == run.written()
         assert not [path for path in run.composed.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
         assert place.output.names() == (set() if place.on_disk else run.written())
-    assert not check_output(place.out, "this", fresh=False)
-    assert not check_output(place.out, "this", fresh=True)
+    assert not check_output(place.out, THIS, fresh=False)
+    assert not check_output(place.out, THIS, fresh=True)
 
 
 def finish(place: Place, content: bytes, **files: str) -> None:
-    with open_run(place.out, "this", fresh=True) as run:
+    with open_run(place.out, THIS, fresh=True) as run:
         computed(run)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", content)
         (run.composed / "config.json").write_text("{}")
         (run.composed / "tokenizer.json").write_text("{}")
-        (run.composed / RECORD).write_text(RECORD_OF_THIS)
-        for name, text in files.items():
+        for name, text in (record_of(THIS, FILES) | files).items():
             (run.composed / name).write_text(text)
         run.finish()
     assert not run.composed.exists() and not run.exists()
 
 
-OUTPUT = ("merged/config.json", "merged/merge/config.yaml", "merged/model.safetensors", "merged/tokenizer.json")
+OUTPUT = tuple(
+    f"merged/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", *record_of(THIS, []))
+)
 
 
 def test_a_finished_run_leaves_only_its_output(place: Place) -> None:
@@ -543,7 +553,7 @@ def test_a_finished_run_leaves_only_its_output(place: Place) -> None:
         Path(place.out).mkdir()
     finish(place, b"new")
     assert place.holds(*OUTPUT)
-    assert check_output(place.out, "this", fresh=False)
+    assert check_output(place.out, THIS, fresh=False)
 
 
 def test_partial_files_of_dead_writers_are_not_in_the_output(disk: Path) -> None:
@@ -554,7 +564,7 @@ def test_partial_files_of_dead_writers_are_not_in_the_output(disk: Path) -> None
 
 def test_a_finished_run_replaces_an_earlier_merge_completely(place: Place) -> None:
     finish(place, b"old")
-    record = place.output.read(RECORD).replace(b"files: [", b"files: [model-00007-of-00007.safetensors, ")
+    record = place.output.read(RECORD).replace(b'"files": [', b'"files": ["model-00007-of-00007.safetensors", ')
     place.output.write(RECORD, record)
     place.output.write("model-00007-of-00007.safetensors", b"of the old one")
     finish(place, b"new")
@@ -565,7 +575,7 @@ def test_a_finished_run_replaces_an_earlier_merge_completely(place: Place) -> No
 def test_on_a_disk_the_earlier_merge_stays_until_the_new_one_is_complete(disk: Path) -> None:
     place = Place(str(disk), LocalFolder(disk.parent))
     finish(place, b"old")
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         computed(run)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"new")
@@ -579,13 +589,13 @@ def test_fresh_replaces_no_folder_that_holds_more_than_the_merge(place: Place, n
     place.output.write(name, b"years of work")
     before = contents(place.parent)
     with refused(OutputError, where=place.out, do="--out", facts=[repr(name)]) as caught:
-        check_output(place.out, "other", fresh=True)
+        check_output(place.out, OTHER, fresh=True)
     assert "--fresh" not in caught.value.do
     with refused(OutputError, where=place.out, do="--out") as caught:
-        check_output(place.out, "other", fresh=False)
+        check_output(place.out, OTHER, fresh=False)
     assert "--fresh" not in caught.value.do
     assert contents(place.parent) == before
-    assert check_output(place.out, "this", fresh=False), "it holds this merge all the same"
+    assert check_output(place.out, THIS, fresh=False), "it holds this merge all the same"
 
 
 def test_fresh_names_folders_and_links_that_the_merge_did_not_write(disk: Path) -> None:
@@ -595,9 +605,9 @@ def test_fresh_names_folders_and_links_that_the_merge_did_not_write(disk: Path) 
         make()
         (added,) = {path.name for path in disk.iterdir()} & {"own", "link"}
         with refused(OutputError, where=str(disk), facts=[repr(added)]):
-            check_output(str(disk), "other", fresh=True)
+            check_output(str(disk), OTHER, fresh=True)
         (disk / added).unlink() if added == "link" else (disk / added).rmdir()
-    assert not check_output(str(disk), "other", fresh=True)
+    assert not check_output(str(disk), OTHER, fresh=True)
 
 
 @pytest.mark.parametrize("files", ["[model.safetensors, ../mine]", "[model.safetensors, 7]", "text", "{a: 1}"])
@@ -605,7 +615,7 @@ def test_a_record_that_lists_no_names_of_its_files_is_not_replaced(place: Place,
     place.output.write(RECORD, f"record: {{identity: old, files: {files}}}".encode())
     place.output.write("model.safetensors", b"old")
     with refused(OutputError, where=place.out, facts=["'model.safetensors'"]):
-        check_output(place.out, "this", fresh=True)
+        check_output(place.out, THIS, fresh=True)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -614,7 +624,7 @@ def test_what_came_into_the_output_s_place_during_a_run_is_not_replaced(place: P
         finish(place, b"old")
 
     def merge() -> None:
-        with open_run(place.out, "other", fresh=fresh) as run:
+        with open_run(place.out, OTHER, fresh=fresh) as run:
             computed(run)
             place.output.write("mine.txt", b"mine")
             run.start_output(MODEL)
@@ -628,13 +638,13 @@ def test_what_came_into_the_output_s_place_during_a_run_is_not_replaced(place: P
     if fresh:
         assert place.output.read("model.safetensors") == b"old"
     place.output.remove("mine.txt")
-    with open_run(place.out, "other", fresh=fresh) as run:
+    with open_run(place.out, OTHER, fresh=fresh) as run:
         assert run.stored_targets()
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("identity", ["this", "other"])
-def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identity: str, again: bool) -> None:
+@pytest.mark.parametrize("identity", [THIS, OTHER])
+def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identity: Identity, again: bool) -> None:
     finish(place, b"old")
     with open_run(place.out, identity, fresh=True) as run:
         computed(run)
@@ -643,7 +653,7 @@ def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identi
         assert run.stored_targets() == {"targets/0-0.safetensors"}
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"new")
-        (run.composed / RECORD).write_text(f"record: {{identity: {identity}, files: [model.safetensors]}}")
+        (run.composed / RECORD).write_text("record: {files: [model.safetensors]}")
         run.finish()
     assert place.output.names() == {"model.safetensors", RECORD} and not RunFolder(place.out).exists()
     assert place.output.read("model.safetensors") == b"new"
@@ -651,25 +661,25 @@ def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identi
 
 def test_a_run_with_fresh_does_not_replace_another_merge_than_it_began_with(place: Place) -> None:
     finish(place, b"old")
-    with open_run(place.out, "other", fresh=True) as run:
+    with open_run(place.out, OTHER, fresh=True) as run:
         computed(run)
-    place.output.write(RECORD, RECORD_OF_THIS.replace("this", "third").encode())
+    record(place.output, THIRD)
     with refused(OutputError, where=place.out, do="--fresh"):
-        check_output(place.out, "other", fresh=False)
+        check_output(place.out, OTHER, fresh=False)
 
 
 def test_fresh_discards_the_state_of_a_start_without_fresh(place: Place) -> None:
-    with open_run(place.out, "this", fresh=False) as run:
+    with open_run(place.out, THIS, fresh=False) as run:
         computed(run)
-    with open_run(place.out, "this", fresh=True) as run:
+    with open_run(place.out, THIS, fresh=True) as run:
         assert run.stored_targets() == set()
 
 
-@pytest.mark.parametrize(("identity", "fresh"), [("other", False), ("other", True), ("third", True)])
-def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: str, fresh: bool) -> None:
+@pytest.mark.parametrize(("identity", "fresh"), [(OTHER, False), (OTHER, True), (THIRD, True)])
+def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: Identity, fresh: bool) -> None:
     place = Place(str(disk), LocalFolder(disk.parent))
     finish(place, b"old")
-    with open_run(place.out, "other", fresh=True) as run:
+    with open_run(place.out, OTHER, fresh=True) as run:
         computed(run)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"new")
@@ -677,7 +687,7 @@ def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: st
     assert not check_output(place.out, identity, fresh)
     with open_run(place.out, identity, fresh) as run:
         assert place.output.read("model.safetensors") == b"old"
-        assert bool(run.stored_targets()) == (identity == "other")
+        assert bool(run.stored_targets()) == (identity == OTHER)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"new")
         (run.composed / RECORD).write_text("record: {files: [model.safetensors]}")
@@ -686,15 +696,15 @@ def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: st
 
 
 def test_an_incomplete_output_is_removed_by_the_names_that_its_run_wrote(objects: Place) -> None:
-    with open_run(objects.out, "this", fresh=False) as run:
+    with open_run(objects.out, THIS, fresh=False) as run:
         computed(run)
         run.start_output(MODEL)
         run.weights.write("model.safetensors", b"half")
         objects.output.write("mine.safetensors", b"mine")
         assert run.written() == {"model.safetensors"}
     with refused(OutputError, where=objects.out, facts=["'mine.safetensors'"]):
-        check_output(objects.out, "other", fresh=True)
-    with open_run(objects.out, "other", fresh=True):
+        check_output(objects.out, OTHER, fresh=True)
+    with open_run(objects.out, OTHER, fresh=True):
         assert objects.output.names() == {"mine.safetensors"}
 
 
@@ -721,10 +731,14 @@ def test_in_object_storage_marker_files_are_removed_first_and_written_last(
 ) -> None:
     finish(objects, b"old", **{"README.md": "a card"})
     written = [name for act, name in acts if act == "write"]
-    assert written[0] == "model.safetensors" and set(written[1:-2]) == {"README.md", "tokenizer.json"}
+    assert written[0] == "model.safetensors" and set(written[1:-2]) == {
+        "README.md",
+        "tokenizer.json",
+        RECORDED_IDENTITY,
+    }
     assert written[-2:] == ["config.json", RECORD]
     acts.clear()
-    with open_run(objects.out, "other", fresh=True) as run:
+    with open_run(objects.out, OTHER, fresh=True) as run:
         computed(run)
         assert acts == [], "the earlier merge is unchanged while the new one learns"
         run.start_output(MODEL)
@@ -745,7 +759,7 @@ def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
         remove(self, what)
 
     def begin() -> None:
-        with open_run(objects.out, "other", fresh=True) as run:
+        with open_run(objects.out, OTHER, fresh=True) as run:
             computed(run)
             run.start_output(MODEL)
 
@@ -753,8 +767,8 @@ def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
         patched.setattr(ObjectFolder, "remove", stop)
         with pytest.raises(KeyboardInterrupt):
             begin()
-    assert not check_output(objects.out, "other", fresh=True)
-    with open_run(objects.out, "other", fresh=False) as run:
+    assert not check_output(objects.out, OTHER, fresh=True)
+    with open_run(objects.out, OTHER, fresh=False) as run:
         assert run.stored_targets() and run.written() == set()
         run.start_output(MODEL)
         assert objects.output.names() == set()
@@ -776,31 +790,9 @@ def test_a_run_resumes_after_a_stop_during_the_upload_of_the_output(
         with pytest.raises(KeyboardInterrupt):
             finish(objects, b"new")
     assert not objects.output.exists(RECORD)
-    assert not check_output(objects.out, "this", fresh=False)
-    with open_run(objects.out, "this", fresh=False) as run:
+    assert not check_output(objects.out, THIS, fresh=False)
+    with open_run(objects.out, THIS, fresh=False) as run:
         run.start_output(MODEL)
         assert run.written() == {"model.safetensors"}
     finish(objects, b"new")
     assert objects.holds(*OUTPUT)
-
-
-def test_the_identity_covers_everything_that_decides_the_result(make_merge: Callable[..., Path]) -> None:
-    config = make_merge()
-    this = identity(plan_of(config))
-    same = ["cluster.shards=3", "cluster.wait=1", "cluster.trainer.num_gpus=0"]
-    assert identity(plan_of(config)) == this
-    assert identity(plan_of(config, *same)) == this
-    others = ["seed=1", "parameters.kappa=2", "models.0.parameters.weight=0.3", "merge_method=expert_merging"]
-    digests = {identity(plan_of(config, override)) for override in others}
-    assert len(digests) == len(others) and this not in digests
-
-    calibration = config.parent / "expert0.jsonl"
-    before = calibration.read_bytes()
-    calibration.write_bytes(before + b'{"input_ids": [5, 6]}\n')
-    assert identity(plan_of(config)) != this
-    calibration.write_bytes(before)
-    assert identity(plan_of(config)) == this
-
-    weights = config.parent / "expert1" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes())
-    assert identity(plan_of(config)) != this

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from conftest import plan_of
 from errors import refused
+from identities import merge_of
 from safetensors import SafetensorError
 
 from engine.calibration.samples import Sample
@@ -37,7 +38,7 @@ CODE = b"cposix\nsystem\n(S'touch ran'\ntR."
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[RunFolder]:
-    with open_run(str(tmp_path / "out"), "this", fresh=False) as opened:
+    with open_run(str(tmp_path / "out"), merge_of("this"), fresh=False) as opened:
         opened.said = []  # type: ignore[attr-defined]
         opened.say = opened.said.append  # type: ignore[attr-defined]
         yield opened

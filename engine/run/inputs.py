@@ -1,0 +1,82 @@
+"""The identity of a merge from its plan: options, versions, and what its input files are now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from engine import __version__
+from engine.checkpoints.find import ROOT, deciding_files, find_model
+from engine.output.resolved_config import located, resolved
+from engine.planning.open_models import weight_files
+from engine.planning.plan import ModelPlan, Plan
+from engine.run.identity import Identity, InputFile
+from engine.storage.local_folder import digest
+from engine.storage.paths import is_uri
+
+# Keys of the config that do not influence the bits of the result.
+UNDECIDING: dict[str, Any] = dict.fromkeys(("cluster", "record", "unused", "log_with", "log_dir"), True) | {
+    "calibration": {"image_folder"}
+}
+PACKAGES = ("torch", "transformers", "numba")
+
+
+def identity(plan: Plan) -> Identity:
+    """Return the identity of a merge: the config without the keys in UNDECIDING, versions, and input files.
+
+    Weights are not read. All other files are hashed: those of the models that decide the result, calibration, images.
+    """
+    options = resolved(plan).model_dump(exclude=UNDECIDING, mode="json")
+    versions = {"expert-merging": __version__, **{package: version(package) for package in PACKAGES}}
+    return Identity(dict(_flat(options)), versions, dict(_files(plan)))
+
+
+def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
+    """Yield the input files that are there, by name."""
+    adapters = [expert.adapter for expert in plan.experts if expert.adapter is not None]
+    models: list[ModelPlan] = [plan.base, *plan.experts, *adapters, *([plan.rows] if plan.rows else [])]
+    for model in models:
+        yield from ((file.address, _stat(file.path, file.model)) for file in weight_files(model) if file.path.is_file())
+        yield from _companions(model.model, plan, model is plan.base)
+    if plan.tokenizer:
+        yield from _companions(plan.tokenizer, plan, copied=True)
+    for given, expert in zip(plan.config.models, plan.experts, strict=True):
+        for place, path in zip(located(given, expert), expert.calibration, strict=True):
+            if path.is_file():
+                yield place.path, _hashed(path, place.path)
+    for expert, images in zip(plan.experts, plan.images, strict=False):
+        for number, image in enumerate(images):
+            # By its number: the folder of the images may be another one on another machine.
+            if Path(image).is_file():
+                yield f"image {number} of {expert.name}", _hashed(Path(image), image)
+
+
+def _companions(model: str, plan: Plan, copied: bool) -> Iterator[tuple[str, InputFile]]:
+    folder = find_model(model, ROOT)
+    for name in deciding_files(folder, copied, plan.config.trust_remote_code):
+        yield f"{model.rstrip('/')}/{name}", _hashed(folder / name, model)
+
+
+def _hashed(path: Path, model: str) -> InputFile:
+    return replace(_stat(path, model), sha256=digest(path))
+
+
+def _stat(path: Path, model: str) -> InputFile:
+    """Return the size and stamp of a file. `model` is the model that it belongs to, or its own path or URI."""
+    found = path.stat()
+    stamps = (found.st_mtime_ns, found.st_ino, found.st_ctime_ns)
+    stamp = stamps[:1] if is_uri(model) else stamps if Path(model).is_absolute() else ()
+    return InputFile(found.st_size, stamp, None, path)
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the leaves of nested mappings and lists by their path, as JSON."""
+    if isinstance(value, dict | list) and value:
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, json.dumps(value)
