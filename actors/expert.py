@@ -11,10 +11,13 @@ from engine.storage.folder import Folder
 
 
 class Expert:
-    """Computes targets with the expert of each sample. Has no state that a restart would lose."""
+    """Computes targets with the expert of each sample. Has no state that a restart would lose.
 
-    def __init__(self, plan: Plan, index: int) -> None:
-        self._process = ActorProcess(f"expert {index}")
+    `index` is the actor's own number; `threads`: see `ActorProcess`.
+    """
+
+    def __init__(self, plan: Plan, index: int, threads: int | None = None) -> None:
+        self._process = ActorProcess(f"expert {index}", threads)
         self._plan, self._forwards = plan, 0
         self._held: tuple[int, FrozenExpert] | None = None
 

@@ -22,16 +22,19 @@ class Report:
 
 
 class ActorProcess:
-    """Settings and figures of this process. `role` names the actor in merge/memory.json."""
+    """Settings and figures of this process. `role` names the actor in merge/memory.json.
 
-    def __init__(self, role: str) -> None:
+    `threads` is the number of CPU threads of an operation; None: the CPUs that the process may use.
+    """
+
+    def __init__(self, role: str, threads: int | None = None) -> None:
         self.role = role
         self.memory = PeakMemory()
         # Ray hides the GPUs that an actor did not request, so all visible ones belong to this actor.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Ray sets the number of threads to that of the reserved CPUs, which depends on the placement. Sums inside an
         # operation depend on the number of threads, and results must not depend on the placement.
-        torch.set_num_threads(usable_cpus())
+        torch.set_num_threads(threads or usable_cpus())
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - the stubs lack it

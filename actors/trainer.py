@@ -52,10 +52,13 @@ class Trainer:
     Args:
         shards: The task vectors, in this process or in shard actors.
         pull: Fetches the tensors of a target by its reference.
+        threads: See `ActorProcess`.
     """
 
-    def __init__(self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]]) -> None:
-        self._process = ActorProcess("trainer")
+    def __init__(
+        self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]], threads: int | None = None
+    ) -> None:
+        self._process = ActorProcess("trainer", threads)
         self._plan, self._shards, self._pull = plan, shards, pull
         self._merged: Coefficients | None = None
 

@@ -68,17 +68,18 @@ class Crew:
 
     def expert(self, index: int) -> Any:
         """Start the expert actor in the seat of that index."""
-        layout, home = self.layout, len(self.layout.shards)
+        layout, home, threads = self.layout, len(self.layout.shards), self.layout.threads
         # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
         place = (home + 1 if index == 0 else None) if layout.beside else home
-        return self._spawn(Expert, layout.experts[index], place, lambda plan, _: (plan, index))
+        return self._spawn(Expert, layout.experts[index], place, lambda plan, _: (plan, index, threads))
 
     def trainer(self) -> Any:
         """Start the trainer in its home. The shards must be running."""
         assert self.layout.trainer is not None
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
-        arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get)  # noqa: E731
+        threads = self.layout.threads
+        arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get, threads)  # noqa: E731
         return self._spawn(Trainer, self.layout.trainer, len(self.layout.shards), arguments)
 
     def dismiss(self, actor: Any) -> None:

@@ -6,6 +6,7 @@ Source: Expert Merging, arXiv 2509.25712. AdaMerging (arXiv 2310.02575) minimise
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ class LearnedMerge(Attempt):
         files = self.weight_files()
         self.folder.check_unchanged(self.plan)
         identity = self.folder.identity.encode()
-        write_record(self.folder.composed, self.plan, identity, digests, stages, importance, metrics, files)
+        devices = self.folder.load_devices()
+        write_record(self.folder.composed, self.plan, identity, digests, stages, importance, metrics, files, devices)
         self.reports[:0] = targets.reports
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 
@@ -95,18 +97,18 @@ class LearnedMerge(Attempt):
 
     def _layout(self) -> Seating:
         """Return seats on the nodes that are alive, or that join within `cluster.wait` seconds."""
-        config, kept = self.plan.config, self.folder.kept("devices", (2,))
+        config, kept = self.plan.config, self.folder.load_devices()
         work = Work.of(config, [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples])
 
         def find() -> tuple[Devices, Seating]:
             alive = nodes()
-            devices = Devices.of(alive, config) if kept is None else Devices(*map(float, kept))
-            return devices, arrange(alive, self.plan, work, devices)
+            devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
+            return devices, arrange(devices.among(alive), self.plan, work, devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
         self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
-        self.folder.keep("devices", np.array([devices.trainer, devices.expert]))
+        self.folder.keep_devices(asdict(devices))
         return layout
 
     def _targets(self, crew: Crew) -> TargetComputation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.config.schema import Config
 from engine.errors import ClusterError
@@ -12,6 +12,8 @@ from engine.planning.plan import Plan, slices
 from engine.planning.scaling import GB, Machines, Site, Work, choose
 
 Bundle = dict[str, float]
+# Ray's label for the type of a node's accelerators.
+KIND = "ray.io/accelerator-type"
 MORE = "add nodes, or request less with num_gpus, labels or shards in the config's `cluster`"
 
 
@@ -24,6 +26,11 @@ class Node:
     memory: float = 0
     id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The type of the node's GPUs as Ray names it, such as H100; empty without GPUs or if Ray doesn't know it."""
+        return self.labels.get(KIND, "") if self.gpus else ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Seating:
             either, and the trainer starts after them.
         overlap: The trainer may compute while experts do.
         within_trainer: The trainer computes the sums over task vectors itself; shards only read and write files.
+        threads: The CPU threads of the operations of trainer and experts.
     """
 
     shards: tuple[Seat, ...]
@@ -62,6 +70,7 @@ class Seating:
     beside: bool = True
     overlap: bool = True
     within_trainer: bool = False
+    threads: int = 1
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
@@ -74,20 +83,53 @@ class Seating:
 
 @dataclass(frozen=True)
 class Devices:
-    """The GPUs that the trainer and each expert request.
+    """What the trainer and each expert compute on.
 
-    A run keeps those of its first start even if it loses nodes, because another kind of device gives other last bits.
+    A run keeps that of its first start even if it loses nodes, because another kind of device, and other numbers of
+    threads, may give other last bits.
+
+    Attributes:
+        trainer: The GPUs that the trainer requests.
+        expert: The GPUs that each expert requests.
+        threads: The CPU threads of the operations of each: the CPUs of most nodes.
+        kinds: The types of the GPUs.
     """
 
     trainer: float
     expert: float
+    threads: int = 1
+    kinds: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
-        """Return the numbers of the config; `auto` is one GPU if the nodes have any."""
-        auto = float(min(1.0, sum(node.gpus for node in useful(nodes, config))))
+        """Return the numbers of the config (`auto` is one GPU if the nodes have any), and what the nodes have."""
+        usable = useful(nodes, config)
+        auto = float(min(1.0, sum(node.gpus for node in usable)))
         trainer, expert = config.cluster.trainer.num_gpus, config.cluster.expert.num_gpus
-        return cls(auto if trainer == "auto" else trainer, auto if expert == "auto" else expert)
+        counts = Counter(max(1, int(node.cpus)) for node in usable)
+        return cls(
+            auto if trainer == "auto" else trainer,
+            auto if expert == "auto" else expert,
+            max(counts, key=lambda cpus: (counts[cpus], cpus), default=1),
+            tuple(sorted({node.kind for node in usable if node.gpus})),
+        )
+
+    def among(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return the nodes, without GPUs of other types than those on which the run began.
+
+        Raises:
+            ClusterError: GPUs are needed, and all are of other types.
+        """
+        fitting = [node if node.kind in self.kinds else replace(node, gpus=0) for node in nodes]
+        others = sorted({node.kind for node in nodes if node.gpus} - {*self.kinds})
+        if max(self.trainer, self.expert) and others and not any(node.gpus for node in fitting):
+            raise ClusterError(
+                f"the run began on GPUs of type {', '.join(self.kinds)}, which give other last bits than others",
+                "the cluster",
+                f"not only GPUs of type {', '.join(others)}",
+                "add nodes with such GPUs, or discard the state of the run with --fresh",
+            )
+        return fitting
 
 
 def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> Seating:
@@ -177,6 +219,7 @@ def lay_out(
         # On the CPU they would compete for the same cores; on GPUs each has its own.
         beside and (devices.trainer > 0 or home.id not in on),
         within,
+        devices.threads,
     )
 
 

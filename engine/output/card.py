@@ -9,7 +9,7 @@ import numpy as np
 from engine.config.mergekit_yaml import as_yaml
 from engine.methods.options import Method
 from engine.output.names import code, dump, markdown, public_config, public_name, yaml_block
-from engine.output.resolved_config import resolved, versions
+from engine.output.resolved_config import versions
 from engine.planning.plan import Plan
 from engine.task_vectors.coefficients import Coefficients
 
@@ -28,7 +28,7 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
 {output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
 tensors are those of {code(public_name(plan.base.model))}.
 
-{yaml_block(as_yaml(public_config(resolved(plan))))}
+{yaml_block(as_yaml(public_config(plan.resolved)))}
 
 `merge/` holds the same config with the paths and hashes of the inputs, and the peak memory of every process. Made with
 {made_with}.

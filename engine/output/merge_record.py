@@ -16,7 +16,7 @@ import yaml
 from engine.learning.importance import write_importance
 from engine.methods.options import Method
 from engine.output.card import write_card, write_weight_space_card
-from engine.output.resolved_config import located, resolved_config, versions
+from engine.output.resolved_config import resolved_config, versions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.storage.local_folder import LocalFolder
@@ -46,7 +46,7 @@ def input_files(plan: Plan) -> dict[str, list[str]]:
     files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
     images = plan.images or [()] * len(plan.experts)
     return files | {
-        expert.name: [*_weights(expert), *(file.path for file in located(given, expert)), *seen]
+        expert.name: [*_weights(expert), *(file.path for file in expert.located(given)), *seen]
         for given, expert, seen in zip(plan.config.models, plan.experts, images, strict=True)
     }
 
@@ -64,6 +64,7 @@ def write_record(
     importance_L: Array | None,
     metrics: Sequence[Mapping[str, Any]],
     weights: Sequence[str] = (),
+    devices: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model card and all files of `merge/` except memory.json and report.html.
 
@@ -76,6 +77,7 @@ def write_record(
         importance_L: The importance of the merged tensors, [L], in the order of the last stage's layout.
         metrics: The rows of metrics.parquet.
         weights: The names of the weight files, which may be in another folder.
+        devices: What trainer and experts computed on.
     """
     record = folder / "merge"
     names = [expert.name for expert in plan.experts]
@@ -85,8 +87,8 @@ def write_record(
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
     write_metrics(record / "metrics.parquet", metrics)
     write_card(folder / "README.md", plan, stages[-1])
-    files = {"files": _files(folder, weights)}
-    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), priors | files)
+    more = priors | {"files": _files(folder, weights), "devices": devices or {}}
+    write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), more)
 
 
 def write_weight_space_record(

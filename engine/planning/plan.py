@@ -12,7 +12,8 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
 from engine.checkpoints.vocabulary import has_tokens_for_rows, is_matrix
-from engine.config.schema import Config
+from engine.config.schema import CalibrationFile, Config, ExpertConfig
+from engine.storage.paths import is_uri
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class ExpertPlan(ModelPlan):
         if self.adapter is not None:
             return "checkpoint and adapter"
         return "adapter" if isinstance(self.header, AdapterHeader) else "checkpoint"
+
+    def located(self, given: ExpertConfig) -> tuple[CalibrationFile, ...]:
+        """Return the calibration files with absolute paths or URIs; none for a weight-space method."""
+        pairs = zip(given.calibration, self.calibration, strict=False)
+        return tuple(file if is_uri(file.path) else file.model_copy(update={"path": str(path)}) for file, path in pairs)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,22 @@ class Plan:
         known = [weight for weight in weights if weight is not None]
         assert len(known) == len(weights), "the search for the prior is not done"
         return known
+
+    @property
+    def resolved(self) -> Config:
+        """The config with every path absolute, so that it means the same in any folder."""
+        experts = [
+            given.model_copy(
+                update={
+                    "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
+                    "calibration": expert.located(given),
+                }
+            )
+            for given, expert in zip(self.config.models, self.experts, strict=True)
+        ]
+        tokenizer = {"tokenizer_source": self.tokenizer} if self.tokenizer else {}
+        paths = {"base_model": self.base.model, "models": tuple(experts)}
+        return self.config.model_copy(update=paths | tokenizer)
 
     @cached_property
     def merged_set(self) -> frozenset[str]:

@@ -11,7 +11,6 @@ from typing import Any
 
 from engine import __version__
 from engine.checkpoints.find import ROOT, deciding_files, find_model
-from engine.output.resolved_config import located, resolved
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.run.identity import Identity, InputFile
@@ -30,7 +29,7 @@ def identity(plan: Plan) -> Identity:
 
     Weights are not read. All other files are hashed: those of the models that decide the result, calibration, images.
     """
-    options = resolved(plan).model_dump(exclude=UNDECIDING, mode="json")
+    options = plan.resolved.model_dump(exclude=UNDECIDING, mode="json")
     versions = {"expert-merging": __version__, **{package: version(package) for package in PACKAGES}}
     return Identity(dict(_flat(options)), versions, dict(_files(plan)))
 
@@ -45,7 +44,7 @@ def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
     if plan.tokenizer:
         yield from _companions(plan.tokenizer, plan, copied=True)
     for given, expert in zip(plan.config.models, plan.experts, strict=True):
-        for place, path in zip(located(given, expert), expert.calibration, strict=True):
+        for place, path in zip(expert.located(given), expert.calibration, strict=True):
             if path.is_file():
                 yield place.path, _hashed(path, place.path)
     for expert, images in zip(plan.experts, plan.images, strict=False):

@@ -18,6 +18,7 @@ from engine.run.state import (
     PLAN,
     StageState,
     decode_array,
+    decode_devices,
     decode_rows,
     decode_samples,
     decode_stage,
@@ -159,6 +160,21 @@ class KeptState:
             self._damaged(file, again)
             return None
         return array
+
+    def keep_devices(self, devices: dict[str, Any]) -> None:
+        """Store what the trainer and the experts compute on: GPUs, threads and types of GPUs."""
+        write_sealed(self.state, "devices.json", json.dumps(devices).encode())
+
+    def load_devices(self) -> dict[str, Any] | None:
+        """Return what `keep_devices` stored, or None.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
+        try:
+            return decode_devices(read_sealed(self.state, "devices.json"), self._where("devices.json"))
+        except FileNotFoundError:
+            return None
 
     def _where(self, name: str) -> str:
         return f"{self.state.where}/{name}"

@@ -34,6 +34,8 @@ from engine.untrusted import parse_json
 
 T = TypeVar("T")
 PLAN = "plan.json"
+# No machine has more CPUs.
+MOST_THREADS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,20 @@ def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
         and all(0 <= start <= stop <= sample.tokens for start, stop in sample.masked_spans)
         and 0 <= sample.loss_weight < math.inf
     )
+
+
+def decode_devices(content: bytes, where: str) -> dict[str, Any]:
+    """Return the devices of a run: GPUs of the trainer and of an expert, CPU threads, and types of GPUs.
+
+    Raises:
+        DamagedError: the content cannot be these.
+    """
+    with decoding(where):
+        raw = parse_json(content.decode(), where, InputError)
+        trainer, expert, threads, kinds = (raw[key] for key in ("trainer", "expert", "threads", "kinds"))
+        if not (0 <= trainer < math.inf and 0 <= expert < math.inf and 0 < threads <= MOST_THREADS):
+            raise ValueError
+        return {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
 
 
 def encode_stage(state: StageState) -> bytes:

@@ -15,6 +15,9 @@ from conftest import plan_of
 from plain import Plain
 
 import actors.process
+from actors.expert import Expert
+from actors.trainer import Trainer
+from engine.shards.local_shards import LocalShards
 
 # torch divides the sum of a whole tensor among its threads from 2¹⁵ elements on: here 300 · 128.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -56,3 +59,14 @@ def test_the_number_of_cpus_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatc
             np.testing.assert_array_equal(other_targets[of_sample][name].data, packed.data)
     assert other_losses == losses
     np.testing.assert_array_equal(other_values, values)
+
+
+def test_actors_have_the_threads_of_their_run(llama_merge: Path) -> None:
+    before, plan = torch.get_num_threads(), plan_of(llama_merge)
+    try:
+        Expert(plan, 0, 3)
+        assert torch.get_num_threads() == 3
+        Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target, 5)
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)

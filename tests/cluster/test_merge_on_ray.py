@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from itertools import pairwise
@@ -18,9 +19,11 @@ import torch
 import yaml
 from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
+from errors import refused
 from plain import Plain, Received
 from transformers import AutoModelForCausalLM
 
+from engine.errors import InputError
 from engine.task_vectors.coefficients import read_coefficients
 
 pytestmark = pytest.mark.usefixtures("small_ray")
@@ -58,6 +61,24 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
     assert written["parameters"]["weight"] == "auto"
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
+    assert written["record"]["devices"] == {"trainer": 0, "expert": 0, "threads": 2, "kinds": []}
+
+
+def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Path) -> None:
+    """The experts are mapped into memory by their file, so the replaced one is what the learning used."""
+    folder = shutil.copytree(config.parent, tmp_path / "in")
+    expert = next(folder.glob("expert0/*.safetensors"))
+
+    def replace_it(phase: str) -> None:
+        if phase == "stage 1":
+            data = expert.read_bytes()
+            (folder / "new").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            (folder / "new").replace(expert)
+
+    with refused(InputError, do="same command", facts=[str(expert)]) as caught:
+        run_merge(plan_of(folder / config.name), tmp_path / "merged", replace_it)
+    assert caught.value.exit_code == 2 and not (tmp_path / "merged").exists()
+    assert not (tmp_path / "merged.run" / "identity.json").exists(), "it is not resumed"
 
 
 def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_path: Path) -> None:

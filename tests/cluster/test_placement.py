@@ -230,10 +230,27 @@ def test_any_cluster_gets_a_layout_that_it_can_hold_or_the_reason_why_not(
 
 def test_a_run_keeps_its_kind_of_device_when_the_gpus_are_gone(plan: Plan) -> None:
     before = Devices.of(cluster_of((8, 1)), plan.config)
-    assert before == Devices(1, 1)
-    assert Devices.of(cluster_of((8, 0)), plan.config) == Devices(0, 0)
+    assert before == Devices(1, 1, threads=8, kinds=("",))
+    assert Devices.of(cluster_of((8, 0)), plan.config) == Devices(0, 0, threads=8)
     with refused(ClusterError, facts=["trainer", "1 GPU"]):
         arrange(cluster_of((8, 0)), plan, WORK, before)
+
+
+def test_a_run_keeps_its_type_of_gpu_and_its_threads(plan: Plan) -> None:
+    def node(number: int, cpus: float, gpus: float, kind: str) -> Node:
+        return Node(cpus, gpus, 1e10, f"n{number}", {"ray.io/accelerator-type": kind} if kind else {})
+
+    began = [node(0, 4, 0, ""), node(1, 64, 8, "H100"), node(2, 64, 8, "H100")]
+    devices = Devices.of(began, plan.config)
+    assert devices == Devices(1, 1, threads=64, kinds=("H100",))
+    later = [node(3, 32, 8, "A100"), *began[:2]]
+    assert {seat.node for seat in arrange(devices.among(later), plan, WORK, devices).experts} == {"n1"}
+    assert Devices.of(later, plan.config).kinds == ("A100", "H100")
+    assert arrange(devices.among(began), plan, WORK, devices).threads == 64
+    with refused(ClusterError, do="--fresh", facts=["H100", "A100"]):
+        devices.among(later[:1])
+    on_cpus = Devices.of(began[:1], plan.config)
+    assert on_cpus.threads == 4 and {node.id for node in on_cpus.among(later)} == {node.id for node in later}
 
 
 def test_a_trainer_that_no_node_holds_is_told_so(plan: Plan) -> None:

@@ -113,7 +113,8 @@ def test_no_format_is_a_pickle(run: Any, llama_merge: Path) -> None:
     run.save_stage(1, StageState(1, LEARNER), ROWS)
     run.keep("prior", np.ones(9))
     save_target(Target(torch.tensor([1, 2])), run.state, "targets/0-0.safetensors")
-    for name in run.state.names() - {"lock", "identity"}:
+    run.keep_devices({"trainer": 1, "expert": 1, "threads": 8, "kinds": []})
+    for name in run.state.names() - {"lock"}:
         with pytest.raises(pickle.UnpicklingError):
             pickle.loads(run.state.read(name))
     with pytest.raises(SafetensorError):
@@ -163,6 +164,27 @@ def test_samples_without_their_pixel_inputs_are_prepared_again(run: Any, llama_m
     assert run.samples(plan) == samples
     run.state.write(name, run.state.read(name)[:-1])
     assert run.samples(plan) is None
+
+
+DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"]}
+
+
+def test_devices_are_kept(run: Any) -> None:
+    assert run.load_devices() is None
+    run.keep_devices(DEVICES)
+    assert run.load_devices() == DEVICES
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, [], {"trainer": 1}]
+    + [DEVICES | {key: value} for key in ("trainer", "expert", "threads") for value in (-1, "many", None, math.inf)]
+    + [DEVICES | {"threads": 10**9}, DEVICES | {"threads": math.nan}, DEVICES | {"kinds": 3}],
+)
+def test_devices_that_no_run_has_are_refused(run: Any, given: Any) -> None:
+    run.keep_devices(given)
+    with refused(DamagedError, where="devices.json", do="--fresh"):
+        run.load_devices()
 
 
 def test_damaged_samples_are_prepared_again_alike(run: Any, llama_merge: Path) -> None:
