@@ -11,7 +11,7 @@ from typing import Any
 
 # Unicode categories of characters that can control a terminal or disguise a text: control, format, surrogate, line
 # separator, paragraph separator.
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 class MergeError(Exception):
@@ -37,7 +37,7 @@ class MergeError(Exception):
         # Names of files and quotations come from outside.
         text = "\n".join(lines)
         return "".join(
-            char if char == "\n" or unicodedata.category(char) not in _UNSEEN else repr(char)[1:-1] for char in text
+            char if char == "\n" or unicodedata.category(char) not in UNSEEN else repr(char)[1:-1] for char in text
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -19,8 +19,9 @@ from pydantic import BaseModel
 
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig, WeightSpaceSettings
-from engine.errors import ConfigError
+from engine.errors import UNSEEN, ConfigError
 from engine.methods.learned import ADAMERGING, PAPER
+from engine.storage.address import addresses_in, check_no_secret
 from engine.untrusted import read_text, shown
 
 Location = tuple[int | str, ...]
@@ -34,10 +35,6 @@ BYTES, VALUES, DEPTH, TEXT, DIGITS = 4 << 20, 100_000, 40, 4096, 1000
 
 # The bytes and values of a config that a merge recorded, which lists every image with its hash.
 RECORD_BYTES, RECORD_VALUES = 32 << 20, 500_000
-
-# Unicode categories that are refused, because they can disguise a name or control a terminal: control, format,
-# surrogate, line separator, paragraph separator.
-INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 MERGE = "tag:yaml.org,2002:merge"
@@ -97,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if len(node.value) > (DIGITS if node.tag in NUMBERS else TEXT):
             raise _fault(f"a value has {len(node.value):,} characters", node)
-        unseen = next((char for char in node.value if unicodedata.category(char) in INVISIBLE), None)
+        unseen = next((char for char in node.value if unicodedata.category(char) in UNSEEN), None)
         if unseen is not None and self._plain:
             raise _fault(f"a value contains the character {unseen!r}", node)
         return node
@@ -147,6 +144,8 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
     for key in INTERNAL:
         if key in raw:
             raise ConfigError(f"unknown key {key!r}", where((key,)))
+    for location, uri in addresses_in(raw):
+        check_no_secret(uri, ConfigError, where(location))
     recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
     method = method_of(raw, where)
@@ -165,9 +164,11 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         # pydantic often also reports a section that contains a fault as missing or too short: keep the deepest.
         above = {at[:depth] for at in by_location for depth in range(len(at))}
         deepest = [at for at in reversed(by_location) if at not in above]
-        messages = [str(_explain(by_location[at], at, where)) for at in deepest[:5]]
-        more = [f"({len(deepest) - 5} more)"] if len(deepest) > 5 else []
-        raise ConfigError("\n".join(messages + more)) from None
+        errors = [_explain(by_location[at], at, where) for at in deepest]
+        if len(errors) == 1:
+            raise errors[0] from None
+        first = f"{len(errors)} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
+        raise ConfigError("\n".join([first, *map(str, errors[:5])]), str(path)) from None
     config = config.model_copy(update={"recipe": recipe, "unused": unused})
     _check(config, where)
     return config.model_copy(

@@ -15,6 +15,7 @@ import rich.console
 import rich.table
 
 from engine.errors import OutputError
+from engine.storage.address import check_no_secret
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.paths import is_uri, locate, open_folder
@@ -52,6 +53,8 @@ def results_file(out: str) -> tuple[Folder, str]:
 
 
 def _place(out: str) -> tuple[Folder, str]:
+    if is_uri(out):
+        check_no_secret(out, OutputError)
     if not out.endswith(".parquet"):
         raise OutputError("the results are written as a parquet file", out, "a name that ends in .parquet")
     if is_uri(out):

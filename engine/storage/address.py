@@ -3,7 +3,7 @@
 An address is `s3://bucket/path` or `gs://bucket/path`. Credentials are looked up where the storage's own tools look:
 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, the machine's role; GOOGLE_APPLICATION_CREDENTIALS. They are never
 part of an address, because addresses are recorded. Another endpoint is given by AWS_ENDPOINT_URL, or in the address
-with pyarrow's other options: `s3://bucket/path?endpoint_override=HOST:PORT&scheme=http`.
+with the other options in OPTIONS: `s3://bucket/path?endpoint_override=HOST:PORT&scheme=http`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,27 @@ from engine.errors import InputError, MergeError, StorageError
 # pyarrow's default for gs is 15 minutes; for s3 it is 6 seconds.
 RETRY = "retry_limit_seconds=20"
 
-ADVICE = {
-    "s3": "check the address, the endpoint (AWS_ENDPOINT_URL) and the credentials (AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, ~/.aws, or the machine's role)",
-    "gs": "check the address and the credentials (GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account)",
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws, or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account",
 }
+ADVICE = {
+    "s3": f"check the address, the endpoint (AWS_ENDPOINT_URL) and the credentials ({CREDENTIALS['s3']})",
+    "gs": f"check the address and the credentials ({CREDENTIALS['gs']})",
+}
+# The options that pyarrow takes, none of which is a secret.
+OPTIONS = {
+    "s3": {
+        "allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open", "endpoint_override", "region", "scheme",
+        "smart_defaults", "tls_ca_dir_path", "tls_ca_file_path", "tls_verify_certificates",
+    },
+    "gs": {"endpoint_override", "project_id", "retry_limit_seconds", "scheme"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Address:
-    """The parts of a URI: `place` is the bucket, optionally as `user@bucket`; `options` is the part after the `?`."""
+    """The parts of a URI: `place` is the bucket, in gs also `anonymous@bucket`; `options` is the part after the `?`."""
 
     scheme: str
     place: str
@@ -43,16 +54,13 @@ class Address:
         """Return the parts of a URI.
 
         Raises:
-            InputError: (`error_type`) the URI has no valid bucket, or contains a secret.
+            InputError: (`error_type`) the URI has no valid bucket, or contains a secret or an unknown option.
         """
+        check_no_secret(uri, error_type)
         scheme, _, rest = uri.partition("://")
         place, _, options = rest.partition("?")
         place, _, path = place.partition("/")
-        user, _, bucket = place.rpartition("@")
-        if ":" in user:
-            raise error_type(
-                "the address contains a secret, and addresses are recorded", f"{scheme}://…@{bucket}", do=ADVICE[scheme]
-            )
+        bucket = place.rpartition("@")[2]
         if not re.fullmatch(r"[\w.-]*\w[\w.-]*", bucket, flags=re.ASCII):
             raise error_type("the address has no valid bucket name", uri, f"{scheme}://bucket/path")
         return cls(scheme, place, path.strip("/"), options)
@@ -95,6 +103,41 @@ class Address:
             raise error_type(
                 f"the storage request failed: {reason}", str(self), do=ADVICE[self.scheme] + resume
             ) from error
+
+
+def check_no_secret(uri: str, error_type: type[InputError], where: str = "") -> None:
+    """Check that a URI contains no credentials and no unknown option. The error does not repeat what may be a secret.
+
+    Args:
+        uri: The URI.
+        error_type: The class of the error to raise.
+        where: The place of the URI for the message; by default its scheme.
+
+    Raises:
+        InputError: (`error_type`) it contains credentials or an unknown option.
+    """
+    scheme, _, rest = uri.partition("://")
+    place, _, options = rest.partition("?")
+    bucket, known = place.partition("/")[0], OPTIONS[scheme]
+    # A secret may contain a slash, so that its `@` is not in the first part.
+    if ":" in bucket or ("@" in bucket and (scheme, bucket.partition("@")[0]) != ("gs", "anonymous")):
+        what = "the address contains credentials or a port, and addresses are recorded"
+    elif "@" in options or {option.partition("=")[0] for option in options.split("&") if option} - known:
+        what = "the address contains a secret or an unknown option, and addresses are recorded"
+    else:
+        return
+    expected = f"{scheme}://bucket/path, with no options after a `?` but {', '.join(sorted(known))}"
+    raise error_type(what, where or f"{scheme}://…", expected, f"give credentials by {CREDENTIALS[scheme]}")
+
+
+def addresses_in(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Yield every URI in a value of lists and mappings with its location, also the second URI of `model+adapter`."""
+    if isinstance(value, str):
+        for uri in re.findall(r"(?:s3|gs)://.*?(?=\+?(?:s3|gs)://|$)", value, re.DOTALL):
+            yield location, uri
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from addresses_in(inner, (*location, key))
 
 
 @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from engine.errors import InputError
-from engine.storage.address import Address
+from engine.storage.address import Address, check_no_secret
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
@@ -19,6 +19,7 @@ def locate(path: str, folder: Path, error_type: type[InputError] = InputError) -
         InputError: (`error_type`) the text is an address in object storage, or no file can have that name.
     """
     if is_uri(path):
+        check_no_secret(path, error_type)
         raise error_type("an address in object storage is not accepted here", path, "a path")
     try:
         return (folder / as_path(path).expanduser()).resolve()
