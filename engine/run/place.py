@@ -19,6 +19,8 @@ from engine.storage.paths import is_uri
 # Bytes that the names of files below OUT.run/ may need, with the folder of an expert.
 _INNER = 400
 _PATH_MAX = 4096
+# Folders of the kernel, whose files are no files on a disk; /dev/shm in them is in memory, and any program's to use.
+_KERNEL, _MEMORY = ("/proc", "/sys", "/dev"), "/dev/shm"
 _OTHER = "give another --out"
 _IMAGES = "the image folder"
 
@@ -27,7 +29,8 @@ def check_place(out: str) -> None:
     """Check that a folder can be made at `out`, and that it can be renamed and replaced there.
 
     Raises:
-        OutputError: it is a root, a bucket, a mount point, below a file or another run's state, read-only or too long.
+        OutputError: it is a root, a bucket, a mount point, in a folder of the kernel, below a file or another run's
+            state, read-only or too long.
     """
     if is_uri(out):
         address = Address.of(out, OutputError)
@@ -37,6 +40,10 @@ def check_place(out: str) -> None:
     path = Path(out)
     if not path.name:
         raise OutputError("the output is the root of the file system", out, "a folder", _OTHER)
+    real = Path(os.path.realpath(path))
+    kernel = next((folder for folder in _KERNEL if real.is_relative_to(folder)), None)
+    if kernel and not real.is_relative_to(_MEMORY):
+        raise OutputError(f"the output lies in {kernel}, a folder of the kernel", out, "a folder on a disk", _OTHER)
     state = path.with_name(f"{path.name}.run")
     _check_length(path, state)
     try:

@@ -34,13 +34,33 @@ def test_a_folder_that_can_be_made_is_accepted(tmp_path: Path) -> None:
     for name in ("new", "a/b/c", "empty", "ünï/ö ö", "a\nb", "a" * 251):
         check_place(str(tmp_path / name))
     check_place("s3://bucket/a")
+    check_place("/dev/shm/merged")
     assert {path.name for path in tmp_path.iterdir()} == {"empty"}
 
 
-@pytest.mark.parametrize("out", ["/", "/proc", "/dev"])
-def test_a_root_or_a_mount_point_is_refused(out: str) -> None:
+@pytest.mark.parametrize("out", ["/", "/proc", "/proc/x", "/proc/1/out", "/sys/x", "/dev", "/dev/a/b", "/dev/null"])
+def test_a_root_or_a_folder_of_the_kernel_is_refused(out: str) -> None:
     with refused(OutputError, where=out, do="--out"):
         check_place(out)
+
+
+def test_a_link_into_a_folder_of_the_kernel_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/proc")
+    with refused(OutputError, where=str(tmp_path), do="--out"):
+        check_place(str(tmp_path / "link" / "out"))
+
+
+def test_a_mount_point_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("disk"))
+    with refused(OutputError, where="disk", do=str(tmp_path / "disk" / "merged")):
+        check_place(str(tmp_path / "disk"))
+
+
+@pytest.mark.parametrize("out", ["s3://key:hush@bucket/a", "s3://bucket/a?access_key=me&secret_key=hush"])
+def test_an_address_with_a_secret_is_refused(out: str) -> None:
+    with refused(OutputError, do="AWS_SECRET_ACCESS_KEY") as caught:
+        check_place(out)
+    assert "hush" not in str(caught.value)
 
 
 def test_a_mounted_state_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
