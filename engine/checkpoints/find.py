@@ -7,7 +7,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InputError
 from engine.machine import check_home
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
@@ -119,18 +119,18 @@ def check_file(path: Path, folder: Path) -> None:
     check_regular(path, None, CheckpointError)
 
 
-def check_inside(path: Path, folder: Path) -> None:
+def check_inside(path: Path, folder: Path, error_type: type[InputError] = CheckpointError) -> None:
     """Check that a file or folder of a model folder is not a link out of it; see `check_folder`.
 
     Raises:
-        CheckpointError: it is a link out of the folder.
+        InputError: (`error_type`) it is a link out of the folder.
     """
     allowed = [Path(os.path.realpath(folder))]
     if allowed[0].parent.name == "snapshots":
         allowed.append(allowed[0].parent.parent / "blobs")
     target = Path(os.path.realpath(path))
     if not any(target.is_relative_to(parent) for parent in allowed):
-        raise CheckpointError(
+        raise error_type(
             f"the file is a link out of the model's folder, to {target}", str(path), do="replace the link by the file"
         )
 

@@ -1,6 +1,7 @@
 """The files in `merge/` of an output folder, read as typed data.
 
-The folder may be someone else's: every file is a regular file of bounded size, and a table has at most ROWS rows.
+The folder may be someone else's: every file is a regular file of bounded size, no link leads out of the folder, and a
+table has at most ROWS rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pyarrow.parquet
 import pydantic
 from pydantic import Field
 
+from engine.checkpoints.find import check_inside
 from engine.config.reader import parse_config, read_recorded
 from engine.config.schema import Config
 from engine.errors import ConfigError
@@ -110,10 +112,13 @@ class Merged:
         """Read the output folder of a merge, given by path or URI.
 
         Raises:
-            ConfigError: the folder is not the output of a merge, or one of its files is damaged.
+            ConfigError: the folder is not the output of a merge, or one of its files is damaged or a link out of it.
         """
         wanted = [f"merge/{name}" for name in (*FILES, EVALUATION)]
-        path = (fetch(where, wanted, ConfigError) if is_uri(where) else as_path(where)) / "merge"
+        folder = fetch(where, wanted, ConfigError) if is_uri(where) else as_path(where)
+        for path in (folder / name for name in wanted if os.path.lexists(folder / name)):
+            check_inside(path, folder, ConfigError)
+        path = folder / "merge"
         if not os.path.isfile(path / FILES[0]):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])

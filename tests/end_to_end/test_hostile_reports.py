@@ -35,6 +35,18 @@ def edited(folder: Path, old: str, new: str) -> None:
     put(folder, CONFIG, text.replace(old, new))
 
 
+def elsewhere(folder: Path) -> str:
+    """Move the recorded config out of the folder, and return its path from `merge/`."""
+    put(folder, "others/x", (folder / CONFIG).read_text())
+    return "../../others/x"
+
+
+def linked_folder(folder: Path) -> None:
+    (folder / "others").mkdir()
+    (folder / "m" / "merge").rename(folder / "others" / "merge")
+    (folder / "m" / "merge").symlink_to("../others/merge")
+
+
 def columns(folder: Path, name: str, rows: int, **changes: Any) -> None:
     """Write a table of equal rows, with other columns for some."""
     fields = pyarrow.parquet.read_schema(folder / name)
@@ -67,7 +79,10 @@ REPORTS: Cases = {
     "pipe": (lambda f: pipe(f, MEMORY), [MEMORY, "pipe"]),
     "table that is a pipe": (lambda f: pipe(f, COEFFICIENTS), [COEFFICIENTS, "pipe"]),
     "scores that are a pipe": (lambda f: pipe(f, EVALUATION), [EVALUATION, "pipe"]),
-    "endless device": (lambda f: link(f, MEMORY, "/dev/zero"), [MEMORY, "device"]),
+    "endless device": (lambda f: link(f, MEMORY, "/dev/zero"), [MEMORY, "/dev/zero"]),
+    "link to another's scores": (lambda f: link(f, EVALUATION, elsewhere(f)), [EVALUATION, "others/x"]),
+    "link to another's record": (lambda f: link(f, CONFIG, elsewhere(f)), [CONFIG, "others/x"]),
+    "folder that is a link": (linked_folder, [CONFIG, "others/merge"]),
     "table that is a folder": (lambda f: make_folder(f, METRICS), [METRICS, "directory"]),
     "link to nothing": (lambda f: link(f, METRICS, "gone"), [METRICS, "No such file"]),
     "link to itself": (lambda f: link(f, METRICS, "metrics.parquet"), [METRICS, "symbolic links"]),
