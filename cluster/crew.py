@@ -51,7 +51,7 @@ class Crew:
     def __enter__(self) -> Crew:
         self._group = self._reservation.__enter__()
         for index, (seat, name) in enumerate(zip(self.layout.shards, self._shard_names, strict=True)):
-            self.shards.append(self._spawn(Shard, seat, index, _shard(index), name))
+            self.shards.append(self._spawn(Shard, f"shard {index}", seat, index, _shard(index), name))
         return self
 
     def __exit__(
@@ -71,7 +71,9 @@ class Crew:
         layout, home, threads = self.layout, len(self.layout.shards), self.layout.threads
         # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
         place = (home + 1 if index == 0 else None) if layout.beside else home
-        return self._spawn(Expert, layout.experts[index], place, lambda plan, _: (plan, index, threads))
+        return self._spawn(
+            Expert, "an expert's actor", layout.experts[index], place, lambda plan, _: (plan, index, threads)
+        )
 
     def trainer(self) -> Any:
         """Start the trainer in its home. The shards must be running."""
@@ -80,7 +82,7 @@ class Crew:
         names = [] if self.layout.within_trainer else self._shard_names
         threads = self.layout.threads
         arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get, threads)  # noqa: E731
-        return self._spawn(Trainer, self.layout.trainer, len(self.layout.shards), arguments)
+        return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
 
     def dismiss(self, actor: Any) -> None:
         """Kill an actor. The driver owns the objects that its methods returned, so they outlive it."""
@@ -88,7 +90,9 @@ class Crew:
         self._watch.gone(actor)
         ray.kill(actor)
 
-    def _spawn(self, kind: type, seat: Seat, place: int | None, arguments: Arguments, name: str | None = None) -> Any:
+    def _spawn(
+        self, kind: type, label: str, seat: Seat, place: int | None, arguments: Arguments, name: str | None = None
+    ) -> Any:
         if place is None:
             where: Any = NodeAffinitySchedulingStrategy(seat.node, soft=False)
         else:
@@ -103,7 +107,7 @@ class Crew:
         )
         actor = remote.remote(self._state, self._digest, arguments)
         self._alive.append(actor)
-        self._watch.on(actor, seat.node)
+        self._watch.on(actor, seat.node, label)
         return actor
 
 

@@ -46,7 +46,7 @@ class TargetComputation:
             actor = crew.expert(seat)
             # The actor gets work after it has started: a seat that another job still occupies must delay nothing.
             self._coming[actor] = actor.report.remote()
-            self._watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert", seated=False)
+            self._watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert", unseated=actor)
 
     def stored(self, samples: Sequence[tuple[int, int]]) -> None:
         """Wait until the targets of these samples, given as (expert, index), are stored."""

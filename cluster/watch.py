@@ -30,6 +30,8 @@ HEARTBEAT = 30.0
 LOOK_EVERY = 1.0
 # Seconds of silence that one check can add. More has passed if the driver itself was stopped or starved.
 MOST_SILENCE = 10.0
+# Seconds in which an actor that does not hang answers a call.
+ANSWER = 5.0
 # Attempts in a row that may be lost without progress before the run fails.
 TRIES = 3
 Result = TypeVar("Result")
@@ -67,24 +69,25 @@ class Watch:
     def __init__(self, say: Callable[[str], None], patience: float | None = None) -> None:
         self.say, self.patience = say, patience
         self._silent = 0.0
-        self._nodes: dict[Any, str] = {}
-        self._later: dict[Any, tuple[Callable[[Any], None], str, bool]] = {}
+        # The node and the name of each actor.
+        self._actors: dict[Any, tuple[str, str]] = {}
+        self._later: dict[Any, tuple[Callable[[Any], None], str, Any]] = {}
         self._looked = 0.0
 
-    def on(self, actor: Any, node: str) -> None:
-        """Watch the node of an actor."""
-        self._nodes[actor] = node
+    def on(self, actor: Any, node: str, name: str) -> None:
+        """Watch the node of an actor, which messages call `name`."""
+        self._actors[actor] = node, name
 
     def gone(self, actor: Any) -> None:
         """Stop watching the node of a dismissed actor."""
-        self._nodes.pop(actor, None)
+        self._actors.pop(actor, None)
 
-    def later(self, reference: Any, then: Callable[[Any], None], what: str, seated: bool = True) -> None:
+    def later(self, reference: Any, then: Callable[[Any], None], what: str, unseated: Any = None) -> None:
         """Call `then` with the value of the reference, during the first wait in which it is ready.
 
-        `seated`: its actor has a seat. One that waits for its seat may be silent forever.
+        `unseated`: its actor, if that still waits for a seat. Such an actor may be silent forever.
         """
-        self._later[reference] = then, what, seated
+        self._later[reference] = then, what, unseated
 
     def forget(self, reference: Any) -> None:
         """Drop a reference that was given to `later`."""
@@ -157,15 +160,29 @@ class Watch:
 
     def _listen(self, heard: bool, waited: float, wanted: bool, what: str) -> None:
         """Add up the silence, and raise Hung if it is longer than the actors of this wait can need."""
-        if heard or not (wanted or any(seated for _, _, seated in self._later.values())):
+        if heard or not (wanted or any(unseated is None for _, _, unseated in self._later.values())):
             self._silent = 0.0
             return
         self._silent += min(waited, MOST_SILENCE)
         if self.patience is not None and self._silent > self.patience:
-            raise Hung(f"an actor hangs: no result for {self._silent:.0f} s while {what}")
+            silent = ", ".join(self._unresponsive())
+            told = f"; no answer from {silent}" if silent else ""
+            raise Hung(f"an actor hangs: no result for {self._silent:.0f} s while {what}{told}")
+
+    def _unresponsive(self) -> list[str]:
+        """Return the names and nodes of the actors that do not answer: those that hang, and those that wait for them.
+
+        A trainer waits for the shards, so it is listed after them.
+        """
+        unseated = [actor for _, _, actor in self._later.values()]
+        calls = {actor.__ray_ready__.remote(): actor for actor in self._actors if actor not in unseated}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER) if calls else ([], [])
+        addresses = {node["NodeID"]: node.get("NodeManagerAddress", node["NodeID"]) for node in ray.nodes()}
+        silent = [self._actors[actor] for call, actor in calls.items() if call not in answered]
+        return [f"{name} on node {addresses.get(node, node)}" for node, name in silent]
 
     def _look(self) -> None:
-        lost = set(self._nodes.values()) - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        lost = {node for node, _ in self._actors.values()} - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if lost:
             raise Lost(f"{len(lost)} of the nodes in use {'was' if len(lost) == 1 else 'were'} lost")
 

@@ -181,16 +181,22 @@ def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, me
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("phase", "victim"), [("targets", "ray::Expert"), ("stage 1", "ray::Trainer"), ("stage 2", "ray::Shard")]
+    ("phase", "victim", "name"),
+    [
+        ("targets", "ray::Expert", "an expert's actor"),
+        ("stage 1", "ray::Trainer", "the trainer"),
+        ("stage 2", "ray::Shard", "shard 0"),
+    ],
 )
-def test_actors_that_hang_are_replaced_with_the_same_bits(
-    config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], phase: str, victim: str
+def test_actors_that_hang_are_named_and_replaced_with_the_same_bits(
+    config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], phase: str, victim: str, name: str
 ) -> None:
     stop_once = KillOnce({phase: victim}, signal.SIGSTOP)
     other = run_merge(plan_of(config, "cluster.hang=15"), tmp_path / "merged", stop_once)
     assert not stop_once.missed
     assert result(other) == result(merged)
-    assert "hangs" in "".join(capsys.readouterr())
+    (line,) = [line for line in "".join(capsys.readouterr()).splitlines() if "hangs" in line]
+    assert f"{name} on node" in line
     deadline = time.monotonic() + 30
     while any(map(psutil.pid_exists, stop_once.killed[phase])) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -25,6 +25,13 @@ from cluster.watch import MOST_SILENCE, TRIES, Hung, Lost, Watch, until_done
 from engine.errors import CheckpointError, MergeError, RunError
 
 
+class Actor:
+    """Stands in for the handle of an actor."""
+
+    def __init__(self, name: str) -> None:
+        self.__ray_ready__ = SimpleNamespace(remote=lambda: f"call of {name}")
+
+
 class FakeRay:
     """Stands in for Ray. References are names; those in `values` are ready, and a value that is an error is raised."""
 
@@ -45,7 +52,10 @@ class FakeRay:
         return value
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"NodeID": name, "Alive": name in self.alive} for name in ("a", "b", "c")]
+        return [
+            {"NodeID": name, "Alive": name in self.alive, "NodeManagerAddress": f"10.0.0.{number}"}
+            for number, name in enumerate("abc")
+        ]
 
 
 @pytest.fixture
@@ -102,8 +112,8 @@ def test_a_failure_from_which_the_run_continues(fake: FakeRay, error: Exception,
 
 def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
     watch = Watch(print)
-    watch.on("trainer", "a")
-    watch.on("expert", "b")
+    watch.on("trainer", "a", "the trainer")
+    watch.on("expert", "b", "an expert")
     watch.gone("expert")
     looks = itertools.count()
     fake.turns = lambda: fake.alive.discard("b" if next(looks) < 3 else "a")
@@ -114,7 +124,7 @@ def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
 
 def test_a_death_that_a_node_s_loss_explains_is_a_loss(fake: FakeRay) -> None:
     watch = Watch(print)
-    watch.on("trainer", "b")
+    watch.on("trainer", "b", "the trainer")
     fake.alive.discard("b")
     fake.values["x"] = ActorDiedError()
     with pytest.raises(Lost):
@@ -210,6 +220,26 @@ def test_an_actor_that_returns_nothing_hangs(fake: FakeRay, monkeypatch: pytest.
     assert Watch(print).answer("late", "waiting") == 1, "no bound"
 
 
+def test_an_actor_that_hangs_is_named_with_its_node(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer waits for a shard, so neither answers; the other shard does, and an expert has no seat yet."""
+    Clock(fake, monkeypatch)
+    watch = Watch(print, patience=1000)
+
+    def actor(name: str, node: str) -> Any:
+        handle = Actor(name)
+        watch.on(handle, node, name)
+        return handle
+
+    for name, node in (("shard 0", "a"), ("shard 1", "b"), ("the trainer", "b")):
+        actor(name, node)
+    fake.values["call of shard 0"] = True
+    watch.later("seat", print, "starting", unseated=actor("an expert", "a"))
+    with pytest.raises(Hung) as caught:
+        watch.answer("never", "waiting")
+    assert "shard 1 on node 10.0.0.1, the trainer on node 10.0.0.1" in str(caught.value)
+    assert "shard 0" not in str(caught.value) and "an expert" not in str(caught.value)
+
+
 def test_a_run_that_is_slow_does_not_hang(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each result comes just before the bound, in any wait and for any reference."""
     clock, served = Clock(fake, monkeypatch), list[str]()
@@ -228,9 +258,9 @@ def test_an_actor_without_a_seat_may_be_silent(fake: FakeRay, monkeypatch: pytes
     clock, served = Clock(fake, monkeypatch), list[str]()
     clock.then = lambda number: number < 5000 or fake.values.update(seat="there")
     watch = Watch(print, patience=1000)
-    watch.later("seat", served.append, "starting", seated=False)
+    watch.later("seat", served.append, "starting", unseated="an actor")
     watch.until(lambda: bool(served), "waiting")
-    watch.later("another seat", served.append, "starting", seated=False)
+    watch.later("another seat", served.append, "starting", unseated="an actor")
     with pytest.raises(Hung):
         watch.answer("never", "waiting")
 
