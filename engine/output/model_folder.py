@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoints.find import COMPANIONS, TOKENIZER_FILES, check_file
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.planning.plan import Plan
+
+# Config keys of how the machine that saved a model computed it. A name of a hub repository would make transformers
+# fetch code.
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal|_autoset)?")
 
 
 def output_files(plan: Plan, limit: int | None = None) -> list[OutputFile]:
@@ -44,12 +50,15 @@ def write_companions(
 ) -> None:
     """Write config.json with the output's dtype and, for several weight files, the index; copy the base's other files.
 
+    config.json names no implementation of attention or experts, so that transformers chooses one where it loads the
+    model.
+
     Tokenizer files are copied from `tokenizer_folder` if it is given.
 
     Raises:
         CheckpointError: a file to copy is not regular, or is a link out of its folder.
     """
-    config = dict(plan.base_header.config)
+    config = _without_implementations(plan.base_header.config)
     chosen = plan.config.out_dtype or plan.config.dtype
     if chosen:
         config.pop("torch_dtype", None)
@@ -67,6 +76,13 @@ def write_companions(
             # Checked with the folder by `plan`, and again here, since the folder may have changed.
             check_file(path, source)
             shutil.copyfile(path, folder / path.name)
+
+
+def _without_implementations(config: Any) -> Any:
+    """Return a config without the implementations, in all of its sections."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_implementations(value) for key, value in config.items() if not _IMPLEMENTATION.fullmatch(key)}
 
 
 def write_json(path: Path, data: object) -> None:

@@ -267,6 +267,20 @@ def test_the_config_names_the_dtype_of_the_output(
     assert plan.base_header.config == config
 
 
+def test_the_config_names_no_implementation(tmp_path: Path) -> None:
+    keys = {"attn_implementation": "owner/kernel", "_attn_implementation": "eager", "experts_implementation": "eager"}
+    config = {
+        "x": 1,
+        "attention_bias": False,
+        **keys,
+        "text_config": {"y": [2], "_experts_implementation": "z", **keys},
+    }
+    plan = plan_with(config)
+    write_companions(tmp_path, plan, tmp_path, output_files(plan))
+    wanted = {"x": 1, "attention_bias": False, "text_config": {"y": [2]}}
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == wanted
+
+
 def test_companion_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
