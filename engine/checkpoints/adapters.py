@@ -37,7 +37,8 @@ HARMLESS = {
 
 
 # Model types whose linear layers are Conv1D, which stores [in, out], and the names of these layers.
-CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+# A tuple, since a config may give any value as its type.
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
 # Upper bound for a plausible rank or alpha.

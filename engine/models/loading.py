@@ -35,7 +35,8 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
         CheckpointError: transformers does not know the model type, or rejects the config.
     """
     advice = own_code(folder, "config.json", remote_code)
-    if advice and read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
+    kind = read_json(folder / "config.json").get("model_type") if advice else None
+    if advice and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         raise CheckpointError(
             "transformers does not know this type of model, and code in its folder is not allowed to run",
             str(folder),

@@ -11,8 +11,10 @@ import pytest
 import tiny_images
 import torch
 import transformers
+from errors import refused
 
 from engine.checkpoints.headers import read_model_header
+from engine.errors import CheckpointError
 from engine.models.loading import load_config_like, load_generation_config, load_model_config
 from engine.models.skeleton import build_skeleton
 
@@ -89,3 +91,13 @@ def test_a_generation_config_loads_no_second_model(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"use_mtp": True, "max_new_tokens": 7}))
     generation = load_generation_config(tmp_path)
     assert not generation.use_mtp and generation.max_new_tokens == 7
+
+
+@pytest.mark.parametrize("auto_map", [{}, {"auto_map": {"AutoConfig": "code.Config"}}], ids=["plain", "own code"])
+@pytest.mark.parametrize("kind", [["llama"], {"a": 1}, 7, None, "unknown"], ids=repr)
+def test_a_model_type_that_is_none_is_refused(
+    llama_merge: Path, tmp_path: Path, kind: Any, auto_map: dict[str, Any]
+) -> None:
+    folder = with_keys(llama_merge.parent / "base", tmp_path / "model", model_type=kind, **auto_map)
+    with refused(CheckpointError, where=str(folder), do="`trust_remote_code: true`" if auto_map else ""):
+        load_model_config(folder)
