@@ -15,8 +15,7 @@ import numpy as np
 from actors.process import ActorProcess, Report
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
-from engine.errors import DamagedError
-from engine.learning.targets import load_target
+from engine.learning.targets import is_damaged, load_target
 from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
@@ -40,14 +39,6 @@ OUTPUT = "output"
 
 def _digest(file: str) -> str:
     return digest(fetch(file) if is_uri(file) else Path(file))
-
-
-def _is_damaged(folder: Folder, name: str) -> bool:
-    try:
-        load_target(folder, name)
-    except DamagedError:
-        return True
-    return False
 
 
 class Shard:
@@ -91,12 +82,12 @@ class Shard:
         Raises:
             DamagedError: A file is damaged.
         """
-        files = [load_target(folder, name).tensors() for name in names]
+        files = [load_target(folder, name, self._plan.base_header.vocab_size).tensors() for name in names]
         return pack_all({name: tensor for tensors in files for name, tensor in tensors.items()})
 
     def damaged(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
         """Return whether these stored files are damaged, by name."""
-        return {name: _is_damaged(folder, name) for name in names}
+        return {name: is_damaged(folder, name, self._plan.base_header.vocab_size) for name in names}
 
     def incomplete(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
         """Return whether these files of the output are not as they were written, by name.

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.calibration.samples import Sample, loss_positions
+from engine.errors import DamagedError
 from engine.storage.folder import Folder
 from engine.storage.sealed import read_sealed, refuse, write_sealed
 
@@ -55,13 +56,17 @@ class Target:
         named |= {f"inputs.{name}": tensor for name, tensor in self.inputs.items()}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def is_plausible(self) -> bool:
-        """Return whether dtypes and shapes fit each other, as they do in every target that an expert computed."""
+    def is_plausible(self, vocabulary: int | None = None) -> bool:
+        """Return whether dtypes and shapes fit each other, as they do in every target that an expert computed.
+
+        `vocabulary`: the number of token ids; None if it is not known.
+        """
         ids_T, outputs = self.input_ids_T, [*self.hidden_CH.values(), self.last_hidden_CH, self.logits_CV]
         counted = len(ids_T) if self.counted_C is None else len(self.counted_C)
         places = [tensor for tensor in (ids_T, self.counted_C) if tensor is not None]
         return bool(
             all(place.dim() == 1 and place.dtype == torch.int64 and (place >= 0).all() for place in places)
+            and (vocabulary is None or bool((ids_T < vocabulary).all()))
             and (self.counted_C is None or bool((self.counted_C < len(ids_T)).all()))
             and all(
                 output.dim() == 2 and len(output) == counted and output.is_floating_point()
@@ -106,17 +111,26 @@ def save_target(target: Target, folder: Folder, name: str) -> int:
     return write_sealed(folder, name, data)
 
 
-def load_target(folder: Folder, name: str) -> Target:
-    """Read a target from its file.
+def load_target(folder: Folder, name: str, vocabulary: int | None = None) -> Target:
+    """Read a target from its file. `vocabulary`: the number of token ids that the model has; None if it is not known.
 
     Raises:
-        DamagedError: the file is damaged, or its tensors are not those of a target.
+        DamagedError: the file is damaged, or its tensors are not those of a target for this vocabulary.
     """
     where, content = f"{folder.where}/{name}", read_sealed(folder, name)
     try:
         target = Target.from_tensors(safetensors.torch.load(content))
     except (SafetensorError, ValueError, KeyError):
         refuse(where)
-    if not target.is_plausible():
+    if not target.is_plausible(vocabulary):
         refuse(where)
     return target
+
+
+def is_damaged(folder: Folder, name: str, vocabulary: int | None = None) -> bool:
+    """Return whether a file is missing, damaged or no target; for the arguments see `load_target`."""
+    try:
+        load_target(folder, name, vocabulary)
+    except (FileNotFoundError, DamagedError):
+        return True
+    return False

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from engine.calibration.samples import Sample
 from engine.errors import DamagedError
+from engine.learning.targets import is_damaged
 from engine.planning.plan import Plan
 from engine.run.state import (
     PLAN,
@@ -68,9 +69,11 @@ class KeptState:
         except DamagedError:
             self._damaged("samples.json", "the samples are prepared again")
             return None
-        names = [self.inputs(sample) for of_expert in samples for sample in of_expert if sample.inputs]
-        missing = any(self._read(name, "the samples are prepared again") is None for name in names)
-        return None if missing else samples
+        for name in [self.inputs(sample) for of_expert in samples for sample in of_expert if sample.inputs]:
+            if is_damaged(self.state, name, plan.base_header.vocab_size):
+                self._damaged(name, "the samples are prepared again")
+                return None
+        return samples
 
     def stored_targets(self) -> set[str]:
         """Return the file names of the stored targets."""

@@ -281,3 +281,19 @@ def test_a_shard_finds_damaged_targets(llama_merge: Path, tmp_path: Path) -> Non
         save_target(Target(IDS), folder, name)
     folder.write("bad", folder.read("bad")[:-1])
     assert shard.damaged(folder, ["good", "bad"]) == {"good": False, "bad": True}
+
+
+def test_token_ids_beyond_the_vocabulary_are_found(run: Any, llama_merge: Path) -> None:
+    from actors.shard import Shard
+
+    plan = plan_of(llama_merge)
+    most, samples = plan.base_header.vocab_size, changed(inputs=True)
+    assert most is not None
+    shard, name = Shard(plan, 0), run.inputs(samples[0][0])
+    run.keep_samples(samples)
+    for last, damaged in ((most - 1, False), (most, True)):
+        save_target(Target(torch.tensor([1, last]), inputs={"pixel_values": torch.ones(2)}), run.state, name)
+        assert shard.damaged(run.state, [name]) == {name: damaged}
+        assert (run.samples(plan) is None) == damaged
+    with refused(DamagedError, where=name, do="--fresh"):
+        shard.target(run.state, name)
