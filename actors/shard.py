@@ -25,9 +25,9 @@ from engine.shards.orthogonal import orthogonalise, with_orthogonal
 from engine.shards.weight_space import WeightSpace
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
-from engine.storage.local_folder import LocalFolder, digest
+from engine.storage.local_folder import digest
 from engine.storage.paths import is_uri
-from engine.storage.sealed import digest_name, has_digest, keep_digest
+from engine.storage.sealed import has_digest, keep_digest
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import TensorJob, copy_of, stream
@@ -90,15 +90,10 @@ class Shard:
         return {name: is_damaged(folder, name, self._plan.base_header.vocab_size) for name in names}
 
     def incomplete(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
-        """Return whether these files of the output are not as they were written, by name.
-
-        On a disk, the checksums are compared. Object storage has checksums of its own, so there it is enough that the
-        file was written to its end.
-        """
-        assert self._state is not None
-        if not isinstance(folder, LocalFolder):
-            return {name: not self._state.exists(digest_name(f"{OUTPUT}/{name}")) for name in names}
-        return {name: not has_digest(self._state, f"{OUTPUT}/{name}", folder.path / name) for name in names}
+        """Return whether these files of the output are not as they were written, by name. Reads each of them once."""
+        state = self._state
+        assert state is not None
+        return {name: not has_digest(state, f"{OUTPUT}/{name}", folder, name) for name in names}
 
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: a tensor is merged if it has coefficients, and copied from the base if not."""

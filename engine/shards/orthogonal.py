@@ -25,6 +25,7 @@ from engine.methods.arithmetic.matrices import leading, orthogonal_parts
 from engine.planning.plan import Plan
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
+from engine.storage.local_folder import LocalFolder
 from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import Product, Stored, TaskVector
@@ -149,7 +150,7 @@ class _Files:
 
     def _open(self, stored: str) -> dict[int, TaskVector]:
         with borrowed(self._state, stored) as path:
-            if not has_digest(self._state, stored, path):
+            if not has_digest(self._state, stored, LocalFolder(path.parent), path.name):
                 self._state.remove(stored)
                 refuse(f"{self._state.where}/{stored}")
             with safe_open(path, framework="pt") as file:

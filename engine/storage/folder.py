@@ -84,6 +84,13 @@ class Folder(Protocol):
             FileNotFoundError: there is no file of that name.
         """
 
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of a file in hexadecimal. The file is read once, in parts.
+
+        Raises:
+            FileNotFoundError: there is no file of that name.
+        """
+
     def write(self, name: str, data: bytes) -> None:
         """Write a file, or replace an earlier one."""
 

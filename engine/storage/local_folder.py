@@ -47,6 +47,10 @@ class LocalFolder:
         """See `Folder`."""
         return (self.path / name).stat().st_size
 
+    def digest(self, name: str) -> str:
+        """See `Folder`."""
+        return digest(self.path / name)
+
     def write(self, name: str, data: bytes) -> None:
         """See `Folder`."""
         with self.create(name) as out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 
 from engine.errors import OutputError, StorageError
 from engine.storage.address import Address
-from engine.storage.cache import below, cache_folder
+from engine.storage.cache import CHUNK, below, cache_folder
 from engine.storage.folder import LOCK, RawFile, in_use, storing
 from engine.storage.lease import Lease
 
@@ -49,6 +50,14 @@ class ObjectFolder:
         if not info.is_file:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(address))
         return int(info.size)
+
+    def digest(self, name: str) -> str:
+        """See `Folder`."""
+        address, sha256 = Address.of(self.where) / name, hashlib.sha256()
+        with address.connection() as files, files.open_input_stream(address.key) as stream:
+            while data := stream.read(CHUNK):
+                sha256.update(data)
+        return sha256.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
         """See `Folder`."""

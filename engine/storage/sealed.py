@@ -9,12 +9,10 @@ output, is not sealed: its checksum is in a file of its own below DIGESTS.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import NoReturn
 
 from engine.errors import DamagedError
 from engine.storage.folder import Folder
-from engine.storage.local_folder import digest
 
 MARK = b"expert-merging 1 "
 # Bytes before the content: the mark, 64 hexadecimal digits and a newline.
@@ -76,9 +74,9 @@ def keep_digest(state: Folder, name: str, sha256: str) -> None:
     write_sealed(state, digest_name(name), sha256.encode())
 
 
-def has_digest(state: Folder, name: str, path: Path) -> bool:
-    """Return whether the file at `path` is the one whose SHA-256 was stored under this name."""
+def has_digest(state: Folder, name: str, folder: Folder, file: str) -> bool:
+    """Return whether a file of `folder` is the one whose SHA-256 was stored under this name."""
     try:
-        return read_sealed(state, digest_name(name)).decode() == digest(path)
+        return read_sealed(state, digest_name(name)).decode() == folder.digest(file)
     except (FileNotFoundError, DamagedError):
         return False

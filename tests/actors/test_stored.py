@@ -16,6 +16,7 @@ from engine.codec import unpack_all
 from engine.learning.targets import load_target
 from engine.output.model_folder import output_files
 from engine.storage.local_folder import LocalFolder
+from engine.storage.paths import open_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLE, NAME = Sample(0, 0, (5, 9, 33, 12), "here"), "targets/0-0.safetensors"
@@ -62,9 +63,13 @@ def test_an_output_file_is_written_once(
     assert (tmp_path / file.name).stat().st_ino == before.st_ino and folder.names() == {file.name}
 
 
-def test_a_damaged_output_file_is_found(llama_merge: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["disk", "object storage"])
+def test_a_damaged_output_file_is_found(
+    llama_merge: Path, tmp_path: Path, request: pytest.FixtureRequest, place: str
+) -> None:
     plan = plan_of(llama_merge)
-    shard, folder = Shard(plan, 0, LocalFolder(tmp_path / "state")), LocalFolder(tmp_path / "output")
+    root = tmp_path if place == "disk" else request.getfixturevalue("store").root
+    shard, folder = Shard(plan, 0, open_folder(f"{root}/state")), open_folder(f"{root}/output")
     (file,) = output_files(plan)
     shard.write(folder, file, {})
     assert shard.incomplete(folder, [file.name]) == {file.name: False}
@@ -72,5 +77,7 @@ def test_a_damaged_output_file_is_found(llama_merge: Path, tmp_path: Path) -> No
     for content in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         folder.write(file.name, content)
         assert shard.incomplete(folder, [file.name]) == {file.name: True}
+    folder.remove(file.name)
+    assert shard.incomplete(folder, [file.name]) == {file.name: True}
     folder.write("other.safetensors", whole)
     assert shard.incomplete(folder, ["other.safetensors"]) == {"other.safetensors": True}

@@ -92,6 +92,15 @@ def test_a_file_has_the_content_that_was_written(folder: Folder) -> None:
     assert again == folder and again.read("a/b") == b"other"
 
 
+def test_a_digest_is_that_of_the_whole_file(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.storage.object_folder, "CHUNK", 1000)
+    content = bytes(range(256)) * 20
+    folder.write("a/b", content)
+    assert folder.digest("a/b") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(FileNotFoundError):
+        folder.digest("none")
+
+
 def test_files_and_folders_are_removed_and_missing_ones_are_no_error(folder: Folder) -> None:
     for name in ("a/b", "a/c/d", "e", "lock", "ab"):
         folder.write(name, b"x")
