@@ -19,15 +19,12 @@ from engine.storage.address import check_no_secret
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.paths import is_uri, locate, open_folder
-from engine.untrusted import check_regular, library_errors_as
+from engine.storage.scores import MARK, is_scores
+from engine.untrusted import check_regular
 
 SCHEMA = pa.schema(
     {"model": pa.string(), "data": pa.string(), "metric": pa.string(), "value": pa.float64(), "count": pa.int64()}
 )
-# In the metadata of every file of results, by which `evaluate` knows a file that it may replace.
-MARK = {b"expert-merging": b"evaluation"}
-# Maximum bytes of a file of results: more than a million rows.
-BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -88,17 +85,12 @@ def _check_replaceable(folder: Folder, name: str) -> None:
         check_regular(Path(where), None, OutputError, "the file for the results")
     elif not folder.exists(name):
         return
-    foreign = OutputError(
-        "the file for the results exists and was not written by this version of `evaluate`",
-        where,
-        do="give another --out, or remove the file",
-    )
-    if folder.size(name) > BYTES:
-        raise foreign
-    with library_errors_as(lambda _: foreign):
-        found = pyarrow.parquet.read_metadata(io.BytesIO(folder.read(name))).metadata or {}
-    if MARK.items() - found.items():
-        raise foreign
+    if not is_scores(folder, name):
+        raise OutputError(
+            "the file for the results exists and was not written by this version of `evaluate`",
+            where,
+            do="give another --out, or remove the file",
+        )
 
 
 def print_results(rows: Sequence[Row]) -> None:

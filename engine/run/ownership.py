@@ -1,7 +1,7 @@
 """What a run may remove: the marker of its own folder, and the list of files of a merge that it replaces.
 
 A folder without the marker is somebody else's, whatever its name. Of an output, only the files that the record of the
-earlier merge lists are replaced, and only while nothing else is there.
+earlier merge lists, and scores that `evaluate` wrote beside them, are replaced, and only while nothing else is there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from engine.errors import ConfigError, DamagedError, InputError, OutputError, St
 from engine.run.identity import Identity, decode, listed
 from engine.storage.folder import LOCK, Folder
 from engine.storage.local_folder import LocalFolder
+from engine.storage.scores import is_scores
 from engine.storage.sealed import read_sealed, write_sealed
 
-RECORD = "merge/config.yaml"
+RECORD, SCORES = "merge/config.yaml", "merge/evaluation.parquet"
 RECORDED_IDENTITY = "merge/identity.json"
 MARKER = "expert-merging-run.json"
 # Version of the layout of OUT.run/. Increase it when a state of the version before cannot be resumed.
@@ -41,7 +42,8 @@ class EarlierMerge:
     Attributes:
         digest: SHA-256 of its record, merge/config.yaml.
         identity: The identity that it stored; None if it is damaged or absent.
-        files: The files that the merge wrote; the record alone if it does not list them.
+        files: The files that the merge wrote (the record alone if it does not list them), and merge/evaluation.parquet
+            if `evaluate` wrote it.
     """
 
     digest: str
@@ -65,7 +67,8 @@ class EarlierMerge:
         if not all(isinstance(name, str) and _is_inside(name) for name in names):
             names = []
         identity = _recorded_identity(folder, entry.get("identity"))
-        return cls(hashlib.sha256(data).hexdigest(), identity, frozenset({RECORD, *names}))
+        scores = [SCORES] if is_scores(folder, SCORES) else []
+        return cls(hashlib.sha256(data).hexdigest(), identity, frozenset({RECORD, *names, *scores}))
 
 
 @dataclass(frozen=True)

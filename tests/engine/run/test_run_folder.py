@@ -23,8 +23,9 @@ from identities import merge_of, record_of
 import engine.storage.lease
 from engine.calibration.samples import Sample
 from engine.errors import OutputError, StorageError
+from engine.evaluation.results import Row, save_results
 from engine.run.identity import Identity
-from engine.run.ownership import MARKER, RECORD, RECORDED_IDENTITY, mark
+from engine.run.ownership import MARKER, RECORD, RECORDED_IDENTITY, SCORES, mark
 from engine.run.run_folder import RunFolder, check_output, open_run
 from engine.run.state import StageState, load_plan, plan_digest
 from engine.storage.folder import Folder
@@ -168,7 +169,7 @@ def test_options_of_an_address_stay_at_its_end() -> None:
     [
         ("s3://bucket", "s3://bucket/folder"),
         ("s3://bucket/", "s3://bucket/folder"),
-        ("gs://bucket?x=y", "gs://bucket/folder?x=y"),
+        ("gs://bucket?scheme=http", "gs://bucket/folder?scheme=http"),
     ],
 )
 def test_a_whole_bucket_is_no_output(out: str, instead: str) -> None:
@@ -596,6 +597,28 @@ def test_fresh_replaces_no_folder_that_holds_more_than_the_merge(place: Place, n
     assert "--fresh" not in caught.value.do
     assert contents(place.parent) == before
     assert check_output(place.out, THIS, fresh=False), "it holds this merge all the same"
+
+
+def test_fresh_replaces_the_scores_of_the_earlier_merge(place: Place) -> None:
+    finish(place, b"old")
+    save_results([Row("merged", "math", "f1", 0.5, 3)], place.output, SCORES)
+    assert check_output(place.out, THIS, fresh=False), "it holds this merge all the same"
+    assert not check_output(place.out, OTHER, fresh=True)
+    with open_run(place.out, OTHER, fresh=True) as run:
+        computed(run)
+        run.start_output(MODEL)
+        run.weights.write("model.safetensors", b"new")
+        run.finish()
+    assert not place.output.exists(SCORES) and place.output.read("model.safetensors") == b"new"
+
+
+def test_a_link_to_scores_is_somebody_else_s(disk: Path) -> None:
+    place = Place(str(disk), LocalFolder(disk.parent))
+    finish(place, b"old")
+    save_results([Row("merged", "math", "f1", 0.5, 3)], place.parent, "mine.parquet")
+    (disk / SCORES).symlink_to("../../mine.parquet")
+    with refused(OutputError, where=str(disk), facts=[repr(SCORES)]):
+        check_output(str(disk), OTHER, fresh=True)
 
 
 def test_fresh_names_folders_and_links_that_the_merge_did_not_write(disk: Path) -> None:
