@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.checkpoints.find import check_file, check_folder
+from engine.checkpoints.structure import Role, by_names
 from engine.errors import CheckpointError
 from engine.untrusted import JSON_BYTES, SHOWN, open_regular, parse_json, read_text, shown
 
@@ -62,11 +64,15 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """A model folder: its config.json, and its tensors in the order of files and of bytes in them."""
+    """A model folder: its config.json, and its tensors in the order of files and of bytes in them.
+
+    `roles` has the tensors that are not ordinary weights: by their names, until `engine.planning` knows better.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorHeader]
+    roles: Mapping[str, Role] = field(default_factory=dict)
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
@@ -85,6 +91,16 @@ class ModelHeader:
         architectures = self.config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else "?"
         return f"{shown(str(first))} ({shown(str(self.config.get('model_type', '?')))})"
+
+    def is_same_architecture(self, other: ModelHeader) -> bool:
+        """Return whether two models have the same type; their classes decide if a config.json does not name its type.
+
+        `architectures` may be null, or name the class of a wrapper.
+        """
+        types = self.config.get("model_type"), other.config.get("model_type")
+        if all(isinstance(one, str) for one in types):
+            return types[0] == types[1]
+        return self.architecture == other.architecture
 
     @property
     def vocab_size(self) -> int | None:
@@ -124,13 +140,21 @@ def read_model_header(folder: Path) -> ModelHeader:
     config = read_json(folder / "config.json")
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")
-    if config.get("quantization_config"):
+    classes = config.get("architectures")
+    if classes is not None and not isinstance(classes, list):
         raise CheckpointError(
-            "the checkpoint is quantized; task vectors are differences of float weights",
+            f"`architectures` is {shown(repr(classes))}", str(folder / "config.json"), "a list of names, or null"
+        )
+    tensors = _read_tensors(folder)
+    header = ModelHeader(folder, config, tensors, by_names(tensors)[0].roles)
+    # The types of the tensors decide: a merge into 16 bits often leaves the section in config.json.
+    if config.pop("quantization_config", None) and (codes := _codes(header)):
+        raise CheckpointError(
+            f"the checkpoint is quantized ({codes[0]!r} is {tensors[codes[0]].dtype}); task vectors are differences of "
+            "float weights",
             str(folder),
             do="use the model in float32, bfloat16 or float16",
         )
-    header = ModelHeader(folder, config, _read_tensors(folder))
     blocks = header.num_layers
     if blocks is not None and not 0 <= blocks <= len(header.tensors):
         raise CheckpointError(
@@ -139,6 +163,12 @@ def read_model_header(folder: Path) -> ModelHeader:
             f"at least 0, and at most one block per tensor ({len(header.tensors)} tensors)",
         )
     return header
+
+
+def _codes(header: ModelHeader) -> list[str]:
+    """Return the tensors of a checkpoint whose type is one of quantized weights; counts and masks have others."""
+    plain = {*FLOATS, "F64", "I64", "BOOL"}
+    return [name for name, tensor in header.tensors.items() if tensor.dtype not in plain]
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorHeader]:

@@ -7,7 +7,6 @@ are read.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +14,15 @@ from typing import Any
 
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import TEXT_SECTIONS, ModelHeader
+from engine.checkpoints.structure import Role
 from engine.errors import CheckpointError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, shown
-
-HEADS = re.compile(r"(.*\.)?(lm_head|embed_out|output)\.weight$")
-EMBEDDINGS = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 
 
 def has_tokens_for_rows(model: ModelHeader, tensor: str) -> bool:
     """Return whether each row of a tensor belongs to a token, as in embedding and head."""
     shape = model.tensors[tensor].shape
-    return bool(shape) and (shape[0] == model.vocab_size or bool(EMBEDDINGS.match(tensor) or HEADS.match(tensor)))
+    return bool(shape) and (shape[0] == model.vocab_size or model.roles.get(tensor) in (Role.EMBEDDING, Role.HEAD))
 
 
 def is_matrix(shape: Sequence[int], is_vocabulary: bool) -> bool:
@@ -112,7 +109,7 @@ def rows_in(donor: ModelHeader, tensor: str) -> str:
     Raises:
         CheckpointError: the donor has neither.
     """
-    names = [tensor, *(name for name in donor.tensors if EMBEDDINGS.match(name))]
+    names = [tensor, *(name for name in donor.tensors if donor.roles.get(name) is Role.EMBEDDING)]
     donor_name = next((name for name in names if name in donor.tensors), None)
     if donor_name is None:
         what = f"the model has neither {tensor!r} nor an embedding"

@@ -6,11 +6,14 @@ Letters in tensor names: B batch (1), T tokens, C tokens that count in the losse
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.calibration.samples import Sample
+from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.learning.targets import Target, loss_index
@@ -19,7 +22,7 @@ from engine.models.loading import computes_alike, load_config_like, load_generat
 from engine.models.names import Places
 from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
 from engine.planning.open_models import base_folder, open_base, open_expert
-from engine.planning.plan import Plan
+from engine.planning.plan import ExpertPlan, Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
 from engine.task_vectors.pieces import blocks
 
@@ -38,7 +41,7 @@ def check_models(plan: Plan) -> None:
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
             load_generation_config(folder)
-            config = load_config_like(base_config, folder)
+            config = _config(plan, expert, base_config, folder)
             if not computes_alike(base_config, config):
                 build_skeleton(config, plan.base_header.tensors, dtype, folder)
 
@@ -54,7 +57,7 @@ class FrozenExpert:
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
         base_config = load_model_config(base.folder, plan.config.trust_remote_code)
-        config = load_config_like(base_config, folder)
+        config = _config(plan, expert, base_config, folder)
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)
         self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
@@ -101,10 +104,22 @@ class FrozenExpert:
         )
 
 
+def _config(plan: Plan, expert: ExpertPlan, base_config: Any, folder: Path) -> Any:
+    """Return the config with which an expert runs forward: its own, or the base's for a text model in a base of images.
+
+    Such an expert is the base's model with the language model of the expert.
+    """
+    header = expert.header
+    if isinstance(header, ModelHeader) and plan.base_header.takes_images and not header.takes_images:
+        return base_config
+    return load_config_like(base_config, folder)
+
+
 def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
     """Return θₖ of one tensor: the stored one for a full checkpoint, θ₀ + τₖ in float32 where an adapter changes it."""
     if isinstance(source, FullExpert):
-        return source.checkpoint.read(name)
+        stored = source.stored(name)
+        return base.read(name) if stored is None else stored.view(base.tensors[name].shape)
     weight, task_vector = base.read(name), source.task_vector(name)
     if task_vector is None:
         return weight

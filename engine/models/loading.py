@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     with reading(what, folder), bound:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
         _choose_implementations(config)
+    # Left in config.json by a merge into 16 bits; `engine.checkpoints.headers` refuses weights that are quantized.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 
@@ -131,6 +135,12 @@ def computes_alike(one: Any, other: Any) -> bool:
         return {key: value for key, value in config.to_dict().items() if key not in NOT_COMPUTED}
 
     return computed(one) == computed(other)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers has a model of the type that a config.json names."""
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 def is_remote(config: Any) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -23,18 +24,51 @@ from transformers.core_model_loading import (
 )
 
 from engine.checkpoints.headers import TensorHeader
+from engine.checkpoints.structure import BUFFERS, Place, Role, Structure, without_wrappers
 from engine.errors import CheckpointError
+from engine.models.forward import language_model
+
+Places = Mapping[str, Place]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Position of a file's tensor in a module: a parameter or buffer, and the first element of the tensor in it."""
+class _Names:
+    """The way from a file's names to those of a module, as transformers goes it."""
 
-    parameter: str
-    start: int = 0
+    def __init__(self, model: Any) -> None:
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        self._converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self.state = model.state_dict()
+        self.buffers = {name for name, _ in model.named_buffers()}
+        ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), BUFFERS.pattern]
+        self._ignored = [re.compile(pattern) for pattern in ignored]
 
+    def find(self, name: str) -> tuple[str, str | None, bool]:
+        """Return the module's name for a file's tensor, the pattern of its converter, and whether a wrapper was cut."""
+        plain = without_wrappers(name)
+        for one in dict.fromkeys((name, plain)):
+            renamed, pattern = rename_source_key(one, self._renamings, self._converters, self._prefix, self.state)
+            if renamed in self.state:
+                return renamed, pattern, one != name
+        return renamed, None, plain != name
 
-Places = dict[str, Place]
+    def unused(self, renamed: str) -> bool:
+        """Return whether the module does not read a tensor of this name from its files."""
+        if renamed in self.state:
+            return False
+        return renamed in self.buffers or any(pattern.search(renamed) for pattern in self._ignored)
+
+    def start(self, tensor: TensorHeader, renamed: str, pattern: str | None, folder: Path) -> int:
+        """Return the first element of a file's tensor in its flattened parameter.
+
+        Raises:
+            CheckpointError: The tensor is not a contiguous part of the parameter.
+        """
+        if pattern is None:
+            return 0
+        converter = next(converter for converter in self._converters if pattern in converter.source_patterns)
+        return _part(tensor, converter, pattern, tuple(self.state[renamed].shape), folder)
 
 
 def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -> Places:
@@ -47,31 +81,86 @@ def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -
         CheckpointError: A tensor matches no parameter, has another shape than its parameter, or is not a contiguous
             part of it.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    state = model.state_dict()
-    ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"]
-    places = {}
+    names, places = _Names(model), {}
     for name, tensor in tensors.items():
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if renamed in state:
-            whole = tuple(state[renamed].shape)
-            start = 0
-            if pattern is not None:
-                converter = next(converter for converter in converters if pattern in converter.source_patterns)
-                start = _part(tensor, converter, pattern, whole, folder)
-            elif tensor.shape != whole:
-                wanted = f"{whole}, from config.json"
-                raise CheckpointError(f"{name!r} has shape {tensor.shape}", str(folder), wanted)
-            places[name] = Place(renamed, start)
-        elif not any(re.search(pattern, renamed) for pattern in ignored):
+        renamed, pattern, _ = names.find(name)
+        if names.unused(renamed):
+            continue
+        if renamed not in names.state:
             raise CheckpointError(
                 f"the tensor {name!r} matches no parameter of the model",
                 str(folder),
                 f"a parameter of {type(model).__name__}",
             )
+        whole = tuple(names.state[renamed].shape)
+        start = names.start(tensor, renamed, pattern, folder)
+        if pattern is None and tensor.shape != whole:
+            raise CheckpointError(f"{name!r} has shape {tensor.shape}", str(folder), f"{whole}, from config.json")
+        places[name] = Place(renamed, start)
     return places
+
+
+def structure_of(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -> Structure:
+    """Return what the tensors of a model's files are in the module, without a check of their shapes."""
+    names, of_parameters = _Names(model), parameter_roles(model)
+    places, roles = {}, {}
+    unused, wrapped, unknown = set(), set(), set()
+    for name, tensor in tensors.items():
+        renamed, pattern, cut = names.find(name)
+        known = renamed in names.state
+        places[name] = Place(name)
+        if known:
+            # Tensors that are no contiguous part of a parameter keep a place of their own name.
+            with suppress(CheckpointError):
+                places[name] = Place(renamed, names.start(tensor, renamed, pattern, folder))
+        if names.unused(renamed):
+            unused.add(name)
+            roles[name] = Role.BUFFER
+        elif not known:
+            unknown.add(name)
+        elif renamed in of_parameters:
+            roles[name] = of_parameters[renamed]
+        if known and cut:
+            wrapped.add(name)
+    return Structure(places, roles, frozenset(unused), frozenset(wrapped), frozenset(unknown))
+
+
+def parameter_roles(model: Any) -> dict[str, Role]:
+    """Return the roles of a module's parameters and buffers, by the kinds of modules that own them."""
+    embedding = set(model.get_input_embeddings().modules())
+    head = set(language_model(model).get_output_embeddings().modules())
+    roles: dict[str, Role] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if module in head:
+            role = Role.HEAD
+        elif module in embedding:
+            role = Role.EMBEDDING
+        elif isinstance(module, torch.nn.Embedding):
+            role = Role.POSITION
+        elif "norm" in type(module).__name__.lower():
+            role = Role.NORM
+        else:
+            continue
+        roles |= {f"{prefix}.{name}": role for name, _ in module.named_parameters(recurse=False)}
+    return roles | {name: Role.BUFFER for name, _ in model.named_buffers()}
+
+
+def text_parameters(text: Any, model: Any) -> dict[str, str]:
+    """Return the names that a text model's parameters have in a model whose language model it is.
+
+    Empty if the model has no language model of its own.
+    """
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    pairs = (
+        (text.base_model, model.get_decoder()),
+        (text.get_output_embeddings(), language_model(model).get_output_embeddings()),
+    )
+    inside = {}
+    for own, theirs in pairs:
+        before = next(name for name, module in text.named_modules() if module is own)
+        for name, _ in own.named_parameters(remove_duplicate=False):
+            inside[f"{before}.{name}"] = f"{names[id(theirs)]}.{name}"
+    return inside
 
 
 def check_filled(model: Any, places: Places, tensors: Mapping[str, TensorHeader], folder: Path) -> None:

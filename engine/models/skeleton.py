@@ -16,11 +16,12 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
+from engine.checkpoints.structure import Place
 from engine.models.devices import DeviceMap, device_map, device_of, dispatch
 from engine.models.forward import language_model
 from engine.models.internvl import set_image_token
 from engine.models.loading import is_remote, load_generation_config, reading
-from engine.models.names import Place, Places, check_filled, match_names, tied_weights
+from engine.models.names import Places, check_filled, match_names, tied_weights
 
 transformers.logging.set_verbosity_error()
 
@@ -133,7 +134,16 @@ def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:
     return whole.view(-1)[place.start : place.start + math.prod(shape)].view(*shape)
 
 
-def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
+def build_module(config: Any, folder: Path) -> Any:
+    """Build a causal or image-text-to-text model wholly on the meta device, buffers included, to look at its modules.
+
+    Raises:
+        CheckpointError: transformers cannot build the architecture.
+    """
+    return _build(config, torch.float32, folder, buffers=False)
+
+
+def _build(config: Any, dtype: torch.dtype, folder: Path, buffers: bool = True) -> Any:
     remote = is_remote(config)
     if remote:
         kind = transformers.AutoModelForCausalLM
@@ -143,7 +153,7 @@ def _build(config: Any, dtype: torch.dtype, folder: Path) -> Any:
     else:
         kind = transformers.AutoModelForCausalLM
     # Buffers such as rotary frequencies are in no file, so they are computed here instead of left on the meta device.
-    empty = accelerate.init_empty_weights(include_buffers=False)
+    empty = accelerate.init_empty_weights(include_buffers=not buffers)
     # Every weight is filled in later. Without initial values, parameters that share a weight are not tied either.
     with reading("transformers cannot build this model", folder), empty, no_init_weights():
         model = kind.from_config(config, dtype=dtype, trust_remote_code=remote)

@@ -16,7 +16,7 @@ import rich.filesize
 
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, SAFETENSORS
-from engine.checkpoints.vocabulary import HEADS
+from engine.checkpoints.structure import Role
 from engine.errors import ClusterError
 from engine.methods.registry import NATIVE
 from engine.planning.plan import ExpertPlan, Plan
@@ -116,6 +116,6 @@ def _targets(plan: Plan, tokens: Sequence[Sequence[int]]) -> int:
     hidden = int(header.text_config.get("hidden_size") or 0)
     # Without a merged head, the last hidden state replaces the logits unless the expert's head differs. That needs
     # a look at the weights, so the smaller of the two counts here.
-    last = (header.vocab_size or 0) if any(HEADS.match(name) for name in plan.merged) else hidden
+    last = (header.vocab_size or 0) if any(header.roles.get(name) is Role.HEAD for name in plan.merged) else hidden
     each = (len(plan.hidden_layers) * hidden + last) * BYTES[SAFETENSORS[plan.dtype]]
     return each * sum(map(sum, tokens))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from engine.checkpoints.structure import Role
 from engine.planning.plan import Plan
 from engine.sizes import MATRICES_PER_CALL
 
@@ -25,7 +26,8 @@ def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
     share = _share(config)
     every = {name: tensor.numel for name, tensor in header.tensors.items() if len(tensor.shape) in (2, 3)}
     seen = {name: numel * share if ".experts." in name else numel for name, numel in every.items()}
-    body = sum(numel for name, numel in seen.items() if "embed" not in name and "head" not in name)
+    outside = {Role.EMBEDDING, Role.HEAD, Role.POSITION}
+    body = sum(numel for name, numel in seen.items() if "embed" not in name and header.roles.get(name) not in outside)
     merged = sum(seen[name] for name in plan.merged if name in seen)
     head, attention = hidden * (header.vocab_size or 0), 2 * layers * hidden * tokens
     forward = tokens * (2 * body + 4 * head + 2 * attention)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from engine.checkpoints.adapters import AdapterHeader, is_adapter, read_adapter_
 from engine.checkpoints.find import check_folder, find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
+from engine.checkpoints.structure import Role, Structure
 from engine.checkpoints.vocabulary import with_rows_of
-from engine.config.schema import Config, ExpertConfig
+from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
+from engine.planning.structures import Structures
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import cpu_limit
@@ -49,7 +52,10 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         rows = ModelPlan(tokenizer[0], donor) if donor.vocab_size != base.vocab_size else None
         base = with_rows_of(base, donor, tokenizer[1])
     tokens = tokenizer[1] if tokenizer else base_folder
-    experts = tuple(_plan_expert(config, expert, base, tokens, config_folder) for expert in config.models)
+    structures = Structures(base, required=config.learned)
+    _check_names(base, structures.base)
+    base = replace(base, roles=structures.base.roles)
+    experts = tuple(_plan_expert(config, expert, base, tokens, structures, config_folder) for expert in config.models)
     _check_recipe(config, base, experts)
     merged = _merged(config, base)
     if not merged:
@@ -66,6 +72,17 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
     )
+
+
+def _check_names(base: ModelHeader, structure: Structure) -> None:
+    """Check that transformers can read the base's names, since the output has them too."""
+    if structure.wrapped:
+        raise CheckpointError(
+            f"the base's tensors have the prefix of a wrapper (first: {min(structure.wrapped)!r})",
+            str(base.folder),
+            "names that `from_pretrained` reads",
+            "save the model that the wrapper holds with `save_pretrained`",
+        )
 
 
 def _located(config: Config, config_folder: Path) -> Config:
@@ -89,8 +106,17 @@ def _merged(config: Config, base: ModelHeader) -> tuple[str, ...]:
             for name, tensor in base.tensors.items()
             if tensor.dtype in FLOATS
             and tensor.numel
+            and not _is_left_out(base.roles.get(name), config)
             and not any(re.match(pattern, name) for pattern in config.exclude)
         )
+
+
+def _is_left_out(role: Role | None, config: Config) -> bool:
+    """Return whether tensors of a role are not merged: buffers never, and by default only ordinary weights are.
+
+    With an `exclude` of the user's own, only names decide.
+    """
+    return role is not None and (role is Role.BUFFER or config.exclude == LEARNED_EXCLUDES)
 
 
 def _check_budget(config: Config, numels: Sequence[int]) -> None:
@@ -121,7 +147,12 @@ def _check_budget(config: Config, numels: Sequence[int]) -> None:
 
 
 def _plan_expert(
-    config: Config, expert: ExpertConfig, base: ModelHeader, tokenizer: Path, config_folder: Path
+    config: Config,
+    expert: ExpertConfig,
+    base: ModelHeader,
+    tokenizer: Path,
+    structures: Structures,
+    config_folder: Path,
 ) -> ExpertPlan:
     files = expert.calibration if config.learned else ()
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
@@ -140,7 +171,7 @@ def _plan_expert(
         header = read_adapter_header(folder, base)
     else:
         header = read_model_header(folder)
-        matched = match(expert.name, header, base, config, tokenizer)
+        matched = match(expert.name, header, base, config, tokenizer, structures)
     if adapter_name:
         if config.learned:
             raise ConfigError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from engine.checkpoints.structure import Role
 from engine.checkpoints.vocabulary import has_tokens_for_rows
 from engine.checkpoints.writer import OutputTensor
 from engine.errors import CheckpointError, ConfigError
@@ -83,13 +84,13 @@ class WeightSpace:
         return TensorJob(name, entry.shape, dtype or self._streams.base.read(name).dtype, prepare)
 
     def _check_buffer(self, name: str) -> None:
-        """Check that a tensor that is not of a float dtype is equal in base and experts, since it cannot be merged.
+        """Check that a parameter that is not of a float dtype is equal in base and experts, since it cannot be merged.
 
         Raises:
             CheckpointError: an expert has other values.
         """
         base = self._streams.base.read(name)
-        if base.is_floating_point():
+        if base.is_floating_point() or self._plan.base_header.roles.get(name) is Role.BUFFER:
             return
         for model, expert in self._streams.experts:
             other = expert.stored(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.checkpoints.adapters import LoraPair
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
 from engine.checkpoints.tensors import Checkpoint
-from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded, _Sum
+from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded, _Parts, _Sum
 
 
 class ExpertWeights(Protocol):
@@ -36,6 +36,8 @@ class FullExpert:
 
     def task_vector(self, name: str) -> TaskVector | None:
         """Return τ of the tensor `name`, or None if the checkpoint lacks the tensor. See `ExpertWeights`."""
+        if name in self.match.parts:
+            return _Parts(self._parts(name))
         expert_N = self.stored(name)
         if expert_N is None:
             return None
@@ -49,7 +51,13 @@ class FullExpert:
         """See `ExpertWeights`."""
         if name in self.match.absent:
             return None
+        if name in self.match.parts:
+            return torch.cat(self._parts(name))
         return self.checkpoint.read(self.match.renamed.get(name, name)).reshape(-1)
+
+    def _parts(self, name: str) -> list[Tensor]:
+        """Return the parts [N] that a tensor consists of in the expert's files, as views."""
+        return [self.checkpoint.read(part.name).reshape(-1)[part.start : part.stop] for part in self.match.parts[name]]
 
 
 class AdapterExpert:

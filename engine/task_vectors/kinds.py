@@ -5,6 +5,7 @@ Letters in tensor names: N elements of a flattened tensor, or of a range of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -94,6 +95,22 @@ class _Padded(_FromOperand):
         count = min(max(len(self._expert_N) - start, 0), stop - start)
         buffer_N[:count].copy_(self._expert_N[start : start + count])
         buffer_N[count:].copy_(self._base_N[start + count : stop])
+        return as_operand(buffer_N)
+
+
+class _Parts(_FromOperand):
+    """τ of a tensor that the expert's files hold in parts, one after the other."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = parts
+
+    def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
+        first = 0
+        for part_N in self._parts:
+            low, high = max(start, first), min(stop, first + len(part_N))
+            if low < high:
+                buffer_N[low - start : high - start].copy_(part_N[low - first : high - first])
+            first += len(part_N)
         return as_operand(buffer_N)
 
 

@@ -193,9 +193,8 @@ def test_an_expert_with_other_tensors_is_refused(config: Path, change: Any, fact
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM (llama)", "LlamaForCausalLM (llama)"]),
         ({"model_type": "mistral"}, ["LlamaForCausalLM (mistral)"]),
-        ({"architectures": None}, ["? (llama)"]),
+        ({"model_type": None, "architectures": None}, ["? (?)"]),
         ({"vocab_size": 65}, ["65 tokens", "64", "`tokenizer_source: base`"]),
     ],
 )
@@ -203,6 +202,12 @@ def test_an_expert_of_another_architecture_is_refused(config: Path, changes: dic
     edit_config(config.parent / "expert0", **changes)
     with refused(CheckpointError, where="expert 'expert0' (", facts=facts):
         plan_of(config)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ["FSDPLlamaForCausalLM"]], ids=str)
+def test_the_type_of_a_model_counts_not_the_names_of_its_classes(config: Path, architectures: Any) -> None:
+    edit_config(config.parent / "expert0", architectures=architectures)
+    assert plan_of(config).merged
 
 
 @pytest.mark.parametrize("architectures", [5, {"a": 1}, True])

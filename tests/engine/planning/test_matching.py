@@ -1,0 +1,196 @@
+"""Experts are matched to the base through the parameters of the model, whatever names their files give the tensors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import tiny
+import tiny_images
+import torch
+import transformers
+import yaml
+from conftest import plan_of
+from errors import refused
+from torch import Tensor
+from weight_space import ours, read
+
+from engine.checkpoints.headers import ModelHeader
+from engine.errors import CheckpointError
+from engine.learning.frozen_expert import FrozenExpert
+from engine.planning.plan import Plan
+
+LEARNED, ARITHMETIC = {"merge_method": "expert_merging"}, {"merge_method": "task_arithmetic"}
+methods = pytest.mark.parametrize("method", [LEARNED, ARITHMETIC], ids=lambda method: method["merge_method"])
+
+
+def write(folder: Path, method: dict[str, Any], *experts: str, **keys: Any) -> Path:
+    """Write a merge.yaml of `base` and the experts, each with weight 0.5, and return its path."""
+    models = []
+    for expert in experts:
+        tiny.write_calibration(folder / f"{expert}.jsonl", 2, seed=1)
+        models.append({"model": expert, "calibration": f"{expert}.jsonl", "parameters": {"weight": 0.5}})
+    if method is ARITHMETIC:
+        for model in models:
+            del model["calibration"]
+    path = folder / "merge.yaml"
+    path.write_text(yaml.safe_dump({"base_model": "base", "models": models, **method, **keys}))
+    return path
+
+
+def rename(folder: Path, new: Callable[[str], str], **more: Tensor) -> None:
+    file = folder / "model.safetensors"
+    tensors = {new(name): tensor for name, tensor in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(tensors | more, file, metadata={"format": "pt"})
+
+
+def logits(model: Any, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return the logits of `model` and of the plan's only expert on the same tokens."""
+    ids = torch.arange(5, 15)[None]
+    frozen = FrozenExpert(plan, 0, torch.device("cpu")).model
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits, frozen(input_ids=ids).logits
+
+
+def check_merged(folder: Path, base: dict[str, Tensor], tuned: dict[str, Tensor], kind: Any) -> None:
+    """Check that a weight-space merge of half of one expert is half way, loaded by transformers."""
+    merged = ours(write(folder, ARITHMETIC, "tuned"))
+    assert merged.keys() == read(folder / "base").keys(), "the output has the base's names"
+    shutil.copytree(folder / "base", folder / "out")
+    safetensors.torch.save_file(merged, folder / "out" / "model.safetensors", metadata={"format": "pt"})
+    loaded = kind.from_pretrained(folder / "out", dtype=torch.float32).state_dict()
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor, (base[name] + tuned[name]) / 2)
+
+
+@pytest.mark.parametrize("own_names", ["base", "tuned"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
+def test_names_of_the_hub_and_of_the_modules_are_the_same_parameters(
+    tmp_path: Path, family: str, own_names: str
+) -> None:
+    base = tiny_images.make_model(family)
+    tuned = tiny_images.make_expert(base, 1)
+    tiny_images.save(base, tmp_path / "base", family)
+    base.save_pretrained(tmp_path / "base", save_original_format=own_names != "base")
+    tuned.save_pretrained(tmp_path / "tuned", save_original_format=own_names != "tuned")
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    assert len(plan.experts[0].match.renamed) > len(plan.merged)
+    torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    check_merged(tmp_path, base.state_dict(), tuned.state_dict(), transformers.AutoModelForImageTextToText)
+
+
+@pytest.mark.parametrize("own_names", ["base", "tuned"])
+def test_experts_of_a_mixture_may_be_one_tensor_or_many(tmp_path: Path, own_names: str) -> None:
+    base = tiny.make_model("qwen3_moe")
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(tmp_path / "base", save_original_format=own_names != "base")
+    tuned.save_pretrained(tmp_path / "tuned", save_original_format=own_names != "tuned")
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    assert len(plan.experts[0].match.parts) == 3 * (2 if own_names == "base" else 3 * 4)
+    torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    check_merged(tmp_path, base.state_dict(), tuned.state_dict(), transformers.AutoModelForCausalLM)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, eos_token_id=2)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("bare", ["base", "tuned"])
+def test_the_prefix_of_the_base_model_may_be_missing(tmp_path: Path, bare: str) -> None:
+    base = gpt2()
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
+    rename(tmp_path / bare, lambda name: name.removeprefix("transformer."), **masks)
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    assert not any("attn.bias" in name or "wte" in name or "wpe" in name or "ln_" in name for name in plan.merged)
+    assert sum("c_attn.weight" in name for name in plan.merged) == 2
+    torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    check_merged(tmp_path, base.state_dict(), tuned.state_dict(), transformers.AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_the_prefix_of_a_wrapper_is_read_past_in_an_expert_and_refused_in_the_base(tmp_path: Path, prefix: str) -> None:
+    base = tiny.make_model()
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    rename(tmp_path / "tuned", lambda name: prefix + name)
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    assert plan.experts[0].match.wrapped.startswith(prefix)
+    torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    check_merged(tmp_path, base.state_dict(), tuned.state_dict(), transformers.AutoModelForCausalLM)
+    rename(tmp_path / "base", lambda name: prefix + name)
+    with refused(CheckpointError, where="base", do="save_pretrained", facts=[prefix]):
+        plan_of(write(tmp_path, ARITHMETIC, "tuned"))
+
+
+def test_a_parameter_under_two_names_is_refused(tmp_path: Path) -> None:
+    base = tiny.make_model()
+    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "tuned")
+    more = safetensors.torch.load_file(tmp_path / "tuned" / "model.safetensors")["model.norm.weight"].clone()
+    rename(tmp_path / "tuned", str, **{"module.model.norm.weight": more})
+    with refused(CheckpointError, where="tuned", facts=["'module.model.norm.weight'", "'model.norm.weight'"]):
+        plan_of(write(tmp_path, ARITHMETIC, "tuned"))
+
+
+@methods
+@pytest.mark.parametrize("owners", [("base",), ("tuned",), ("base", "tuned")], ids=str)
+def test_rotary_frequencies_in_files_are_not_merged(
+    tmp_path: Path, owners: tuple[str, ...], method: dict[str, Any]
+) -> None:
+    base = tiny.make_model()
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    for number, owner in enumerate(owners, 1):
+        rename(tmp_path / owner, str, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4) * number})
+    plan = plan_of(write(tmp_path, method, "tuned"))
+    assert not any("inv_freq" in name for name in plan.merged)
+    if method is LEARNED:
+        torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    else:
+        merged = ours(write(tmp_path, method, "tuned"))
+        kept = {name: tensor for name, tensor in merged.items() if "inv_freq" in name}
+        assert len(kept) == ("base" in owners)
+        assert all(torch.equal(tensor, torch.ones(4)) for tensor in kept.values())
+
+
+def test_a_text_model_is_an_expert_of_a_model_with_images(tmp_path: Path) -> None:
+    base = tiny_images.make_model("llava_onevision")
+    tiny_images.save(base, tmp_path / "base", "llava_onevision")
+    text = transformers.Qwen2ForCausalLM(base.config.text_config).float()
+    text.model.load_state_dict(base.model.language_model.state_dict())
+    text.lm_head.load_state_dict(base.lm_head.state_dict())
+    tuned = tiny.make_expert(text, 1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    absent = plan.experts[0].match.absent
+    assert absent and all("vision" in name or "projector" in name or "newline" in name for name in absent)
+    torch.testing.assert_close(*logits(tuned, plan), rtol=1e-5, atol=1e-5)
+    merged = ours(write(tmp_path, ARITHMETIC, "tuned"))
+    before = read(tmp_path / "base")
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert changed and not changed & absent
+    with refused(CheckpointError, where="tuned"):
+        rename(tmp_path / "tuned", lambda name: name.replace("layers.1", "layers.7"))
+        plan_of(write(tmp_path, ARITHMETIC, "tuned"))
+
+
+def test_the_base_header_knows_the_roles_of_a_family_with_other_names(tmp_path: Path) -> None:
+    base = gpt2()
+    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "tuned")
+    header = plan_of(write(tmp_path, ARITHMETIC, "tuned")).base_header
+    assert isinstance(header, ModelHeader)
+    assert header.roles["transformer.wte.weight"] == "embedding"
+    assert header.roles["transformer.wpe.weight"] == "position"
+    assert header.roles["transformer.ln_f.weight"] == header.roles["transformer.h.0.ln_1.bias"] == "norm"
