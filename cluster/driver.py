@@ -21,7 +21,7 @@ from engine.planning.plan import Plan
 from engine.run.inputs import identity
 from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
-from engine.run.preparation import check_inputs, prepare
+from engine.run.preparation import check_heads, check_inputs, prepare
 from engine.run.run_folder import RunFolder, check_output, open_run
 
 
@@ -50,6 +50,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     check_apart(plan, out)
     check_state(RunFolder(out).state)
     check_trackers(plan.config, out)
+    check_heads(plan)
     records: Records = []
     if plan.config.learned:
         plan, records = check_inputs(plan)

@@ -136,8 +136,8 @@ class _Matching:
             lacking = [name for name in lacking if name not in outside]
         if self.config.on_missing == "base":
             absent |= set(lacking)
-            ignored += added
-            lacking, added = [], []
+            ignored += [*added, *tied]
+            lacking, added, tied = [], [], {}
         if lacking or added:
             raise self._refusal(lacking, added)
         wrapped = min(self.structure.wrapped & used, default="")
@@ -182,8 +182,8 @@ class _Matching:
         return self._embedding(shape)
 
     def _spare_head(self, tensor: str) -> str | None:
-        """Return the expert's embedding, if a tensor is a head that is tied to it in the base's files."""
-        if self.structure.roles.get(tensor) is not Role.HEAD or not _ties(self.expert):
+        """Return the expert's embedding, if a tensor is a head of a shape that the embedding could be tied to."""
+        if self.structure.roles.get(tensor) is not Role.HEAD or len(self.expert.tensors[tensor].shape) != 2:
             return None
         return self._embedding(self.expert.tensors[tensor].shape[1:])
 
@@ -194,14 +194,14 @@ class _Matching:
     def _refusal(self, lacking: list[str], added: list[str]) -> CheckpointError:
         parts = [f"lacks {len(lacking)} of the base's tensors (first: {lacking[0]!r})"] if lacking else []
         parts += [f"has {len(added)} tensors that the base lacks (first: {added[0]!r})"] if added else []
-        return CheckpointError(
-            f"the expert {' and '.join(parts)}",
-            self.where,
-            f"the {len(self.base.tensors)} tensors of the base",
-            ""
-            if self.config.learned
-            else "set `on_missing: base` to use the base's tensors and drop those that it lacks",
-        )
+        if self.config.learned:
+            do = ""
+        elif len(lacking) == len(self.base.tensors):
+            do = "save the expert with the base's names"
+        else:
+            do = "set `on_missing: base` to use the base's tensors and drop those that it lacks"
+        what, expected = f"the expert {' and '.join(parts)}", f"the {len(self.base.tensors)} tensors of the base"
+        return CheckpointError(what, self.where, expected, do)
 
 
 def _ties(model: ModelHeader) -> bool:

@@ -61,6 +61,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     if not merged:
         patterns = ", ".join(config.exclude)
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"remove some of the patterns: {patterns}")
+    _check_effects(config, merged, experts)
     _check_budget(config, [base.tensors[name].numel for name in merged])
     return Plan(
         config=config,
@@ -117,6 +118,23 @@ def _is_left_out(role: Role | None, config: Config) -> bool:
     With an `exclude` of the user's own, only names decide.
     """
     return role is not None and (role is Role.BUFFER or config.exclude == LEARNED_EXCLUDES)
+
+
+def _check_effects(config: Config, merged: Sequence[str], experts: Sequence[ExpertPlan]) -> None:
+    """Refuse an expert of which nothing would be merged."""
+    for expert in experts:
+        header, adapter = expert.header, expert.adapter
+        if isinstance(header, AdapterHeader) or (adapter is not None and isinstance(adapter.header, AdapterHeader)):
+            continue
+        if expert.match.absent.issuperset(merged):
+            own = next(iter(header.tensors), "")
+            raise CheckpointError(
+                f"the expert has none of the {len(merged)} merged tensors (it has {own!r}, the base has {merged[0]!r}), so "
+                "that nothing of it would be merged",
+                f"expert {expert.name!r} ({header.folder})",
+                "an expert with the base's tensors",
+                "remove the expert from `models`, or save it with the base's names",
+            )
 
 
 def _check_budget(config: Config, numels: Sequence[int]) -> None:

@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from engine.calibration.encoder import encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
+from engine.errors import CheckpointError
 from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets
+from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
 from engine.run.run_folder import RunFolder
+from engine.task_vectors.experts import CheckpointWithAdapter, FullExpert
 
 
 def check_inputs(plan: Plan) -> tuple[Plan, Records]:
@@ -34,6 +38,29 @@ def check_inputs(plan: Plan) -> tuple[Plan, Records]:
     check_models(plan)
     images = tuple(tuple(str(image) for record in mine for image in record.images) for mine in records)
     return replace(plan, images=images), records
+
+
+def check_heads(plan: Plan) -> None:
+    """Check that the heads that only experts have equal the embeddings to which the base's head is tied.
+
+    The weights of the two are compared, of each expert that has such a head.
+
+    Raises:
+        CheckpointError: a head differs, so that it cannot be left out.
+    """
+    for expert in plan.experts:
+        weights = open_expert(expert)
+        for head, embedding in expert.match.tied.items():
+            assert isinstance(weights, FullExpert | CheckpointWithAdapter)
+            if not torch.equal(weights.checkpoint.read(head), weights.checkpoint.read(embedding)):
+                raise CheckpointError(
+                    f"its head {head!r} differs from its embedding, and the base has no head of its own",
+                    f"expert {expert.name!r} ({expert.model})",
+                    f"a head equal to {embedding!r}",
+                    "give the base a head of its own: model = AutoModelForCausalLM.from_pretrained(BASE); "
+                    "model.config.tie_word_embeddings = False; model.lm_head.weight = "
+                    "torch.nn.Parameter(model.lm_head.weight.detach().clone()); model.save_pretrained(NEW_BASE)",
+                )
 
 
 def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:

@@ -85,13 +85,14 @@ class CheckpointWithAdapter:
     """An expert that is a full checkpoint with an adapter on top: τ = θₖ + ΔW − θ₀."""
 
     def __init__(self, checkpoint: FullExpert, adapter: AdapterExpert) -> None:
-        self._checkpoint, self._adapter = checkpoint, adapter
+        self._full, self._adapter = checkpoint, adapter
+        self.checkpoint = checkpoint.checkpoint
 
     def task_vector(self, name: str) -> TaskVector | None:
         """Return τ of the tensor `name`, or None if neither part changes it."""
-        first, second = self._checkpoint.task_vector(name), self._adapter.task_vector(name)
+        first, second = self._full.task_vector(name), self._adapter.task_vector(name)
         return _Sum(first, second) if first is not None and second is not None else first or second
 
     def stored(self, name: str) -> Tensor | None:
         """See `ExpertWeights`: the tensor of the checkpoint, without the adapter."""
-        return self._checkpoint.stored(name)
+        return self._full.stored(name)

@@ -23,6 +23,7 @@ from engine.checkpoints.headers import ModelHeader
 from engine.errors import CheckpointError
 from engine.learning.frozen_expert import FrozenExpert
 from engine.planning.plan import Plan
+from engine.run.preparation import check_heads
 
 LEARNED, ARITHMETIC = {"merge_method": "expert_merging"}, {"merge_method": "task_arithmetic"}
 methods = pytest.mark.parametrize("method", [LEARNED, ARITHMETIC], ids=lambda method: method["merge_method"])
@@ -194,3 +195,58 @@ def test_the_base_header_knows_the_roles_of_a_family_with_other_names(tmp_path: 
     assert header.roles["transformer.wte.weight"] == "embedding"
     assert header.roles["transformer.wpe.weight"] == "position"
     assert header.roles["transformer.ln_f.weight"] == header.roles["transformer.h.0.ln_1.bias"] == "norm"
+
+
+def tied(folder: Path) -> tuple[Any, Any]:
+    """Save a base that writes its tied head out, and an expert that does not; return the two."""
+    base = tiny.make_model("llama", tied=True)
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(folder / "base")
+    tuned.save_pretrained(folder / "tuned")
+    return base, tuned
+
+
+@methods
+@pytest.mark.parametrize("owner", ["base", "tuned"])
+def test_a_tied_head_may_be_written_out(tmp_path: Path, owner: str, method: dict[str, Any]) -> None:
+    base, tuned = tied(tmp_path)
+    model = base if owner == "base" else tuned
+    rename(tmp_path / owner, str, **{"lm_head.weight": model.lm_head.weight.detach().clone()})
+    plan = plan_of(write(tmp_path, method, "tuned"))
+    check_heads(plan)
+    if method is LEARNED:
+        torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+    else:
+        assert ("lm_head.weight" in ours(write(tmp_path, method, "tuned"))) == (owner == "base")
+
+
+@methods
+def test_a_head_that_is_not_the_embedding_needs_a_base_with_a_head(tmp_path: Path, method: dict[str, Any]) -> None:
+    _, tuned = tied(tmp_path)
+    head = torch.randn(tiny.VOCAB, tiny.COMMON["hidden_size"])
+    rename(tmp_path / "tuned", str, **{"lm_head.weight": head})
+    plan = plan_of(write(tmp_path, method, "tuned"))
+    with refused(CheckpointError, where="tuned", do="model.save_pretrained", facts=["'lm_head.weight'"]) as caught:
+        check_heads(plan)
+    # The advice, taken.
+    line = caught.value.do.partition(": ")[2].replace("NEW_BASE", "folder").replace("BASE", "folder")
+    given = {"AutoModelForCausalLM": transformers.AutoModelForCausalLM, "torch": torch, "folder": tmp_path / "base"}
+    exec(line, given)
+    plan = plan_of(write(tmp_path, method, "tuned"))
+    check_heads(plan)
+    assert not plan.experts[0].match.ignored and not plan.experts[0].match.renamed
+    tuned.lm_head.weight = torch.nn.Parameter(head)
+    if method is LEARNED:
+        torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+
+
+def test_an_expert_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
+    base = tiny.make_model()
+    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "tuned")
+    rename(tmp_path / "tuned", lambda name: f"student.{name}")
+    with refused(CheckpointError, where="tuned", do="names", facts=["'student."]):
+        plan_of(write(tmp_path, ARITHMETIC, "tuned"))
+    with refused(CheckpointError, where="tuned", facts=["'student."]) as caught:
+        plan_of(write(tmp_path, ARITHMETIC, "tuned", on_missing="base"))
+    assert "on_missing" not in caught.value.do
