@@ -70,6 +70,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
             Telemetry(run.name(), plan.config, out) as telemetry,
             Progress(telemetry) as progress,
         ):
+            for owner, note in plan.notes:
+                progress.say(f"{owner}: {note}")
             if plan.config.unused:
                 progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
             run.say = progress.say

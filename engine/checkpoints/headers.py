@@ -38,6 +38,9 @@ CONVERT = (
     "load it with transformers and save it with `save_pretrained`, which writes safetensors; pickles may contain code"
 )
 
+# Weights in one file, or the index of those in several.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 # Maximum characters of a tensor's name.
 NAME = 1000
 
@@ -66,13 +69,19 @@ class TensorHeader:
 class ModelHeader:
     """A model folder: its config.json, and its tensors in the order of files and of bytes in them.
 
-    `roles` has the tensors that are not ordinary weights: by their names, until `engine.planning` knows better.
+    Attributes:
+        folder: The folder.
+        config: The content of config.json.
+        tensors: The tensors by name.
+        roles: The tensors that are not ordinary weights: by their names, until `engine.planning` knows better.
+        notes: What a user should know about the folder, such as files that are not used.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorHeader]
     roles: Mapping[str, Role] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def text_config(self) -> dict[str, Any]:
@@ -137,6 +146,8 @@ def read_model_header(folder: Path) -> ModelHeader:
             not plausible.
     """
     check_folder(folder)
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+        _refuse_checkpoints(folder)
     config = read_json(folder / "config.json")
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")
@@ -146,7 +157,7 @@ def read_model_header(folder: Path) -> ModelHeader:
             f"`architectures` is {shown(repr(classes))}", str(folder / "config.json"), "a list of names, or null"
         )
     tensors = _read_tensors(folder)
-    header = ModelHeader(folder, config, tensors, by_names(tensors)[0].roles)
+    header = ModelHeader(folder, config, tensors, by_names(tensors)[0].roles, _notes(folder))
     # The types of the tensors decide: a merge into 16 bits often leaves the section in config.json.
     if config.pop("quantization_config", None) and (codes := _codes(header)):
         raise CheckpointError(
@@ -171,13 +182,34 @@ def _codes(header: ModelHeader) -> list[str]:
     return [name for name, tensor in header.tensors.items() if tensor.dtype not in plain]
 
 
+def _refuse_checkpoints(folder: Path) -> None:
+    """Refuse a trainer's output folder that has checkpoints but no model of its own, by the names of these.
+
+    Raises:
+        CheckpointError: it is such a folder.
+    """
+    numbers = [int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    if numbers:
+        last = f"checkpoint-{max(numbers)}"
+        raise CheckpointError(
+            f"no weights in this folder, only the checkpoints of a training ({len(numbers)}, the last is {last})",
+            str(folder),
+            do=f"name one of them: {folder / last}",
+        )
+
+
+def _notes(folder: Path) -> tuple[str, ...]:
+    if (folder / SINGLE).exists() and (folder / INDEX).exists():
+        return (f"{SINGLE} is read, as by transformers; {INDEX} beside it is not used and may be of older weights",)
+    return ()
+
+
 def _read_tensors(folder: Path) -> dict[str, TensorHeader]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return _read_index(index)
-    single = folder / "model.safetensors"
-    if single.exists():
-        return read_file_header(single)
+    # In this order, as transformers.
+    if (folder / SINGLE).exists():
+        return read_file_header(folder / SINGLE)
+    if (folder / INDEX).exists():
+        return _read_index(folder / INDEX)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     raise CheckpointError(
         f"no safetensors weights in this folder{f', only pickled ones ({pickled[0]})' if pickled else ''}",

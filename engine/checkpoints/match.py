@@ -36,5 +36,12 @@ class Match:
     tied: Mapping[str, str] = field(default_factory=dict)
     wrapped: str = ""
 
+    def names(self, tensor: str) -> tuple[str, ...]:
+        """Return the names of the expert's tensors that a tensor of the base is compared with."""
+        if tensor in self.absent:
+            return ()
+        parts = self.parts.get(tensor)
+        return tuple(part.name for part in parts) if parts else (self.renamed.get(tensor, tensor),)
+
 
 NO_EXCEPTIONS = Match()

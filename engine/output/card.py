@@ -28,13 +28,19 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
 {output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
 tensors are those of {code(public_name(plan.base.model))}.
 
-{yaml_block(as_yaml(public_config(plan.resolved)))}
+{_notes(plan)}{yaml_block(as_yaml(public_config(plan.resolved)))}
 
 `merge/` holds the same config with the paths and hashes of the inputs, and the peak memory of every process. Made with
 {made_with}.
 """,
         encoding="utf-8",
     )
+
+
+def _notes(plan: Plan) -> str:
+    """Return the differences between the models as a list, or nothing."""
+    lines = [f"- {markdown(owner)}: {markdown(note)}" for owner, note in plan.notes]
+    return "\n".join(["The models differ:", "", *lines, "", ""]) if lines else ""
 
 
 def _models(plan: Plan) -> list[str]:
@@ -103,7 +109,7 @@ base's.
 |---|---|---|---|---|
 {chr(10).join(rows)}
 
-## Load it
+{_notes(plan)}## Load it
 
 ```python
 {_loading(plan)}

@@ -55,26 +55,18 @@ def match(
     _check_vocabulary(expert, base, config, tokenizer, where)
     matched = _Matching(expert, base, *structures.pair(expert), config, text, where).match()
     for tensor in base.tensors.values():
-        for other in _sources(tensor, matched, expert):
+        for other in (expert.tensors[name] for name in matched.names(tensor.name)):
             if (other.dtype in FLOATS) != (tensor.dtype in FLOATS):
                 kind = "a float type" if tensor.dtype in FLOATS else "no float type"
                 expected = f"{kind}, like the base's {tensor.dtype}"
                 raise CheckpointError(f"{tensor.name!r} is {other.dtype}", where, expected)
         if tensor.name in matched.absent or tensor.name in matched.parts:
             continue
-        other = expert.tensors[matched.renamed.get(tensor.name, tensor.name)]
+        other = expert.tensors[matched.names(tensor.name)[0]]
         resized = tensor.shape[1:] == other.shape[1:] and bool(tensor.shape) and has_tokens_for_rows(base, tensor.name)
         if other.shape != tensor.shape and not (resized and config.tokenizer_source):
             raise CheckpointError(f"{other.name!r} has shape {other.shape}", where, f"the base's {tensor.shape}")
     return matched
-
-
-def _sources(tensor: TensorHeader, matched: Match, expert: ModelHeader) -> list[TensorHeader]:
-    """Return the expert's tensors that a tensor of the base is compared with."""
-    if tensor.name in matched.absent:
-        return []
-    parts = [part.name for part in matched.parts.get(tensor.name, ())]
-    return [expert.tensors[name] for name in parts or [matched.renamed.get(tensor.name, tensor.name)]]
 
 
 def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path, where: str) -> None:

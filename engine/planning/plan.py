@@ -36,6 +36,7 @@ class ExpertPlan(ModelPlan):
         samples: Number of calibration samples.
         match: How the expert's tensors correspond to the base's.
         adapter: An adapter on top of this checkpoint, as in mergekit's model+lora.
+        notes: Differences from the base that a user should know.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ExpertPlan(ModelPlan):
     samples: int
     match: Match = NO_EXCEPTIONS
     adapter: ModelPlan | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -91,6 +93,12 @@ class Plan:
         """The base's header: its config and tensors."""
         assert isinstance(self.base.header, ModelHeader)
         return self.base.header
+
+    @property
+    def notes(self) -> list[tuple[str, str]]:
+        """What a user should know about the models: the name of each, and a line of text."""
+        of_experts = [(expert.name, note) for expert in self.experts for note in expert.notes]
+        return [*(("base", note) for note in self.base_header.notes), *of_experts]
 
     @property
     def priors(self) -> list[float]:

@@ -21,6 +21,7 @@ from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
+from engine.planning.differences import notes_on
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.planning.structures import Structures
@@ -129,8 +130,8 @@ def _check_effects(config: Config, merged: Sequence[str], experts: Sequence[Expe
         if expert.match.absent.issuperset(merged):
             own = next(iter(header.tensors), "")
             raise CheckpointError(
-                f"the expert has none of the {len(merged)} merged tensors (it has {own!r}, the base has {merged[0]!r}), so "
-                "that nothing of it would be merged",
+                f"the expert has none of the {len(merged)} merged tensors (it has {own!r}, the base {merged[0]!r}), "
+                "so that nothing of it would be merged",
                 f"expert {expert.name!r} ({header.folder})",
                 "an expert with the base's tensors",
                 "remove the expert from `models`, or save it with the base's names",
@@ -183,6 +184,7 @@ def _plan_expert(
             raise CheckpointError("the model after the + is not an adapter", str(folder))
     header: ModelHeader | AdapterHeader
     matched, adapter = NO_EXCEPTIONS, None
+    notes: tuple[str, ...] = ()
     if is_adapter(folder):
         if config.recipe is not None and config.recipe.baseless:
             raise CheckpointError("an adapter needs a base", str(folder), do="set `base_model`")
@@ -190,6 +192,7 @@ def _plan_expert(
     else:
         header = read_model_header(folder)
         matched = match(expert.name, header, base, config, tokenizer, structures)
+        notes = notes_on(header, base, matched)
     if adapter_name:
         if config.learned:
             raise ConfigError(
@@ -209,6 +212,7 @@ def _plan_expert(
         samples=config.samples_per_model(expert),
         match=matched,
         adapter=adapter,
+        notes=notes,
     )
 
 

@@ -298,7 +298,8 @@ def _streamed(plan: Plan) -> float:
 
 def _expert_bytes(plan: Plan, expert: ExpertPlan) -> float:
     if isinstance(expert.header, ModelHeader):
-        return sum(expert.header.tensors[name].nbytes for name in plan.merged)
+        tensors, sources = expert.header.tensors, {name: expert.match.names(name) for name in plan.merged}
+        return sum(plan.numels[name] * BYTES[tensors[names[0]].dtype] for name, names in sources.items() if names)
     # The product of two factors of rank r takes 2r FLOP per element: as long on a core as streaming about 2r/4 bytes.
     ranks = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
     return sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)

@@ -36,6 +36,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
     needs, room = disk_needs(plan, tokens), DiskRoom.of(out)
     console.print(_facts(plan, work, needs, room))
     console.print(_experts(plan, [len(counts) for counts in tokens]))
+    _print_notes(console, plan)
     chosen = choose(plan, work, machines)
     places: list[Site] = ["trainer", "node", "nodes"] if machines.nodes > 1 else ["trainer", "node"]
     if plan.config.cluster.shards != "auto":
@@ -72,12 +73,14 @@ def print_weight_space_plan(plan: Plan, out: str) -> None:
         listed = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
         experts.add_row(expert.name, expert.kind, listed or "as at the top level", expert.model)
     console.print(experts)
-    for expert in plan.experts:
-        for label, names in (("taken from the base", expert.match.absent), ("not used", expert.match.ignored)):
-            if names:
-                console.print(f"{expert.name}: {label}: {', '.join(sorted(names))}", markup=False)
+    _print_notes(console, plan)
     for line in _disk_shortages(needs, room):
         console.print(f"does not fit: {line}")
+
+
+def _print_notes(console: rich.console.Console, plan: Plan) -> None:
+    for owner, note in plan.notes:
+        console.print(f"{owner}: {note}")
 
 
 def _disk(needs: DiskNeeds, room: DiskRoom | None) -> str:

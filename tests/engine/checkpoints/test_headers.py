@@ -286,6 +286,30 @@ def test_pickled_weights_alone_are_refused_by_name(folder: Path, pickled: str) -
     check_refused(folder, folder, do="save_pretrained", facts=[pickled])
 
 
+@pytest.mark.parametrize("shards", ["kept", "gone"])
+def test_a_single_file_counts_before_an_index_as_in_transformers(tmp_path: Path, shards: str) -> None:
+    old = tiny.save(tiny.make_model(), tmp_path / "model", sharded=True)
+    new = tiny.make_model(seed=1)
+    if shards == "gone":
+        new.save_pretrained(old)  # removes the shards, but not their index
+    else:
+        new.save_pretrained(tmp_path / "new")
+        shutil.copy(tmp_path / "new" / "model.safetensors", old)
+    header = read_model_header(old)
+    assert {tensor.file for tensor in header.tensors.values()} == {"model.safetensors"}
+    assert [INDEX in note for note in header.notes] == [True]
+    assert not read_model_header(tiny.save(new, tmp_path / "plain")).notes
+
+
+def test_a_folder_of_a_trainer_s_checkpoints_is_refused_by_their_names(folder: Path, tmp_path: Path) -> None:
+    for step in (500, 1000):
+        shutil.copytree(folder, tmp_path / "run" / f"checkpoint-{step}")
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
+    check_refused(tmp_path / "run", tmp_path / "run", do=str(tmp_path / "run" / "checkpoint-1000"))
+    shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
+    assert read_model_header(tmp_path / "run").tensors
+
+
 def test_a_folder_without_weights_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with refused(CheckpointError, facts=[INDEX]) as caught:

@@ -1,0 +1,78 @@
+"""Differences between two config.json that change what a model computes, in any spelling of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.checkpoints.match import Match
+from engine.planning.differences import differences, notes_on
+
+PLAIN = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "sliding_window": None}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def header(config: dict[str, Any]) -> ModelHeader:
+    return ModelHeader(Path("there"), config, {"w": TensorHeader("w", (1,), "F32", "f")})
+
+
+def found(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return set(differences(header(PLAIN | one), header(PLAIN | other)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"rope_theta": 1e4}, {}),
+        ({"rope_theta": 1e6}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+        ({"rope_scaling": None, "rope_theta": 10000}, {"rope_parameters": {"rope_theta": 10000.0}}),
+        ({"rope_scaling": {"type": "yarn", **YARN}}, {"rope_scaling": {"rope_type": "yarn", **YARN}}),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN}},
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}},
+        ),
+        ({"eos_token_id": 2, "dtype": "float32"}, {"eos_token_id": 3, "torch_dtype": "bfloat16"}),
+        ({"attention_dropout": 0.0, "use_cache": True}, {"attention_dropout": 0.1, "use_cache": False}),
+        ({"new_key": 1}, {"architectures": None}),
+    ],
+)
+def test_spellings_and_keys_without_effect_are_no_difference(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert found(one, other) == found(other, one) == set()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "keys"),
+    [
+        ({"rope_theta": 1e4}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, {"rope"}),
+        ({}, {"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope"}),
+        ({}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}}, {"rope"}),
+        ({"max_position_embeddings": 128}, {"max_position_embeddings": 256}, {"max_position_embeddings"}),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"tie_word_embeddings"}),
+        ({"vocab_size": 64}, {"vocab_size": 72}, {"vocab_size"}),
+        ({}, {"rms_norm_eps": 1e-5, "sliding_window": 4096}, {"rms_norm_eps", "sliding_window"}),
+        ({"vision_config": {"image_size": 28}}, {"vision_config": {"image_size": 56}}, {"vision_config.image_size"}),
+        ({"text_config": {"rope_theta": 1e4}}, {"text_config": {"rope_theta": 1e6}}, {"text_config.rope"}),
+    ],
+)  # fmt: skip
+def test_what_changes_the_computation_is_a_difference(
+    one: dict[str, Any], other: dict[str, Any], keys: set[str]
+) -> None:
+    assert found(one, other) == found(other, one) == keys
+
+
+def test_a_text_model_is_compared_with_the_language_model() -> None:
+    base = header({"vision_config": {}, "rms_norm_eps": 7, "text_config": PLAIN})
+    assert set(differences(base, header(PLAIN | {"rms_norm_eps": 1e-5}))) == {"rms_norm_eps"}
+
+
+def test_notes_name_values_prefixes_and_tensors() -> None:
+    match = Match(absent=frozenset("abcde"), ignored=("z",), wrapped="module.w")
+    expert = header(PLAIN | {"rope_theta": 1e6})
+    lines = notes_on(expert, header(PLAIN), match)
+    assert len(lines) == 4
+    text = "\n".join(lines)
+    assert all(part in text for part in ("1000000.0", "10000.0", "module.w", "a, b, c and 2 more", "z"))
+    assert notes_on(header(PLAIN), header(PLAIN), Match()) == ()
