@@ -1,38 +1,43 @@
-"""PEFT LoRA adapters: the pair of factors and the scaling of each base tensor that an adapter changes.
+"""PEFT LoRA adapters: the factors and the scaling, or the whole weight, of each base tensor that an adapter changes.
 
-Read from adapter_config.json and the header of adapter_model.safetensors alone, without torch. The products are
-computed block by block in `engine/task_vectors/kinds.py`.
+Read from adapter_config.json and the header of adapter_model.safetensors, without torch. Whole tensors in that file are
+compared with the base's. The products are computed block by block in `engine/task_vectors/kinds.py`.
 
 Sources: Hu et al., LoRA, arXiv 2106.09685 (ΔW = α/r · B·A); Kalajdzievski, rsLoRA, arXiv 2312.03732 (α/√r).
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.adapter_copies import drop_tied_head, trained_whole
+from engine.checkpoints.adapter_file import CONFIG, WEIGHTS, AdapterFile
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import CONVERT, FLOATS, ModelHeader, TensorHeader, read_file_header, read_json
+from engine.checkpoints.remedies import merge_with_peft
 from engine.errors import CheckpointError
 from engine.untrusted import cpu_limit, shown
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-# Names of tensors in the adapter's file: PREFIX, module, one of SUFFIXES.
-PREFIX = "base_model.model."
-SUFFIXES = {".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a", ".lora_embedding_B": "b"}
 
 # Keys of the config that do not alter the form ΔW = scaling · B·A. Any other key that is not handled below belongs to
 # an unknown variant of LoRA, and is refused if it is switched on.
 HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size",
+    "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+# Adapters and variants that cannot be merged into the base's weights either: they add inputs or layers, or depend on
+# the input.
+NEVER_MERGED = {
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
+    "P_TUNING", "XLORA", "alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias", "megatron_config",
 }  # fmt: skip
 
 
@@ -64,11 +69,20 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """An adapter folder: `pairs` by base tensor name (other base tensors are unchanged), and the file's tensors."""
+    """An adapter folder.
+
+    Attributes:
+        folder: The folder.
+        pairs: The factors of base tensors, by the base's name.
+        tensors: The tensors of the adapter's file.
+        whole: Base tensors that the adapter replaces by a whole tensor, and that tensor's name in its file. The product
+            of a pair of the same base tensor is added to it.
+    """
 
     folder: Path
     pairs: dict[str, LoraPair]
     tensors: dict[str, TensorHeader]
+    whole: dict[str, str] = field(default_factory=dict)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -77,110 +91,103 @@ def is_adapter(folder: Path) -> bool:
 
 
 def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
-    """Read the adapter's pairs, and check each against the base tensor that it changes.
+    """Read the adapter's pairs and whole tensors, and check each against the base tensor that it changes.
 
     Raises:
-        CheckpointError: the adapter is not LoRA, is an unsupported variant, or has a pair that does not fit the base.
+        CheckpointError: the adapter is not LoRA, is an unsupported variant, has a tensor that does not fit the base, or
+            changes embedding and head differently, which the base ties.
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
-    _refuse_variants(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         raise CheckpointError(
             f"the adapter has no {WEIGHTS}; pickled adapters are not supported",
             str(folder),
             do=CONVERT.replace("transformers", "peft"),
         )
-    tensors = read_file_header(folder / WEIGHTS)
-    names = _file_names(base)
-    factors: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        if name.endswith(".base_layer.weight") and _is_frozen_copy(name, tensors, base, names):
-            continue
-        suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-        if suffix is None or not name.startswith(PREFIX):
-            raise CheckpointError(f"the tensor {name!r} is not part of a LoRA pair", str(folder / WEIGHTS))
-        factors.setdefault(name[len(PREFIX) : -len(suffix)], {})[SUFFIXES[suffix]] = name
-    if not factors:
-        raise CheckpointError("the adapter has no tensors", str(folder / WEIGHTS))
+    file = AdapterFile(folder, config, read_file_header(folder / WEIGHTS), base)
+    _refuse_variants(file)
+    _check_saved(file)
+    drop_tied_head(file)
+    whole = trained_whole(file)
     slow = "matching rank_pattern or alpha_pattern to the names of the modules takes too long"
     with cpu_limit(CheckpointError(slow, str(folder / CONFIG))):
-        pairs = dict(_pair(module, names, pair, config, tensors, base, folder) for module, pair in factors.items())
-    return AdapterHeader(folder, pairs, tensors)
+        pairs = dict(_pair(file, module, factors) for module, factors in file.parts.factors.items())
+    return AdapterHeader(folder, pairs, file.tensors, whole)
 
 
-def _file_names(base: ModelHeader) -> dict[str, str]:
-    """Return the base's tensor names by full name, and by the name without language model prefixes where it is unique.
+def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Sequence[str]) -> None:
+    """Check that no tensor that the adapter has trained and saved whole keeps the base's values.
 
-    An adapter uses names of modules, and in multimodal models these differ from the names in the files:
-    `model.language_model.layers…` in the module, `language_model.model.layers…` or `model.layers…` in files.
+    Args:
+        adapter: The adapter.
+        merged: The tensors that are merged, by the base's names.
+        exclude: The patterns of tensors that are not.
+
+    Raises:
+        CheckpointError: one does.
     """
-    names: dict[str, str] = {}
-    ambiguous: set[str] = set()
-    for name in base.tensors:
-        short = _short(name)
-        ambiguous |= {short} & names.keys()
-        names[short] = name
-    unique = {short: name for short, name in names.items() if short not in ambiguous}
-    return unique | {name: name for name in base.tensors}
+    kept = [name for name in adapter.whole if name not in merged]
+    if kept:
+        others = json.dumps([p for p in exclude if not any(re.match(p, name) for name in adapter.whole)])
+        raise CheckpointError(
+            f"the adapter has trained {kept[0]!r} and saves it whole, but `exclude` keeps the base's values",
+            str(adapter.folder),
+            do=f"set `exclude: {others}` to merge it",
+        )
 
 
-def _short(name: str) -> str:
-    return re.sub(r"^((model|language_model)\.)+", "", name)
-
-
-def _pair(
-    module: str,
-    known: dict[str, str],
-    names: dict[str, str],
-    config: dict[str, Any],
-    tensors: dict[str, TensorHeader],
-    base: ModelHeader,
-    folder: Path,
-) -> tuple[str, LoraPair]:
-    """Return the base tensor that a module's factors change, and their pair.
-
-    `known` is from `_file_names`; `names` maps "a" and "b" to tensor names in the adapter's file.
-    """
-    wanted = f"{module}.weight"
-    target = known.get(wanted, known.get(_short(wanted), wanted))
-    if set(names) != {"a", "b"}:
+def _pair(file: AdapterFile, module: str, factors: dict[str, str]) -> tuple[str, LoraPair]:
+    """Return the base tensor that a module's factors change, and their pair."""
+    folder, target = file.folder, file.target(f"{module}.weight")
+    trained_on = str(file.config.get("base_model_name_or_path") or "")
+    if set(factors) != {"A", "B"}:
         raise CheckpointError(f"the module {module!r} has only one of its two LoRA factors", str(folder / WEIGHTS))
-    if target not in base.tensors:
+    if target not in file.base.tensors:
         raise CheckpointError(
             f"the adapter changes {target!r}, which the base does not have",
             str(folder),
-            do="use the base that the adapter was trained on",
+            do=f"use the base that the adapter was trained on{f': {shown(trained_on)}' if trained_on else ''}",
         )
-    a, b = tensors[names["a"]], tensors[names["b"]]
+    a, b = file.tensors[factors["A"]], file.tensors[factors["B"]]
     for factor in (a, b):
         if factor.dtype not in FLOATS:
             what = f"the factor {factor.name!r} has dtype {factor.dtype}"
             raise CheckpointError(what, str(folder), f"one of {', '.join(FLOATS)}")
-    scaling = _scaling(config, module, a, folder)
-    return target, LoraPair(a.name, b.name, scaling, _is_transposed(a, b, base, target, folder))
+    scaling = _scaling(file.config, module, a, folder)
+    return target, LoraPair(a.name, b.name, scaling, _is_transposed(a, b, file.base, target, folder))
 
 
-def _refuse_variants(config: dict[str, Any], where: Path) -> None:
-    def refuse(what: str) -> CheckpointError:
+def _refuse_variants(file: AdapterFile) -> None:
+    def refuse(key: str, quoted: bool = True) -> CheckpointError:
+        value = file.config.get(key)
+        merged = f"merge it with peft, and use the result as the expert: {merge_with_peft(file)}"
         return CheckpointError(
-            f"the adapter uses {what}, which is not supported",
-            str(where),
-            "a LoRA adapter, where rank_pattern, alpha_pattern and use_rslora are allowed",
-            "merge the adapter into its base with peft's merge_and_unload, and use the result as a full checkpoint",
+            f"the adapter uses {shown(f'{key} {value!r}' if quoted else key)}, which is not supported",
+            str(file.folder / CONFIG),
+            "a LoRA adapter, where rank_pattern, alpha_pattern, use_rslora and modules_to_save are allowed",
+            "" if key in NEVER_MERGED or str(value) in NEVER_MERGED else merged,
         )
 
-    if config.get("peft_type") != "LORA":
-        raise refuse(f"peft_type {shown(repr(config.get('peft_type')))}")
-    if config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
-        raise refuse(f"init_lora_weights {shown(repr(config['init_lora_weights']))} (which changes the base's weights)")
-    if config.get("bias", "none") != "none":
-        raise refuse(f"bias {shown(repr(config['bias']))}")
-    if config.get("use_dora"):
-        raise refuse("DoRA (use_dora)")
-    for key, value in config.items():
-        if value and key not in HARMLESS | {"init_lora_weights", "bias"}:
-            raise refuse(shown(key))
+    if file.config.get("peft_type") != "LORA":
+        raise refuse("peft_type")
+    if file.config.get("init_lora_weights") not in PLAIN_INITIALISATIONS:
+        raise refuse("init_lora_weights")
+    for key, value in file.config.items():
+        if value and key not in HARMLESS | {"init_lora_weights"}:
+            raise refuse(key, quoted=False)
+
+
+def _check_saved(file: AdapterFile) -> None:
+    """Check that the file holds the modules that the config says are saved whole."""
+    saved = file.config.get("modules_to_save") or []
+    for module in saved if isinstance(saved, list) else [saved]:
+        if not any(f".{module}." in f".{name}" for name in file.parts.whole):
+            raise CheckpointError(
+                f"modules_to_save has {shown(repr(module))}, but the file has no tensor of it",
+                str(file.folder / WEIGHTS),
+                do=f"save the adapter again with peft, or remove the module from {CONFIG} if it was not trained",
+            )
 
 
 def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path) -> float:
@@ -209,13 +216,6 @@ def _scaling(config: dict[str, Any], module: str, a: TensorHeader, folder: Path)
             f"{rank} rows, for rank {rank} in {CONFIG}",
         )
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _is_frozen_copy(name: str, tensors: dict[str, TensorHeader], base: ModelHeader, known: dict[str, str]) -> bool:
-    """Return whether a tensor is the base's frozen embedding or head, which peft saves next to an adapter of it."""
-    wanted = name.removeprefix(PREFIX).removesuffix(".base_layer.weight") + ".weight"
-    target = base.tensors.get(known.get(wanted, known.get(_short(wanted), wanted)))
-    return target is not None and target.shape == tensors[name].shape
 
 
 def _is_transposed(a: TensorHeader, b: TensorHeader, base: ModelHeader, target: str, folder: Path) -> bool:

@@ -103,9 +103,9 @@ def _orthogonal(plan: Plan, expert: ExpertPlan) -> int:
     header, nbytes = expert.header, 0
     assert isinstance(header, AdapterHeader)
     for name in plan.orthogonal:
-        if name in header.pairs:
+        if name in header.pairs or name in header.whole:
             shape = plan.base_header.tensors[name].shape
-            own = header.tensors[header.pairs[name].a].shape[0]
+            own = min(shape) if name in header.whole else header.tensors[header.pairs[name].a].shape[0]
             nbytes += 4 * min(own, max(1, min(shape) // len(plan.experts))) * sum(shape)
     return nbytes
 

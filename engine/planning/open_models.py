@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoints.adapters import WEIGHTS, AdapterHeader
+from engine.checkpoints.adapter_file import WEIGHTS
+from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
@@ -66,7 +67,7 @@ def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> ExpertWei
 
 
 def _open_adapter(model: ModelPlan, header: AdapterHeader) -> AdapterExpert:
-    return AdapterExpert(Checkpoint(_folder(model), header.tensors), header.pairs)
+    return AdapterExpert(Checkpoint(_folder(model), header.tensors), header.pairs, header.whole)
 
 
 def weight_files(model: ModelPlan) -> list[WeightFile]:

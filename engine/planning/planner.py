@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.adapters import AdapterHeader, is_adapter, read_adapter_header
+from engine.checkpoints.adapters import AdapterHeader, check_merged, is_adapter, read_adapter_header
 from engine.checkpoints.find import check_folder, find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
@@ -63,6 +63,9 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         patterns = ", ".join(config.exclude)
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"remove some of the patterns: {patterns}")
     _check_effects(config, merged, experts)
+    for model in (part for expert in experts for part in (expert, expert.adapter) if part is not None):
+        if isinstance(model.header, AdapterHeader):
+            check_merged(model.header, merged, config.exclude)
     _check_budget(config, [base.tensors[name].numel for name in merged])
     return Plan(
         config=config,

@@ -302,7 +302,9 @@ def _expert_bytes(plan: Plan, expert: ExpertPlan) -> float:
         return sum(plan.numels[name] * BYTES[tensors[names[0]].dtype] for name, names in sources.items() if names)
     # The product of two factors of rank r takes 2r FLOP per element: as long on a core as streaming about 2r/4 bytes.
     ranks = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
-    return sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)
+    products = sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)
+    whole = [expert.header.tensors[own].nbytes for name, own in expert.header.whole.items() if name in plan.merged_set]
+    return products + sum(whole)
 
 
 def _read_bytes(plan: Plan) -> float:

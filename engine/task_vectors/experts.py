@@ -7,6 +7,8 @@ features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -61,24 +63,33 @@ class FullExpert:
 
 
 class AdapterExpert:
-    """An expert that is a LoRA adapter of the base: τ = scaling · B·A (Hu et al., LoRA, arXiv 2106.09685)."""
+    """An expert that is a LoRA adapter of the base: τ = scaling · B·A (Hu et al., LoRA, arXiv 2106.09685).
 
-    def __init__(self, checkpoint: Checkpoint, pairs: dict[str, LoraPair]) -> None:
-        self.checkpoint, self.pairs = checkpoint, pairs
+    For a base tensor in `whole`, the adapter stores a weight of its own, to which the product is added.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, pairs: Mapping[str, LoraPair], whole: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self.checkpoint, self.pairs, self.whole = checkpoint, pairs, whole
 
     def task_vector(self, name: str) -> TaskVector | None:
         """Return τ of the tensor `name`, or None if the adapter does not change it."""
+        own = _Difference(self.checkpoint.read(self.whole[name]).reshape(-1)) if name in self.whole else None
         pair = self.pairs.get(name)
         if pair is None:
-            return None
+            return own
         # The small factors are copied so that the product reads aligned float32 memory, whatever the file's layout.
         a_RI, b_OR = (self.checkpoint.read(factor).to(torch.float32, copy=True) for factor in (pair.a, pair.b))
         left, right = (a_RI.T.contiguous(), b_OR.T.contiguous()) if pair.transposed else (b_OR, a_RI)
-        return Product(left.mul_(pair.scaling), right)
+        product = Product(left.mul_(pair.scaling), right)
+        return product if own is None else _Sum(own, product)
 
     def stored(self, name: str) -> Tensor | None:
-        """See `ExpertWeights`: an adapter stores no tensor of the base."""
-        return None
+        """See `ExpertWeights`: only a whole tensor without a pair is stored."""
+        if name not in self.whole or name in self.pairs:
+            return None
+        return self.checkpoint.read(self.whole[name]).reshape(-1)
 
 
 class CheckpointWithAdapter:

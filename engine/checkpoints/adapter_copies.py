@@ -1,0 +1,147 @@
+"""Whole tensors that an adapter saves beside its factors: copies of the base's, or tensors that were trained.
+
+PEFT saves embedding and head whole if they are targets of LoRA or were resized, and the modules of `modules_to_save`.
+Values are compared from the bytes of the files, without torch and in bounded memory.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.checkpoints.adapter_file import WEIGHTS, AdapterFile
+from engine.checkpoints.headers import BYTES, FLOATS, TensorHeader
+from engine.checkpoints.remedies import merge_with_peft, untie
+from engine.checkpoints.vocabulary import EMBEDDINGS, HEADS, has_tokens_for_rows
+from engine.errors import CheckpointError
+
+# Elements that are compared at a time.
+BLOCK = 1 << 20
+
+Array = npt.NDArray[Any]
+
+
+def trained_whole(file: AdapterFile) -> dict[str, str]:
+    """Return the whole tensors that differ from the base's: base tensor → name in the adapter's file.
+
+    Raises:
+        CheckpointError: the base has no such tensor, or one of another shape.
+    """
+    changed = {}
+    for name, stored in file.parts.whole.items():
+        target, tensor = file.target(name), file.tensors[stored]
+        base = file.base.tensors.get(target)
+        if base is None:
+            what = f"the tensor {stored!r} is neither part of a LoRA pair nor a tensor of the base"
+            raise CheckpointError(what, str(file.folder / WEIGHTS))
+        if tensor.shape != base.shape:
+            resized = tensor.shape[1:] == base.shape[1:] and has_tokens_for_rows(file.base, target)
+            do = "merge it with peft, use the result as the expert with its tokenizer, and set `tokenizer_source`"
+            raise CheckpointError(
+                f"the adapter saves {target!r} whole, with shape {tensor.shape}",
+                str(file.folder / WEIGHTS),
+                f"the base's shape {base.shape}",
+                f"{do}: {merge_with_peft(file, tensor.shape[0])}" if resized else "",
+            )
+        if not is_copy(file.folder, tensor, file.base.folder, base):
+            changed[target] = stored
+    return changed
+
+
+def drop_tied_head(file: AdapterFile) -> None:
+    """Remove the head from the adapter's parts if the base ties it to the embedding, and both change alike.
+
+    Raises:
+        CheckpointError: the base ties them, and the adapter changes them differently.
+    """
+    text, tensors = file.base.text_config, file.base.tensors
+    tied = text.get("tie_word_embeddings", file.base.config.get("tie_word_embeddings")) is not False
+    embedding = next((name for name in tensors if EMBEDDINGS.match(name)), None)
+    if not tied or embedding is None or any(HEADS.match(name) for name in tensors):
+        return
+    modules = {*file.parts.factors, *(name.removesuffix(".weight") for name in file.parts.whole)}
+    head = next((module for module in modules if HEADS.match(f"{module}.weight")), "")
+    own = next((module for module in modules if file.target(f"{module}.weight") == embedding), "")
+    factors, whole = file.parts.factors, file.parts.whole
+    if not (
+        _same_factors(file, factors.get(own), factors.get(head))
+        and _same_values(file, embedding, whole.get(f"{own}.weight"), whole.get(f"{head}.weight"))
+    ):
+        raise CheckpointError(
+            "the adapter changes embedding and head differently, but the base ties them: both are one tensor",
+            str(file.folder),
+            "an adapter of a model whose embedding and head are two tensors, or the same change of both",
+            f"write a copy of the base with two tensors, and use it as `base_model`: {untie(file.base)}",
+        )
+    factors.pop(head, None)
+    whole.pop(f"{head}.weight", None)
+
+
+def _same_factors(file: AdapterFile, embedding: dict[str, str] | None, head: dict[str, str] | None) -> bool:
+    """Return whether the factors of embedding and head have the same product; those of an embedding are transposed."""
+    if embedding is None or head is None:
+        return embedding is head
+    return all(
+        side in embedding
+        and other in head
+        and np.array_equal(_values(file, embedding[side]).T, _values(file, head[other]))
+        for side, other in ("AB", "BA")
+    )
+
+
+def _values(file: AdapterFile, name: str) -> Array:
+    return _bits(file.folder, file.tensors[name])
+
+
+def _same_values(file: AdapterFile, tied: str, embedding: str | None, head: str | None) -> bool:
+    """Return whether whole copies of embedding and head are equal; without a copy, the base's tensor counts."""
+    base = (file.base.folder, file.base.tensors[tied])
+    one, other = ((file.folder, file.tensors[name]) if name else base for name in (embedding, head))
+    return one is other or is_copy(*one, *other)
+
+
+def is_copy(folder: Path, copy: TensorHeader, of_folder: Path, of: TensorHeader) -> bool:
+    """Return whether a tensor is a copy of another: equal in all bits, or after rounding to the dtype of the copy."""
+    if copy.shape != of.shape or not (copy.dtype == of.dtype or {copy.dtype, of.dtype} <= FLOATS.keys()):
+        return False
+    one, other = _bits(folder, copy).reshape(-1), _bits(of_folder, of).reshape(-1)
+    for start in range(0, copy.numel, BLOCK):
+        block = other[start : start + BLOCK]
+        if copy.dtype != of.dtype:
+            block = _rounded(_float32(block, of.dtype), copy.dtype)
+        if not np.array_equal(one[start : start + BLOCK], block):
+            return False
+    return True
+
+
+def _bits(folder: Path, tensor: TensorHeader) -> Array:
+    """Return a tensor of a checked file as memory-mapped unsigned integers of the size of its elements."""
+    unsigned = np.dtype(f"<u{BYTES[tensor.dtype]}")
+    if not tensor.numel:
+        return np.empty(tensor.shape, unsigned)
+    with open(folder / tensor.file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        start = json.loads(stream.read(length))[tensor.name]["data_offsets"][0]
+        return np.memmap(stream, unsigned, mode="r", offset=8 + length + start, shape=tensor.shape)
+
+
+def _float32(bits: Array, dtype: str) -> Array:
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    return bits.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    """Return float32 values in `dtype`, as unsigned integers."""
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).view(np.uint16)
+    # To the nearest bfloat16, ties to even.
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -1,0 +1,103 @@
+"""The file of an adapter: what its tensors are, and which tensors of the base they belong to.
+
+PEFT writes it, and so do trainers that build on PEFT, some with names of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.errors import CheckpointError
+from engine.untrusted import SHOWN, shown
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# A tensor's name is PREFIX, the module, and the tensor's place in it. Trainers that save a state dict themselves leave
+# the adapter's own name in, and the wrappers of torch.compile, FSDP and activation checkpointing.
+PREFIX = "base_model.model."
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.(?!(weight|bias)$)(?P<adapter>[^.]+))?(\.weight)?"
+)
+SAVED = re.compile(r"\.base_layer(?=\.)|\.modules_to_save(\.(?P<adapter>[^.]+)(?=\.))?(?=\.)")
+
+# Prefixes of the language model, which differ between the names of modules and those in files.
+LANGUAGE_MODEL = re.compile(r"^((model|language_model|transformer)\.)+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of an adapter's file by what they are.
+
+    Attributes:
+        factors: By module, the names of its factors: side A or B → name in the file.
+        whole: Whole tensors of the model: name in the model → name in the file.
+    """
+
+    factors: dict[str, dict[str, str]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter's folder, its config, the tensors of its file, and the base that it changes."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorHeader]
+    base: ModelHeader
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The tensors by what they are.
+
+        Raises:
+            CheckpointError: a tensor is not part of a LoRA adapter, or the file holds several adapters or no factors.
+        """
+        parts, adapters, where = Parts(), set[str | None](), str(self.folder / WEIGHTS)
+        for name in self.tensors:
+            inner = WRAPPERS.sub("", name)
+            factor = FACTOR.fullmatch(inner)
+            if not inner.startswith(PREFIX) or (factor is None and ".lora_" in inner):
+                raise CheckpointError(f"the tensor {shown(repr(name), 4 * SHOWN)} is not part of a LoRA pair", where)
+            place, key = parts.whole, SAVED.sub("", inner)
+            if factor is not None:
+                place, key = parts.factors.setdefault(factor["module"].removeprefix(PREFIX), {}), factor["side"]
+            adapters |= {found["adapter"] for found in (factor, *SAVED.finditer(inner)) if found is not None}
+            if place.setdefault(key.removeprefix(PREFIX), name) != name or len(adapters - {None}) > 1:
+                raise CheckpointError(
+                    f"the file holds several adapters, or a tensor twice: {shown(repr(name), 4 * SHOWN)}",
+                    where,
+                    "the tensors of one adapter",
+                    "save one with peft: `save_pretrained(folder, selected_adapters=[name])`",
+                )
+        if not parts.factors:
+            raise CheckpointError("the adapter has no LoRA pair", where)
+        return parts
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The base's tensor names by full name, and by the name without language model prefixes where that is unique.
+
+        An adapter uses names of modules, and in multimodal models these differ from the names in the files:
+        `model.language_model.layers…` in the module, `language_model.model.layers…` or `model.layers…` in files. An
+        adapter of a text model lacks the prefix that the language model has in a multimodal base.
+        """
+        counts = Counter(map(_short, self.base.tensors))
+        unique = {_short(name): name for name in self.base.tensors if counts[_short(name)] == 1}
+        return unique | {name: name for name in self.base.tensors}
+
+    def target(self, name: str) -> str:
+        """Return the base's name for a tensor of the model; `name` itself if the base has no such tensor."""
+        return self._names.get(name, self._names.get(_short(name), name))
+
+
+def _short(name: str) -> str:
+    return LANGUAGE_MODEL.sub("", name)
