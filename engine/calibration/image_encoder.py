@@ -63,7 +63,7 @@ class ImageEncoder:
         return encoded
 
     def _encode(self, record: Record) -> Encoded:
-        if not record.images and (record.field in ("input_ids", "text") or not self._template):
+        if not record.images and (record.field in ("input_ids", "text", "prompt") or not self._template):
             return self._text.encode(record)
         if not self._template:
             raise CalibrationError(
@@ -74,7 +74,7 @@ class ImageEncoder:
         images = [read_image(path, record.where) for path in record.images]
         options = dict(record.image_options)
         with self._processing(record):
-            text, prompt = rendered(placed(record), self._rendered, record.where)
+            text, prompt = rendered(placed(record), self._rendered, record)
             if images and options not in self._tried:
                 self._try(options, record.where)
             output = self._processor(

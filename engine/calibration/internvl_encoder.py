@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from engine.calibration.forms import called
 from engine.calibration.image_encoder import PLACE, check_known, kept, placed, spans, texts
 from engine.calibration.images import read_image
 from engine.calibration.records import Record
 from engine.calibration.samples import Encoded
-from engine.calibration.text_encoder import in_common, taking
+from engine.calibration.text_encoder import in_common, messages_of, taking, without_template
 from engine.errors import CalibrationError
 from engine.models.internvl import CONTEXT, END, START, context_token
 from engine.models.loading import reading
@@ -82,8 +83,11 @@ class ChatEncoder:
 
     def _tokenize(self, record: Record, tiles: list[int]) -> tuple[list[int], int | None, bool]:
         """Return the token ids, the index of the answer's first token, and whether the record is a prompt."""
-        if record.field == "text":
-            return list(self._tokenizer(record.fields["text"]).input_ids), None, False
+        if record.field in ("text", "prompt"):
+            encoded = without_template(self._tokenizer, record)
+            return list(encoded.input_ids), encoded.response, encoded.is_prompt
+        if record.fields.get("tools") or any(called(messages_of(record))):
+            raise CalibrationError("the record has tools, but the model's conversation template has none", record.where)
         messages = [(message["role"], texts(message["content"], PLACE)) for message in placed(record)]
         answered = messages[-1][0] == "assistant"
         prompt = self._prompt(messages[:-1] if answered else messages, True, tiles)

@@ -1,8 +1,7 @@
 """Read calibration records from .json, .jsonl and .parquet files of bounded size.
 
-A record has `input_ids`, `messages` (a chat), `question` (and optionally `response`), or `text`. For models that take
-images it may also have `image_path` or `image_paths`, or paths in the parts of its messages. Other fields are ignored.
-Images are located, but not read.
+`engine.calibration.forms` describes the fields of a record. For models that take images it may also have `image_path`
+or `image_paths`, or paths in the parts of its messages. Other fields are ignored. Images are located, but not read.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from engine.calibration.forms import FIELDS, READ, checked, field_of, no_field, without_none
 from engine.config.schema import CalibrationFile
 from engine.errors import CalibrationError
 from engine.planning.plan import ExpertPlan, Plan
 from engine.storage.paths import locate
 from engine.untrusted import (
     JSON_BYTES,
-    SHOWN,
     library_errors_as,
     memory_limit,
     open_regular,
@@ -30,11 +29,8 @@ from engine.untrusted import (
     shown,
 )
 
-# In order of precedence: the first field that a record has is used.
-FIELDS = ("input_ids", "messages", "question", "text")
-
-# Columns of a parquet file that are read; evaluations use the last two.
-READ = {*FIELDS, "response", "image_path", "image_paths", "choices", "answer"}
+# The byte order mark, which some editors write before UTF-8 text.
+MARK = "\ufeff"
 
 # Maximum bytes of a record, records of a file and images of a record; rows of a parquet file read at a time.
 RECORD_BYTES, RECORDS, IMAGES, ROWS = 2 << 20, 1_000_000, 64, 64
@@ -61,7 +57,7 @@ class Record:
     @property
     def field(self) -> str:
         """The field of FIELDS that is used."""
-        name = _field(self.fields)
+        name = field_of(self.fields)
         assert name is not None
         return name
 
@@ -98,7 +94,7 @@ def read_file(path: Path, limit: int | None = None) -> list[Record]:
 
 def text_of(fields: Mapping[str, Any]) -> str:
     """Return all text of a record, to estimate its number of tokens."""
-    return "".join(str(fields[field]) for field in (*FIELDS, "response") if fields.get(field))
+    return "".join(str(fields[field]) for field in (*FIELDS, "response", "completion", "tools") if fields.get(field))
 
 
 def _of_expert(plan: Plan, number: int) -> list[Record]:
@@ -181,14 +177,14 @@ def _image_names(fields: Mapping[str, Any], where: str) -> list[str]:
     names = names or named
     if not all(isinstance(name, str) and name for name in names) or len(names) > IMAGES:
         raise CalibrationError("the images are not a list of paths", where, f"at most {IMAGES} paths of files")
-    if names and _field(fields) in ("input_ids", "text"):
-        raise CalibrationError(f"the record has images and `{_field(fields)}`", where, "`question` or `messages`")
+    if names and field_of(fields) in ("input_ids", "text", "prompt"):
+        raise CalibrationError(f"the record has images and `{field_of(fields)}`", where, "`question` or `messages`")
     return names
 
 
 def _parts(fields: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """Return the parts of all messages whose content is a list."""
-    messages = fields.get("messages") if _field(fields) == "messages" else None
+    messages = fields.get("messages") if field_of(fields) == "messages" else None
     contents = [message["content"] for message in messages or () if isinstance(message["content"], list)]
     return [part for content in contents for part in content if isinstance(part, dict)]
 
@@ -215,8 +211,7 @@ def _checked(path: Path) -> Iterator[tuple[str, Any]]:
     for count, (where, record) in enumerate(_read_file(path), start=1):
         if count > RECORDS:
             raise _too_many(path)
-        _check(record, where)
-        yield where, record
+        yield where, checked(record, where)
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -225,7 +220,8 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _lines(path)
         return
     if path.suffix == ".json":
-        rows = parse_json(read_text(path, JSON_BYTES, CalibrationError), str(path), CalibrationError)
+        text = read_text(path, JSON_BYTES, CalibrationError).removeprefix(MARK)
+        rows = parse_json(text, str(path), CalibrationError)
         if not isinstance(rows, list):
             raise CalibrationError("the file is not a list of records", str(path))
     elif path.suffix == ".parquet":
@@ -250,9 +246,9 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
             if len(line) > RECORD_BYTES:
                 raise _too_long(where)
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8").removeprefix(MARK if number == 1 else "")
             except UnicodeDecodeError as error:
-                raise CalibrationError("the file is not UTF-8 text", str(path)) from error
+                raise CalibrationError("the file is not UTF-8 text", str(path), do="save it as UTF-8") from error
             if text.strip():
                 yield where, parse_json(text, where, CalibrationError)
 
@@ -272,7 +268,7 @@ def _rows(path: Path) -> Iterator[Any]:
             names = table.schema_arrow.names
             batches = table.iter_batches(ROWS, columns=[name for name in names if name in READ], use_threads=False)
         if not any(name in READ for name in names):
-            raise _no_field(names, f"{path} record 1")
+            raise no_field(names, f"{path} record 1")
         if len(set(names)) < len(names):
             raise CalibrationError("two columns have the same name", str(path))
         if table.metadata.num_rows > RECORDS:
@@ -285,7 +281,7 @@ def _rows(path: Path) -> Iterator[Any]:
             )
             with wrong, memory_limit(too_large):
                 batch = next(batches, None)
-                rows = None if batch is None else batch.to_pylist()
+                rows = None if batch is None else without_none(batch.to_pylist())
 
 
 def _too_many(path: Path) -> CalibrationError:
@@ -296,39 +292,6 @@ def _too_many(path: Path) -> CalibrationError:
 
 def _too_long(where: str) -> CalibrationError:
     return CalibrationError("the record is too long", where, f"at most {RECORD_BYTES:,} bytes")
-
-
-def _no_field(fields: Sequence[str], where: str) -> CalibrationError:
-    has = shown(", ".join(fields), 4 * SHOWN)
-    return CalibrationError(
-        f"the record has no usable field; its fields: {has or 'none'}", where, f"one of {', '.join(FIELDS)}"
-    )
-
-
-def _field(record: Mapping[str, Any]) -> str | None:
-    return next((field for field in FIELDS if record.get(field) is not None), None)
-
-
-def _check(record: Any, where: str) -> None:
-    """Check that a record has a usable field of the right type."""
-    if not isinstance(record, dict):
-        raise CalibrationError("the record is not a mapping of fields to values", where)
-    field = _field(record)
-    if field is None:
-        raise _no_field(list(map(str, record)), where)
-    value, response = record[field], record.get("response")
-    if field == "input_ids" and not (isinstance(value, list) and all(type(token) is int for token in value)):
-        raise CalibrationError("`input_ids` is not a list of integers", where)
-    if field == "messages" and not (
-        isinstance(value, list)
-        and value
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
-    ):
-        raise CalibrationError("`messages` is not a list of {role, content}", where)
-    if field in ("question", "text") and not (isinstance(value, str) and value.strip()):
-        raise CalibrationError(f"`{field}` is not a string, or it is empty", where)
-    if field == "question" and not (response is None or isinstance(response, str)):
-        raise CalibrationError("`response` is not a string", where)
 
 
 Records = Sequence[Sequence[Record]]

@@ -9,10 +9,11 @@ from typing import Any
 import jinja2
 from huggingface_hub.errors import StrictDataclassError
 
+from engine.calibration.forms import called, described
 from engine.calibration.records import RECORD_BYTES, Record
 from engine.calibration.samples import Encoded
 from engine.errors import CalibrationError
-from engine.untrusted import cpu_limit, library_errors_as, memory_limit
+from engine.untrusted import cpu_limit, library_errors_as, memory_limit, shown
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -37,26 +38,44 @@ class TextEncoder:
     def _checked(self, record: Record) -> Encoded:
         if record.field == "input_ids":
             return Encoded(list(record.fields["input_ids"]))
-        component = "tokenizer" if record.field == "text" or not self._tokenizer.chat_template else "chat template"
-        with taking(component, record):
-            return self._encode(record)
+        plain = record.field in ("text", "prompt") or not self._tokenizer.chat_template
+        with taking("tokenizer" if plain else "chat template", record):
+            return without_template(self._tokenizer, record) if plain else self._of_chat(record)
 
-    def _encode(self, record: Record) -> Encoded:
-        tokenizer, question = self._tokenizer, record.fields.get("question")
-        if record.field == "text":
-            return Encoded(list(tokenizer(record.fields["text"]).input_ids))
-        if not tokenizer.chat_template:
-            if record.field == "messages":
-                raise CalibrationError("the record is a chat, but the tokenizer has no chat template", record.where)
-            answer = record.fields.get("response")
-            prompt_ids = list(tokenizer(question).input_ids)
-            ids = list(tokenizer(f"{question}\n{answer}").input_ids) if answer else prompt_ids
-            return Encoded(ids, not answer, in_common(prompt_ids, ids) if answer else None)
-        whole, prompt = rendered(messages_of(record), tokenizer.apply_chat_template, record.where)
+    def _of_chat(self, record: Record) -> Encoded:
+        tokenizer = self._tokenizer
+        whole, prompt = rendered(messages_of(record), tokenizer.apply_chat_template, record)
         ids = list(tokenizer(whole, add_special_tokens=False).input_ids)
         if prompt is None:
             return Encoded(ids, True)
         return Encoded(ids, False, in_common(tokenizer(prompt, add_special_tokens=False).input_ids, ids))
+
+
+def without_template(tokenizer: Any, record: Record) -> Encoded:
+    """Encode a text, a prompt with its completion, or a question with its response, without a chat template.
+
+    Raises:
+        CalibrationError: The record is a chat.
+    """
+    fields = record.fields
+    if record.field == "messages":
+        raise CalibrationError(
+            "the record is a chat, but the tokenizer has no chat template",
+            record.where,
+            do="set `tokenizer_source` to a model that has a chat template, or give the chat as `text`",
+        )
+    if record.field == "text":
+        return Encoded(list(tokenizer(fields["text"]).input_ids))
+    name, between = ("completion", "") if record.field == "prompt" else ("response", "\n")
+    prompt, answer = fields[record.field], fields.get(name)
+    prompt_ids = list(tokenizer(prompt).input_ids)
+    if prompt_ids[-1:] == [tokenizer.eos_token_id] and not prompt.rstrip().endswith(tokenizer.eos_token):
+        # The tokenizer has appended its end token, after which no answer would follow.
+        prompt_ids.pop()
+    if not answer:
+        return Encoded(prompt_ids, True)
+    ids = list(tokenizer(f"{prompt}{between}{answer}").input_ids)
+    return Encoded(ids, False, in_common(prompt_ids, ids))
 
 
 def check_no_image(encoded: Encoded, of_images: Set[int], record: Record) -> None:
@@ -78,24 +97,49 @@ def messages_of(record: Record) -> Messages:
     return [user, {"role": "assistant", "content": answer}] if answer else [user]
 
 
-def rendered(messages: Messages, template: Callable[..., str], where: str) -> tuple[str, str | None]:
-    """Render a chat with a chat template.
+def rendered(messages: Messages, template: Callable[..., str], record: Record) -> tuple[str, str | None]:
+    """Render a chat with a chat template, and with the record's tools.
 
     Returns:
         The whole text, and the text before the assistant's last message (None: the chat does not end with one).
 
     Raises:
-        CalibrationError: The template takes too long or too much memory, or its text is too long.
+        CalibrationError: The template takes too long or too much memory, its text is too long or lacks a tool of
+            the record, or it refuses a system message.
     """
-    is_prompt = messages[-1]["role"] != "assistant"
+    is_prompt, where = messages[-1]["role"] != "assistant", record.where
+    tools = record.fields.get("tools") if record.field == "messages" else None
     endless = CalibrationError("the chat template takes too long or too much memory", where)
+
+    def render(part: Messages, is_open: bool) -> str:
+        options = {"add_generation_prompt": is_open, "tokenize": False} | ({"tools": tools} if tools else {})
+        try:
+            return template(part, **options)
+        except jinja2.TemplateError as error:
+            others = [message for message in part if message["role"] != "system"]
+            if len(others) in (0, len(part)):
+                raise
+            template(others, **options)  # Raises as well, unless the system message is what the template refuses.
+            raise CalibrationError(
+                f"the chat template refuses the system message: {error}",
+                where,
+                do="put the text of the system message at the start of the first user message",
+            ) from error
+
     with cpu_limit(endless), memory_limit(endless):
-        text = template(messages, add_generation_prompt=is_prompt, tokenize=False)
-        before = messages[:-1]
-        prompt = None if is_prompt else template(before, add_generation_prompt=True, tokenize=False) if before else ""
+        text, before = render(messages, is_prompt), messages[:-1]
+        prompt = None if is_prompt else render(before, True) if before else ""
     if len(text) > RECORD_BYTES:
         length = f"{len(text):,} characters"
         raise CalibrationError(f"the chat template produces {length}", where, f"at most {RECORD_BYTES:,}")
+    dropped = next((name for name in (*called(messages), *described(tools)) if name not in text), None)
+    if dropped is not None:
+        raise CalibrationError(
+            f"the chat template drops the tool {shown(repr(dropped))}",
+            where,
+            "a chat template that renders `tools` and `tool_calls`",
+            "set `tokenizer_source` to a model that has such a template, or leave out records with tools",
+        )
     return text, prompt
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.calibration.forms import answer_of
 from engine.calibration.records import Record, read_file, text_of
 from engine.errors import CalibrationError
 from engine.evaluation.metrics import LETTERS
@@ -110,9 +111,9 @@ def make_item(record: Record) -> Item:
     fields, where = record.fields, record.where
     if fields.get("choices") is not None:
         return _choice(record)
-    if record.field == "question" and fields.get("response"):
-        prompt = replace(record, fields=_without(fields, "response"))
-        return Item((record,), prompt, fields["response"])
+    answer = answer_of(fields)
+    if answer is not None:
+        return Item((record,), replace(record, fields=_without(fields, answer)), fields[answer])
     if record.field != "messages" or fields["messages"][-1]["role"] != "assistant":
         return Item((record,))
     *asked, last = fields["messages"]
