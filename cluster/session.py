@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.placement import Node, Seat
-from cluster.watch import Lost
+from cluster.watch import Lost, no_environment
 from engine.errors import ClusterError
 from engine.machine import check_home
 
@@ -70,6 +70,8 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine", do=TOKEN) from error
+    except RuntimeEnvSetupError as error:
+        raise no_environment(error) from error
     except OSError as error:
         # Such as a folder whose name is too long for the sockets in it, or to which this user cannot write.
         temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

@@ -20,9 +20,11 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
-from engine.errors import MergeError, RunError
+from engine.errors import ClusterError, MergeError, RunError
+from engine.untrusted import SHOWN, shown
 
 # Seconds between two lines while nothing arrives.
 HEARTBEAT = 30.0
@@ -37,6 +39,16 @@ TRIES = 3
 Result = TypeVar("Result")
 Task = TypeVar("Task")
 Worker = TypeVar("Worker")
+
+
+def no_environment(error: RuntimeEnvSetupError) -> ClusterError:
+    """Return the error for a runtime environment that Ray cannot build."""
+    return ClusterError(
+        f"Ray cannot build a runtime environment: {shown(' '.join(str(error).split()), 4 * SHOWN)}",
+        "the cluster",
+        do="correct the runtime environment of the job, if this is one; otherwise unset RAY_RUNTIME_ENV_HOOK and "
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV, which make Ray build one",
+    )
 
 
 class Lost(Exception):
@@ -110,6 +122,7 @@ class Watch:
 
         Raises:
             MergeError: the error that an actor raised.
+            ClusterError: Ray cannot build the runtime environment of an actor.
             RunError: an actor died more often than Ray restarts it, or failed unexpectedly.
             Lost: a watched node was lost, or an object that no actor can compute again, or an actor hangs.
         """
@@ -206,7 +219,7 @@ class Watch:
             self._judge(error, what)
 
     def _judge(self, error: RayError, what: str) -> NoReturn:
-        """Raise Lost if the run can resume after a failure of Ray, else RunError."""
+        """Raise Lost if the run can resume after a failure of Ray, else ClusterError or RunError."""
         if isinstance(error, ObjectLostError):
             raise Lost(f"a result of an actor was lost ({type(error).__name__})") from error
         if isinstance(error, NodeDiedError | ActorUnschedulableError):
@@ -222,6 +235,8 @@ class Watch:
                 f"a node ran out of memory while {what}, and again after the actor was restarted",
                 do="see `plan` for the memory per process; run the same command on larger nodes to resume",
             ) from error
+        if isinstance(error, RuntimeEnvSetupError):
+            raise no_environment(error) from error
         if isinstance(error, RayActorError):
             # Ray reports the death of an actor a little earlier than that of its node.
             time.sleep(LOOK_EVERY)

@@ -18,11 +18,12 @@ from ray.exceptions import (
     OwnerDiedError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
 )
 
 import cluster.watch
 from cluster.watch import MOST_SILENCE, TRIES, Hung, Lost, Watch, until_done
-from engine.errors import CheckpointError, MergeError, RunError
+from engine.errors import CheckpointError, ClusterError, MergeError, RunError
 
 
 class Actor:
@@ -81,6 +82,7 @@ def failed(cause: Exception) -> RayTaskError:
         (OutOfDiskError(), RunError, "--object-spilling-directory", ["merging"]),
         (failed(OutOfDiskError()), RunError, "--object-store-memory", ["merging"]),
         (OutOfMemoryError("killed"), RunError, "`plan`", ["merging"]),
+        (RuntimeEnvSetupError("no pip"), ClusterError, "RAY_RUNTIME_ENV_HOOK", ["no pip"]),
         (RayError("strange"), RunError, "", ["merging", "RayError", "strange"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
