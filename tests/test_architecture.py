@@ -195,9 +195,9 @@ def test_a_module_says_what_it_is() -> None:
 
 
 def test_packages_import_nothing_by_themselves() -> None:
-    """A light module would import whatever the packages above it import."""
+    """A light module would import whatever the packages above it import. `os` is always loaded."""
     packages = [module for module, path in MODULES.items() if path.name == "__init__.py"]
-    assert [module for module in packages if imported(ast.walk(tree(module)), module)] == []
+    assert [module for module in packages if imported(ast.walk(tree(module)), module) - {"os"}] == []
 
 
 def test_files_stay_small() -> None:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from engine.checkpoints.adapter_file import WEIGHTS, AdapterFile
 from engine.checkpoints.headers import BYTES, FLOATS, TensorHeader
 from engine.checkpoints.remedies import merge_with_peft, untie
-from engine.checkpoints.vocabulary import EMBEDDINGS, HEADS, has_tokens_for_rows
+from engine.checkpoints.structure import Role, by_names
+from engine.checkpoints.vocabulary import has_tokens_for_rows
 from engine.errors import CheckpointError
 
 # Elements that are compared at a time.
@@ -58,13 +59,14 @@ def drop_tied_head(file: AdapterFile) -> None:
     Raises:
         CheckpointError: the base ties them, and the adapter changes them differently.
     """
-    text, tensors = file.base.text_config, file.base.tensors
+    text, roles = file.base.text_config, file.base.roles
     tied = text.get("tie_word_embeddings", file.base.config.get("tie_word_embeddings")) is not False
-    embedding = next((name for name in tensors if EMBEDDINGS.match(name)), None)
-    if not tied or embedding is None or any(HEADS.match(name) for name in tensors):
+    embedding = next((name for name, role in roles.items() if role is Role.EMBEDDING), None)
+    if not tied or embedding is None or Role.HEAD in roles.values():
         return
     modules = {*file.parts.factors, *(name.removesuffix(".weight") for name in file.parts.whole)}
-    head = next((module for module in modules if HEADS.match(f"{module}.weight")), "")
+    known = by_names(f"{module}.weight" for module in modules)[0].roles
+    head = next((name.removesuffix(".weight") for name, role in known.items() if role is Role.HEAD), "")
     own = next((module for module in modules if file.target(f"{module}.weight") == embedding), "")
     factors, whole = file.parts.factors, file.parts.whole
     if not (
