@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
-from engine.methods.arithmetic.matrices import leading, orthogonal_parts
+from engine.methods.arithmetic.matrices import Parts, leading_parts, orthogonal_parts
 from engine.planning.plan import Plan
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
@@ -30,15 +30,12 @@ from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.kinds import Product, Stored, TaskVector
 from engine.task_vectors.streams import TaskVectors
-from engine.task_vectors.sums import whole
 
 # Subfolder of the run's state.
 FOLDER = "orthogonal"
 # Factor of the stored task vectors: coefficients lie between 0 and 1, but the best λ is above 1 (1.6 for five experts,
 # measured).
 TASK_VECTOR_SCALE = 4.0
-# U [m, r], Σ [r], Vᵀ [r, n].
-Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def file_name(name: str) -> str:
@@ -69,13 +66,11 @@ def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterab
 
 def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts | None:
     """Return the leading parts of expert k's matrix, or None if it equals the base's."""
-    task_vector = streams.experts[k][1].task_vector(name)
-    if task_vector is None:
+    base = streams.base.read(name)
+    parts = leading_parts(streams.experts[k][1].task_vector(name), base, max(1, min(base.shape) // experts))
+    if parts is None:
         return None
-    tau = whole(task_vector, streams.base.read(name))
-    if not tau.any():
-        return None
-    u, s, vt = leading(tau, max(1, min(tau.shape) // experts))
+    u, s, vt = parts
     return u.clone(), s.clone(), vt.clone()  # copies, so that the full factors can be freed
 
 

@@ -134,7 +134,7 @@ class Product:
     minus_base = False
 
     def __init__(self, left: Tensor, right: Tensor) -> None:
-        self._left, self._right = left, right
+        self.left, self.right = left, right
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         """See `TaskVector`."""
@@ -143,12 +143,12 @@ class Product:
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
         """See `TaskVector`."""
-        columns = self._right.shape[1]
+        columns = self.right.shape[1]
         first, last = start // columns, -(-stop // columns)
         if start == first * columns and stop == last * columns:
-            torch.mm(self._left[first:last], self._right, out=out_N.view(last - first, columns))
+            torch.mm(self.left[first:last], self.right, out=out_N.view(last - first, columns))
         else:
-            rows = self._left[first:last] @ self._right
+            rows = self.left[first:last] @ self.right
             out_N.copy_(rows.reshape(-1)[start - first * columns : stop - first * columns])
 
 

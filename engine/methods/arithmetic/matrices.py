@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from engine.methods.arithmetic.tensor import MergeTensor
+from engine.task_vectors.kinds import Product, TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.pipeline import Fill
+from engine.task_vectors.sums import whole
 
 # Directions of the concatenated parts whose singular value is at most this share of the largest are null. Measured: up
 # to 1e-5 where two experts differ by the rounding of float32 alone, 1/(2n) and more for independent experts.
 NULL = 1e-5
+
+
+# U [m, r], Σ [r], Vᵀ [r, n].
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def mean_of_task_vectors(tensor: MergeTensor) -> Fill:
@@ -44,15 +50,46 @@ def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
     return fill
 
 
-def leading(tau: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_parts(task_vector: TaskVector | None, base: Tensor, rank: int) -> Parts | None:
+    """Return the `rank` leading singular parts of an expert's matrix, or None if the expert does not change it.
+
+    Of an adapter, the factors alone are decomposed.
+    """
+    if task_vector is None:
+        return None
+    if isinstance(task_vector, Product):
+        parts = leading_of_product(task_vector.left, task_vector.right, rank)
+        return parts if len(parts[1]) else None
+    tau = whole(task_vector, base)
+    return leading(tau, rank) if tau.any() else None
+
+
+def leading(tau: Tensor, rank: int) -> Parts:
     """Return U [m, r], Σ [r], Vᵀ [r, n] of the `rank` leading singular parts, less those that are zero by rounding."""
 
     u, s, vt = torch.linalg.svd(tau, full_matrices=False)
-    rank = min(rank, int((s > s[0] * max(tau.shape) * torch.finfo(s.dtype).eps).sum()))
+    rank = _rank_of(s, rank, tau.shape)
     return u[:, :rank], s[:rank], vt[:rank]
 
 
-def orthogonal_parts(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def leading_of_product(left: Tensor, right: Tensor, rank: int) -> Parts:
+    """Return U [m, r], Σ [r], Vᵀ [r, n], float32, of the leading singular parts of left [m, q] · right [q, n].
+
+    From QR decompositions of the factors and the parts of a matrix [q, q], in float64. The product is never formed.
+    """
+    q_left, r_left = torch.linalg.qr(left.double())
+    q_right, r_right = torch.linalg.qr(right.T.double())
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    rank = _rank_of(s, rank, (len(left), right.shape[1]))
+    return (q_left @ u[:, :rank]).float(), s[:rank].float(), (vt[:rank] @ q_right.T).float()
+
+
+def _rank_of(s: Tensor, rank: int, shape: Sequence[int]) -> int:
+    """Return the number of leading singular values, at most `rank`, that are not zero by the rounding of float32."""
+    return min(rank, int((s > s[0] * max(shape) * torch.finfo(torch.float32).eps).sum()))
+
+
+def orthogonal_parts(parts: Sequence[Parts]) -> Parts:
     """Return U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts (U, Σ, Vᵀ), concatenated in order.
 
     U⊥ is the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise (Gargiulo et al., arXiv 2412.00081). Where the

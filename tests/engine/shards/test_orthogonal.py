@@ -33,6 +33,7 @@ from engine.storage.local_folder import LocalFolder
 from engine.storage.object_folder import ObjectFolder
 from engine.storage.sealed import digest_name
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
+from engine.task_vectors.kinds import Product
 
 Array = npt.NDArray[np.float64]
 ORTHOGONAL = "parameters.task_vectors=orthogonal"
@@ -299,6 +300,29 @@ def test_an_adapter_stays_two_factors_of_its_own_rank(make_merge: Callable[..., 
     taus = dense(plan, state, Q)
     assert taus[0] is not None and taus[1] is not None
     assert np.linalg.norm(taus[0].T @ taus[1]) < 1e-5 * np.linalg.norm(taus[0]) * np.linalg.norm(taus[1])
+
+
+@pytest.mark.parametrize(("shape", "q"), [((40, 70), 8), ((70, 40), 8), ((6, 9), 8), ((9, 6), 12), ((40, 1), 4)])
+def test_the_parts_of_a_product_are_those_of_the_matrix(shape: tuple[int, int], q: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(size, generator=generator) for size in ((shape[0], q), (q, shape[1])))
+    left[:, 1] = left[:, 0]  # of a rank below q
+    exact = torch.linalg.svdvals(left.double() @ right.double())
+    for rank in (1, 3, 100):
+        u, s, vt = matrices.leading_of_product(left, right, rank)
+        assert len(s) == min(rank, q - 1, *shape) and u.dtype == s.dtype == vt.dtype == torch.float32
+        torch.testing.assert_close(s.double(), exact[: len(s)], rtol=1e-6, atol=0)
+        for side in (u.T @ u, vt @ vt.T):
+            torch.testing.assert_close(side, torch.eye(len(s)), rtol=0, atol=1e-6)
+        cut = left.double() @ right.double() - (u.double() * s) @ vt.double()
+        wanted = exact[len(s) :].square().sum().sqrt()
+        torch.testing.assert_close(cut.norm(), wanted, rtol=1e-4, atol=1e-6 * float(exact[0]))
+
+
+def test_an_adapter_without_effect_has_no_parts() -> None:
+    nothing = Product(torch.zeros(5, 2), torch.randn(2, 7))
+    assert matrices.leading_parts(nothing, torch.ones(5, 7), 2) is None
+    assert matrices.leading_parts(None, torch.ones(5, 7), 2) is None
 
 
 def test_models_of_16_bits_keep_them_in_bfloat16(make_merge: Callable[..., Path], tmp_path: Path) -> None:
