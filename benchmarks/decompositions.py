@@ -33,10 +33,8 @@ def timed(decompose: Callable[[], Parts]) -> tuple[float, Tensor]:
 @click.option("--columns", default=2752, show_default=True)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option(
-    "--out", default="benchmarks/results/decompositions.json", show_default=True, type=click.Path(path_type=Path)
-)
-def main(rows: int, columns: int, rank: int, rounds: int, out: Path) -> None:
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Result file. Default: a temporary folder.")
+def main(rows: int, columns: int, rank: int, rounds: int, path: Path | None) -> None:
     """Decompose one adapter in both ways and print seconds, their ratio and distances."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
