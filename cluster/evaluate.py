@@ -23,7 +23,7 @@ from engine.evaluation.measure import Evaluation
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options, Reader, Subject
 from engine.machine import usable_cpus
-from engine.models.loading import load_tokenizer
+from engine.models.loading import check_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def make_jobs(
     for job in jobs:
         subject = Subject(job.model, options)
         for one in sets:
-            reader = Reader(subject, one)
-            for item in one.items:
-                reader.check(item)
+            with Reader(subject, one) as reader:
+                for item in one.items:
+                    reader.check(item)
             if one.expert in others:
                 subject.check_alike(others[one.expert])
         if tasks.names:
-            load_tokenizer(subject.folder, options.remote_code)
+            check_tokenizer(subject.folder, options.remote_code)
     return jobs
 
 
@@ -122,6 +122,7 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
             rows += evaluation.measure(job.name, one, expert if wanted else None)
             done(number)
         if job.tasks.names:
+            # The harness calls the tokenizer in this process, without limits.
             tokenizer = load_tokenizer(subject.folder, job.options.remote_code)
             rows += run_tasks(job.name, subject.model, tokenizer, job.tasks, job.options.batch_size)
             done(_parts(job))

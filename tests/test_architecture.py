@@ -19,13 +19,15 @@ HEAVY = {"torch", "transformers", "ray"}
 # The parts of engine/ from the ground up: a module imports only its own part and earlier ones, wherever the import
 # stands (in a function, for the type checker alone).
 ORDER = (
-    *("errors", "sizes", "machine", "codec", "fields", "untrusted", "storage", "checkpoints", "task_vectors", "models"),
-    *("methods", "config", "planning", "calibration", "shards", "learning", "run", "evaluation", "output", "report"),
+    *("errors", "sizes", "machine", "codec", "fields", "untrusted", "bounded_process", "storage", "checkpoints"),
+    *("task_vectors", "models", "methods", "config", "planning", "calibration", "shards", "learning", "run"),
+    *("evaluation", "output", "report"),
 )
 # `plan`, `--help` and the reading of a config import these, and a person waits for them: no torch, transformers or ray.
 # A name that ends in a dot stands for all modules of that folder.
 LIGHT = (
     *("engine.errors", "engine.sizes", "engine.machine", "engine.fields", "engine.untrusted", "engine.storage."),
+    "engine.bounded_process",
     *(
         "engine.config.",
         "engine.planning.",

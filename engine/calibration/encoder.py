@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from engine.calibration.bounded_encoder import BoundedEncoder
 from engine.calibration.image_encoder import ImageEncoder
 from engine.calibration.internvl_encoder import ChatEncoder
 from engine.calibration.records import Record, Records
@@ -26,10 +27,23 @@ def encoder(plan: Plan, records: Records) -> Encoder:
     Raises:
         CheckpointError: A file of the tokenizer, the processor or the model's own code is missing or invalid.
     """
-    folder = base_folder(plan)
-    tokenizer = find_model(plan.tokenizer, ROOT) if plan.tokenizer else folder
+    folder, tokenizer = base_folder(plan), tokenizer_folder(plan)
     flat = [record for of_expert in records for record in of_expert]
     return encoder_of(plan.base_header, folder, tokenizer, plan.dtype, plan.config.trust_remote_code, flat)
+
+
+def bounded_encoder(plan: Plan, records: Records) -> BoundedEncoder:
+    """Return `encoder(plan, records)` in a child process with limits on time and memory.
+
+    Raises:
+        CheckpointError: See `encoder`; or loading exceeds the limits.
+    """
+    return BoundedEncoder(lambda: encoder(plan, records), tokenizer_folder(plan))
+
+
+def tokenizer_folder(plan: Plan) -> Path:
+    """Return the folder of the tokenizer and processor of a merge."""
+    return find_model(plan.tokenizer, ROOT) if plan.tokenizer else base_folder(plan)
 
 
 def encoder_of(

@@ -37,17 +37,25 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
     """Return the ids of a tokenizer's tokens, added tokens included; None if the folder has no tokenizer.json.
 
     Raises:
-        CheckpointError: tokenizer.json cannot be read, or `check_folder` refuses the folder.
+        CheckpointError: tokenizer.json cannot be read within the limits of a child process, or `check_folder` refuses
+            the folder.
     """
     check_folder(folder)
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
     check_regular(file, TOKENIZER_BYTES, CheckpointError)
-    from tokenizers import Tokenizer
+    from engine.bounded_process import LIMITS, bounded
 
-    with library_errors_as(lambda message: CheckpointError(f"not a tokenizer: {message}", str(file))):
-        tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    def read() -> dict[str, int]:
+        from tokenizers import Tokenizer
+
+        with library_errors_as(lambda message: CheckpointError(f"not a tokenizer: {message}", str(file))):
+            tokens: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+        return tokens
+
+    do = "replace the file, such as by that of the model that it was made from"
+    tokens: dict[str, int] = bounded(read, lambda fails: CheckpointError(f"reading it {fails}", str(file), LIMITS, do))
     return tokens
 
 

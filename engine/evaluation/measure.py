@@ -44,7 +44,12 @@ class Evaluation:
         Raises:
             CheckpointError: the model's logits are not finite.
         """
-        reader = Reader(self.subject, data)
+        with Reader(self.subject, data) as reader:
+            sums = self._sums(name, data, reader, expert)
+        return [Row(name, data.name, *figure) for figure in _figures(data, sums, expert is not None)]
+
+    def _sums(self, name: str, data: DataSet, reader: Reader, expert: Subject | None) -> Mapping[str, float]:
+        """Return sums of metrics over all records."""
         sums = defaultdict[str, float](float)
         items = sorted(data.items, key=lambda item: item.length)
         for batch in _slices(items, self._batch):
@@ -58,7 +63,7 @@ class Evaluation:
                     sums[metric] += value
             if not np.isfinite(sums["loss"]):
                 raise CheckpointError("the model's logits are not finite", f"{name}, on {batch[0].wholes[0].where}")
-        return [Row(name, data.name, *figure) for figure in _figures(data, sums, expert is not None)]
+        return sums
 
     def _answered(self, items: Sequence[Item], reader: Reader) -> dict[str, float]:
         """Return sums of metrics over items of kind `response` or `choice`."""
@@ -79,7 +84,7 @@ class Evaluation:
 
     def _written(self, prompts: Sequence[Encoded], reader: Reader) -> list[str]:
         """Return the text that the model generates for each prompt, up to the first end token."""
-        model, texts = self.subject.model, []
+        model, answers = self.subject.model, list[list[int]]()
         # Greedy decoding, whatever the checkpoint's generation config contains (penalties, beams, …).
         own, stops = language_model(model).generation_config, reader.stops
         plain = transformers.GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=stops or None)
@@ -93,9 +98,9 @@ class Evaluation:
             given = arguments(ids_BT, mask_BT, some[0].inputs)
             for row in written(model, given, self.subject.options.max_new_tokens).tolist():
                 end = next((place for place, token in enumerate(row) if token in stops), len(row))
-                texts.append(reader.tokenizer.decode(row[:end], skip_special_tokens=True))
+                answers.append(row[:end])
         language_model(model).generation_config = own
-        return texts
+        return reader.decode(answers)
 
     def _compared(self, encoded: Sequence[Encoded], expert: Subject | None) -> dict[str, float]:
         """Return sums over the tokens of texts: the model's loss, and its distances to the expert."""
@@ -170,7 +175,7 @@ def score(model: Any, tokenizer: Any, records: Sequence[Record], batch: int) -> 
     at every position of the response, its end token included. So one forward pass of a batch gives both figures.
     `model` is a transformers model.
     """
-    encoder, stops = TextEncoder(tokenizer), stop_tokens(model, tokenizer)
+    encoder, stops = TextEncoder(tokenizer), stop_tokens(model, tokenizer.eos_token_id)
     encoded = [ended(encoder.encode(record), stops, record.where) for record in records]
     scores = [one for some in _slices(encoded, batch) for one in forced(model, some)]
     loss, tokens = sum(one.loss for one in scores), sum(one.tokens for one in scores)

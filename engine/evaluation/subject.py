@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
 
+from engine.calibration.bounded_encoder import BoundedEncoder
 from engine.calibration.encoder import encoder_of
 from engine.calibration.records import Record, check_seen
 from engine.calibration.samples import Encoded, check_ids
@@ -89,15 +91,32 @@ class Subject:
 
 
 class Reader:
-    """Encodes the records of a data set for a model, within the model's bounds and those of the options."""
+    """Encodes the records of a data set for a model, within the model's bounds and those of the options.
+
+    The tokenizer runs in a child process with limits, which ends with the context.
+    """
 
     def __init__(self, subject: Subject, data: DataSet) -> None:
+        """Load the tokenizer.
+
+        Raises:
+            CheckpointError: it cannot be loaded within the limits.
+        """
         self._header, self._options = subject.header, subject.options
         folder, code = subject.folder, subject.options.remote_code
         records = [record for item in data.items for record in item.wholes]
-        self._encoder = encoder_of(subject.header, folder, folder, subject.dtype_name, code, records)
-        self.tokenizer: Any = None if data.kind == "text" else load_tokenizer(folder, code)
-        self.stops = stop_tokens(subject.model, self.tokenizer)
+        self._encoder = BoundedEncoder(
+            lambda: encoder_of(subject.header, folder, folder, subject.dtype_name, code, records),
+            folder,
+            lambda: None if data.kind == "text" else load_tokenizer(folder, code),
+        )
+        self.stops = stop_tokens(subject.model, self._encoder.end_token())
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._encoder.close()
 
     def check(self, item: Item) -> None:
         """Check that the model can process an item.
@@ -134,6 +153,10 @@ class Reader:
             )
         return encoded
 
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each row of generated token ids."""
+        return self._encoder.decode(rows)
+
     def _encoded(self, record: Record) -> Encoded:
         check_seen(record.images, self._header.takes_images, record.where)
         encoded = self._encoder.encode(record)
@@ -148,11 +171,10 @@ class Reader:
         return encoded
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids of the end tokens: the tokenizer's, then those of the generation config."""
+def stop_tokens(model: Any, own: int | None) -> list[int]:
+    """Return the ids of the end tokens: the tokenizer's `own`, then those of the generation config."""
     eos = language_model(model).generation_config.eos_token_id
     of_config = [eos] if isinstance(eos, int) else list(eos or ())
-    own = getattr(tokenizer, "eos_token_id", None)
     return list(dict.fromkeys(([] if own is None else [own]) + of_config))
 
 

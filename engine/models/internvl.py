@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.bounded_process import bounded
 from engine.errors import CheckpointError
-from engine.models.loading import load_tokenizer
+from engine.models.loading import beyond_limits, load_tokenizer
 
 MODEL_TYPE = "internvl_chat"
 START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -35,10 +36,12 @@ def set_image_token(model: Any, folder: Path) -> None:
     they are.
 
     Raises:
-        CheckpointError: The tokenizer cannot be loaded, or has no image token.
+        CheckpointError: The tokenizer cannot be loaded within the limits of a child process, or has no image token.
     """
     if is_original(model.config):
-        model.img_context_token_id = context_token(load_tokenizer(folder, remote_code=True), folder)
+        model.img_context_token_id = bounded(
+            lambda: context_token(load_tokenizer(folder, remote_code=True), folder), beyond_limits(folder)
+        )
 
 
 def context_token(tokenizer: Any, folder: Path) -> int:

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from engine.bounded_process import LIMITS, Fault, bounded
 from engine.checkpoints.headers import read_json
 from engine.errors import CheckpointError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, memory_limit
@@ -117,8 +118,23 @@ def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=remote_code)
 
 
+def check_tokenizer(folder: Path, remote_code: bool = False) -> None:
+    """Check in a child process that the tokenizer of a model folder can be loaded, within limits of time and memory.
+
+    Raises:
+        CheckpointError: See `load_tokenizer`; or the limits are exceeded.
+    """
+
+    def load() -> None:
+        load_tokenizer(folder, remote_code)
+
+    bounded(load, beyond_limits(folder))
+
+
 def check_tokenizer_files(folder: Path) -> None:
-    """Check that a folder's tokenizer files are regular files of at most `TOKENIZER_BYTES`.
+    """Check that a folder's files are regular files, and those of its tokenizer at most `TOKENIZER_BYTES` large.
+
+    A tokenizer's class decides which files it opens.
 
     Raises:
         CheckpointError: A file is larger, or is not a regular file.
@@ -126,6 +142,8 @@ def check_tokenizer_files(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.startswith(("tokenizer", "vocab", "merges", "chat_template", "special_tokens", "added_tokens")):
             check_regular(path, TOKENIZER_BYTES, CheckpointError)
+        elif path.exists() and not path.is_dir():
+            check_regular(path, None, CheckpointError)
 
 
 def computes_alike(one: Any, other: Any) -> bool:
@@ -155,6 +173,12 @@ def reading(what: str, folder: Path, do: str = "") -> AbstractContextManager[Non
         return CheckpointError(f"{what}: {message}", str(folder), do=do)
 
     return library_errors_as(error, StrictDataclassError)
+
+
+def beyond_limits(folder: Path) -> Fault:
+    """Return the error of a model folder whose tokenizer or processor exceeds the limits of a child process."""
+    do = "replace the files of its tokenizer, such as by those of the model that it was made from"
+    return lambda fails: CheckpointError(f"its tokenizer {fails}", str(folder), LIMITS, do)
 
 
 def own_code(folder: Path, file: str, allowed: bool) -> str:

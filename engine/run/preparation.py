@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.calibration.encoder import encoder
+from engine.calibration.encoder import bounded_encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.errors import CheckpointError
@@ -69,6 +69,7 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
     Samples that an earlier start of the run prepared are returned as they are.
 
     Raises:
+        CheckpointError: the tokenizer, the processor or the model's own code is missing or invalid.
         CalibrationError: a record or one of its images cannot be used.
     """
     prepared = run.samples(plan)
@@ -78,6 +79,7 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
     def keep(sample: Sample, inputs: Mapping[str, Tensor]) -> None:
         save_target(without_targets(sample, inputs), run.state, run.inputs(sample))
 
-    samples = make_samples(records, encoder(plan, records), plan, keep)
+    with bounded_encoder(plan, records) as encoder:
+        samples = make_samples(records, encoder, plan, keep)
     run.keep_samples(samples)
     return samples

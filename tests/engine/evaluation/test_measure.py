@@ -81,7 +81,8 @@ def measured(
     data = DataSet("data", tuple(map(make_item, items)))
     subject = Subject(str(model), given)
     for item in data.items:
-        Reader(subject, data).check(item)
+        with Reader(subject, data) as reader:
+            reader.check(item)
     other = None if expert is None else Subject(str(expert), given)
     for one in (subject, other):
         if one is not None:
