@@ -18,14 +18,16 @@ ROOT = Path("/")
 
 # Files of a hub repository that are downloaded: weights, tokenizer, config, and the code that runs if
 # `trust_remote_code` allows it; never pickled weights.
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 
 # Files that are copied to the output: tokenizer files by the names of transformers' tokenizers, then all others. A
-# fixed list, so that no other file of a model's folder reaches the output.
+# fixed list of patterns, so that no other file of a model's folder reaches the output.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "vocab.txt", "vocab.bpe", "encoder.json", "merges.txt", "bpe.codes", "spiece.model", "spm.model",
-    "sentencepiece.model", "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model.v[0-9]", "vocab.json", "vocab.txt", "vocab.bpe", "encoder.json", "emoji.json", "merges.txt",
+    "bpe.codes", "byte_maps.json", "dict.txt", "spiece.model", "spm.model", "sentencepiece.model",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "target_vocab.json", "normalizer.json", "tekken.json",
+    "tiktoken.model", "*.tiktoken", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 COMPANIONS = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
@@ -102,11 +104,18 @@ def deciding_files(folder: Path, copied: bool, remote_code: bool) -> list[str]:
         copied: The output gets this model's tokenizer or companions, from which the samples are made, too.
         remote_code: The model's code may run.
     """
-    names = {*DECIDING, *((*TOKENIZER_FILES, *COMPANIONS) if copied else ())}
+    names = {*DECIDING, *((*tokenizer_files(folder), *COMPANIONS) if copied else ())}
     names |= {path.name for path in folder.glob("*.py")} if copied and remote_code else set()
-    if copied and (folder / TEMPLATES).is_dir():
-        names |= {f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).iterdir()}
     return sorted(name for name in names if (folder / name).is_file())
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Return the names of a folder's tokenizer files, sorted, and of the chat templates in a folder below it."""
+    names = {path.name for path in folder.iterdir()}
+    found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in TOKENIZER_FILES)]
+    if TEMPLATES in names and (folder / TEMPLATES).is_dir():
+        found += [f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja")]
+    return sorted(found)
 
 
 def check_file(path: Path, folder: Path) -> None:

@@ -91,7 +91,7 @@ def load_config_like(base: Any, folder: Path) -> Any:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """Return the generation config of a model folder, or None if it has no file of that kind.
+    """Return the generation config of a model folder for greedy decoding, or None if it has no file of that kind.
 
     Raises:
         CheckpointError: transformers rejects the file.
@@ -99,10 +99,20 @@ def load_generation_config(folder: Path) -> Any:
     if not (folder / "generation_config.json").exists():
         return None
     with reading("transformers cannot read its generation_config.json", folder):
-        generation = transformers.GenerationConfig.from_pretrained(folder)
-    # Would load a second model, from the place that the model's config names.
-    generation.use_mtp = None
-    return generation
+        return greedy(transformers.GenerationConfig.from_pretrained(folder))
+
+
+def greedy(given: Any) -> Any:
+    """Return a generation config with the special tokens of another, and none of its settings.
+
+    Beams, penalties, stop strings and several sequences would change the responses, and a second model for drafts would
+    be loaded from the place that a setting names.
+    """
+    stops = given.eos_token_id if isinstance(given.eos_token_id, list) else [given.eos_token_id]
+    padding = given.pad_token_id if given.pad_token_id is not None else (stops or [None])[0]
+    return transformers.GenerationConfig(
+        bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=0 if padding is None else padding
+    )
 
 
 def load_tokenizer(folder: Path, remote_code: bool = False) -> Any:

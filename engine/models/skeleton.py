@@ -20,7 +20,7 @@ from engine.checkpoints.structure import Place
 from engine.models.devices import DeviceMap, device_map, device_of, dispatch
 from engine.models.forward import language_model
 from engine.models.internvl import set_image_token
-from engine.models.loading import is_remote, load_generation_config, reading
+from engine.models.loading import greedy, is_remote, load_generation_config, reading
 from engine.models.names import Places, check_filled, match_names, tied_weights
 
 transformers.logging.set_verbosity_error()
@@ -56,14 +56,14 @@ def build_skeleton(
 def build_generation_skeleton(
     config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path
 ) -> tuple[Any, Places]:
-    """Build a model as `build_skeleton` does, with the folder's generation config if there is one.
+    """Build a model as `build_skeleton` does, which decodes greedily with the end tokens of the folder's files.
 
     Raises:
         CheckpointError: See `build_skeleton` and `load_generation_config`.
     """
     model, places = build_skeleton(config, tensors, dtype, folder)
-    if (generation := load_generation_config(folder)) is not None:
-        language_model(model).generation_config = generation
+    language, of_folder = language_model(model), load_generation_config(folder)
+    language.generation_config = greedy(language.generation_config) if of_folder is None else of_folder
     return model, places
 
 

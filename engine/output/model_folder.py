@@ -13,8 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.find import COMPANIONS, TOKENIZER_FILES, check_file
-from engine.checkpoints.headers import BYTES
+from engine.checkpoints.find import COMPANIONS, check_file, check_inside, tokenizer_files
+from engine.checkpoints.headers import BYTES, read_json
+from engine.checkpoints.special_tokens import generation_with_ids_of, with_ids_of
 from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.planning.plan import Plan
 
@@ -53,7 +54,7 @@ def write_companions(
     config.json names no implementation of attention or experts, so that transformers chooses one where it loads the
     model.
 
-    Tokenizer files are copied from `tokenizer_folder` if it is given.
+    If `tokenizer_folder` is given, tokenizer files are copied from there, and the configs name its special tokens.
 
     Raises:
         CheckpointError: a file to copy is not regular, or is a link out of its folder.
@@ -71,11 +72,26 @@ def write_companions(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     code = sorted(path.name for path in base_folder.glob("*.py")) if plan.config.trust_remote_code else []
-    for names, source in (((*COMPANIONS, *code), base_folder), (TOKENIZER_FILES, tokenizer_folder or base_folder)):
+    tokenizer = tokenizer_folder or base_folder
+    for names, source in (((*COMPANIONS, *code), base_folder), (tokenizer_files(tokenizer), tokenizer)):
         for path in (source / name for name in names if os.path.lexists(source / name)):
             # Checked with the folder by `plan`, and again here, since the folder may have changed.
+            check_inside(path.parent, source)
             check_file(path, source)
-            shutil.copyfile(path, folder / path.name)
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    if tokenizer_folder is not None:
+        _write_ids(folder, tokenizer_folder)
+
+
+def _write_ids(folder: Path, tokenizer: Path) -> None:
+    """Set the start, end and padding tokens in the output's configs to those of its tokenizer."""
+    write_json(folder / "config.json", with_ids_of(tokenizer, read_json(folder / "config.json")))
+    generation = folder / "generation_config.json"
+    if generation.exists() or (tokenizer / "generation_config.json").exists():
+        given = read_json(generation) if generation.exists() else {}
+        write_json(generation, generation_with_ids_of(tokenizer, given))
 
 
 def _without_implementations(config: Any) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.match import Match
+from engine.checkpoints.special_tokens import has_chat_template, unused_in_generation
+from engine.config.schema import Config
+from engine.planning.plan import ExpertPlan
 from engine.untrusted import shown
 
 # Keys of config.json that do not change what a model computes from tokens, and those that shapes of tensors show.
@@ -91,6 +95,28 @@ def notes_on(expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str,
         if names:
             notes.append(f"{what}: {_listed(names)}")
     return tuple(notes)
+
+
+def remarks_on(config: Config, base: Path, experts: Sequence[ExpertPlan]) -> tuple[tuple[str, str], ...]:
+    """Return what a user should know about chat templates and the experts' responses, as lines with their subject."""
+    remarks = []
+    folders = {expert.name: expert.header.folder for expert in experts}
+    with_template = [name for name, folder in folders.items() if has_chat_template(folder)]
+    if config.tokenizer_source is None and with_template and not has_chat_template(base):
+        remarks.append(
+            (
+                "base",
+                "it has no chat template, so that neither the samples nor the output have one; "
+                f"`tokenizer_source: {with_template[0]}` takes the tokenizer and the template of that expert",
+            )
+        )
+    if config.learned and config.has_targets and config.calibration.generate_responses:
+        checkpoints = [expert.header.folder for expert in experts if isinstance(expert.header, ModelHeader)]
+        unused = {key for folder in {base, *checkpoints} for key in unused_in_generation(folder)}
+        if unused:
+            keys = ", ".join(sorted(map(shown, unused)))
+            remarks.append(("experts", f"they write responses greedily, without {keys} of generation_config.json"))
+    return tuple(remarks)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -76,6 +76,7 @@ class Plan:
         rows: The model that defines the number of rows of embedding and head, and provides rows that the base lacks.
             None: the base.
         images: Image files of each expert's samples, filled in after its records have been read.
+        remarks: Notes on several models: what they are on, and a line of text.
     """
 
     config: Config
@@ -87,6 +88,7 @@ class Plan:
     tokenizer: str | None = None
     rows: ModelPlan | None = None
     images: tuple[tuple[str, ...], ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
 
     @property
     def base_header(self) -> ModelHeader:
@@ -98,7 +100,7 @@ class Plan:
     def notes(self) -> list[tuple[str, str]]:
         """What a user should know about the models: the name of each, and a line of text."""
         of_experts = [(expert.name, note) for expert in self.experts for note in expert.notes]
-        return [*(("base", note) for note in self.base_header.notes), *of_experts]
+        return [*(("base", note) for note in self.base_header.notes), *of_experts, *self.remarks]
 
     @property
     def priors(self) -> list[float]:

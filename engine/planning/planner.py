@@ -21,7 +21,7 @@ from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
-from engine.planning.differences import notes_on
+from engine.planning.differences import notes_on, remarks_on
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.planning.structures import Structures
@@ -76,6 +76,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
+        remarks=remarks_on(config, base_folder, experts),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import transformers
 from errors import refused
 
 from engine.checkpoints.headers import read_model_header
+from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
-from engine.models.loading import load_config_like, load_generation_config, load_model_config
-from engine.models.skeleton import build_skeleton
+from engine.models.forward import arguments, written
+from engine.models.loading import load_config_like, load_model_config
+from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
 
 FOREIGN = ("owner/kernel", "kernels-community/flash-attn", "flash_attention_2", "nonsense", {"": "owner/kernel"}, 1)
 
@@ -87,10 +90,38 @@ def test_an_implementation_of_transformers_is_kept(llama_merge: Path, tmp_path: 
     assert load_config_like(config, tmp_path / "model")._attn_implementation == value
 
 
-def test_a_generation_config_loads_no_second_model(tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps({"use_mtp": True, "max_new_tokens": 7}))
-    generation = load_generation_config(tmp_path)
-    assert not generation.use_mtp and generation.max_new_tokens == 7
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"stop_strings": ["w1"]},
+        {"num_return_sequences": 2, "do_sample": True, "temperature": 0.6},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "length_penalty": 2.0},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 3},
+        {"suppress_tokens": [*range(4, 60)], "forced_eos_token_id": 2},
+        {"use_mtp": True, "max_new_tokens": 7, "max_length": 2},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_a_model_decodes_greedily_whatever_its_generation_config_says(
+    tmp_path: Path, llama_merge: Path, settings: dict[str, Any]
+) -> None:
+    folder = shutil.copytree(llama_merge.parent / "base", tmp_path / "model")
+    tokens = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(tokens | settings))
+    header = read_model_header(folder)
+    model, places = build_generation_skeleton(load_model_config(folder), header.tensors, torch.float32, folder)
+    load_weights(model, places, torch.float32, torch.device("cpu"), folder, Checkpoint(folder, header.tensors).read)
+    ids = torch.tensor([[5, 6, 7]])
+    greedy = []
+    for _ in range(4):
+        greedy.append(int(model(torch.cat([ids, torch.tensor([greedy])], 1).long()).logits[0, -1].argmax()))
+        if greedy[-1] in (2, 3):
+            break
+    assert written(model, arguments(ids, torch.ones_like(ids), {}), 4).tolist() == [greedy]
 
 
 @pytest.mark.parametrize("auto_map", [{}, {"auto_map": {"AutoConfig": "code.Config"}}], ids=["plain", "own code"])

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
+import transformers
 from conftest import plan_of
 from errors import refused
 from hypothesis import given, settings
@@ -289,19 +291,22 @@ def test_companion_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
         "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
         "generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt",
+        "tekken.json", "qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/tools.jinja",
     ]  # fmt: skip
     others = [
         "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
         "training_args.bin", "optimizer.pt", "modeling_custom.py", "README.md", "tokenizer.safetensors", "vocab.bin",
         "tokenizer.env", "chat_template.html", "vocab.secret", "id_rsa.model", "LICENSE.key", "tokenizer",
+        "additional_chat_templates/secret.env", "tokenizer.model.vx",
     ]  # fmt: skip
+    (base / "additional_chat_templates").mkdir()
     for name in companions + others:
         (base / name).write_bytes(name.encode())
     (base / "tokenizer.d").mkdir()
     plan = plan_with({"model_type": "llama"})
     write_companions(out, plan, base, output_files(plan))
-    copied = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "config.json"}
-    assert copied == {name: name.encode() for name in companions}
+    copied = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert copied | {"config.json": b""} == {name: name.encode() for name in companions} | {"config.json": b""}
 
 
 @pytest.mark.parametrize("name", ["vocab.bpe", "tokenizer_config.json", "LICENSE", "chat_template.jinja"])
@@ -346,3 +351,20 @@ def test_a_real_base_is_written_whole(llama_merge: Path, tmp_path: Path) -> None
             with safe_open(tmp_path / tensor.file, framework="pt") as read:
                 assert torch.equal(read.get_tensor(name), base.get_tensor(name))
     assert (tmp_path / "tokenizer.json").read_bytes() == (base_folder / "tokenizer.json").read_bytes()
+
+
+def test_the_configs_name_the_special_tokens_of_the_tokenizer_that_is_written(tmp_path: Path) -> None:
+    base, out, tokenizer = (tmp_path / folder for folder in ("base", "out", "tokenizer"))
+    for folder in (base, out, tokenizer):
+        folder.mkdir()
+    tiny.save_tokenizer(tokenizer)
+    changed = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    changed.eos_token = "w1"
+    changed.save_pretrained(tokenizer)
+    (base / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 9}')
+    plan = plan_with({"model_type": "llama", "eos_token_id": 2})
+    write_companions(out, plan, base, output_files(plan), tokenizer)
+    assert transformers.AutoConfig.from_pretrained(out).eos_token_id == 7
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert (generation.eos_token_id, generation.pad_token_id, generation.max_new_tokens) == (7, 0, 9)
+    assert transformers.AutoTokenizer.from_pretrained(out).eos_token_id == 7

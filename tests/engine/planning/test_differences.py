@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from conftest import plan_of
 
 from engine.checkpoints.headers import ModelHeader, TensorHeader
 from engine.checkpoints.match import Match
@@ -76,3 +81,32 @@ def test_notes_name_values_prefixes_and_tensors() -> None:
     text = "\n".join(lines)
     assert all(part in text for part in ("1000000.0", "10000.0", "module.w", "a, b, c and 2 more", "z"))
     assert notes_on(header(PLAIN), header(PLAIN), Match()) == ()
+
+
+def save(folder: Path, name: str, **keys: Any) -> None:
+    (folder / name).write_text(
+        json.dumps((json.loads((folder / name).read_text()) if (folder / name).exists() else {}) | keys)
+    )
+
+
+def test_settings_of_generation_are_named_once(llama_merge: Path, tmp_path: Path) -> None:
+    merge = shutil.copytree(llama_merge.parent, tmp_path / "merge") / "merge.yaml"
+    on = "calibration.generate_responses=4"
+    assert plan_of(merge, on).notes == []
+    for model, settings in (("expert0", {"num_beams": 4}), ("expert1", {"num_beams": 2, "repetition_penalty": 1.1})):
+        save(merge.parent / model, "generation_config.json", **settings)
+    ((owner, note),) = plan_of(merge, on).notes
+    assert owner == "experts" and "num_beams, repetition_penalty" in note
+    assert plan_of(merge, "calibration.generate_responses=0").notes == []
+
+
+def test_a_chat_template_that_only_an_expert_has_is_named_with_its_option(llama_merge: Path, tmp_path: Path) -> None:
+    merge = shutil.copytree(llama_merge.parent, tmp_path / "merge") / "merge.yaml"
+    tiny.save_tokenizer(merge.parent / "expert1")
+    assert plan_of(merge).notes == []
+    (merge.parent / "base" / "chat_template.jinja").unlink()
+    ((owner, note),) = plan_of(merge).notes
+    found = re.search("`tokenizer_source: (.+?)`", note)
+    assert owner == "base" and found is not None
+    plan = plan_of(merge, f"tokenizer_source={found[1]}")
+    assert plan.notes == [] and plan.tokenizer == str(merge.parent / "expert1")
