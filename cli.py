@@ -294,6 +294,15 @@ def _default_config() -> Path:
     return QUICKSTART / "merge.yaml"
 
 
+def _check_working_directory() -> None:
+    """Check that the working directory exists, which relative paths and Ray need."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        what = f"the working directory cannot be used: {error.strerror}"
+        raise ConfigError(what, os.environ.get("PWD", "."), do="change to an existing folder") from error
+
+
 def _stop(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -301,6 +310,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 def _guarded(run: Callable[[], None], debug: bool, stopped: str = "run the same command to resume") -> None:
     """Call `run`, and exit with the code of its error. `stopped` is printed after Ctrl-C or SIGTERM."""
     try:
+        _check_working_directory()
         run()
     except MergeError as error:
         if debug:

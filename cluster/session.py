@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from cluster.placement import Node, Seat
 from cluster.watch import Lost, no_environment
 from engine.errors import ClusterError
-from engine.machine import check_home
+from engine.machine import check_home, limits
 
 PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("engine", "actors", "cluster")]
 # By default glibc keeps large freed buffers, and the memory of a trainer seems to grow. With these settings it returns
@@ -31,6 +34,9 @@ ENVIRONMENT = {
 }
 TOKEN = "check that the head is running; if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
 SHORT = "set RAY_TMPDIR to an existing folder with a path of at most 35 characters"
+# Seen to suffice on two CPUs; with 64, Ray's own processes end without a message.
+OPEN_FILES = 256
+SHARED = Path("/dev/shm")
 WRITABLE = "give this user access to it, or set HOME and RAY_TMPDIR to folders that this user can write to"
 SAY_EVERY = 5.0
 KNOCK_SECONDS = 10.0
@@ -56,6 +62,7 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
             environment["py_modules"] = PACKAGES
         options = {"address": address, "runtime_env": environment}
     else:
+        _check_machine()
         # Workers of a local Ray inherit the environment of this process.
         os.environ.update(ENVIRONMENT)
         options = {"address": "local", "include_dashboard": False}
@@ -68,23 +75,63 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
             logging_level="info" if debug else "error",
             **options,
         )
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        raise ClusterError(f"no Ray cluster answers: {error}", address or "this machine", do=TOKEN) from error
     except RuntimeEnvSetupError as error:
         raise no_environment(error) from error
-    except OSError as error:
-        # Such as a folder whose name is too long for the sockets in it, or to which this user cannot write.
-        temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-        do = SHORT if "AF_UNIX" in str(error) else WRITABLE
-        raise ClusterError(f"Ray does not start: {error}", str(error.filename or temporary), do=do) from error
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
+        raise _not_started(error, address) from error
+    except Exception as error:
+        # Ray raises a bare Exception if one of its processes ends at its start.
+        if type(error) is not Exception:
+            raise
+        raise _not_started(error, address) from error
     finally:
         # Ray sets a SIGTERM handler that ends the driver at once. Restore ours, which raises KeyboardInterrupt.
         signal.signal(signal.SIGTERM, on_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     try:
+        if not address:
+            _say_if_slow()
         yield
     finally:
         ray.shutdown()
+
+
+def _temporary() -> str:
+    """Return the folder in which Ray keeps its files."""
+    return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+
+
+def _check_machine() -> None:
+    """Check what Ray needs to start on this machine, and without which it ends with no message that says so."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= files < OPEN_FILES:
+        do = "raise the limit: ulimit -n 65536"
+        raise ClusterError(f"a process may open {files} files", "this machine", f"at least {OPEN_FILES}", do)
+    if sys.platform == "linux" and not (SHARED.is_dir() and os.access(SHARED, os.W_OK | os.X_OK)):
+        do = "mount it so that this user can write to it"
+        raise ClusterError("Ray cannot write to the shared memory", str(SHARED), "a folder of type tmpfs", do)
+
+
+def _say_if_slow() -> None:
+    """Say that Ray's objects are not in shared memory, because that is too small. Ray says so in its logs alone."""
+    store = sum(node["Resources"].get("object_store_memory", 0) for node in ray.nodes())
+    if sys.platform == "linux" and (free := shutil.disk_usage(SHARED).free) < store:
+        place = f"{_temporary()}, which may be slower"
+        print(f"{SHARED} has {free / 1e9:.2f} GB free, so Ray keeps its objects in {place}", file=sys.stderr)
+
+
+def _not_started(error: Exception, address: str | None) -> ClusterError:
+    """Return the error for an exception of `ray.init`."""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        # Such as a folder whose name is too long for the sockets in it, or to which this user cannot write.
+        do = SHORT if "AF_UNIX" in str(error) else WRITABLE
+        return ClusterError(f"Ray does not start: {error}", str(error.filename or _temporary()), do=do)
+    what = " ".join(str(error).split())
+    if address:
+        return ClusterError(f"no Ray cluster answers: {what}", address, do=TOKEN)
+    do = f"see its logs in {_temporary()}/ray/session_latest/logs; check the free memory"
+    do += f" and the limits of this process ({found}; ulimit -a)" if (found := limits()) else ""
+    return ClusterError(f"Ray does not start: {what}", "this machine", do=do)
 
 
 def _check_port(address: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_NOFILE, RLIMIT_NPROC, getrlimit
 
 from engine.errors import MergeError
 
@@ -62,6 +63,18 @@ def check_home(error_type: type[MergeError], *others: str) -> None:
             "HOME",
             do=f"set {' or '.join(('HOME', *others))} to a folder that this user can write to",
         ) from error
+
+
+def limits() -> str:
+    """Return the finite limits of this process that can keep a program from starting, for a message; '' if none is."""
+    known = {
+        "open files": RLIMIT_NOFILE,
+        "processes": RLIMIT_NPROC,
+        "address space": RLIMIT_AS,
+        "file size": RLIMIT_FSIZE,
+    }
+    most = {name: getrlimit(kind)[1] for name, kind in known.items()}
+    return ", ".join(f"{name} {value:,}" for name, value in most.items() if value != RLIM_INFINITY)
 
 
 def _folders(controller: str, groups: Path, mount: Path) -> Iterator[Path]:

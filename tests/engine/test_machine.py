@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from errors import refused
 
+import engine.machine
 from cluster.session import connect
 from engine.checkpoints.find import find_model
 from engine.errors import CheckpointError, ClusterError, InputError
@@ -118,3 +121,58 @@ def test_a_home_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("ray.init", denied)
     with refused(ClusterError, where=str(tmp_path / ".ray"), do="HOME"), connect(None):
         pass
+
+
+def stands_in(monkeypatch: pytest.MonkeyPatch, **calls: Any) -> None:
+    """Let `connect` start a local Ray with these functions in place of Ray's."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name, call in calls.items():
+        monkeypatch.setattr(f"ray.{name}", call)
+
+
+@pytest.mark.parametrize("error", [Exception("the node\ntimed out"), RuntimeError("no GCS\n\n.Please see x\n")])
+def test_a_ray_that_does_not_start_is_reported_in_few_lines(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    stands_in(monkeypatch, init=fails)
+    monkeypatch.setattr(engine.machine, "getrlimit", lambda _: (7, 10_240))
+    facts = ["file size 10,240", str(error).split()[-1]]
+    with refused(ClusterError, do="session_latest", facts=facts) as caught, connect(None):
+        pass
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_unknown_error_of_ray_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: object) -> None:
+        raise KeyError("a defect")
+
+    stands_in(monkeypatch, init=fails)
+    with pytest.raises(KeyError), connect(None):
+        pass
+
+
+def test_too_few_open_files_for_ray_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(monkeypatch, init=None)
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    with refused(ClusterError, do="ulimit -n", facts=["64", "256"]), connect(None):
+        pass
+
+
+def test_a_shared_memory_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in(monkeypatch, init=None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with refused(ClusterError, where="/dev/shm"), connect(None):
+        pass
+
+
+@pytest.mark.parametrize(("free", "said"), [(64 << 20, True), (4 << 30, False)])
+def test_a_small_shared_memory_is_mentioned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free: int, said: bool
+) -> None:
+    nodes = [{"Resources": {"object_store_memory": 2e9, "CPU": 2.0}}]
+    stands_in(monkeypatch, init=lambda **_: None, shutdown=lambda: None, nodes=lambda: nodes)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with connect(None):
+        pass
+    assert ("/dev/shm" in capsys.readouterr().err) == said
