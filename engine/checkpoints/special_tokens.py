@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from engine.untrusted import TOKENIZER_BYTES, parse_json, read_text
 
 # Keys of config.json and generation_config.json, and the tokens in tokenizer_config.json whose ids they are.
 IDS = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
+
+# An id as the key of a JSON object. Ids have 32 bits.
+DECIMAL = re.compile("[0-9]{1,10}")
 
 # Keys of generation_config.json that greedy decoding uses, and those that matter together with others only.
 WITHOUT_EFFECT = {
@@ -95,7 +99,7 @@ def _known(folder: Path, config: dict[str, Any]) -> dict[str, int]:
     decoder = _mapping(config.get("added_tokens_decoder"))
     added = tokenizer.get("added_tokens")
     tokens = [_mapping(token) for token in added] if isinstance(added, list) else []
-    tokens += [_mapping(token) | {"id": int(number)} for number, token in decoder.items() if number.isdecimal()]
+    tokens += [_mapping(token) | {"id": int(text)} for text, token in decoder.items() if DECIMAL.fullmatch(text)]
     known = _mapping(_mapping(tokenizer.get("model")).get("vocab"))
     known |= {str(token.get("content")): token.get("id") for token in tokens}
     return {token: number for token, number in known.items() if type(number) is int}

@@ -43,6 +43,8 @@ def test_ids_are_those_of_the_loaded_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     put(folder, "tokenizer_config.json", added_tokens_decoder={"9": {"content": "w1"}}, eos_token={"content": "w1"})
     assert special_ids(folder) == {"eos_token_id": 9}
+    put(folder, "tokenizer_config.json", added_tokens_decoder={"9" * 5000: {"content": "w1"}})
+    assert special_ids(folder) == {}
     (folder / "tokenizer_config.json").unlink()
     assert special_ids(folder) == {}
 
