@@ -55,7 +55,6 @@ RECORDS: Cases = {
     ),
     "not UTF-8": (lambda f: calibration(f, b'{"text": "\xff"}'), ["x.jsonl: ", "UTF-8"]),
     "UTF-16": (lambda f: calibration(f, RECORD.encode("utf-16")), ["x.jsonl: ", "UTF-8"]),
-    "BOM": (lambda f: calibration(f, "\ufeff" + RECORD), ["x.jsonl:1", "BOM"]),
     "binary": (lambda f: calibration(f, bytes(range(256))), ["x.jsonl:1", "JSON", "Expecting value"]),
     "blank lines": (lambda f: calibration(f, "\n \n\t\n"), ["x.jsonl: ", "'expert1'", "calibration records"]),
     "list": (lambda f: calibration(f, "[1, 2]"), ["x.jsonl:1", "mapping"]),
