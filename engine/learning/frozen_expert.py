@@ -17,7 +17,7 @@ from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.learning.targets import Target, loss_index
-from engine.models.forward import arguments, head_names, rebuild_logits, written
+from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
 from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
 from engine.models.names import Places
 from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
@@ -31,11 +31,12 @@ def check_models(plan: Plan) -> None:
     """Check that transformers can build the base and every expert that runs forward. No weight is read.
 
     Raises:
-        CheckpointError: See `build_skeleton`, `load_model_config` and `load_generation_config`.
+        CheckpointError: See `build_skeleton`, `load_model_config`, `load_generation_config` and `language_model`.
     """
     base, dtype = base_folder(plan), getattr(torch, plan.dtype)
     base_config = load_model_config(base, plan.config.trust_remote_code)
-    build_generation_skeleton(base_config, plan.base_header.tensors, dtype, base)
+    model, _ = build_generation_skeleton(base_config, plan.base_header.tensors, dtype, base)
+    language_model(model)
     for expert in plan.experts if plan.config.has_targets else ():
         source = open_expert(expert)
         if isinstance(source, FullExpert):

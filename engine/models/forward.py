@@ -6,7 +6,7 @@ Letters in tensor names: B batch, T tokens, H hidden features, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from engine.errors import CheckpointError
 from engine.models.internvl import for_generation, is_original
 
 
@@ -66,23 +67,44 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     """Return the logits [B, T, V] of a last hidden state, computed by the model's own forward pass.
 
     Only the decoder is replaced during the call, so that all that the architecture does to its logits (scaling,
-    capping) is applied.
+    capping) is applied. Models name their decoder differently, and some call a part of their base model (OPT).
     """
     output = _DecoderOutput(last_hidden_state=last_hidden_BTH)
     ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
     language = language_model(model)
-    with _replaced(language.base_model, lambda *args, **kwargs: output):
+    head = language.get_output_embeddings()
+    with ExitStack() as replaced:
+        for module in {*_decoders(language), language.base_model, language.get_decoder()} - {language, head}:
+            replaced.enter_context(_replaced(module, lambda *args, **kwargs: output))
         logits: Tensor = language(input_ids=ids_BT, use_cache=False).logits
     return logits
 
 
 def language_model(model: Any) -> Any:
-    """Return the submodule that owns the output head: the model itself, or its language model."""
+    """Return the submodule that owns the output head: the model itself, or its language model.
+
+    Raises:
+        CheckpointError: There is none, or more than a linear layer is between the last hidden state and the logits, as
+            in encoders that are used as decoders.
+    """
     for module in model.modules():
         head = module.get_output_embeddings() if isinstance(module, transformers.PreTrainedModel) else None
         if head is not None and any(child is head for child in module.children()):
-            return module
-    raise AssertionError("the model has no output head")
+            others = {child for child in module.children() if any(True for _ in child.parameters())}
+            if others <= {head, *_decoders(module)}:
+                return module
+    raise CheckpointError(
+        f"{type(model).__name__} has no output head that is a single linear layer",
+        str(model.config.name_or_path),
+        "a causal language model",
+        "use a weight-space method",
+    )
+
+
+def _decoders(language: Any) -> list[Any]:
+    """Return the parts of a language model that contain its embedding: the decoder."""
+    embedding = language.get_input_embeddings()
+    return [child for child in language.children() if embedding in set(child.modules())]
 
 
 class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -128,7 +129,8 @@ def structure_of(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) 
 def parameter_roles(model: Any) -> dict[str, Role]:
     """Return the roles of a module's parameters and buffers, by the kinds of modules that own them."""
     embedding = set(model.get_input_embeddings().modules())
-    head = set(language_model(model).get_output_embeddings().modules())
+    heads = (one.get_output_embeddings() for one in model.modules() if isinstance(one, PreTrainedModel))
+    head = {module for one in heads if one is not None for module in one.modules()}
     roles: dict[str, Role] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if module in head:
