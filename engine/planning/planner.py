@@ -16,6 +16,7 @@ from engine.checkpoints.adapters import AdapterHeader, check_merged, is_adapter,
 from engine.checkpoints.find import check_folder, find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
+from engine.checkpoints.special_tokens import special_ids
 from engine.checkpoints.structure import Role, Structure
 from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
@@ -241,6 +242,7 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     model = named.get(str(source), str(source))
     folder = find_model(model, config_folder)
     check_folder(folder)
+    special_ids(folder)  # read when the output is written; a fault in its files is found before the work
     return portable(model, folder, config_folder), folder
 
 

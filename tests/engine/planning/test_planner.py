@@ -246,6 +246,18 @@ def test_a_missing_model_is_reported(llama_merge: Path, key: str) -> None:
     assert caught.value.where == str(llama_merge.parent.parent.resolve() / "none")
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": "\\ud800"}'])
+@pytest.mark.parametrize("method", ["linear", "expert_merging"])
+def test_a_tokenizer_source_with_damaged_files_is_refused(
+    llama_merge: Path, tmp_path: Path, name: str, content: str, method: str
+) -> None:
+    folder = shutil.copytree(llama_merge.parent / "base", tmp_path / "source")
+    (folder / name).write_text(content)
+    with refused(CheckpointError, where=str(folder / name)):
+        plan_of(llama_merge, f"tokenizer_source={folder}", f"merge_method={method}")
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "vocab.bpe"])
 def test_a_tokenizer_source_with_a_link_out_of_it_is_refused(llama_merge: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("/etc/passwd")
