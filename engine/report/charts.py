@@ -21,6 +21,8 @@ from plotly.offline import get_plotlyjs
 
 from engine.task_vectors.coefficients import Array
 
+# The colour of grid lines.
+PALE = "#ebf0f8"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 COLOURS = ("#4269d0", "#efb118", "#e45c4a", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e", "#97bbf5", "#9498a0")
 # The most names that fit a legend, and the most characters of a name that leave room for the chart.
@@ -229,16 +231,19 @@ def bars(
 
 
 def _figure(traces: Sequence[Any], height: int) -> go.Figure:
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        template="plotly_white",
-        colorway=COLOURS,
-        font={"family": FONT, "size": 12, "color": "#30363f"},
-        height=height,
-        margin={"l": 10, "r": 10, "t": 10, "b": 10},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-        hoverlabel={"align": "left"},
-    )
-    figure.update_xaxes(automargin=True, title_standoff=8, fixedrange=False)
-    figure.update_yaxes(automargin=True, title_standoff=8)
-    return figure
+    # Without a template: plotly copies one into every figure, which takes longer than the rest of the figure.
+    axis = {"gridcolor": PALE, "linecolor": PALE, "zerolinecolor": PALE, "automargin": True, "title": {"standoff": 8}}
+    layout = {
+        "template": "none",
+        "colorway": COLOURS,
+        "plot_bgcolor": "white",
+        "paper_bgcolor": "white",
+        "font": {"family": FONT, "size": 12, "color": "#30363f"},
+        "height": height,
+        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        "hoverlabel": {"align": "left"},
+        "xaxis": axis | {"fixedrange": False},
+        "yaxis": axis,
+    }
+    return go.Figure(list(traces), layout)
