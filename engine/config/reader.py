@@ -167,7 +167,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
         errors = [_explain(by_location[at], at, where) for at in deepest]
         if len(errors) == 1:
             raise errors[0] from None
-        first = f"{len(errors)} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
+        first = f"{len(errors):,} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
         raise ConfigError("\n".join([first, *map(str, errors[:5])]), str(path)) from None
     config = config.model_copy(update={"recipe": recipe, "unused": unused})
     _check(config, where)

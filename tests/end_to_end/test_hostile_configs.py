@@ -82,7 +82,7 @@ CONFIGS: Cases = {
     "100,000 models": (lambda f: put(f, "merge.yaml", many_models()), ["merge.yaml:33335", "100,000 values"]),
     "10,000 faults": (
         lambda f: put(f, "merge.yaml", many_models("  kex: 1\n")),
-        ["merge.yaml:5", "'models.0.kex'", "9995"],
+        ["merge.yaml:5", "'models.0.kex'", "10,000"],
     ),
     "lines in a name": (lambda f: expert(f, name="a\n# b"), ["merge.yaml:13", "'\\n'"]),
     "colours in a name": (lambda f: add(f, 'tokenizer_source: "\\e[31m"'), [LAST, "'\\x1b'"]),
