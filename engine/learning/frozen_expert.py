@@ -18,10 +18,10 @@ from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.learning.targets import Target, loss_index
 from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
-from engine.models.loading import computes_alike, load_config_like, load_generation_config, load_model_config
+from engine.models.loading import computes_alike, load_config_like, load_generation_config
 from engine.models.names import Places
 from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
-from engine.planning.open_models import base_folder, open_base, open_expert
+from engine.planning.open_models import base_folder, load_base_config, open_base, open_expert
 from engine.planning.plan import ExpertPlan, Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
 from engine.task_vectors.pieces import blocks
@@ -34,7 +34,7 @@ def check_models(plan: Plan) -> None:
         CheckpointError: See `build_skeleton`, `load_model_config`, `load_generation_config` and `language_model`.
     """
     base, dtype = base_folder(plan), getattr(torch, plan.dtype)
-    base_config = load_model_config(base, plan.config.trust_remote_code)
+    base_config = load_base_config(plan)
     model, _ = build_generation_skeleton(base_config, plan.base_header.tensors, dtype, base)
     language_model(model)
     for expert in plan.experts if plan.config.has_targets else ():
@@ -57,7 +57,7 @@ class FrozenExpert:
         source = open_expert(expert)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
-        base_config = load_model_config(base.folder, plan.config.trust_remote_code)
+        base_config = load_base_config(plan)
         config = _config(plan, expert, base_config, folder)
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)

@@ -24,9 +24,8 @@ from engine.errors import RunError
 from engine.learning.losses import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.learning.targets import Target
 from engine.models.forward import arguments, blocks_of, decode, language_model, rebuild_logits
-from engine.models.loading import load_model_config
 from engine.models.skeleton import build_skeleton, load_weights, part_of
-from engine.planning.open_models import open_base
+from engine.planning.open_models import load_base_config, open_base
 from engine.planning.plan import Plan
 from engine.shards.protocol import Arrivals, Gradients
 from engine.sizes import LOGIT_BYTES
@@ -55,7 +54,7 @@ class Student:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
-        config = load_model_config(base.folder, plan.config.trust_remote_code)
+        config = load_base_config(plan)
         self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, base.folder)
 
         def weight(name: str) -> Tensor | None:

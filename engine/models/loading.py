@@ -60,6 +60,20 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     return config
 
 
+def with_content(config: Any, content: Mapping[str, Any]) -> Any:
+    """Return a config of the same class with another content of config.json.
+
+    Raises:
+        CheckpointError: transformers rejects the content.
+    """
+    with reading("transformers cannot read the values of `config_source`", Path(str(config.name_or_path))):
+        changed = type(config).from_dict(dict(content))
+    _choose_implementations(changed)
+    if is_remote(config):
+        changed.auto_map, changed.name_or_path = config.auto_map, config.name_or_path
+    return changed
+
+
 def _choose_implementations(config: Any) -> None:
     """Remove implementations from a config and its sections that are not part of transformers."""
     # Each value as the config has it: setting it for a config also sets it for all of its sections.

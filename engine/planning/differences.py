@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,24 @@ def differences(base: ModelHeader, model: ModelHeader) -> dict[str, tuple[Any, A
     return _differences(base.config, model.config)
 
 
+def with_values_of(base: ModelHeader, donor: ModelHeader) -> ModelHeader:
+    """Return the base's header with the donor's values in its config.json, where they change what a model computes.
+
+    What the tensors decide stays: the size of the vocabulary, and whether the head is tied.
+    """
+    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    for path in differences(base, donor):
+        *sections, key = path.split(".")
+        ours, theirs = config, donor.config
+        for section in sections:
+            ours, theirs = ours[section], theirs[section]
+        for name in ROPE if key == "rope" else (key,) if key not in OF_TENSORS else ():
+            ours.pop(name, None)
+            if name in theirs:
+                ours[name] = theirs[name]
+    return replace(base, config=config)
+
+
 def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for key in one:
@@ -76,13 +95,12 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def notes_on(expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str, ...]:
-    """Return what a user should know about an expert, as lines of text."""
+def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str, ...]:
+    """Return what a user should know about an expert of this name, as lines of text."""
     notes = list(expert.notes)
     for key, (of_base, own) in differences(base, expert).items():
-        notes.append(
-            f"{key} is {_value(own)} in its config.json, {_value(of_base)} in the base's, which the output has"
-        )
+        option = "" if key.rpartition(".")[2] in OF_TENSORS else f"; `config_source: {name}` takes the expert's"
+        notes.append(f"{key} is {_value(own)} in its config.json, {_value(of_base)} in the output's{option}")
     if match.wrapped:
         notes.append(f"its names are read without the prefix of a wrapper, such as {match.wrapped}")
     if base.takes_images and not expert.takes_images:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
+from engine.models.loading import load_model_config, with_content
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -39,6 +41,16 @@ class WeightFile:
 def base_folder(plan: Plan) -> Path:
     """Return the folder of the base's files on this node."""
     return _folder(plan.base)
+
+
+def load_base_config(plan: Plan) -> Any:
+    """Return the config of the merged model: the base's, with the values of `config_source`.
+
+    Raises:
+        CheckpointError: See `load_model_config`.
+    """
+    config = load_model_config(base_folder(plan), plan.config.trust_remote_code)
+    return config if plan.config.config_source is None else with_content(config, plan.base_header.config)
 
 
 def open_base(plan: Plan) -> Checkpoint:

@@ -22,7 +22,7 @@ from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
-from engine.planning.differences import notes_on, remarks_on
+from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.planning.structures import Structures
@@ -54,6 +54,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         rows = ModelPlan(tokenizer[0], donor) if donor.vocab_size != base.vocab_size else None
         base = with_rows_of(base, donor, tokenizer[1])
     tokens = tokenizer[1] if tokenizer else base_folder
+    if (source := _config_source(config, base, config_folder)) is not None:
+        base = with_values_of(base, source)
     structures = Structures(base, required=config.learned)
     _check_names(base, structures.base)
     base = replace(base, roles=structures.base.roles)
@@ -197,7 +199,7 @@ def _plan_expert(
     else:
         header = read_model_header(folder)
         matched = match(expert.name, header, base, config, tokenizer, structures)
-        notes = notes_on(header, base, matched)
+        notes = notes_on(expert.name, header, base, matched)
     if adapter_name:
         if config.learned:
             raise ConfigError(
@@ -244,6 +246,27 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     check_folder(folder)
     special_ids(folder)  # read when the output is written; a fault in its files is found before the work
     return portable(model, folder, config_folder), folder
+
+
+def _config_source(config: Config, base: ModelHeader, config_folder: Path) -> ModelHeader | None:
+    """Return the expert whose values the output's config.json gets, or None if it is the base's.
+
+    Raises:
+        ConfigError: `config_source` names no expert, or one that has no config.json of the base's kind.
+    """
+    if config.config_source in (None, "base"):
+        return None
+    models = {model.name: model.model for model in config.models}
+    model = models.get(str(config.config_source))
+    folder = find_model(model, config_folder) if model else None
+    header = None if folder is None or is_adapter(folder) else read_model_header(folder)
+    if header is None or not header.is_same_architecture(base):
+        raise ConfigError(
+            f"`config_source` is {config.config_source!r}",
+            "config_source",
+            f"`base`, or the name of an expert that is a full checkpoint of the base's kind: {', '.join(models)}",
+        )
+    return header
 
 
 def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:

@@ -76,11 +76,13 @@ def test_a_text_model_is_compared_with_the_language_model() -> None:
 def test_notes_name_values_prefixes_and_tensors() -> None:
     match = Match(absent=frozenset("abcde"), ignored=("z",), wrapped="module.w")
     expert = header(PLAIN | {"rope_theta": 1e6})
-    lines = notes_on(expert, header(PLAIN), match)
+    lines = notes_on("math", expert, header(PLAIN), match)
     assert len(lines) == 4
     text = "\n".join(lines)
-    assert all(part in text for part in ("1000000.0", "10000.0", "module.w", "a, b, c and 2 more", "z"))
-    assert notes_on(header(PLAIN), header(PLAIN), Match()) == ()
+    assert all(
+        part in text for part in ("1000000.0", "10000.0", "config_source: math", "module.w", "a, b, c and 2 more", "z")
+    )
+    assert notes_on("math", header(PLAIN), header(PLAIN), Match()) == ()
 
 
 def save(folder: Path, name: str, **keys: Any) -> None:

@@ -20,8 +20,10 @@ from torch import Tensor
 from weight_space import ours, read
 
 from engine.checkpoints.headers import ModelHeader
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.student import Student
+from engine.planning.open_models import load_base_config
 from engine.planning.plan import Plan
 from engine.run.preparation import check_heads
 
@@ -250,3 +252,45 @@ def test_an_expert_that_would_change_nothing_is_refused(tmp_path: Path) -> None:
     with refused(CheckpointError, where="tuned", facts=["'student."]) as caught:
         plan_of(write(tmp_path, ARITHMETIC, "tuned", on_missing="base"))
     assert "on_missing" not in caught.value.do
+
+
+@methods
+def test_an_expert_s_rope_is_said_and_can_be_taken(tmp_path: Path, method: dict[str, Any]) -> None:
+    base = tiny.make_model()
+    tuned = tiny.make_expert(base, 1)
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+    tuned.config.rope_parameters = rope
+    tuned.config.max_position_embeddings = 512
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    notes = plan_of(write(tmp_path, method, "tuned")).notes
+    assert {(owner, note.split()[0]) for owner, note in notes} == {
+        ("tuned", "max_position_embeddings"),
+        ("tuned", "rope"),
+    }
+    assert all("config_source: tuned" in note and "1" in note for _, note in notes)
+    plan = plan_of(write(tmp_path, method, "tuned", config_source="tuned"))
+    assert plan.notes == [] and plan.base_header.config["rope_parameters"] == rope
+    config = load_base_config(plan)
+    assert (config.rope_parameters["rope_theta"], config.max_position_embeddings) == (1e6, 512)
+    if method is LEARNED:
+        student = Student(plan, torch.device("cpu")).model
+        assert student.config.rope_parameters["rope_type"] == "yarn"
+        given, wanted = (
+            student.model.rotary_emb,
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").model.rotary_emb,
+        )
+        torch.testing.assert_close(given.inv_freq, wanted.inv_freq)
+        # Nothing is left that the expert computes differently, so its targets need no logits.
+        assert FrozenExpert(plan, 0, torch.device("cpu"))._base_gives_logits
+
+
+@pytest.mark.parametrize("source", ["other", "adapter"])
+def test_a_config_source_is_a_full_expert(tmp_path: Path, source: str) -> None:
+    base = tiny.make_model()
+    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with refused(ConfigError, where="config_source", facts=[repr(source), "tuned"]):
+        plan_of(write(tmp_path, ARITHMETIC, "tuned", "adapter", config_source=source))
