@@ -93,7 +93,8 @@ def merge(
 def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
-    Reads file headers alone. The estimates are disk space, memory, traffic and time.
+    Reads file headers and a small sample of the weights. The estimates are disk space, memory, traffic, time, and the
+    share of each expert's change that is not merged.
     """
 
     def run() -> None:

@@ -16,6 +16,7 @@ from cluster.watch import until_done
 from cluster.weight_space_merge import WeightSpaceMerge
 from engine.calibration.records import Records
 from engine.errors import MergeError
+from engine.planning.differences import WARNING, left_out, left_out_lines
 from engine.planning.disk import check_disk, disk_needs
 from engine.planning.plan import Plan
 from engine.run.inputs import identity
@@ -72,6 +73,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         ):
             for owner, note in plan.notes:
                 progress.say(f"{owner}: {note}")
+            for line in left_out_lines(plan, [share for share in left_out(plan) if share[1] > WARNING]):
+                progress.say(line)
             if plan.config.unused:
                 progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
             run.say = progress.say

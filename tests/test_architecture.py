@@ -36,7 +36,13 @@ LIGHT = (
         "engine.calibration.samples",
     ),
     *("engine.checkpoints.find", "engine.checkpoints.headers", "engine.checkpoints.adapters"),
-    *("engine.checkpoints.vocabulary", "engine.checkpoints.match", "engine.checkpoints.structure", "engine.methods."),
+    *(
+        "engine.checkpoints.vocabulary",
+        "engine.checkpoints.match",
+        "engine.checkpoints.structure",
+        "engine.checkpoints.ranges",
+        "engine.methods.",
+    ),
     *("engine.evaluation.items", "engine.evaluation.metrics", "engine.evaluation.results", "cli"),
     *("engine.run.ownership", "engine.run.place"),
 )

@@ -251,6 +251,14 @@ def read_file_header(path: Path) -> dict[str, TensorHeader]:
     return tensors
 
 
+def read_offsets(path: Path) -> dict[str, int]:
+    """Return the first byte of each tensor in a safetensors file that `read_file_header` has accepted."""
+    text = _header_text(path)
+    first = 8 + len(text.encode())
+    entries = parse_json(text, str(path), CheckpointError)
+    return {name: first + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
+
+
 def _header_text(path: Path) -> str:
     """Return the JSON header of a safetensors file as text."""
     with open_regular(path, None, CheckpointError) as file:

@@ -1,18 +1,29 @@
-"""Differences between the models of a plan that a user should know: of their configs, their tensors and their files."""
+"""Differences between the models of a plan that a user should know: of configs, tensors, files, and of what is merged.
+
+`left_out` estimates how much of an expert's change `exclude` leaves at the base's values. It alone reads weights, a
+bounded sample: a few ranges of every tensor, more of embeddings and heads, because often only some rows change. A sum
+over all weights would read every file.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.headers import ModelHeader
-from engine.checkpoints.match import Match
+import numpy as np
+
+from engine.checkpoints.adapters import AdapterHeader
+from engine.checkpoints.find import ROOT, find_model
+from engine.checkpoints.headers import FLOATS, ModelHeader
+from engine.checkpoints.match import Match, Part
+from engine.checkpoints.ranges import Ranges
 from engine.checkpoints.special_tokens import has_chat_template, unused_in_generation
+from engine.checkpoints.structure import Role
 from engine.config.schema import Config
-from engine.planning.plan import ExpertPlan
+from engine.planning.plan import ExpertPlan, Plan
 from engine.untrusted import shown
 
 # Keys of config.json that do not change what a model computes from tokens, and those that shapes of tensors show.
@@ -34,6 +45,13 @@ THETA = 10000.0
 OF_TENSORS = {"tie_word_embeddings", "vocab_size"}
 # Names that a note lists.
 LISTED = 3
+
+# Elements of a range; ranges of a tensor, and of one whose rows are tokens; the most tensors of which ranges are read.
+RANGE, RANGES, TOKEN_RANGES, TENSORS = 4096, 2, 64, 200
+# Roles of tensors whose rows are tokens.
+TOKENS = (Role.EMBEDDING, Role.HEAD)
+# The share above which a user is warned.
+WARNING = 0.1
 
 
 def differences(base: ModelHeader, model: ModelHeader) -> dict[str, tuple[Any, Any]]:
@@ -144,3 +162,103 @@ def _listed(names: Iterable[str]) -> str:
 
 def _value(value: Any) -> str:
     return shown(json.dumps(value, sort_keys=True, default=str))
+
+
+def left_out(plan: Plan) -> list[tuple[str, float]]:
+    """Return for each expert its name, and the estimated share of its squared change that is not merged.
+
+    The share is Σ ‖τ‖² over the tensors that are not merged, divided by that over all tensors.
+    An expert that does not change is left out, and so is one with weights that are not finite, which a merge refuses.
+    Nothing is read if every float parameter is merged.
+    """
+    header, shares = plan.base_header, []
+    floats = {name for name, tensor in header.tensors.items() if tensor.dtype in FLOATS and tensor.numel}
+    excluded = [name for name in header.tensors if name in floats and name not in plan.merged_set]
+    excluded = [name for name in excluded if header.roles.get(name) is not Role.BUFFER]
+    if not excluded:
+        return []
+    for expert in plan.experts:
+        outside, inside = (_squared_change(plan, expert, names) for names in (excluded, plan.merged))
+        if np.isfinite(outside + inside) and outside + inside > 0:
+            shares.append((expert.name, outside / (outside + inside)))
+    return shares
+
+
+def left_out_lines(plan: Plan, shares: Sequence[tuple[str, float]]) -> list[str]:
+    """Return the shares as lines for the user, with the option for those that are large."""
+    option = "`exclude: []` merges all tensors" if plan.config.exclude else "merge the whole expert"
+    return [
+        f"{name}: about {share:.1%} of its squared change is in tensors that are not merged"
+        + (f"; warning: the merged model lacks this part, {option}" if share > WARNING else "")
+        for name, share in shares
+    ]
+
+
+def _squared_change(plan: Plan, expert: ExpertPlan, names: Sequence[str]) -> float:
+    """Return the estimate of Σ ‖τ‖² over the named tensors."""
+    if isinstance(expert.header, AdapterHeader):
+        mine = [name for name in names if name in expert.header.pairs]
+        with Ranges(_folder(expert.model), expert.header.tensors) as factors:
+            return sum(_squared_product(expert.header, factors, name) for name in mine)
+    total = 0.0
+    with Ranges(_folder(plan.base.model), plan.base_header.tensors) as base, _opened(expert) as own:
+        known = [name for name in names if expert.match.names(name)]
+        tokens = [name for name in known if plan.base_header.roles.get(name) in TOKENS]
+        others = [name for name in known if name not in tokens]
+        # Evenly spaced, so that every depth of the model counts.
+        for group in (tokens, others):
+            chosen = group[:: -(-len(group) // TENSORS) or 1]
+            change = sum(_squared_difference(plan.base_header, expert, base, own, name) for name in chosen)
+            sizes = (sum(plan.base_header.tensors[name].numel for name in part) for part in (group, chosen))
+            total += change * next(sizes) / max(1, next(sizes))
+    return total
+
+
+def _opened(expert: ExpertPlan) -> Ranges:
+    assert isinstance(expert.header, ModelHeader)
+    return Ranges(_folder(expert.model), expert.header.tensors)
+
+
+def _folder(model: str) -> Path:
+    return find_model(model, ROOT)
+
+
+def _squared_difference(header: ModelHeader, expert: ExpertPlan, base: Ranges, own: Ranges, name: str) -> float:
+    """Return the estimate of ‖θₖ − θ₀‖² of one tensor: the mean over the ranges times the number of elements."""
+    assert isinstance(expert.header, ModelHeader)
+    source = expert.match.names(name)[0]
+    parts = expert.match.parts.get(name) or (Part(source, 0, expert.header.tensors[source].numel),)
+    if any(expert.header.tensors[part.name].dtype not in FLOATS for part in parts):
+        return 0.0
+    numel = min(header.tensors[name].numel, sum(part.stop - part.start for part in parts))
+    ranges = TOKEN_RANGES if header.roles.get(name) in TOKENS else RANGES
+    squares, count = 0.0, 0
+    for start, stop in _ranges(numel, ranges):
+        first = 0
+        for part in parts:
+            low, high = max(start, first), min(stop, first + part.stop - part.start)
+            if low < high:
+                shift = part.start - first
+                difference = own.read(part.name, low + shift, high + shift) - base.read(name, low, high)
+                squares += float(np.square(difference, dtype=np.float64).sum())
+                count += high - low
+            first += part.stop - part.start
+    return squares / max(1, count) * numel
+
+
+def _ranges(numel: int, count: int) -> Iterator[tuple[int, int]]:
+    """Yield at most `count` ranges of at most RANGE elements, evenly spaced; the whole tensor if they cover it."""
+    if numel <= count * RANGE:
+        yield 0, numel
+        return
+    for index in range(count):
+        start = int((index + 0.5) * numel / count) - RANGE // 2
+        yield start, start + RANGE
+
+
+def _squared_product(header: AdapterHeader, factors: Ranges, name: str) -> float:
+    """Return ‖scaling · B·A‖² = scaling² · ⟨BᵀB, AAᵀ⟩ of one pair."""
+    pair = header.pairs[name]
+    a, b = (factors.read(one, 0, header.tensors[one].numel) for one in (pair.a, pair.b))
+    a_RI, b_OR = a.reshape(header.tensors[pair.a].shape), b.reshape(header.tensors[pair.b].shape)
+    return float(pair.scaling**2 * np.sum((b_OR.T @ b_OR) * (a_RI @ a_RI.T), dtype=np.float64))

@@ -10,6 +10,7 @@ import rich.console
 import rich.filesize
 import rich.table
 
+from engine.planning.differences import left_out, left_out_lines
 from engine.planning.disk import DiskNeeds, DiskRoom, disk_needs, shortage
 from engine.planning.patience import patience
 from engine.planning.plan import Plan
@@ -81,6 +82,8 @@ def print_weight_space_plan(plan: Plan, out: str) -> None:
 def _print_notes(console: rich.console.Console, plan: Plan) -> None:
     for owner, note in plan.notes:
         console.print(f"{owner}: {note}")
+    for line in left_out_lines(plan, left_out(plan)):
+        console.print(line)
 
 
 def _disk(needs: DiskNeeds, room: DiskRoom | None) -> str:
