@@ -6,6 +6,7 @@ The driver holds references and small tables, never a tensor of a model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 
 from cluster.learned_merge import LearnedMerge, Samples
@@ -71,12 +72,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
             Telemetry(run.name(), plan.config, out) as telemetry,
             Progress(telemetry) as progress,
         ):
-            for owner, note in plan.notes:
-                progress.say(f"{owner}: {note}")
-            for line in left_out_lines(plan, [share for share in left_out(plan) if share[1] > WARNING]):
+            for line in _remarks(plan):
                 progress.say(line)
-            if plan.config.unused:
-                progress.say(f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}")
             run.say = progress.say
             run.keep_plan(plan)
             losses = count()
@@ -88,6 +85,15 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
                 run.check_unchanged(plan)  # if an input has changed, this is the error to show
                 raise
     return True
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    """Yield what a user should know before the merge: about the models, and options that are not used."""
+    for owner, note in plan.notes:
+        yield f"{owner}: {note}"
+    yield from left_out_lines(plan, [share for share in left_out(plan) if share[1] > WARNING])
+    if plan.config.unused:
+        yield f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}"
 
 
 def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, losses: int = 0) -> None:
