@@ -76,7 +76,7 @@ class AdapterFile:
                     f"the file holds several adapters, or a tensor twice: {shown(repr(name), 4 * SHOWN)}",
                     where,
                     "the tensors of one adapter",
-                    "save one with peft: `save_pretrained(folder, selected_adapters=[name])`",
+                    'save one with peft, and use FOLDER/NAME: `save_pretrained("FOLDER", selected_adapters=["NAME"])`',
                 )
         if not parts.factors:
             raise CheckpointError("the adapter has no LoRA pair", where)

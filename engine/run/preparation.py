@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.calibration.encoder import bounded_encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
+from engine.checkpoints.remedies import untie
 from engine.errors import CheckpointError
 from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets
@@ -57,9 +58,7 @@ def check_heads(plan: Plan) -> None:
                     f"its head {head!r} differs from its embedding, and the base has no head of its own",
                     f"expert {expert.name!r} ({expert.model})",
                     f"a head equal to {embedding!r}",
-                    "give the base a head of its own: model = AutoModelForCausalLM.from_pretrained(BASE); "
-                    "model.config.tie_word_embeddings = False; model.lm_head.weight = "
-                    "torch.nn.Parameter(model.lm_head.weight.detach().clone()); model.save_pretrained(NEW_BASE)",
+                    f"give the base a head of its own, and use it as `base_model`: {untie(plan.base_header)}",
                 )
 
 

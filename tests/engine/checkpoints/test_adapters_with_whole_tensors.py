@@ -138,10 +138,17 @@ def test_names_of_a_state_dict_that_peft_did_not_write(tmp_path: Path, change: C
 
 
 def test_a_file_of_two_adapters_is_refused(tmp_path: Path) -> None:
-    built = build(tmp_path, tiny.make_model(), **Q_PROJ)
-    renamed(built, lambda name: name.replace(".weight", f".{'one' if 'layers.0' in name else 'two'}.weight"))
-    with refused(CheckpointError, WEIGHTS, do="selected_adapters", facts=["layers.1"]):
+    built, config = build(tmp_path, tiny.make_model(), **Q_PROJ), peft.LoraConfig(**Q_PROJ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.get_peft_model(tiny.make_model(), config, "one")
+        adapted.add_adapter("two", config)
+    both = {name: tensor for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    save_file(both, built.adapter / WEIGHTS)
+    with refused(CheckpointError, WEIGHTS, do='selected_adapters=["NAME"]', facts=[".two."]):
         built.header()
+    adapted.save_pretrained(tmp_path / "saved", selected_adapters=["two"])
+    assert len(read_adapter_header(tmp_path / "saved" / "two", read_model_header(built.base)).pairs) == 3
 
 
 def test_a_module_that_was_to_be_saved_but_is_not_there_is_refused(tmp_path: Path) -> None:

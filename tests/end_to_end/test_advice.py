@@ -1,0 +1,505 @@
+"""Advice is right: each `do` of a message is followed on a case where it applies, and what it names is then accepted.
+
+The rows hold against tests/golden/messages.txt: a new `do` of the packages below needs a row, or an entry that names
+the test that follows it, or says why none does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hostile_inputs as given
+import peft
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from conftest import plan_of
+from hostile_inputs import Q, edit, edit_json, expert, put, weight_space
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.calibration.encoder import encoder
+from engine.calibration.samples import make_samples
+from engine.errors import MergeError
+from engine.planning.plan import Plan
+from engine.run.preparation import check_heads, check_inputs
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
+
+import messages
+
+# The packages whose advice is followed here, and the advice that is followed elsewhere.
+PACKAGES = (
+    "engine/calibration",
+    "engine/checkpoints",
+    "engine/config",
+    "engine/models/loading",
+    "engine/planning",
+    "engine/run/preparation",
+)
+ELSEWHERE = {
+    "set `tokenizer_source` to a model that has a chat template": "test_images_need_a_chat_template_which_tokenizer",
+    "save the image again": "the file is one that no image library writes",
+    "reduce the images with `image_options`": "test_an_option_decides_how_many_tokens_an_image_has",
+    "write a copy of the base with two tensors": "test_other_changes_need_a_base_that_is_not_tied",
+    "give the base a head of its own": "test_a_head_that_is_not_the_embedding_needs_a_base_with_a_head",
+    "save one with peft": "test_a_file_of_two_adapters_is_refused",
+    "set `exclude: {others}`": "test_a_trained_tensor_that_exclude_keeps_is_refused_with_the_exclude_that_merges_it",
+    "{ | {merged}}": "test_what_is_refused_merges_with_the_command_of_the_message",
+    "free disk space": "test_full_disk.py",
+    "{INSTALL}": "the method needs another package",
+    "use `passthrough` of mergekit": "the merge needs another program",
+    "{advice}": "tests of original InternVL checkpoints set `trust_remote_code: true`",
+    "shorten the record, or use another tokenizer": "test_hostile_tokenizers.py: tokenizers beyond the limits",
+    "simplify the patterns": "test_hostile_configs.py: patterns of exponential time",
+}
+
+Change = Callable[[Path], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case: `spoil` breaks a merge; each of `follow` is a way to do what the message's `do` says.
+
+    `follow` takes the folder and the matched text of the regular expression `named` in `do`, which is a template's
+    text in the golden file, unless `template` is given.
+    """
+
+    named: str
+    spoil: Change
+    follow: tuple[Callable[[Path, re.Match[str]], Any], ...]
+    template: str = ""
+
+
+def check(folder: Path) -> Plan:
+    """Check a merge up to the point where its actors would start."""
+    plan = plan_of(folder / "merge.yaml")
+    check_heads(plan)
+    if plan.config.learned:
+        plan, records = check_inputs(plan)
+        make_samples(records, encoder(plan, records), plan)
+    return plan
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore the warnings of peft and transformers about each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def python(found: re.Match[str]) -> None:
+    """Run the Python that a message names, in this process."""
+    with quiet():
+        exec(found[1], {})
+
+
+def texts(folder: Path, *records: dict[str, Any], template: str | None = None) -> None:
+    """Write the second expert's records, and the chat template of the base."""
+    given.calibration(folder, "".join(json.dumps(record) + "\n" for record in records))
+    if template is not None:
+        put(folder, "base/chat_template.jinja", template)
+
+
+def another_template(folder: Path, found: re.Match[str], template: str | None = None) -> None:
+    """Set `tokenizer_source` to a model with a chat template."""
+    tiny.save_tokenizer(folder / "expert0")
+    if template is not None:
+        put(folder, "expert0/chat_template.jinja", template)
+    edit(folder, tokenizer_source="expert0")
+
+
+def change(folder: Path, edited: Callable[[dict[str, Tensor]], dict[str, Tensor]], model: str = "expert1") -> None:
+    """Change the tensors of a model's file."""
+    path = folder / model / "model.safetensors"
+    save_file(edited(load_file(path)), path, metadata={"format": "pt"})
+
+
+def trained(folder: Path, base: str = "base", **options: Any) -> None:
+    """Replace the second expert by an adapter of a base."""
+    shutil.rmtree(folder / "expert1")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / base)
+    with quiet():
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        adapted.save_pretrained(folder / "expert1", **options)
+
+
+def resized(folder: Path, model: str) -> None:
+    """Give a model eight more tokens at the end of its vocabulary."""
+    weights = transformers.AutoModelForCausalLM.from_pretrained(folder / model)
+    weights.resize_token_embeddings(72, mean_resizing=False)
+    weights.save_pretrained(folder / model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens([f"more{i}" for i in range(8)])
+    tokenizer.save_pretrained(folder / model)
+
+
+def more_tokens(folder: Path, learned: bool = False) -> None:
+    if not learned:
+        weight_space(folder)
+    tiny.save_tokenizer(folder / "expert0")
+    resized(folder, "expert1")
+
+
+def resized_adapter(folder: Path) -> None:
+    weight_space(folder)
+    resized(folder, "expert1")
+    (folder / "expert1").rename(folder / "resized")
+    (folder / "expert1").mkdir()
+    trained(folder, "resized", save_embedding_layers=True)
+    for file in (folder / "resized").glob("tokenizer*"):
+        shutil.copy(file, folder / "expert1")
+    tiny.save_tokenizer(folder / "expert0")
+
+
+def pickled(folder: Path, model: str) -> None:
+    """Store a model's weights as a pickle."""
+    torch.save(load_file(folder / model / "model.safetensors"), folder / model / "pytorch_model.bin")
+    (folder / model / "model.safetensors").unlink()
+
+
+def saved_again(folder: Path, found: re.Match[str]) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(folder / "expert1").save_pretrained(folder / "expert1")
+
+
+def adapter_saved_again(folder: Path, found: re.Match[str]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    with quiet():
+        peft.PeftModel.from_pretrained(model, folder / "expert1").save_pretrained(folder / "expert1")
+
+
+def pickled_adapter(folder: Path) -> None:
+    trained(folder)
+    torch.save(load_file(folder / "expert1/adapter_model.safetensors"), folder / "expert1/adapter_model.bin")
+    (folder / "expert1/adapter_model.safetensors").unlink()
+
+
+def of_another_base(folder: Path) -> None:
+    """Train the second expert's adapter on a base with more layers, which its config names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.COMMON, "num_hidden_layers", 4)
+        tiny.save(tiny.make_model(), folder / "deep")
+    trained(folder, "deep")
+    models = [{"model": "expert1"}]
+    weight_space(folder, models=models)
+
+
+def checkpoints_of_training(folder: Path) -> None:
+    (folder / "expert1").rename(folder / "there")
+    (folder / "expert1").mkdir()
+    (folder / "there").rename(folder / "expert1" / "checkpoint-20")
+
+
+def options(folder: Path, found: re.Match[str]) -> None:
+    """Set the option `key: value` that a message names."""
+    edit(folder, **yaml.safe_load(found[1]))
+
+
+def spoilt_option(**keys: Any) -> Change:
+    return lambda folder: edit(folder, **keys)
+
+
+ONE = {"model": "expert1"}
+CHAT = [{"role": "user", "content": "w1"}]
+CALL = {"messages": [*CHAT, {"role": "assistant", "tool_calls": [{"function": {"name": "w7", "arguments": {}}}]}]}
+SYSTEM = {"messages": [{"role": "system", "content": "w2"}, *CHAT]}
+PLAIN = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+TOOLS = PLAIN + "{% for c in messages[-1]['tool_calls'] or [] %}{{ c['function']['name'] }}{% endfor %}"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}" + PLAIN
+LONG = {"question": "w1 " * 20, "response": "w2"}
+OWN = {"parameters": {"loss_tokens": "response"}, "calibration": {"generate_responses": 0}}
+
+ROWS = (
+    # Records
+    Row(
+        "save it as UTF-8",
+        lambda f: given.calibration(f, b'{"text": "\xfc"}\n'),
+        (lambda f, _: texts(f, {"text": "ü"}),),
+    ),
+    Row(
+        "keep only the records that are needed",
+        lambda f: given.calibration(f, "\n" * 1_000_001),
+        (lambda f, _: texts(f, {"text": "w1"}),),
+    ),
+    Row(
+        "add a response, or set `calibration.generate_responses`",
+        lambda f: (texts(f, {"question": "w1"}), edit(f, preset=None, **OWN), expert0_answers(f)),
+        (
+            lambda f, _: texts(f, {"question": "w1", "response": "w2"}),
+            lambda f, _: edit(f, calibration={"generate_responses": 4}),
+        ),
+    ),
+    Row(
+        "raise `calibration.max_length`",
+        lambda f: (
+            texts(f, LONG),
+            edit(
+                f,
+                preset=None,
+                parameters={"loss_tokens": "response"},
+                calibration={"max_length": 9, "generate_responses": 4},
+            ),
+            expert0_answers(f),
+        ),
+        (lambda f, _: edit(f, calibration={"max_length": 60, "generate_responses": 4}),),
+    ),
+    Row(
+        "set `tokenizer_source` to a model that has a chat template, or give the chat as `text`",
+        lambda f: (texts(f, {"messages": CHAT}), (f / "base/chat_template.jinja").unlink()),
+        (another_template, lambda f, _: texts(f, {"text": "user: w1"})),
+    ),
+    Row(
+        "put the text of the system message at the start of the first user message",
+        lambda f: texts(f, SYSTEM, template=NO_SYSTEM),
+        (lambda f, _: texts(f, {"messages": [{"role": "user", "content": "w2 w1"}]}),),
+    ),
+    Row(
+        "set `tokenizer_source` to a model that has such a template, or leave out records with tools",
+        lambda f: texts(f, CALL, {"text": "w1"}),
+        (lambda f, m: another_template(f, m, TOOLS), lambda f, _: texts(f, {"text": "w1"})),
+    ),
+    Row(
+        "add the tokenizer's files to the base's folder, or give the calibration records as `input_ids`",
+        lambda f: (texts(f, {"text": "w1"}), [file.unlink() for file in (f / "base").glob("tokenizer*")]),
+        (lambda f, _: tiny.save_tokenizer(f / "base"), lambda f, _: texts(f, {"input_ids": [7]})),
+        template="{do}",
+    ),
+    # Adapters
+    Row(
+        r'set `tokenizer_source`: python -c "(.+?)"$',
+        resized_adapter,
+        (lambda f, m: (python(m), use(f, "expert1-merged"), edit(f, tokenizer_source="base")),),
+        template="{{do}: {merge_with_peft(file, tensor.shape[0])} | }",
+    ),
+    Row("load it with peft and save it", pickled_adapter, (adapter_saved_again,), template="'transformers', 'peft'"),
+    Row(
+        "use the base that the adapter was trained on: (.+)",
+        of_another_base,
+        (lambda f, m: edit(f, base_model=m[1]),),
+        template="use the base that the adapter was trained on",
+    ),
+    Row(
+        "save the adapter again with peft, or remove the module from adapter_config.json",
+        lambda f: given.adapter(f, modules_to_save=["lm_head"]),
+        (lambda f, _: edit_json(f, "expert1/adapter_config.json", modules_to_save=None),),
+        template="save the adapter again with peft",
+    ),
+    # Checkpoints
+    Row(
+        "check the path .* or the hub id",
+        lambda f: expert(f, model="expert2/x"),
+        (lambda f, _: expert(f, model="expert1"),),
+        template="check the path",
+    ),
+    Row(
+        "replace the link by the file",
+        lambda f: given.move_out(f, "expert1/config.json"),
+        (lambda f, _: shutil.copy((f / "expert1/config.json").resolve(), replaced(f / "expert1/config.json")),),
+    ),
+    Row(
+        "use the model in float32, bfloat16 or float16",
+        lambda f: (
+            change(f, lambda t: t | {Q: t[Q].to(torch.uint8)}),
+            edit_json(f, "expert1/config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        ),
+        (lambda f, _: (change(f, lambda t: t | {Q: t[Q].float()}),),),
+    ),
+    Row(
+        "name one of them: (.+)",
+        checkpoints_of_training,
+        (lambda f, m: expert(f, model=m[1]),),
+        template="name one of them",
+    ),
+    Row(
+        "load it with transformers and save it",
+        lambda f: pickled(f, "expert1"),
+        (saved_again,),
+        template="{{CONVERT} | }",
+    ),
+    Row(
+        "download or save it again",
+        lambda f: (tiny.save(tiny.make_model(), f / "copy"), put(f, "expert1/model.safetensors", b"cut")),
+        (lambda f, _: shutil.copy(f / "copy/model.safetensors", f / "expert1"),),
+    ),
+    Row(
+        "use models whose vocabularies differ only by tokens at their ends",
+        lambda f: (
+            more_tokens(f),
+            edit(f, tokenizer_source="base"),
+            put(f, "expert1/tokenizer.json", swapped((f / "expert1/tokenizer.json").read_text())),
+        ),
+        (lambda f, _: put(f, "expert1/tokenizer.json", swapped((f / "expert1/tokenizer.json").read_text())),),
+    ),
+    Row(
+        "set `tokenizer_source` to `base` or to a model; tokens that it lacks are dropped",
+        more_tokens,
+        (lambda f, _: edit(f, tokenizer_source="base"), lambda f, _: edit(f, tokenizer_source="expert1")),
+        template="set `tokenizer_source` to `base` or to a model",
+    ),
+    Row(
+        "use a weight-space method with `(tokenizer_source: base)`",
+        lambda f: more_tokens(f, learned=True),
+        (lambda f, m: (weight_space(f), options(f, m)),),
+        template="use a weight-space method with `tokenizer_source: base`",
+    ),
+    Row(
+        "set `(on_missing: base)`",
+        lambda f: (weight_space(f), change(f, lambda t: {n: x for n, x in t.items() if n != Q})),
+        (options,),
+        template="{do}",
+    ),
+    Row(
+        "save the expert with the base's names",
+        lambda f: (weight_space(f), change(f, lambda t: {f"x.{n}": x for n, x in t.items()})),
+        (lambda f, _: change(f, lambda t: {n.removeprefix("x."): x for n, x in t.items()}),),
+        template="{do}",
+    ),
+    Row(
+        "remove the expert from `models`, or save it with the base's names",
+        lambda f: (weight_space(f, on_missing="base"), change(f, lambda t: {f"x.{n}": x for n, x in t.items()})),
+        (
+            lambda f, _: edit(f, models=[{"model": "expert0"}]),
+            lambda f, _: change(f, lambda t: {n.removeprefix("x."): x for n, x in t.items()}),
+        ),
+    ),
+    Row(
+        "save the model that the wrapper holds with `save_pretrained`",
+        lambda f: change(f, lambda t: {f"_orig_mod.{n}": x for n, x in t.items()}, "base"),
+        (lambda f, _: change(f, lambda t: {n.removeprefix("_orig_mod."): x for n, x in t.items()}, "base"),),
+    ),
+    # Options
+    Row(
+        "remove some of the patterns: (.+)",
+        spoilt_option(exclude=[".*layers.*", ".*embed.*", ".*norm.*", ".*head.*"]),
+        (lambda f, m: edit(f, exclude=m[1].split(", ")[1:]),),
+        template="remove some of the patterns",
+    ),
+    Row(
+        "raise `budget`, or use `(merge_method: expert_merging)`",
+        spoilt_option(parameters={"budget": 0.01}),
+        (lambda f, _: edit(f, parameters={"budget": 1.0}), options),
+        template="raise `budget`, or use `merge_method: expert_merging`",
+    ),
+    Row(
+        "lower `budget`", spoilt_option(parameters={"budget": 1e5}), (lambda f, _: edit(f, parameters={"budget": 2.0}),)
+    ),
+    Row(
+        "set `base_model`",
+        lambda f: (given.adapter(f), weight_space(f, base_model=None)),
+        (lambda f, _: edit(f, base_model="base"),),
+    ),
+    Row(
+        "merge model and adapter into one checkpoint first",
+        lambda f: (trained(f), expert(f, model="expert0+expert1")),
+        (lambda f, _: (one_checkpoint(f), expert(f, model="one")),),
+    ),
+    Row("remove `on_missing`", spoilt_option(on_missing="base"), (lambda f, _: edit(f, on_missing="error"),)),
+    Row(
+        "give the expert another `name`",
+        lambda f: weight_space(f, merge_method="svd_intermediate", models=[{"model": "expert0", "name": "a b"}, ONE]),
+        (lambda f, _: edit(f, models=[{"model": "expert0", "name": "ab"}, ONE]),),
+    ),
+    Row(
+        "give one of them another `name`",
+        lambda f: expert(f, name="expert0"),
+        (lambda f, _: expert(f, name="another"),),
+    ),
+    Row(
+        "did you mean '(.+)'",
+        lambda f: weight_space(f, merge_method="lineal"),
+        (lambda f, m: edit(f, merge_method=m[1]),),
+        template="run `python cli.py methods`",
+    ),
+    Row(
+        "did you mean '(.+)'",
+        lambda f: weight_space(f, merge_method="ties", parameters={"densty": 0.5}),
+        (lambda f, m: edit(f, parameters={m[1]: 0.5}),),
+        template="use the options of the method",
+    ),
+    Row(
+        "did you mean '(.+)'",
+        spoilt_option(calibraton={"max_length": 9}),
+        (lambda f, m: renamed_key(f, "calibraton", m[1]),),
+        template="{do}",
+    ),
+)
+
+
+def expert0_answers(folder: Path) -> None:
+    """Give the first expert records with responses."""
+    put(folder, "expert0.jsonl", json.dumps({"question": "w1", "response": "w2"}))
+
+
+def use(folder: Path, model: str) -> None:
+    """Use another model as the second expert."""
+    models = yaml.safe_load((folder / "merge.yaml").read_text())["models"]
+    edit(folder, models=[models[0], models[1] | {"model": model}])
+
+
+def replaced(link: Path) -> Path:
+    """Remove a link, and return its path."""
+    link.unlink()
+    return link
+
+
+def swapped(text: str) -> str:
+    """Return the text of a tokenizer.json with two of its words swapped."""
+    return text.replace('"w1"', '"?"').replace('"w2"', '"w1"').replace('"?"', '"w2"')
+
+
+def one_checkpoint(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "expert0")
+    with quiet():
+        peft.PeftModel.from_pretrained(model, folder / "expert1").merge_and_unload().save_pretrained(folder / "one")
+
+
+def renamed_key(folder: Path, key: str, other: str) -> None:
+    config = yaml.safe_load((folder / "merge.yaml").read_text())
+    config[other] = config.pop(key)
+    put(folder, "merge.yaml", yaml.safe_dump(config))
+
+
+def recorded() -> set[str]:
+    """Return the texts of `do` of the packages in messages.txt."""
+    found = set()
+    for section in messages.RECORD.read_text(encoding="utf-8").split("\n\n\n"):
+        name, *rest = section.strip().splitlines()
+        if name.removeprefix("# ").startswith(PACKAGES):
+            found |= {line.removeprefix("  do: ") for line in rest if line.startswith("  do: ")}
+    return found
+
+
+def test_every_advice_has_a_row_or_a_test_elsewhere() -> None:
+    known = {*ELSEWHERE, *(row.template or row.named for row in ROWS)}
+    advice = recorded()
+    new = {text for text in advice if not any(part in text for part in known)}
+    old = {part for part in known if not any(part in text for text in advice)}
+    assert (new, old) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("row", "way"),
+    [(row, way) for row in ROWS for way in range(len(row.follow))],
+    ids=lambda value: value.named if isinstance(value, Row) else str(value),
+)
+def test_the_advice_leads_to_a_merge_that_is_accepted(llama_merge: Path, tmp_path: Path, row: Row, way: int) -> None:
+    folder = shutil.copytree(llama_merge.parent, tmp_path / "merge")
+    row.spoil(folder)
+    with pytest.raises(MergeError) as caught:
+        check(folder)
+    found = re.search(row.named, caught.value.do)
+    assert found is not None, f"{row.named!r} is not in the advice of: {caught.value}"
+    row.follow[way](folder, found)
+    check(folder)
