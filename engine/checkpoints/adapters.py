@@ -117,7 +117,7 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
 
 
 def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Sequence[str]) -> None:
-    """Check that no tensor that the adapter has trained and saved whole keeps the base's values.
+    """Check that the merge leaves out no tensor that the adapter saves whole, and not all of its pairs.
 
     Args:
         adapter: The adapter.
@@ -125,16 +125,22 @@ def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Seque
         exclude: The patterns of tensors that are not.
 
     Raises:
-        CheckpointError: one does.
+        CheckpointError: it does.
     """
-    kept = [name for name in adapter.whole if name not in merged]
-    if kept:
-        others = json.dumps([p for p in exclude if not any(re.match(p, name) for name in adapter.whole)])
-        raise CheckpointError(
-            f"the adapter has trained {kept[0]!r} and saves it whole, but `exclude` keeps the base's values",
-            str(adapter.folder),
-            do=f"set `exclude: {others}` to merge it",
-        )
+    lost = [name for name in adapter.whole if name not in merged]
+    if not any(name in merged for name in (*adapter.pairs, *adapter.whole)):
+        lost += adapter.pairs
+    if not lost:
+        return
+    others = [pattern for pattern in exclude if not any(re.match(pattern, name) for name in lost)]
+    if len(others) == len(exclude):
+        # Left out by its role, such as a norm, of which the default patterns know the names of some families only.
+        others = []
+    raise CheckpointError(
+        f"the adapter changes {lost[0]!r}, but `exclude` keeps the base's values",
+        str(adapter.folder),
+        do=f"set `exclude: {json.dumps(others)}` to merge it",
+    )
 
 
 def _pair(file: AdapterFile, module: str, factors: dict[str, str]) -> tuple[str, LoraPair]:

@@ -48,6 +48,15 @@ def run(command: str) -> None:
         exec(found[1], {})
 
 
+def write(folder: Path, method: str) -> Path:
+    """Write a config that merges the folder's adapter into its base, and return its path."""
+    tiny.write_calibration(folder / "c.jsonl", 2, seed=0)
+    models = [{"model": "adapter", "calibration": "c.jsonl"} if method == "expert_merging" else {"model": "adapter"}]
+    config = {"merge_method": method, "base_model": "base", "models": models}
+    (folder / "merge.yaml").write_text(yaml.safe_dump(config))
+    return folder / "merge.yaml"
+
+
 def logits_of(built: Built) -> Tensor:
     """Return the logits of the base with the engine's task vectors."""
     header, model = built.header(), transformers.AutoModelForCausalLM.from_pretrained(built.base)
@@ -273,32 +282,36 @@ def test_a_resized_embedding_merges_with_the_command_of_the_message(tmp_path: Pa
     assert (out / "tokenizer.json").exists()
 
 
-def test_a_trained_tensor_that_exclude_keeps_is_refused_with_the_exclude_that_merges_it(tmp_path: Path) -> None:
-    build(tmp_path, tiny.make_model(), **Q_PROJ, modules_to_save=["embed_tokens"])
-    tiny.write_calibration(tmp_path / "c.jsonl", 2, seed=0)
-    models = [{"model": "adapter", "calibration": "c.jsonl"}]
-    (tmp_path / "merge.yaml").write_text(
-        yaml.safe_dump({"merge_method": "expert_merging", "base_model": "base", "models": models})
-    )
-    with refused(CheckpointError, str(tmp_path / "adapter"), do="exclude", facts=[EMBEDDING]) as caught:
-        plan_of(tmp_path / "merge.yaml")
+@pytest.mark.parametrize(
+    ("make", "options", "kept"),
+    [
+        (tiny.make_model, Q_PROJ | {"modules_to_save": ["embed_tokens"]}, EMBEDDING),
+        (tiny.make_model, Q_PROJ | {"modules_to_save": ["model.norm", "lm_head"]}, HEAD),
+        (tiny.make_model, {"r": 4, "target_modules": ["lm_head"]}, HEAD),
+        # Left out by its role: no default pattern has its name.
+        (
+            lambda: gpt2(tied=False),
+            {"r": 4, "target_modules": ["c_attn"], "modules_to_save": ["wte"]},
+            "transformer.wte.weight",
+        ),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_exclude_keeps_is_refused_with_another_exclude(
+    tmp_path: Path, make: Callable[[], Any], options: dict[str, Any], kept: str
+) -> None:
+    build(tmp_path, make(), **options)
+    config = write(tmp_path, "expert_merging")
+    with refused(CheckpointError, str(tmp_path / "adapter"), do="exclude", facts=[repr(kept)]) as caught:
+        plan_of(config)
     found = re.search("`exclude: (.+)`", caught.value.do)
     assert found is not None
-    plan = plan_of(tmp_path / "merge.yaml", f"exclude={found[1]}")
-    assert EMBEDDING in plan.merged and HEAD not in plan.merged
-    (tmp_path / "merge.yaml").write_text(
-        yaml.safe_dump({"merge_method": "task_arithmetic", "base_model": "base", "models": [{"model": "adapter"}]})
-    )
-    assert EMBEDDING in plan_of(tmp_path / "merge.yaml").merged
+    assert kept in plan_of(config, f"exclude={found[1]}").merged
+    assert kept in plan_of(write(tmp_path, "task_arithmetic")).merged
 
 
 def test_a_whole_embedding_is_merged_and_read_by_the_expert(tmp_path: Path) -> None:
     built = build(tmp_path, tiny.make_model(), **Q_PROJ, modules_to_save=["embed_tokens", "lm_head"])
-    tiny.write_calibration(tmp_path / "c.jsonl", 2, seed=0)
-    models = [{"model": "adapter", "calibration": "c.jsonl"}]
-    (tmp_path / "merge.yaml").write_text(
-        yaml.safe_dump({"merge_method": "expert_merging", "base_model": "base", "models": models, "exclude": []})
-    )
-    expert = FrozenExpert(plan_of(tmp_path / "merge.yaml"), 0, torch.device("cpu"))
+    expert = FrozenExpert(plan_of(write(tmp_path, "expert_merging"), "exclude=[]"), 0, torch.device("cpu"))
     logits = expert.model(torch.tensor([IDS])).logits
     torch.testing.assert_close(logits, built.logits, rtol=0, atol=1e-4)
