@@ -267,6 +267,30 @@ def test_what_is_refused_merges_with_the_command_of_the_message(tmp_path: Path, 
     torch.testing.assert_close(merged(torch.tensor([IDS])).logits, built.logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("own", ["the multimodal model", "its text model"])
+def test_an_adapter_for_a_multimodal_base_merges_with_the_command_of_the_message(tmp_path: Path, own: str) -> None:
+    model = tiny_images.make_model("llava_onevision")
+    tiny_images.save(model, tmp_path / "base", "llava_onevision")
+    trained_on = model
+    if own == "its text model":
+        trained_on = transformers.Qwen2ForCausalLM(model.config.text_config).float()
+        trained_on.model.load_state_dict(model.model.language_model.state_dict())
+        trained_on.lm_head.load_state_dict(model.lm_head.state_dict())
+    dora = peft.LoraConfig(r=4, target_modules=r".*layers.*q_proj", use_dora=True)
+    built = build(tmp_path / "of", trained_on, config=dora)
+    config = json.loads((built.adapter / CONFIG).read_text()) | {"base_model_name_or_path": str(built.base)}
+    (built.adapter / CONFIG).write_text(json.dumps(config))
+    with refused(CheckpointError, CONFIG, do="merge_and_unload") as caught:
+        read_adapter_header(built.adapter, read_model_header(tmp_path / "base"))
+    run(caught.value.do)
+    built.adapter.with_name("adapter-merged").rename(tmp_path / "adapter")
+    kind = transformers.AutoModelForImageTextToText if trained_on is model else transformers.AutoModelForCausalLM
+    merged = kind.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(merged(torch.tensor([IDS])).logits, built.logits, rtol=0, atol=1e-4)
+    plan = plan_of(write(tmp_path, "task_arithmetic"))
+    assert plan.experts[0].kind == "checkpoint"
+
+
 def test_a_resized_embedding_merges_with_the_command_of_the_message(tmp_path: Path) -> None:
     base = tiny.make_model()
     tiny.save(base, tmp_path / "base")
