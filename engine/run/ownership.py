@@ -264,7 +264,8 @@ def read_identity(state: Folder) -> Identity | None:
         return decode(read_sealed(state, IDENTITY), where)
     except FileNotFoundError:
         return None
-    except InputError as error:
+    except (DamagedError, InputError) as error:
+        # Unlike other damaged files, this one is not computed again.
         raise DamagedError(error.what, where, do="discard the state of the run with --fresh") from error
 
 
