@@ -6,24 +6,19 @@ Values are compared from the bytes of the files, without torch and in bounded me
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from engine.checkpoints.adapter_file import WEIGHTS, AdapterFile
-from engine.checkpoints.headers import BYTES, FLOATS, TensorHeader
-from engine.checkpoints.remedies import merge_with_peft, untie
+from engine.checkpoints.adapter_file import WEIGHTS, AdapterFile, merge_with_peft
+from engine.checkpoints.headers import FLOATS, TensorHeader
+from engine.checkpoints.ranges import Floats, Ranges
 from engine.checkpoints.structure import Role, by_names
-from engine.checkpoints.vocabulary import has_tokens_for_rows
+from engine.checkpoints.vocabulary import has_tokens_for_rows, untie
 from engine.errors import CheckpointError
 
 # Elements that are compared at a time.
 BLOCK = 1 << 20
-
-Array = npt.NDArray[Any]
 
 
 def trained_whole(file: AdapterFile) -> dict[str, str]:
@@ -48,6 +43,9 @@ def trained_whole(file: AdapterFile) -> dict[str, str]:
                 f"the base's shape {base.shape}",
                 f"{do}: {merge_with_peft(file, tensor.shape[0])}" if resized else "",
             )
+        if not {tensor.dtype, base.dtype} <= FLOATS.keys():
+            what = f"the tensor {stored!r} has dtype {tensor.dtype}, the base's {base.dtype}"
+            raise CheckpointError(what, str(file.folder / WEIGHTS), f"one of {', '.join(FLOATS)}")
         if not is_copy(file.folder, tensor, file.base.folder, base):
             changed[target] = stored
     return changed
@@ -70,7 +68,7 @@ def drop_tied_head(file: AdapterFile) -> None:
     own = next((module for module in modules if file.target(f"{module}.weight") == embedding), "")
     factors, whole = file.parts.factors, file.parts.whole
     if not (
-        _same_factors(file, factors.get(own), factors.get(head))
+        _same_factors(file, file.base.tensors[embedding], factors.get(own), factors.get(head))
         and _same_values(file, embedding, whole.get(f"{own}.weight"), whole.get(f"{head}.weight"))
     ):
         raise CheckpointError(
@@ -83,20 +81,28 @@ def drop_tied_head(file: AdapterFile) -> None:
     whole.pop(f"{head}.weight", None)
 
 
-def _same_factors(file: AdapterFile, embedding: dict[str, str] | None, head: dict[str, str] | None) -> bool:
+def _same_factors(
+    file: AdapterFile, tied: TensorHeader, embedding: dict[str, str] | None, head: dict[str, str] | None
+) -> bool:
     """Return whether the factors of embedding and head have the same product; those of an embedding are transposed."""
     if embedding is None or head is None:
         return embedding is head
-    return all(
-        side in embedding
-        and other in head
-        and np.array_equal(_values(file, embedding[side]).T, _values(file, head[other]))
-        for side, other in ("AB", "BA")
-    )
-
-
-def _values(file: AdapterFile, name: str) -> Array:
-    return _bits(file.folder, file.tensors[name])
+    if embedding.keys() != head.keys():
+        return False
+    with Ranges(file.folder, file.tensors) as ranges:
+        for side, name in embedding.items():
+            one, other = file.tensors[name], file.tensors[head["B" if side == "A" else "A"]]
+            # Factors are smaller than the tensor that they change.
+            if (
+                one.shape != other.shape[::-1]
+                or one.numel > tied.numel
+                or not {one.dtype, other.dtype} <= FLOATS.keys()
+            ):
+                return False
+            values, others = (ranges.read(each.name, 0, each.numel).reshape(each.shape) for each in (one, other))
+            if not np.array_equal(values.T, others):
+                return False
+    return True
 
 
 def _same_values(file: AdapterFile, tied: str, embedding: str | None, head: str | None) -> bool:
@@ -107,43 +113,27 @@ def _same_values(file: AdapterFile, tied: str, embedding: str | None, head: str 
 
 
 def is_copy(folder: Path, copy: TensorHeader, of_folder: Path, of: TensorHeader) -> bool:
-    """Return whether a tensor is a copy of another: equal in all bits, or after rounding to the dtype of the copy."""
-    if copy.shape != of.shape or not (copy.dtype == of.dtype or {copy.dtype, of.dtype} <= FLOATS.keys()):
+    """Return whether a float tensor is a copy of another: equal, also after rounding to the dtype of the copy."""
+    if copy.shape != of.shape or not {copy.dtype, of.dtype} <= FLOATS.keys():
         return False
-    one, other = _bits(folder, copy).reshape(-1), _bits(of_folder, of).reshape(-1)
-    for start in range(0, copy.numel, BLOCK):
-        block = other[start : start + BLOCK]
-        if copy.dtype != of.dtype:
-            block = _rounded(_float32(block, of.dtype), copy.dtype)
-        if not np.array_equal(one[start : start + BLOCK], block):
-            return False
+    with Ranges(folder, {copy.name: copy}) as copies, Ranges(of_folder, {of.name: of}) as others:
+        for start in range(0, copy.numel, BLOCK):
+            stop = min(start + BLOCK, copy.numel)
+            values = others.read(of.name, start, stop)
+            values = values if copy.dtype == of.dtype else _rounded(values, copy.dtype)
+            if not np.array_equal(copies.read(copy.name, start, stop), values):
+                return False
     return True
 
 
-def _bits(folder: Path, tensor: TensorHeader) -> Array:
-    """Return a tensor of a checked file as memory-mapped unsigned integers of the size of its elements."""
-    unsigned = np.dtype(f"<u{BYTES[tensor.dtype]}")
-    if not tensor.numel:
-        return np.empty(tensor.shape, unsigned)
-    with open(folder / tensor.file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        start = json.loads(stream.read(length))[tensor.name]["data_offsets"][0]
-        return np.memmap(stream, unsigned, mode="r", offset=8 + length + start, shape=tensor.shape)
-
-
-def _float32(bits: Array, dtype: str) -> Array:
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float32 if dtype == "F32" else np.float16).astype(np.float32)
-
-
-def _rounded(values: Array, dtype: str) -> Array:
-    """Return float32 values in `dtype`, as unsigned integers."""
+def _rounded(values_N: Floats, dtype: str) -> Floats:
+    """Return float32 values [N] after rounding to another dtype."""
     if dtype == "F32":
-        return values.view(np.uint32)
+        return values_N
     if dtype == "F16":
         with np.errstate(over="ignore"):
-            return values.astype(np.float16).view(np.uint16)
+            return values_N.astype(np.float16).astype(np.float32)
     # To the nearest bfloat16, ties to even.
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    bits = values_N.view(np.uint32)
+    rounded: Floats = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return rounded

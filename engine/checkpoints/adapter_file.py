@@ -1,6 +1,7 @@
 """The file of an adapter: what its tensors are, and which tensors of the base they belong to.
 
-PEFT writes it, and so do trainers that build on PEFT, some with names of their own.
+PEFT writes it, and so do trainers that build on PEFT, some with names of their own. For adapters that only PEFT can
+merge, messages name a command, which tests run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.checkpoints.vocabulary import load_command
 from engine.errors import CheckpointError
 from engine.untrusted import SHOWN, shown
 
@@ -97,6 +99,31 @@ class AdapterFile:
     def target(self, name: str) -> str:
         """Return the base's name for a tensor of the model; `name` itself if the base has no such tensor."""
         return self._names.get(name, self._names.get(_short(name), name))
+
+
+def merge_with_peft(file: AdapterFile, rows: int | None = None) -> str:
+    """Return a command that merges an adapter into its base and writes a full checkpoint beside the adapter.
+
+    `rows` is the number of tokens to which the embedding was resized for the training, if it was.
+    """
+    trained_on = file.config.get("base_model_name_or_path")
+    if file.base.takes_images and isinstance(trained_on, str) and not any(map(_in_multimodal, file.tensors)):
+        # Under the names of a text model, peft would find no module of a multimodal model, and change nothing.
+        model = f"t.AutoModelForCausalLM.from_pretrained({trained_on!r})"
+    else:
+        model = load_command(file.base)
+    adapter, out = str(file.folder), f"{file.folder}-merged"
+    resize, tokenizer = f"m.resize_token_embeddings({rows}); " if rows else "", ""
+    if rows and (file.folder / "tokenizer_config.json").exists():
+        tokenizer = f"; t.AutoTokenizer.from_pretrained({adapter!r}).save_pretrained({out!r})"
+    return (
+        f'python -c "import peft, transformers as t; m = {model}; {resize}'
+        f'peft.PeftModel.from_pretrained(m, {adapter!r}).merge_and_unload().save_pretrained({out!r}){tokenizer}"'
+    )
+
+
+def _in_multimodal(name: str) -> bool:
+    return "language_model" in name or "visual" in name or "vision" in name
 
 
 def _short(name: str) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.adapter_copies import drop_tied_head, trained_whole
-from engine.checkpoints.adapter_file import CONFIG, WEIGHTS, AdapterFile
+from engine.checkpoints.adapter_file import CONFIG, WEIGHTS, AdapterFile, merge_with_peft
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import CONVERT, FLOATS, ModelHeader, TensorHeader, read_file_header, read_json
-from engine.checkpoints.remedies import merge_with_peft
 from engine.errors import CheckpointError
 from engine.untrusted import cpu_limit, shown
 

@@ -131,3 +131,22 @@ def _with_size(config: dict[str, Any], size: int | None) -> dict[str, Any]:
         if isinstance(nested, dict) and "vocab_size" in nested:
             return config | {key: nested | {"vocab_size": size}}
     return config | {"vocab_size": size}
+
+
+def untie(base: ModelHeader) -> str:
+    """Return a command that writes a copy of a base beside it, whose embedding and head are two tensors.
+
+    Messages name it, and tests run it.
+    """
+    return (
+        f'python -c "import torch, transformers as t; m = {load_command(base)}; '
+        "[setattr(c, 'tie_word_embeddings', False) for c in (m.config, m.config.get_text_config())]; "
+        "h = m.get_output_embeddings(); h.weight = torch.nn.Parameter(h.weight.detach().clone()); "
+        f'm.save_pretrained({f"{base.folder}-untied"!r})"'
+    )
+
+
+def load_command(model: ModelHeader) -> str:
+    """Return the Python that loads a model, with transformers as `t`."""
+    kind = "ImageTextToText" if model.takes_images else "CausalLM"
+    return f"t.AutoModelFor{kind}.from_pretrained({str(model.folder)!r})"

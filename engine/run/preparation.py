@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.calibration.encoder import bounded_encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
-from engine.checkpoints.remedies import untie
+from engine.checkpoints.vocabulary import untie
 from engine.errors import CheckpointError
 from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets

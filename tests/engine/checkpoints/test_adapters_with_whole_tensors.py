@@ -168,6 +168,14 @@ def test_a_module_that_was_to_be_saved_but_is_not_there_is_refused(tmp_path: Pat
         built.header()
 
 
+def test_a_whole_tensor_of_another_kind_is_refused(tmp_path: Path) -> None:
+    built = build(tmp_path, tiny.make_model(), **Q_PROJ, modules_to_save=["lm_head"])
+    tensors = load_file(built.adapter / WEIGHTS)
+    save_file(tensors | {f"{PREFIX}{HEAD}": tensors[f"{PREFIX}{HEAD}"].int()}, built.adapter / WEIGHTS)
+    with refused(CheckpointError, WEIGHTS, facts=["I32", HEAD]):
+        built.header()
+
+
 ENSURE = {"ensure_weight_tying": True}
 BOTH = ["embed_tokens", "lm_head"]
 
