@@ -38,9 +38,9 @@ tensors are those of {code(public_name(plan.base.model))}.
 
 
 def _notes(plan: Plan) -> str:
-    """Return the differences between the models as a list, or nothing."""
+    """Return the notes on the models as a list, or nothing."""
     lines = [f"- {markdown(owner)}: {markdown(note)}" for owner, note in plan.notes]
-    return "\n".join(["The models differ:", "", *lines, "", ""]) if lines else ""
+    return "\n".join(["On the models:", "", *lines, "", ""]) if lines else ""
 
 
 def _models(plan: Plan) -> list[str]:
