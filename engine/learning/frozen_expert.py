@@ -20,7 +20,7 @@ from engine.learning.targets import Target, loss_index
 from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
 from engine.models.loading import computes_alike, load_config_like, load_generation_config
 from engine.models.names import Places
-from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights
+from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights, sections
 from engine.planning.open_models import base_folder, load_base_config, open_base, open_expert
 from engine.planning.plan import ExpertPlan, Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
@@ -113,7 +113,11 @@ def _config(plan: Plan, expert: ExpertPlan, base_config: Any, folder: Path) -> A
     header = expert.header
     if isinstance(header, ModelHeader) and plan.base_header.takes_images and not header.takes_images:
         return base_config
-    return load_config_like(base_config, folder)
+    config = load_config_like(base_config, folder)
+    # Which tensors there are is decided by the base's files, whose names the expert's weights have here.
+    for ours, theirs in zip(sections(config), sections(base_config), strict=False):
+        ours.tie_word_embeddings = getattr(theirs, "tie_word_embeddings", False)
+    return config
 
 
 def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:

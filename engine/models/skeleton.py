@@ -44,13 +44,17 @@ def build_skeleton(
     model = _build(config, dtype, folder)
     places = match_names(model, tensors, folder)
     if {place.parameter for place in places.values()} & set(tied_weights(model)):
-        # In composite models, either the outer config or that of the language model decides.
-        for section in (config, *(getattr(config, key, config) for key in TEXT_SECTIONS)):
+        for section in sections(config):
             section.tie_word_embeddings = False
         model = _build(config, dtype, folder)
         places = match_names(model, tensors, folder)
     check_filled(model, places, tensors, folder)
     return model.eval(), places
+
+
+def sections(config: Any) -> list[Any]:
+    """Return the configs that may decide whether the head is tied: the outer one, and that of the language model."""
+    return [config, *(getattr(config, key, config) for key in TEXT_SECTIONS)]
 
 
 def build_generation_skeleton(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -210,9 +211,12 @@ def tied(folder: Path) -> tuple[Any, Any]:
 
 
 @methods
+@pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("owner", ["base", "tuned"])
-def test_a_tied_head_may_be_written_out(tmp_path: Path, owner: str, method: dict[str, Any]) -> None:
+def test_a_tied_head_may_be_written_out(tmp_path: Path, owner: str, flag: bool, method: dict[str, Any]) -> None:
     base, tuned = tied(tmp_path)
+    path = tmp_path / owner / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": flag}))
     model = base if owner == "base" else tuned
     rename(tmp_path / owner, str, **{"lm_head.weight": model.lm_head.weight.detach().clone()})
     plan = plan_of(write(tmp_path, method, "tuned"))
