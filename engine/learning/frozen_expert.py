@@ -114,9 +114,11 @@ def _config(plan: Plan, expert: ExpertPlan, base_config: Any, folder: Path) -> A
     if isinstance(header, ModelHeader) and plan.base_header.takes_images and not header.takes_images:
         return base_config
     config = load_config_like(base_config, folder)
-    # Which tensors there are is decided by the base's files, whose names the expert's weights have here.
-    for ours, theirs in zip(sections(config), sections(base_config), strict=False):
-        ours.tie_word_embeddings = getattr(theirs, "tie_word_embeddings", False)
+    # The expert's weights stand in the base's tensors here: which there are, and with how many rows, the base decides.
+    for ours, theirs in zip(sections(config), sections(base_config), strict=True):
+        for key in ("tie_word_embeddings", "vocab_size", "pad_token_id"):
+            if hasattr(theirs, key):
+                setattr(ours, key, getattr(theirs, key))
     return config
 
 
@@ -124,7 +126,7 @@ def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
     """Return θₖ of one tensor: the stored one for a full checkpoint, θ₀ + τₖ in float32 where an adapter changes it."""
     if isinstance(source, FullExpert):
         stored = source.stored(name)
-        return base.read(name) if stored is None else stored.view(base.tensors[name].shape)
+        return base.read(name) if stored is None else _with_rows(stored, base.read(name))
     weight, task_vector = base.read(name), source.task_vector(name)
     if task_vector is None:
         return weight
@@ -134,3 +136,10 @@ def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
         task_vector.block(start, stop, block, tau)
         block.add_(tau)
     return adapted
+
+
+def _with_rows(stored_N: Tensor, base: Tensor) -> Tensor:
+    """Return an expert's tensor in the base's shape; rows that it lacks are the base's, and further rows are cut."""
+    if len(stored_N) < base.numel():
+        stored_N = torch.cat([stored_N, base.reshape(-1)[len(stored_N) :].to(stored_N.dtype)])
+    return stored_N[: base.numel()].view(base.shape)

@@ -7,11 +7,11 @@ differences are accepted:
 - a head that is tied to the embedding in one of the two checkpoints
 - buffers
 - a text model as an expert of a model that takes images, which has its language model
+- rows of tokens that only one of the two has, with `tokenizer_source`, or in a text model
 
 For weight-space methods also:
 
 - tensors that one of the two lacks, with `on_missing: base`
-- rows of tokens that only one of the two has, with `tokenizer_source`
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def match(
     if not text and not expert.is_same_architecture(base):
         architecture = f"that of the base, {base.architecture}"
         raise CheckpointError(f"the architecture is {expert.architecture}", where, architecture)
-    _check_vocabulary(expert, base, config, tokenizer, where)
+    _check_vocabulary(expert, base, config, tokenizer, bool(text), where)
     matched = _Matching(expert, base, *structures.pair(expert), config, text, where).match()
     for tensor in base.tensors.values():
         for other in (expert.tensors[name] for name in matched.names(tensor.name)):
@@ -64,22 +64,26 @@ def match(
             continue
         other = expert.tensors[matched.names(tensor.name)[0]]
         resized = tensor.shape[1:] == other.shape[1:] and bool(tensor.shape) and has_tokens_for_rows(base, tensor.name)
-        if other.shape != tensor.shape and not (resized and config.tokenizer_source):
+        if other.shape != tensor.shape and not (resized and (config.tokenizer_source or text)):
             raise CheckpointError(f"{other.name!r} has shape {other.shape}", where, f"the base's {tensor.shape}")
     return matched
 
 
-def _check_vocabulary(expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path, where: str) -> None:
+def _check_vocabulary(
+    expert: ModelHeader, base: ModelHeader, config: Config, tokenizer: Path, text: bool, where: str
+) -> None:
     if expert.vocab_size == base.vocab_size and not config.tokenizer_source:
         return
-    if expert.vocab_size != base.vocab_size and (config.learned or not config.tokenizer_source):
+    # The trainer has the base's rows, so that a learned method cannot take those of another model.
+    rows = (text or config.tokenizer_source) and (tokenizer == base.folder or not config.learned)
+    if expert.vocab_size != base.vocab_size and not rows:
         raise CheckpointError(
             f"the vocabulary has {expert.vocab_size} tokens",
             where,
             f"{base.vocab_size} tokens, as in the base",
-            "set `tokenizer_source` to `base` or to a model; tokens that it lacks are dropped"
-            if not config.learned
-            else "use a weight-space method with `tokenizer_source: base`, which drops tokens that the base lacks",
+            "set `tokenizer_source: base`; tokens that the base lacks are dropped"
+            if config.learned
+            else "set `tokenizer_source` to `base` or to a model; tokens that it lacks are dropped",
         )
     check_tokens(expert, base, tokenizer, where)
 
@@ -187,7 +191,7 @@ class _Matching:
         parts = [f"lacks {len(lacking)} of the base's tensors (first: {lacking[0]!r})"] if lacking else []
         parts += [f"has {len(added)} tensors that the base lacks (first: {added[0]!r})"] if added else []
         if self.config.learned:
-            do = ""
+            do = "use a weight-space method with `on_missing: base`, or save the expert with the base's tensors alone"
         elif len(lacking) == len(self.base.tensors):
             do = "save the expert with the base's names"
         else:

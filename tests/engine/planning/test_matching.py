@@ -23,7 +23,7 @@ from weight_space import ours, read
 
 from engine.checkpoints.headers import ModelHeader
 from engine.errors import CheckpointError, ConfigError
-from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.frozen_expert import FrozenExpert, check_models
 from engine.learning.student import Student
 from engine.planning.open_models import load_base_config
 from engine.planning.plan import Plan
@@ -301,3 +301,46 @@ def test_a_config_source_is_a_full_expert(tmp_path: Path, source: str) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with refused(ConfigError, where="config_source", facts=[repr(source), "tuned"]):
         plan_of(write(tmp_path, ARITHMETIC, "tuned", "adapter", config_source=source))
+
+
+def resized(model: Any, rows: int) -> Any:
+    """Return the model with another number of rows in embedding and head; new rows are random."""
+    torch.manual_seed(3)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("rows", [tiny.VOCAB - 4, tiny.VOCAB + 8])
+def test_a_learned_merge_takes_experts_with_more_or_fewer_rows(tmp_path: Path, rows: int) -> None:
+    base = tiny.make_model()
+    tuned = resized(tiny.make_expert(base, 1), rows)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny.save_tokenizer(tmp_path / "base")
+    tiny.save_tokenizer(tmp_path / "tuned")
+    with refused(CheckpointError, where="tuned", do="tokenizer_source: base", facts=[f"{rows} tokens"]):
+        plan_of(write(tmp_path, LEARNED, "tuned"))
+    plan = plan_of(write(tmp_path, LEARNED, "tuned", tokenizer_source="base"))
+    check_models(plan)
+    wanted, given = logits(tuned, plan)
+    both = min(rows, tiny.VOCAB)
+    assert given.shape[-1] == tiny.VOCAB
+    torch.testing.assert_close(given[..., :both], wanted[..., :both])
+
+
+def test_a_text_expert_may_lack_the_tokens_of_images(tmp_path: Path) -> None:
+    base = tiny_images.make_model("llava_onevision")
+    tiny_images.save(base, tmp_path / "base", "llava_onevision")
+    text = transformers.Qwen2ForCausalLM(base.config.text_config).float()
+    text.model.load_state_dict(base.model.language_model.state_dict())
+    tuned = resized(text, tiny_images.VOCAB - 8)
+    tuned.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "tokenizer.json").write_text((tmp_path / "base" / "tokenizer.json").read_text())
+    plan = plan_of(write(tmp_path, LEARNED, "tuned"))
+    check_models(plan)
+    wanted, given = logits(tuned, plan)
+    torch.testing.assert_close(given[..., : tiny_images.VOCAB - 8], wanted, rtol=1e-5, atol=1e-5)
+    assert ours(write(tmp_path, ARITHMETIC, "tuned"))["language_model.model.embed_tokens.weight"].shape == (
+        tiny_images.VOCAB,
+        tiny_images.HIDDEN,
+    )
