@@ -20,6 +20,12 @@ ROOT = Path("/")
 # `trust_remote_code` allows it; never pickled weights.
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
 
+# Files among these that are not downloaded: checkpoints and state of a training, and other formats of the weights.
+LEFTOVERS = [
+    "checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "original/*", "consolidated*", "optimizer*",
+    "trainer_state.json", "training_args*",
+]  # fmt: skip
+
 # Files that are copied to the output: tokenizer files by the names of transformers' tokenizers, then all others. A
 # fixed list of patterns, so that no other file of a model's folder reaches the output.
 TOKENIZER_FILES = (
@@ -54,7 +60,7 @@ def find_model(model: str, config_folder: Path) -> Path:
         CheckpointError: there is no such folder, or the storage or the hub cannot provide it.
     """
     if is_uri(model):
-        return fetch(model, HUB_FILES, CheckpointError)
+        return fetch(model, HUB_FILES, CheckpointError, LEFTOVERS)
     path = locate(model, config_folder, CheckpointError)
     if os.path.isdir(path):  # noqa: PTH112 - returns False, not an error, for impossible names
         return path
@@ -67,7 +73,10 @@ def find_model(model: str, config_folder: Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=HUB_FILES))
+        snapshot = snapshot_download(
+            hub_id, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=LEFTOVERS
+        )
+        return Path(snapshot)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(
             f"no folder of this name, and the hub cannot provide it: {str(error).splitlines()[0]}",

@@ -48,7 +48,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EXPERT_MERGING_CACHE") or "~/.cache/expert-merging").expanduser().absolute()
 
 
-def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[InputError] = InputError) -> Path:
+def fetch(
+    uri: str,
+    patterns: Sequence[str] | None = None,
+    error_type: type[InputError] = InputError,
+    without: Sequence[str] = (),
+) -> Path:
     """Copy an object, or a folder of objects, into the cache, and return the path of the copy.
 
     Objects whose copy has the same size and modification time are not copied again. A copy gets the modification time
@@ -59,6 +64,7 @@ def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[Inpu
         uri: The address of one object, or of a folder.
         patterns: Of a folder, copy only objects whose names match one of these patterns (fnmatch).
         error_type: The class of the error to raise.
+        without: Of a folder, do not copy objects whose names match one of these.
 
     Raises:
         InputError: (`error_type`) there is no such object, or the storage request failed.
@@ -66,14 +72,14 @@ def fetch(uri: str, patterns: Sequence[str] | None = None, error_type: type[Inpu
     """
     address = Address.of(uri, error_type)
     target = cache_folder() / address.local
-    facts = _facts(address, patterns, error_type)
+    facts = _facts(address, patterns, error_type, without)
     lock = cache_folder() / "locks" / sha256(str(target).encode()).hexdigest()
     with storing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
     # No timeout: a process that waits here needs the same files.
     with filelock.FileLock(lock):
         for name in LocalFolder(target).names() - facts.keys():
-            if _matches(name, patterns):
+            if _matches(name, patterns, without):
                 LocalFolder(target).remove(name)
         ended = Event()
         with ThreadPoolExecutor(FETCHES) as threads:
@@ -111,7 +117,9 @@ def borrowed(folder: Folder, name: str) -> Iterator[Path]:
         yield Path(temporary) / "file"
 
 
-def _facts(address: Address, patterns: Sequence[str] | None, error_type: type[InputError]) -> dict[str, Any]:
+def _facts(
+    address: Address, patterns: Sequence[str] | None, error_type: type[InputError], without: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return pyarrow's `FileInfo` of the objects to copy, by name relative to the address ('' for a single object)."""
     infos: list[Any] = []
     _check(address.path or "bucket", address, error_type)
@@ -119,7 +127,7 @@ def _facts(address: Address, patterns: Sequence[str] | None, error_type: type[In
         info = files.get_file_info(address.key)
         infos = [info] if info.is_file else below(files, address.key)
     facts = {info.path[len(address.key) + 1 :]: info for info in infos}
-    facts = {name: info for name, info in facts.items() if not name or _matches(name, patterns)}
+    facts = {name: info for name, info in facts.items() if not name or _matches(name, patterns, without)}
     if not facts:
         expected = f"objects that match {', '.join(patterns)}" if patterns else ""
         raise error_type("there is no such object", str(address), expected)
@@ -134,8 +142,9 @@ def _check(name: str, address: Address, error_type: type[InputError]) -> None:
         raise error_type(f"the object's name is not a path inside its folder: {name!r}", str(address))
 
 
-def _matches(name: str, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(name: str, patterns: Sequence[str] | None, without: Sequence[str]) -> bool:
+    wanted = patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in without)
 
 
 def _copy(address: Address, fact: Any, target: Path, error_type: type[InputError], ended: Event) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import huggingface_hub.utils
 import pytest
 import tiny
 import torch
@@ -386,6 +387,20 @@ def test_a_hub_id_that_is_not_in_the_cache_is_refused(
     with refused(CheckpointError, do="HF_HUB_OFFLINE=1") as caught:
         find_model(model, tmp_path)
     assert caught.value.where == model and str(tmp_path / model.partition("@")[0]) in caught.value.do
+
+
+def test_leftovers_of_a_training_are_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ["config.json", "model.safetensors", "additional_chat_templates/tools.jinja", "checkpoint-5/config.json"]
+    wanted: list[str] = []
+
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        options = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        wanted.extend(huggingface_hub.utils.filter_repo_objects([*files, "consolidated.safetensors"], **options))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    find_model("owner/name", tmp_path)
+    assert wanted == files[:3]
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@{commit}"])

@@ -31,6 +31,7 @@ from object_store import Store
 import engine.storage.cache
 import engine.storage.lease
 import engine.storage.object_folder
+from engine.checkpoints.find import find_model
 from engine.errors import CheckpointError, InputError, MergeError, OutputError, StorageError
 from engine.storage.address import Address
 from engine.storage.cache import fetch
@@ -516,6 +517,14 @@ def test_a_folder_is_copied_once_and_changed_files_again(store: Store, tmp_path:
     assert (copy / "config.json").read_bytes() == b"longer than before"
     assert (copy / "model.safetensors").read_bytes() == b"model.safetensors"
     assert fetch(f"{store.root}/models/a") == copy and len(times(copy)) == 4, "without patterns, all objects are copied"
+
+
+def test_leftovers_of_a_training_are_not_copied(store: Store, tmp_path: Path) -> None:
+    names = {"config.json", "model.safetensors", "additional_chat_templates/tools.jinja"}
+    leftovers = ("checkpoint-500/model.safetensors", "consolidated.safetensors", "trainer_state.json")
+    for name in (*names, *leftovers, "global_step10/a.safetensors", "optimizer.safetensors", "original/params.json"):
+        store.put(f"models/b/{name}", b"x")
+    assert times(find_model(f"{store.root}/models/b", tmp_path)).keys() == names
 
 
 def test_one_object_is_copied(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
