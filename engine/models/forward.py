@@ -74,7 +74,7 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     language = language_model(model)
     head = language.get_output_embeddings()
     with ExitStack() as replaced:
-        for module in {*_decoders(language), language.base_model, language.get_decoder()} - {language, head}:
+        for module in {*decoders(language), language.base_model, language.get_decoder()} - {language, head}:
             replaced.enter_context(_replaced(module, lambda *args, **kwargs: output))
         logits: Tensor = language(input_ids=ids_BT, use_cache=False).logits
     return logits
@@ -91,7 +91,7 @@ def language_model(model: Any) -> Any:
         head = module.get_output_embeddings() if isinstance(module, transformers.PreTrainedModel) else None
         if head is not None and any(child is head for child in module.children()):
             others = {child for child in module.children() if any(True for _ in child.parameters())}
-            if others <= {head, *_decoders(module)}:
+            if others <= {head, *decoders(module)}:
                 return module
     raise CheckpointError(
         f"{type(model).__name__} has no output head that is a single linear layer",
@@ -101,7 +101,7 @@ def language_model(model: Any) -> Any:
     )
 
 
-def _decoders(language: Any) -> list[Any]:
+def decoders(language: Any) -> list[Any]:
     """Return the parts of a language model that contain its embedding: the decoder."""
     embedding = language.get_input_embeddings()
     return [child for child in language.children() if embedding in set(child.modules())]

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from engine.checkpoints.headers import TensorHeader
 from engine.checkpoints.structure import BUFFERS, Place, Role, Structure, without_wrappers
 from engine.errors import CheckpointError
-from engine.models.forward import language_model
+from engine.models.forward import decoders, language_model
 
 Places = Mapping[str, Place]
 
@@ -148,13 +148,10 @@ def parameter_roles(model: Any) -> dict[str, Role]:
 
 
 def text_parameters(text: Any, model: Any) -> dict[str, str]:
-    """Return the names that a text model's parameters have in a model whose language model it is.
-
-    Empty if the model has no language model of its own.
-    """
+    """Return the names that a text model's parameters have in a model whose language model it is."""
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     pairs = (
-        (text.base_model, model.get_decoder()),
+        (decoders(text)[0], model.get_decoder()),
         (text.get_output_embeddings(), language_model(model).get_output_embeddings()),
     )
     inside = {}

@@ -107,9 +107,9 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     settings.setdefault("rope_theta", config.get("rope_theta", THETA))
     kind = settings.pop("type", None)
     settings.setdefault("rope_type", kind or "default")
-    # Sections for images make no difference to the kind of the embedding.
+    # How positions of images are turned makes no difference to text.
     if settings["rope_type"] in ("default", "mrope"):
-        del settings["rope_type"]
+        settings = {key: value for key, value in settings.items() if key != "rope_type" and "mrope" not in key}
     return settings
 
 
