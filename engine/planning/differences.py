@@ -37,8 +37,8 @@ NOT_COMPUTED = {
     "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "unsloth_fixed", "unsloth_version",
     "use_cache",
 }  # fmt: skip
-# Three keys for the same thing: transformers before and since version 5.
-ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+# Keys for the same thing: transformers before and since version 5.
+ROPE = ("rope_local_base_freq", "rope_parameters", "rope_scaling", "rope_theta")
 # The base of the rotary embedding if a config names none, as in most families.
 THETA = 10000.0
 # What the tensors decide, so that no config may change it.
@@ -54,10 +54,10 @@ TOKENS = (Role.EMBEDDING, Role.HEAD)
 WARNING = 0.1
 
 
-def differences(base: ModelHeader, model: ModelHeader) -> dict[str, tuple[Any, Any]]:
+def differences(base: ModelHeader, model: ModelHeader) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """Return the values in two config.json that change what a model computes: key → the base's value and the model's.
 
-    Keys of a section are given as `section.key`. Keys that only one of the two has are left out, because versions of
+    A key of a section follows the section's own. Keys that only one of the two has are left out, because versions of
     transformers write different ones; `rope` stands for all keys of the rotary embedding.
     """
     if base.takes_images and not model.takes_images:
@@ -71,8 +71,7 @@ def with_values_of(base: ModelHeader, donor: ModelHeader) -> ModelHeader:
     What the tensors decide stays: the size of the vocabulary, and whether the head is tied.
     """
     config: dict[str, Any] = json.loads(json.dumps(base.config))
-    for path in differences(base, donor):
-        *sections, key = path.split(".")
+    for *sections, key in differences(base, donor):
         ours, theirs = config, donor.config
         for section in sections:
             ours, theirs = ours[section], theirs[section]
@@ -83,41 +82,49 @@ def with_values_of(base: ModelHeader, donor: ModelHeader) -> ModelHeader:
     return replace(base, config=config)
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    found: dict[tuple[str, ...], tuple[Any, Any]] = {}
     for key in one:
         if key not in other or key in NOT_COMPUTED or key in ROPE or "dropout" in key or one[key] == other[key]:
             continue
         if isinstance(one[key], dict) and isinstance(other[key], dict):
-            found |= {f"{key}.{inner}": values for inner, values in _differences(one[key], other[key]).items()}
+            found |= {(key, *inner): values for inner, values in _differences(one[key], other[key]).items()}
         else:
-            found[key] = one[key], other[key]
+            found[(key,)] = one[key], other[key]
     ropes = _rope(one), _rope(other)
     if ropes[0] != ropes[1] and any(key in config for config in (one, other) for key in ROPE):
-        found["rope"] = ropes
+        found[("rope",)] = ropes
     return found
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the rotary embedding in one form, without those that mean nothing."""
-    settings: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if isinstance(config.get(key), dict):
-            settings |= config[key]
-    settings.setdefault("rope_theta", config.get("rope_theta", THETA))
-    kind = settings.pop("type", None)
-    settings.setdefault("rope_type", kind or "default")
+    """Return the settings of the rotary embedding in one form; by kind of attention, if each kind has its own."""
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters and all(isinstance(own, dict) for own in parameters.values()):
+        return {kind: _plain_rope(own) for kind, own in parameters.items()}
+    settings = {"rope_theta": config.get("rope_theta", THETA)}
+    for section in (config.get("rope_scaling"), parameters):
+        settings |= section if isinstance(section, dict) else {}
+    if "rope_local_base_freq" not in config:
+        return _plain_rope(settings)
+    local = {"rope_theta": config["rope_local_base_freq"]}
+    return {"full_attention": _plain_rope(settings), "sliding_attention": local}
+
+
+def _plain_rope(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of one rotary embedding without those that mean nothing to text."""
+    kind = settings.get("rope_type", settings.get("type", "default"))
     # How positions of images are turned makes no difference to text.
-    if settings["rope_type"] in ("default", "mrope"):
-        settings = {key: value for key, value in settings.items() if key != "rope_type" and "mrope" not in key}
-    return settings
+    plain = {key: value for key, value in settings.items() if key not in ("type", "rope_type") and "mrope" not in key}
+    return plain if kind in ("default", "mrope") else plain | {"rope_type": kind}
 
 
 def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str, ...]:
     """Return what a user should know about an expert of this name, as lines of text."""
     notes = list(expert.notes)
-    for key, (of_base, own) in differences(base, expert).items():
-        option = "" if key.rpartition(".")[2] in OF_TENSORS else f"; `config_source: {name}` takes the expert's"
+    for keys, (of_base, own) in differences(base, expert).items():
+        key = ".".join(keys)
+        option = "" if keys[-1] in OF_TENSORS else f"; `config_source: {name}` takes the expert's"
         notes.append(f"{key} is {_value(own)} in its config.json, {_value(of_base)} in the output's{option}")
     if match.wrapped:
         notes.append(f"its names are read without the prefix of a wrapper, such as {match.wrapped}")

@@ -14,7 +14,7 @@ from conftest import plan_of
 
 from engine.checkpoints.headers import ModelHeader, TensorHeader
 from engine.checkpoints.match import Match
-from engine.planning.differences import differences, notes_on
+from engine.planning.differences import differences, notes_on, with_values_of
 
 PLAIN = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "sliding_window": None}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
@@ -25,7 +25,7 @@ def header(config: dict[str, Any]) -> ModelHeader:
 
 
 def found(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
-    return set(differences(header(PLAIN | one), header(PLAIN | other)))
+    return {".".join(keys) for keys in differences(header(PLAIN | one), header(PLAIN | other))}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,15 @@ def found(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
         (
             {"rope_scaling": {"type": "yarn", **YARN}},
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}},
+        ),
+        (
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                }
+            },
         ),
         ({"eos_token_id": 2, "dtype": "float32"}, {"eos_token_id": 3, "torch_dtype": "bfloat16"}),
         ({"attention_dropout": 0.0, "use_cache": True}, {"attention_dropout": 0.1, "use_cache": False}),
@@ -70,7 +79,7 @@ def test_what_changes_the_computation_is_a_difference(
 
 def test_a_text_model_is_compared_with_the_language_model() -> None:
     base = header({"vision_config": {}, "rms_norm_eps": 7, "text_config": PLAIN})
-    assert set(differences(base, header(PLAIN | {"rms_norm_eps": 1e-5}))) == {"rms_norm_eps"}
+    assert set(differences(base, header(PLAIN | {"rms_norm_eps": 1e-5}))) == {("rms_norm_eps",)}
 
 
 def test_notes_name_values_prefixes_and_tensors() -> None:
@@ -112,3 +121,11 @@ def test_a_chat_template_that_only_an_expert_has_is_named_with_its_option(llama_
     assert owner == "base" and found is not None
     plan = plan_of(merge, f"tokenizer_source={found[1]}")
     assert plan.notes == [] and plan.tokenizer == str(merge.parent / "expert1")
+
+
+def test_values_are_taken_whatever_their_keys_and_sections() -> None:
+    base = header(PLAIN | {"rope_theta": 1e4, "vocab_size": 64, "a.b": {"c.d": 1}, "dtype": "float32"})
+    donor = header(PLAIN | {"rope_parameters": {"rope_theta": 1e6}, "vocab_size": 72, "a.b": {"c.d": 2}, "more": 1})
+    expected = PLAIN | {"rope_parameters": {"rope_theta": 1e6}, "vocab_size": 64, "a.b": {"c.d": 2}, "dtype": "float32"}
+    assert with_values_of(base, donor).config == expected
+    assert "rope_theta" in base.config, "the base's header is not changed"
