@@ -98,14 +98,15 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
     """
     check_folder(folder)
     config = read_json(folder / CONFIG)
-    if not (folder / WEIGHTS).exists():
+    weights = folder / WEIGHTS
+    file = AdapterFile(folder, config, read_file_header(weights) if weights.exists() else {}, base)
+    _refuse_variants(file)
+    if not weights.exists():
         raise CheckpointError(
             f"the adapter has no {WEIGHTS}; pickled adapters are not supported",
             str(folder),
             do=CONVERT.replace("transformers", "peft"),
         )
-    file = AdapterFile(folder, config, read_file_header(folder / WEIGHTS), base)
-    _refuse_variants(file)
     _check_saved(file)
     drop_tied_head(file)
     whole = trained_whole(file)

@@ -183,7 +183,7 @@ PLANNED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "adapter of a variant": (
         lambda f: (f / "expert0" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}'),
-        ["expert0/adapter_config.json", "DoRA", "use_dora", "merge_and_unload"],
+        ["expert0/adapter_config.json", "use_dora", "merge_and_unload"],
     ),
     "empty calibration": (
         lambda f: (f / "expert0.jsonl").write_text(""),
