@@ -345,10 +345,10 @@ ROWS = (
         template="set `tokenizer_source` to `base` or to a model",
     ),
     Row(
-        "use a weight-space method with `(tokenizer_source: base)`",
+        "set `(tokenizer_source: base)`; tokens that the base lacks are dropped",
         lambda f: more_tokens(f, learned=True),
-        (lambda f, m: (weight_space(f), options(f, m)),),
-        template="use a weight-space method with `tokenizer_source: base`",
+        (options,),
+        template="set `tokenizer_source: base`; tokens that the base lacks are dropped",
     ),
     Row(
         "set `(on_missing: base)`",
