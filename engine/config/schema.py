@@ -266,7 +266,7 @@ class Config(Section):
     tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
     # The expert whose config.json provides the values that change what a model computes. None: the base.
     config_source: Annotated[str, Field(min_length=1)] | None = None
-    # `base`: the base provides tensors that an expert lacks. Weight-space methods only.
+    # `base`: the base provides tensors that an expert lacks.
     on_missing: Literal["error", "base"] = "error"
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # These three are not in `cluster`, because they may change the last bits of a result and so are part of its

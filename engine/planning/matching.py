@@ -8,14 +8,12 @@ differences are accepted:
 - buffers
 - a text model as an expert of a model that takes images, which has its language model
 - rows of tokens that only one of the two has, with `tokenizer_source`, or in a text model
-
-For weight-space methods also:
-
 - tensors that one of the two lacks, with `on_missing: base`
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,10 +161,12 @@ class _Matching:
                 # The same tensor; a different shape is reported as such.
                 return [Part(only.name, 0, only.numel)]
         start, stop = place.start, place.start + tensor.numel
+        # In order and without overlap: a mixture may have thousands.
+        first = bisect_right(candidates, start, key=lambda part: part.stop)
+        last = bisect_left(candidates, stop, key=lambda part: part.start)
         found = [
             Part(part.name, max(start, part.start) - part.start, min(stop, part.stop) - part.start)
-            for part in candidates
-            if part.start < stop and start < part.stop
+            for part in candidates[first:last]
         ]
         return found if sum(part.stop - part.start for part in found) == tensor.numel else []
 
@@ -190,9 +190,7 @@ class _Matching:
     def _refusal(self, lacking: list[str], added: list[str]) -> CheckpointError:
         parts = [f"lacks {len(lacking)} of the base's tensors (first: {lacking[0]!r})"] if lacking else []
         parts += [f"has {len(added)} tensors that the base lacks (first: {added[0]!r})"] if added else []
-        if self.config.learned:
-            do = "use a weight-space method with `on_missing: base`, or save the expert with the base's tensors alone"
-        elif len(lacking) == len(self.base.tensors):
+        if len(lacking) == len(self.base.tensors):
             do = "save the expert with the base's names"
         else:
             do = "set `on_missing: base` to use the base's tensors and drop those that it lacks"

@@ -273,12 +273,6 @@ def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPla
     """Check the settings of a weight-space method against the models."""
     recipe = config.recipe
     if recipe is None:
-        if config.on_missing != "error":
-            raise ConfigError(
-                f"`on_missing: {config.on_missing}` is for weight-space methods only",
-                config.merge_method,
-                do="remove `on_missing`",
-            )
         return
     if recipe.layers is not None and recipe.layers != base.num_layers:
         raise ConfigError(

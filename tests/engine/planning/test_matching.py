@@ -364,3 +364,25 @@ def test_a_text_expert_may_lack_the_tokens_of_images(tmp_path: Path) -> None:
         tiny_images.VOCAB,
         tiny_images.HIDDEN,
     )
+
+
+@methods
+def test_with_on_missing_an_expert_may_lack_tensors_and_have_others(tmp_path: Path, method: dict[str, Any]) -> None:
+    base = tiny.make_model()
+    tuned = tiny.make_expert(base, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    name, file = "model.layers.0.mlp.up_proj.weight", tmp_path / "tuned" / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors[name]
+    safetensors.torch.save_file(tensors | {"v_head.summary.weight": torch.ones(1, 32)}, file)
+    with refused(CheckpointError, where="tuned", do="on_missing: base", facts=[repr(name), "'v_head.summary.weight'"]):
+        plan_of(write(tmp_path, method, "tuned"))
+    plan = plan_of(write(tmp_path, method, "tuned", on_missing="base"))
+    match = plan.experts[0].match
+    assert (match.absent, match.ignored) == ({name}, ("v_head.summary.weight",))
+    assert len(plan.notes) == 2
+    if method is LEARNED:
+        check_models(plan)
+        tuned.load_state_dict({name: base.state_dict()[name]}, strict=False)
+        torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
