@@ -106,17 +106,25 @@ def gpt2() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def bloom() -> Any:
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("make", [gpt2, bloom])
 @pytest.mark.parametrize("bare", ["base", "tuned"])
-def test_the_prefix_of_the_base_model_may_be_missing(tmp_path: Path, bare: str) -> None:
-    base = gpt2()
+def test_the_prefix_of_the_base_model_may_be_missing(tmp_path: Path, bare: str, make: Callable[[], Any]) -> None:
+    base = make()
     tuned = tiny.make_expert(base, 1)
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(2)} if make is gpt2 else {}
     rename(tmp_path / bare, lambda name: name.removeprefix("transformer."), **masks)
     plan = plan_of(write(tmp_path, LEARNED, "tuned"))
-    assert not any("attn.bias" in name or "wte" in name or "wpe" in name or "ln_" in name for name in plan.merged)
-    assert sum("c_attn.weight" in name for name in plan.merged) == 2
+    outside = ("attn.bias", "wte", "wpe", "ln_", "word_embeddings", "layernorm")
+    assert not any(part in name for name in plan.merged for part in outside)
+    assert sum("c_attn.weight" in name or "query_key_value.weight" in name for name in plan.merged) == 2
     torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
     check_merged(tmp_path, base.state_dict(), tuned.state_dict(), transformers.AutoModelForCausalLM)
 
@@ -386,3 +394,21 @@ def test_with_on_missing_an_expert_may_lack_tensors_and_have_others(tmp_path: Pa
         check_models(plan)
         tuned.load_state_dict({name: base.state_dict()[name]}, strict=False)
         torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+
+
+def test_float_buffers_of_the_architecture_are_the_base_s(tmp_path: Path) -> None:
+    keys = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
+    keys |= {"first_k_dense_replace": 1, "n_shared_experts": 1, "head_dim": 8}
+    config = transformers.Glm4MoeConfig(**(tiny.COMMON | keys))
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tuned = tiny.make_expert(base, 1)
+    buffer = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tuned.get_buffer(buffer).copy_(torch.arange(4))
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    for method in (LEARNED, ARITHMETIC):
+        plan = plan_of(write(tmp_path, method, "tuned", exclude=[]))
+        assert buffer in plan.base_header.tensors and buffer not in plan.merged
+    assert torch.equal(ours(write(tmp_path, ARITHMETIC, "tuned"))[buffer], base.get_buffer(buffer))
+    # The expert itself runs with its own.
+    torch.testing.assert_close(*logits(tuned, plan_of(write(tmp_path, LEARNED, "tuned"))), rtol=0, atol=0)
