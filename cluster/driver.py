@@ -15,15 +15,13 @@ from cluster.session import connect
 from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.weight_space_merge import WeightSpaceMerge
-from engine.calibration.records import Records
 from engine.errors import MergeError
 from engine.planning.differences import WARNING, left_out, left_out_lines
 from engine.planning.disk import check_disk, disk_needs
 from engine.planning.plan import Plan
-from engine.run.inputs import identity
 from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
-from engine.run.preparation import check_heads, check_inputs, prepare
+from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
 
 
@@ -53,11 +51,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     check_state(RunFolder(out).state)
     check_trackers(plan.config, out)
     check_heads(plan)
-    records: Records = []
-    if plan.config.learned:
-        plan, records = check_inputs(plan)
-        check_apart(plan, out)  # now with the images of the records
-    now = identity(plan)
+    plan, records, now = settle(plan)
+    check_apart(plan, out)  # now with the images of the records
     if check_output(out, now, fresh):
         if RunFolder(out).exists():
             # The output was renamed into place, but the driver died before it removed OUT.run.

@@ -231,8 +231,11 @@ def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None
         return parts[0], parts[1] if len(parts) > 1 else None
     if "+" not in model or os.path.isdir(locate(model, config_folder, CheckpointError)):  # noqa: PTH112
         return model, None
-    first, _, second = model.partition("+")
-    return first, second
+    # The first + that follows a folder: a path may contain others.
+    ends = [plus.start() for plus in re.finditer(r"\+", model)]
+    found = (end for end in ends if os.path.isdir(locate(model[:end], config_folder, CheckpointError)))  # noqa: PTH112
+    end = next(found, ends[0])
+    return model[:end], model[end + 1 :]
 
 
 def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine import __version__
 from engine.checkpoints.find import ROOT, deciding_files, find_model
+from engine.methods.registry import NATIVE
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.run.identity import Identity, InputFile
@@ -21,7 +22,8 @@ from engine.storage.paths import is_uri
 UNDECIDING: dict[str, Any] = dict.fromkeys(("cluster", "record", "unused", "log_with", "log_dir"), True) | {
     "calibration": {"image_folder"}
 }
-PACKAGES = ("torch", "transformers", "numba")
+# Packages whose version may decide bits: of token ids, of pixel inputs, of sums.
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy", "numba")
 
 
 def identity(plan: Plan) -> Identity:
@@ -30,7 +32,8 @@ def identity(plan: Plan) -> Identity:
     Weights are not read. All other files are hashed: those of the models that decide the result, calibration, images.
     """
     options = plan.resolved.model_dump(exclude=UNDECIDING, mode="json")
-    versions = {"expert-merging": __version__, **{package: version(package) for package in PACKAGES}}
+    library = () if plan.config.learned or NATIVE.get(plan.config.merge_method) else ("mergekit",)
+    versions = {"expert-merging": __version__, **{package: version(package) for package in (*PACKAGES, *library)}}
     return Identity(dict(_flat(options)), versions, dict(_files(plan)))
 
 

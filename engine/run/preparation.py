@@ -15,14 +15,49 @@ from torch import Tensor
 from engine.calibration.encoder import bounded_encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
+from engine.checkpoints.find import ROOT
 from engine.checkpoints.vocabulary import untie
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, InputError
 from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets
 from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
+from engine.planning.planner import make_plan
+from engine.run.identity import Identity, listed
+from engine.run.inputs import identity
 from engine.run.run_folder import RunFolder
 from engine.task_vectors.experts import CheckpointWithAdapter, FullExpert
+
+
+def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
+    """Check the inputs, and return the plan with the images of the records, the records and the merge's identity.
+
+    All three are of the same files, although these are read at different times: the headers when the plan was made,
+    the records here.
+
+    Raises:
+        InputError: an input changed after the plan was made; or see `check_inputs`.
+    """
+    before = identity(plan)
+    again = make_plan(plan.resolved, ROOT)
+    if replace(again, config=plan.config) != plan:
+        pairs = zip((plan.base, *plan.experts), (again.base, *again.experts), strict=True)
+        raise _changed([f"{old.model} changed" for old, new in pairs if old != new])
+    records: Records = []
+    if plan.config.learned:
+        plan, records = check_inputs(plan)
+    now = identity(plan)
+    # Images are known since the records were read.
+    if differences := before.changed_files(
+        replace(now, files={name: now.files[name] for name in before.files if name in now.files})
+    ):
+        raise _changed(differences)
+    return plan, records, now
+
+
+def _changed(differences: list[str]) -> InputError:
+    what = f"changed while this run was starting: {listed(differences or ['a model'])}"
+    return InputError(what, "the inputs", do="run the same command again")
 
 
 def check_inputs(plan: Plan) -> tuple[Plan, Records]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import hostile_inputs
 import pytest
 import tiny
+import torch
 from conftest import plan_of
 from errors import refused
 from hypothesis import given
@@ -22,9 +23,10 @@ from identities import record_of
 from engine.calibration.samples import Sample
 from engine.errors import InputError, OutputError
 from engine.planning.plan import Plan
+from engine.run import preparation
 from engine.run.identity import Identity, InputFile, decode
-from engine.run.inputs import identity
-from engine.run.preparation import check_inputs
+from engine.run.inputs import PACKAGES, identity
+from engine.run.preparation import check_inputs, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
 from engine.storage.local_folder import LocalFolder, digest
 
@@ -119,7 +121,15 @@ def test_options_and_versions_are_named_with_their_values(folder: Path, monkeypa
         (difference,) = before.differences(identity(plan_in(folder, f"{option}={value}")))
         assert option in difference and value in difference
     monkeypatch.setattr("engine.run.inputs.version", lambda package: f"{package} of tomorrow")
-    assert len(before.differences(identity(plan_in(folder)))) == 3
+    assert len(before.differences(identity(plan_in(folder)))) == len(PACKAGES)
+    assert {"torch", "transformers", "tokenizers", "numpy", "numba"} <= before.versions.keys()
+
+
+def test_the_version_of_mergekit_decides_where_its_library_merges(folder: Path) -> None:
+    assert "mergekit" not in identity(plan_in(folder)).versions
+    for method, decides in (("linear", False), ("model_stock", True)):
+        plan = plan_of(folder / "merge.yaml", f"merge_method={method}")
+        assert ("mergekit" in identity(plan).versions) == decides
 
 
 def test_the_order_of_experts_and_further_images_count(folder: Path) -> None:
@@ -199,6 +209,44 @@ def begun(plan: Plan, out: Path) -> None:
     """Leave the state of a run that stopped after its first target."""
     with open_run(str(out), identity(plan), fresh=False) as run:
         run.state.write(run.target(Sample(0, 0, (1, 2), "x.jsonl:1")), b"a target")
+
+
+def test_the_plan_the_records_and_the_identity_are_of_the_same_files(folder: Path) -> None:
+    made = plan_of(folder / "merge.yaml")
+    plan, records, now = settle(made)
+    assert replace(plan, images=()) == made and list(map(len, records)) == [4, 3] and now == identity(plan)
+
+
+def test_a_model_and_its_adapter_may_lie_below_a_folder_with_a_plus(folder: Path) -> None:
+    hostile_inputs.adapter(folder)
+    moved = folder.rename(folder.with_name("a+b"))
+    config = moved / "merge.yaml"
+    plan = plan_of(config, "merge_method=linear", "models.0.model=expert0+expert1")
+    assert plan.experts[0].adapter is not None
+    assert settle(plan)[0] == plan
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("config of the base", "base"), ("config of an expert", "expert0"), ("shape of an expert", "expert0")],
+)
+def test_a_model_that_changes_after_the_plan_was_made_is_named(folder: Path, kind: str, file: str) -> None:
+    plan = plan_of(folder / "merge.yaml")
+    if kind in CHANGES:
+        CHANGES[kind][1](folder)
+    else:
+        tiny.save(tiny.make_expert(tiny.make_model(), seed=1), folder / "expert0", torch.bfloat16)
+    with refused(InputError, where="inputs", do="again", facts=[str(folder / file)]):
+        settle(plan)
+
+
+def test_records_that_change_while_they_are_checked_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_models(plan: Plan) -> None:
+        tiny.write_calibration(folder / "expert1.jsonl", 3, seed=9)
+
+    monkeypatch.setattr(preparation, "check_models", check_models)
+    with refused(InputError, where="inputs", do="again", facts=[str(folder / "expert1.jsonl")]):
+        settle(plan_of(folder / "merge.yaml"))
 
 
 def test_a_stopped_run_is_not_resumed_with_other_inputs(folder: Path, tmp_path: Path) -> None:
