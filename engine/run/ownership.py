@@ -187,6 +187,9 @@ def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
         if merge is not None and merge.identity is not None and not allowed:
             differences = merge.identity.differences(now)
             if not differences:
+                if gone := sorted(merge.files - folder.entries()):
+                    what = f"the output folder holds this merge without some of its files: {names_of(gone)}"
+                    raise OutputError(what, folder.where, do="restore them, or redo the merge with --fresh")
                 return True
         known = merge.files if merge else {*claim.old, *claim.own}
         others = ["."] if folder.exists("") else strangers(folder, known)
@@ -264,8 +267,8 @@ def read_identity(state: Folder) -> Identity | None:
         return decode(read_sealed(state, IDENTITY), where)
     except FileNotFoundError:
         return None
-    except (DamagedError, InputError) as error:
-        # Unlike other damaged files, this one is not computed again.
+    except (InputError, DamagedError) as error:
+        # Without it nothing of the state can be used: no start of the same command computes it again.
         raise DamagedError(error.what, where, do="discard the state of the run with --fresh") from error
 
 

@@ -74,15 +74,26 @@ def check_place(out: str) -> None:
 def check_apart(plan: Plan, out: str, config: Path | None = None) -> None:
     """Check that no input lies at or below `out` or the folder of the run's state, and that `out` lies below no input.
 
+    `log_dir` lies in neither folder either.
+
     Args:
         plan: The plan.
         out: The output, an absolute path or a URI.
         config: The config file, if there is one.
 
     Raises:
-        OutputError: the output and an input are in each other's place.
+        OutputError: the output and an input are in each other's place, or `log_dir` is in the output's.
     """
     state, inputs = _state_of(out), list(_inputs(plan, config))
+    logs = plan.config.log_dir
+    if logs is not None and any(_holds(place, logs) for place in (out, state)):
+        # The folder of the state is removed at the end, and the output holds the files of the merge alone.
+        raise OutputError(
+            "the output is in the place of `log_dir`",
+            logs,
+            "a folder outside the output and its state",
+            "set another `log_dir`",
+        )
     for label, where in inputs:
         for place in (out, state):
             if _holds(place, where):

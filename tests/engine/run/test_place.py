@@ -151,6 +151,14 @@ def test_an_image_folder_is_an_input(folder: Path, out: str) -> None:
     check_apart(plan, str(folder / "data" / "out"), folder / "merge.yaml")
 
 
+@pytest.mark.parametrize("logs", ["out", "out/logs", "out.run", "out.run/logs"])
+def test_logs_in_the_place_of_the_output_are_refused(folder: Path, logs: str) -> None:
+    plan = plan_of(folder / "merge.yaml", f"log_dir={logs}")
+    with refused(OutputError, where=str(folder / logs), do="log_dir"):
+        check_apart(plan, str(folder / "out"), folder / "merge.yaml")
+    check_apart(plan, str(folder / "other"), folder / "merge.yaml")
+
+
 def test_an_image_of_a_record_is_an_input(plan: Plan, folder: Path) -> None:
     seen = replace(plan, images=((str(folder / "out.run" / "a.png"),), ()))
     with refused(OutputError, where="out.run", facts=["a.png"]):

@@ -22,7 +22,7 @@ from identities import merge_of, record_of
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
-from engine.errors import OutputError, StorageError
+from engine.errors import DamagedError, OutputError, StorageError
 from engine.evaluation.results import Row, save_results
 from engine.run.identity import Identity
 from engine.run.ownership import MARKER, RECORD, RECORDED_IDENTITY, SCORES, mark
@@ -36,7 +36,7 @@ from engine.storage.sealed import seal
 
 ROWS = [{"stage": 1, "step": 0, "model": "math", "kl": 0.5}]
 MODEL = ["model.safetensors"]
-FILES = ["model.safetensors", "config.json", "tokenizer.json", "README.md"]
+FILES = ["model.safetensors", "config.json", "tokenizer.json"]
 THIS, OTHER, THIRD = map(merge_of, ("this", "other", "third"))
 
 
@@ -91,6 +91,13 @@ def record(folder: Folder, merge: Identity) -> None:
         folder.write(file, text.encode())
 
 
+def complete(folder: Folder, merge: Identity) -> None:
+    """Write an output of this merge with all of its files."""
+    for file in FILES:
+        folder.write(file, b"of the merge")
+    record(folder, merge)
+
+
 def computed(run: RunFolder) -> None:
     """Store a target, as a merge does that has begun to compute."""
     run.state.write(run.target(Sample(0, 0, (1, 2), "x.jsonl:1")), b"a target")
@@ -122,8 +129,16 @@ def test_a_file_in_place_of_the_output_folder_is_refused(disk: Path) -> None:
 
 
 def test_a_complete_merge_is_not_repeated_without_fresh(place: Place) -> None:
-    record(place.output, THIS)
+    complete(place.output, THIS)
     assert check_output(place.out, THIS, fresh=False)
+    assert not check_output(place.out, THIS, fresh=True)
+
+
+def test_a_complete_merge_that_lost_a_file_is_not_taken_for_done(place: Place) -> None:
+    complete(place.output, THIS)
+    place.output.remove("model.safetensors")
+    with refused(OutputError, where=place.output.where, do="--fresh", facts=["'model.safetensors'"]):
+        check_output(place.out, THIS, fresh=False)
     assert not check_output(place.out, THIS, fresh=True)
 
 
@@ -236,6 +251,18 @@ def test_the_state_of_another_merge_is_refused_and_kept(place: Place) -> None:
     assert run.state.names() == before
     with open_run(place.out, OTHER, fresh=False) as again:
         assert again.stored_targets() == {"targets/0-0.safetensors"}
+
+
+def test_a_state_with_a_damaged_identity_is_kept_until_fresh(place: Place) -> None:
+    with open_run(place.out, THIS, fresh=False) as run:
+        computed(run)
+    run.state.write("identity.json", b"")
+    for _ in range(2):
+        with refused(DamagedError, where="identity.json", do="--fresh") as caught, open_run(place.out, THIS, False):
+            pass
+        assert "same command" not in caught.value.do and run.stored_targets()
+    with open_run(place.out, THIS, fresh=True) as run:
+        assert not run.stored_targets()
 
 
 def test_fresh_discards_the_state_of_an_earlier_start(place: Place) -> None:
@@ -538,7 +565,7 @@ def finish(place: Place, content: bytes, **files: str) -> None:
         run.weights.write("model.safetensors", content)
         (run.composed / "config.json").write_text("{}")
         (run.composed / "tokenizer.json").write_text("{}")
-        for name, text in (record_of(THIS, FILES) | files).items():
+        for name, text in (record_of(THIS, [*FILES, *files]) | files).items():
             (run.composed / name).write_text(text)
         run.finish()
     assert not run.composed.exists() and not run.exists()
