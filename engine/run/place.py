@@ -6,6 +6,7 @@ Reads no file. `plan` and `merge` make the same checks.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,11 +49,11 @@ def check_place(out: str) -> None:
     _check_length(path, state)
     try:
         for folder in (path, state):
-            if os.path.ismount(folder):
+            if mount := _mounted(folder):
                 raise OutputError(
                     "the folder is a mount point, which cannot be renamed or replaced",
-                    str(folder),
-                    do=f"give a folder in it: --out {path / 'merged'}" if folder == path else _OTHER,
+                    mount,
+                    do=f"give a folder in it: --out {path / 'merged'}" if mount == str(path) else _OTHER,
                 )
             if folder.exists() and not folder.is_dir():
                 raise OutputError("there is a file of this name", str(folder), "a folder", _OTHER)
@@ -158,6 +159,27 @@ def _holds(outer: str, inner: str) -> bool:
         except OSError:
             continue
     return False
+
+
+def _mounted(folder: Path) -> str | None:
+    """Return a mount point at or below a folder, or None."""
+    if os.path.ismount(folder):
+        return str(folder)
+    real = os.path.realpath(folder)
+    return next((mount for mount in mount_points() if Path(mount).is_relative_to(real)), None)
+
+
+def mount_points() -> list[str]:
+    """Return the mount points of this process, also those of a folder of the same disk; none where /proc lacks them."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return []
+    # The fifth field; spaces, tabs, newlines and backslashes in it are written as octal numbers.
+    return [
+        os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ")[4]))
+        for line in lines
+    ]
 
 
 def _check_length(path: Path, state: Path) -> None:

@@ -14,6 +14,7 @@ from errors import refused
 
 from engine.errors import OutputError
 from engine.planning.plan import Plan
+from engine.run import place
 from engine.run.ownership import mark
 from engine.run.place import check_apart, check_place
 from engine.storage.local_folder import LocalFolder
@@ -61,6 +62,24 @@ def test_an_address_with_a_secret_is_refused(out: str) -> None:
     with refused(OutputError, do="AWS_SECRET_ACCESS_KEY") as caught:
         check_place(out)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mount", ["merged", "merged/inner", "merged.run/targets"])
+def test_a_folder_of_the_same_disk_that_is_mounted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str
+) -> None:
+    monkeypatch.setattr(place, "mount_points", lambda: ["/", str(tmp_path), str(tmp_path / mount)])
+    with refused(OutputError, where=str(tmp_path / mount), do="--out"):
+        check_place(str(tmp_path / "merged"))
+    check_place(str(tmp_path / "merge"))
+
+
+def test_mount_points_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        rb"36 35 98:0 /a /mnt/a\040b\134 rw - ext3 /dev/root rw" + b"\n37 36 0:5 / /mnt/\xc3\xbc rw - tmpfs none rw\n"
+    )
+    monkeypatch.setattr(Path, "read_bytes", lambda path: lines)
+    assert place.mount_points() == ["/mnt/a b\\", "/mnt/ü"]
 
 
 def test_a_mounted_state_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
