@@ -327,7 +327,7 @@ def test_a_resized_embedding_merges_with_the_command_of_the_message(tmp_path: Pa
             "transformer.wte.weight",
         ),
     ],
-    ids=str,
+    ids=told,
 )
 def test_a_tensor_that_exclude_keeps_is_refused_with_another_exclude(
     tmp_path: Path, make: Callable[[], Any], options: dict[str, Any], kept: str
