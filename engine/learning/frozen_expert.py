@@ -80,7 +80,7 @@ class FrozenExpert:
         If the sample asks for a response, the expert generates it first. `inputs` are the sample's pixel inputs.
 
         Raises:
-            CheckpointError: The expert's logits are not finite.
+            CheckpointError: The expert's logits are not finite, or its hidden states are not one vector per token.
         """
         inputs = inputs or {}
         ids_BT = torch.tensor([sample.input_ids], device=self.device)
@@ -91,6 +91,14 @@ class FrozenExpert:
         output = self.model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
+        for index in self.plan.hidden_layers:
+            if (states := output.hidden_states[index]).dim() != 3:
+                raise CheckpointError(
+                    f"{type(self.model).__name__} has hidden states of shape {tuple(states.shape)}",
+                    "parameters.hidden_layers",
+                    "samples, tokens, features",
+                    "set `hidden_layers: []`, to compare logits alone",
+                )
         last_BTH = output.hidden_states[-1]
         # Compared on each sample, since the model's own code decides how logits follow from the last hidden state.
         rebuilt = self._base_gives_logits and torch.equal(rebuild_logits(self.model, last_BTH), output.logits)

@@ -155,6 +155,20 @@ def write(folder: Path) -> Path:
     return folder / "learned.yaml"
 
 
+@pytest.mark.slow
+def test_hidden_states_of_several_streams_are_refused_and_can_be_left_out(tmp_path: Path) -> None:
+    keys = HEAD | {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    keys |= {"laurel_rank": 4, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]}
+    config = transformers.Gemma3nTextConfig(**(tiny.COMMON | keys), activation_sparsity_pattern=[0.0] * 3)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name in ("base", "tuned"):
+        noisy(base, seed=1).save_pretrained(tmp_path / name)
+    with refused(CheckpointError, where="hidden_layers", do="hidden_layers: []", facts=["Gemma3n"]):
+        Plain(plan_of(write(tmp_path)), tmp_path)
+    learned = Plain(plan_of(write(tmp_path), "parameters.hidden_layers=[]"), tmp_path).run()[0]
+    assert abs(learned.values - 0.5).max() > 0.01
+
+
 @pytest.mark.parametrize("family", ["modernbert-decoder", "bert", "electra"])
 def test_a_head_of_several_layers_is_refused(tmp_path: Path, family: str) -> None:
     config = transformers.AutoConfig.for_model(family, **tiny.COMMON)
