@@ -23,6 +23,7 @@ from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
+from engine.shards.weight_space import check_settings
 
 
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
@@ -51,6 +52,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     check_state(RunFolder(out).state)
     check_trackers(plan.config, out)
     check_heads(plan)
+    if not plan.config.learned:
+        check_settings(plan)
     plan, records, now = settle(plan)
     check_apart(plan, out)  # now with the images of the records
     if check_output(out, now, fresh):

@@ -8,14 +8,33 @@ Options: `weight` (per model, 1.0), `normalize` (true).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
-from engine.methods.options import Method, Option, normalize
+from engine.methods.options import Method, Option, Settings, normalize
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
     from engine.task_vectors.pipeline import Fill
+
+
+def total_weight(tensor: str, values: Settings, own: Sequence[Settings], base: Settings | None) -> float:
+    """Return Σᵢ wᵢ of a tensor, or 1 without `normalize`.
+
+    Raises:
+        ConfigError: `normalize` is true and the weights sum to zero.
+    """
+    if not values["normalize"]:
+        return 1.0
+    total = sum(float(each["weight"]) for each in own) + (float(base["weight"]) if base is not None else 0.0)
+    if total == 0:
+        raise ConfigError(
+            "the weights sum to zero and cannot be normalized",
+            tensor,
+            do="change the weights, or set normalize: false",
+        )
+    return total
 
 
 METHOD = Method(
@@ -25,22 +44,13 @@ METHOD = Method(
     "θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ",
     (Option("weight", 1.0, "wᵢ, the weight of the model", "model"), normalize(True)),
     base="optional",
+    check=total_weight,
 )
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """Return the tensor's `Fill`: one pass over every model.
-
-    Raises:
-        ConfigError: `normalize` is true and the weights of the tensor sum to zero.
-    """
-    weights = [float(weight) for weight in tensor.each_own("weight")]
+    """Return the tensor's `Fill`: one pass over every model. For errors see `total_weight`."""
+    total = total_weight(tensor.name, tensor.values, tensor.own, tensor.base_values)
     base_weight = float(tensor.base_values["weight"]) if tensor.base_values is not None else 0.0
-    total = sum(weights) + base_weight if tensor.values["normalize"] else 1.0
-    if total == 0:
-        raise ConfigError(
-            "the weights sum to zero and cannot be normalized",
-            tensor.name,
-            do="change the weights, or set normalize: false",
-        )
+    weights = [float(weight) for weight in tensor.each_own("weight")]
     return tensor.sum_of_models(base_weight / total, [weight / total for weight in weights])

@@ -8,7 +8,7 @@ is part of the tensor's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -154,6 +154,8 @@ class Method:
         whole: It holds a bounded number of whole tensors in memory; otherwise a bounded number of elements.
         aliases: Other names accepted in a config.
         learned: Its coefficients are learned.
+        check: Checks a tensor's values together: called with its name and the values of the merge, of each expert, and
+            of the base (None if it is not one of the models). Raises ConfigError.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Method:
     whole: bool = False
     aliases: tuple[str, ...] = ()
     learned: bool = False
+    check: Callable[[str, Settings, Sequence[Settings], Settings | None], object] | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Option]:

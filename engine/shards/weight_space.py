@@ -120,6 +120,19 @@ def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> li
     return select(count, [kept_of(density, total) for density in kept])
 
 
+def check_settings(plan: Plan) -> None:
+    """Check the option values of every merged tensor, as its shard will read them.
+
+    Raises:
+        ConfigError: a required option has no value, or values do not go together.
+    """
+    method = get_method(plan.config.merge_method)
+    for name in plan.merged:
+        values = resolve(plan, name)
+        if method.check is not None:
+            method.check(name, *values)
+
+
 def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, Value]], dict[str, Value] | None]:
     """Return the option values of a tensor: those of the merge, of each expert, and of the base.
 

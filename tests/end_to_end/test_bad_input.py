@@ -235,6 +235,16 @@ PREPARED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / "expert0.jsonl").write_text('{"text": "\\ud800"}\n'),
         ["expert0.jsonl:1", "JSON", "surrogates"],
     ),
+    "weights that sum to zero": (
+        lambda f: edit_yaml(
+            f,
+            lambda c: [
+                c.update(merge_method="linear"),
+                *(model.update(parameters={"weight": w}) for model, w in zip(c["models"], (-1, 1), strict=True)),
+            ],
+        ),
+        ["lm_head.weight", "weights", "normalize: false"],
+    ),
 }
 
 
