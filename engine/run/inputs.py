@@ -24,6 +24,8 @@ UNDECIDING: dict[str, Any] = dict.fromkeys(("cluster", "record", "unused", "log_
 }
 # Packages whose version may decide bits: of token ids, of pixel inputs, of sums.
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy", "numba")
+# Start of the names of images; no path, hub id or address begins so.
+IMAGE = "image "
 
 
 def identity(plan: Plan) -> Identity:
@@ -54,7 +56,7 @@ def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
         for number, image in enumerate(images):
             # By its number: the folder of the images may be another one on another machine.
             if Path(image).is_file():
-                yield f"image {number} of {expert.name}", _hashed(Path(image), image)
+                yield f"{IMAGE}{number} of {expert.name}", _hashed(Path(image), image)
 
 
 def _companions(model: str, plan: Plan, copied: bool) -> Iterator[tuple[str, InputFile]]:

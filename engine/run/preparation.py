@@ -24,7 +24,7 @@ from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 from engine.run.identity import Identity, listed
-from engine.run.inputs import identity
+from engine.run.inputs import IMAGE, identity
 from engine.run.run_folder import RunFolder
 from engine.task_vectors.experts import CheckpointWithAdapter, FullExpert
 
@@ -42,21 +42,20 @@ def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
     again = make_plan(plan.resolved, ROOT)
     if replace(again, config=plan.config) != plan:
         pairs = zip((plan.base, *plan.experts), (again.base, *again.experts), strict=True)
-        raise _changed([f"{old.model} changed" for old, new in pairs if old != new])
+        raise _changed([f"{old.model} changed" for old, new in pairs if old.header != new.header])
     records: Records = []
     if plan.config.learned:
         plan, records = check_inputs(plan)
     now = identity(plan)
-    # Images are known since the records were read.
-    if differences := before.changed_files(
-        replace(now, files={name: now.files[name] for name in before.files if name in now.files})
-    ):
+    # Images are known only since the records were read.
+    without_images = {name: file for name, file in now.files.items() if not name.startswith(IMAGE)}
+    if differences := before.changed_files(replace(now, files=without_images)):
         raise _changed(differences)
     return plan, records, now
 
 
 def _changed(differences: list[str]) -> InputError:
-    what = f"changed while this run was starting: {listed(differences or ['a model'])}"
+    what = f"not as they were when this command began: {listed(differences or ['a model changed'])}"
     return InputError(what, "the inputs", do="run the same command again")
 
 

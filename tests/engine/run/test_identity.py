@@ -236,17 +236,21 @@ def test_a_model_that_changes_after_the_plan_was_made_is_named(folder: Path, kin
         CHANGES[kind][1](folder)
     else:
         tiny.save(tiny.make_expert(tiny.make_model(), seed=1), folder / "expert0", torch.bfloat16)
-    with refused(InputError, where="inputs", do="again", facts=[str(folder / file)]):
+    with refused(InputError, where="inputs", do="again", facts=[f"{folder / file} changed"]) as caught:
         settle(plan)
+    assert caught.value.what.count(" changed") == 1
 
 
 def test_records_that_change_while_they_are_checked_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def check_models(plan: Plan) -> None:
-        tiny.write_calibration(folder / "expert1.jsonl", 3, seed=9)
-
-    monkeypatch.setattr(preparation, "check_models", check_models)
-    with refused(InputError, where="inputs", do="again", facts=[str(folder / "expert1.jsonl")]):
-        settle(plan_of(folder / "merge.yaml"))
+    plan, own = plan_of(folder / "merge.yaml"), folder / "base" / "preprocessor_config.json"
+    for change, difference in (
+        (lambda: tiny.write_calibration(folder / "expert1.jsonl", 3, seed=9), f"{folder / 'expert1.jsonl'} changed"),
+        (lambda: own.write_text("{}"), f"{own} is new"),
+        (own.unlink, f"{own} is gone"),
+    ):
+        monkeypatch.setattr(preparation, "check_models", lambda plan, change=change: change())
+        with refused(InputError, where="inputs", do="again", facts=[difference]):
+            settle(plan)
 
 
 def test_a_stopped_run_is_not_resumed_with_other_inputs(folder: Path, tmp_path: Path) -> None:
