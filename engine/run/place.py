@@ -30,13 +30,18 @@ def check_place(out: str) -> None:
     """Check that a folder can be made at `out`, and that it can be renamed and replaced there.
 
     Raises:
-        OutputError: it is a root, a bucket, a mount point, in a folder of the kernel, below a file or another run's
-            state, read-only or too long.
+        OutputError: it is a root, a bucket, an ambiguous address, a mount point, in a folder of the kernel, below a
+            file or another run's state, read-only or too long.
     """
     if is_uri(out):
         address = Address.of(out, OutputError)
         if not address.path:
             raise OutputError("the output is a whole bucket", out, str(replace(address, path="folder")))
+        if not {"", ".", ".."}.isdisjoint(address.path.split("/")):
+            # Some servers and proxies resolve these names, others do not.
+            raise OutputError(
+                "the address has an empty part, . or ..", out, f"{address.scheme}://bucket/folder", _OTHER
+            )
         return
     path = Path(out)
     if not path.name:

@@ -64,6 +64,13 @@ def test_an_address_with_a_secret_is_refused(out: str) -> None:
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize("out", ["gs://bucket/../x", "s3://bucket/a/../base", "s3://bucket/a//b", "s3://bucket/./a"])
+def test_an_address_with_several_meanings_is_refused(out: str) -> None:
+    with refused(OutputError, where=out, do="--out"):
+        check_place(out)
+    check_place("s3://bucket/a/b..c/.d/")
+
+
 @pytest.mark.parametrize("mount", ["merged", "merged/inner", "merged.run/targets"])
 def test_a_folder_of_the_same_disk_that_is_mounted_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str
