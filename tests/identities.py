@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from engine.run.contents import MANIFEST
 from engine.run.identity import Identity
 from engine.run.ownership import RECORD, RECORDED_IDENTITY
 
@@ -18,5 +19,5 @@ def merge_of(name: str) -> Identity:
 def record_of(merge: Identity, files: Sequence[str]) -> dict[str, str]:
     """Return the files, by their names, that mark an output as a merge which wrote `files`."""
     content = merge.encode()
-    record = {"identity": hashlib.sha256(content).hexdigest(), "files": [*files, RECORDED_IDENTITY]}
-    return {RECORDED_IDENTITY: content.decode(), RECORD: json.dumps({"record": record})}
+    record = {"identity": hashlib.sha256(content).hexdigest(), "files": [*files, RECORDED_IDENTITY, MANIFEST]}
+    return {RECORDED_IDENTITY: content.decode(), MANIFEST: "{}", RECORD: json.dumps({"record": record})}

@@ -22,8 +22,8 @@ from engine.planning.plan import ModelPlan, Plan
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
-# Files that are written after all others: the record itself, the memory figures and the report.
-LAST_FILES = ("merge/config.yaml", "merge/identity.json", "merge/memory.json", "merge/report.html")
+# Files that are written after all others: the record itself, the list of files, the memory figures and the report.
+LAST_FILES = ("merge/config.yaml", "merge/files.json", "merge/identity.json", "merge/memory.json", "merge/report.html")
 METRICS = pa.schema(
     [
         ("stage", pa.int8()),

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from engine.config.reader import RECORD_BYTES, parse_recorded
 from engine.errors import ConfigError, DamagedError, InputError, OutputError, StorageError
-from engine.run.identity import Identity, decode, listed
+from engine.run.contents import changed_in, names_of, read_manifest, strangers, strangers_in_state
+from engine.run.identity import Identity, InputFile, decode, listed
 from engine.storage.folder import LOCK, Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.scores import is_scores
@@ -31,8 +32,6 @@ FORMAT = 1
 IDENTITY, CLAIM = "identity.json", "claim.json"
 # Content of a lock: empty on a disk, the owner and a number in object storage.
 _LOCKS = re.compile(rb"([0-9a-f]{32} [0-9a-f]{32})?")
-# Names that a message lists.
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,13 @@ class EarlierMerge:
         identity: The identity that it stored; None if it is damaged or absent.
         files: The files that the merge wrote (the record alone if it does not list them), and merge/evaluation.parquet
             if `evaluate` wrote it.
+        written: Those of which the size and SHA-256 are known, as they were written.
     """
 
     digest: str
     identity: Identity | None
     files: frozenset[str]
+    written: Mapping[str, InputFile]
 
     @classmethod
     def read(cls, folder: Folder) -> EarlierMerge | None:
@@ -62,13 +63,14 @@ class EarlierMerge:
             record = parse_recorded(data.decode(), f"{folder.where}/{RECORD}") if len(data) <= RECORD_BYTES else {}
         entry = record.get("record")
         entry = entry if isinstance(entry, dict) else {}
-        files = entry.get("files")
-        names = files if isinstance(files, list) else []
+        listed_files = entry.get("files")
+        names = listed_files if isinstance(listed_files, list) else []
         if not all(isinstance(name, str) and _is_inside(name) for name in names):
             names = []
         identity = _recorded_identity(folder, entry.get("identity"))
         scores = [SCORES] if is_scores(folder, SCORES) else []
-        return cls(hashlib.sha256(data).hexdigest(), identity, frozenset({RECORD, *names, *scores}))
+        files = frozenset({RECORD, *names, *scores})
+        return cls(hashlib.sha256(data).hexdigest(), identity, files, read_manifest(folder))
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def check_state(state: Folder) -> None:
     try:
         if state.exists("") or (isinstance(state, LocalFolder) and state.path.is_symlink()):
             raise OutputError("the folder for the state of the run is a file or a link", state.where, "a folder", do)
-        if state.exists(MARKER):
+        marked = state.exists(MARKER)
+        if marked:
             version = _format_of(state.read(MARKER))
             if version != FORMAT:
                 raise OutputError(
@@ -136,8 +139,7 @@ def check_state(state: Folder) -> None:
                     f"format {FORMAT}",
                     "complete that run with its version, or remove the folder",
                 )
-            return
-        there = state.entries()
+        there = set(strangers_in_state(state)) if marked else state.entries()
         if LOCK in there and _LOCKS.fullmatch(state.read(LOCK)):
             there -= {LOCK}
     except StorageError as error:
@@ -148,7 +150,7 @@ def check_state(state: Folder) -> None:
         raise OutputError(
             f"the folder for the state of the run holds something else: {names_of(sorted(there))}",
             state.where,
-            f"no such folder, or one with {MARKER}, which every run writes",
+            "files of a run alone" if marked else f"no such folder, or one with {MARKER}, which every run writes",
             do,
         )
 
@@ -160,22 +162,19 @@ def mark(state: Folder) -> None:
 
 
 def clear(state: Folder) -> None:
-    """Remove everything from the folder of a run's state except the lock and the marker.
+    """Remove the files of a run from the folder of its state, but the lock and the marker. Other files stay.
 
     The identity goes first, so that a half-removed state is not resumed, and the claim last.
     """
+    others = strangers_in_state(state)
     if isinstance(state, LocalFolder):
         names = {path.name for path in state.path.iterdir()} if state.path.is_dir() else set()
     else:
         names = {name.partition("/")[0] for name in state.entries()}
+    mixed = {name.partition("/")[0] for name in others}
+    names = (names - mixed) | {name for name in state.names() if name.partition("/")[0] in mixed} - set(others)
     for name in sorted(names - {LOCK, MARKER}, key=lambda name: (name != IDENTITY, name == CLAIM, name)):
         state.remove(name)
-
-
-def strangers(folder: Folder, known: Collection[str]) -> list[str]:
-    """Return what a folder holds besides the known files, sorted; the folders of known files do not count."""
-    parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
-    return sorted(folder.entries() - set(known) - parents)
 
 
 def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
@@ -193,6 +192,7 @@ def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
                 return True
         known = merge.files if merge else {*claim.old, *claim.own}
         others = ["."] if folder.exists("") else strangers(folder, known)
+        edited = changed_in(folder, merge.written) if merge is not None and allowed else []
     except StorageError as error:
         raise OutputError(error.what, folder.where, do=error.do) from error
     except OSError as error:
@@ -214,6 +214,13 @@ def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
             f"the output folder is in use: it holds something other than a merge: {names_of(others)}",
             folder.where,
             do="give another --out",
+        )
+    if edited:
+        raise OutputError(
+            f"the output folder holds files that were changed after the merge: {names_of(edited)}",
+            folder.where,
+            "the files as the merge wrote them, which alone can be replaced",
+            "move them away, or give another --out",
         )
     return False
 
@@ -284,10 +291,11 @@ def check_replaceable(folder: Folder, claim: Claim) -> None:
         OutputError: it holds something else.
     """
     merge = EarlierMerge.read(folder)
-    known = set(claim.own)
-    if claim.allows(merge):
+    known, others = set(claim.own), []
+    if merge is not None and claim.allows(merge):
         known |= set(claim.old)
-    others = ["."] if folder.exists("") else strangers(folder, known)
+        others = changed_in(folder, merge.written)
+    others += ["."] if folder.exists("") else strangers(folder, known)
     if others:
         raise OutputError(
             f"the output folder now holds something that this run does not replace: {names_of(others)}",
@@ -307,12 +315,6 @@ def extend_claim(state: Folder, files: Iterable[str]) -> None:
     """Store the names of files before the run writes them in the output's place."""
     claim = Claim.read(state)
     replace(claim, own=tuple({*claim.own, *files})).write(state)
-
-
-def names_of(names: Sequence[str]) -> str:
-    """Return the first names for a message, and the number of the others."""
-    shown = ", ".join(repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
 
 
 def _is_of(state: Folder, now: Identity) -> bool:

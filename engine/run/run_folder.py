@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from engine.errors import DamagedError, OutputError
 from engine.planning.plan import Plan
+from engine.run.contents import write_manifest
 from engine.run.identity import Identity
 from engine.run.inputs import identity
 from engine.run.kept_state import KeptState
@@ -188,6 +189,7 @@ class RunFolder(KeptState):
             OutputError: the output's place now holds something that this run does not replace.
         """
         self.held()
+        write_manifest(LocalFolder(self.composed), self.weights, self.state, self.written())
         if self._path is None:
             self._upload()
         else:

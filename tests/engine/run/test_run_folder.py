@@ -24,6 +24,7 @@ import engine.storage.lease
 from engine.calibration.samples import Sample
 from engine.errors import DamagedError, OutputError, StorageError
 from engine.evaluation.results import Row, save_results
+from engine.run.contents import MANIFEST
 from engine.run.identity import Identity
 from engine.run.ownership import MARKER, RECORD, RECORDED_IDENTITY, SCORES, mark
 from engine.run.run_folder import RunFolder, check_output, open_run
@@ -591,10 +592,8 @@ def test_partial_files_of_dead_writers_are_not_in_the_output(disk: Path) -> None
 
 
 def test_a_finished_run_replaces_an_earlier_merge_completely(place: Place) -> None:
-    finish(place, b"old")
-    record = place.output.read(RECORD).replace(b'"files": [', b'"files": ["model-00007-of-00007.safetensors", ')
-    place.output.write(RECORD, record)
-    place.output.write("model-00007-of-00007.safetensors", b"of the old one")
+    more = "model-00007-of-00007.safetensors"
+    finish(place, b"old", **{more: "of the old one", RECORD: record_of(THIS, [*FILES, more])[RECORD]})
     finish(place, b"new")
     assert place.holds(*OUTPUT)
     assert place.output.read("model.safetensors") == b"new"
@@ -624,6 +623,56 @@ def test_fresh_replaces_no_folder_that_holds_more_than_the_merge(place: Place, n
     assert "--fresh" not in caught.value.do
     assert contents(place.parent) == before
     assert check_output(place.out, THIS, fresh=False), "it holds this merge all the same"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_fresh_replaces_no_file_that_was_changed_after_the_merge(place: Place, name: str) -> None:
+    finish(place, b"old")
+    whole = place.output.read(name)
+    place.output.write(name, b"a week of training")
+    before = contents(place.parent)
+    with refused(OutputError, where=place.out, do="move", facts=[repr(name)]):
+        check_output(place.out, OTHER, fresh=True)
+    assert contents(place.parent) == before
+    place.output.write(name, whole)
+    assert not check_output(place.out, OTHER, fresh=True), "a copy of what the merge wrote"
+    with open_run(place.out, OTHER, fresh=True) as run:
+        computed(run)
+        place.output.write(name, b"a week of training")
+        with refused(OutputError, where=place.out, do="same command", facts=[repr(name)]):
+            run.start_output(MODEL)
+            run.finish()
+        assert place.output.read(name) == b"a week of training"
+        place.output.remove(name)
+        run.start_output(MODEL)
+        run.finish()
+
+
+def test_a_file_of_the_user_in_the_state_is_neither_removed_nor_passed_over(place: Place) -> None:
+    with open_run(place.out, THIS, fresh=False) as run:
+        computed(run)
+        run.start_output(MODEL)
+        for name in ("notes.txt", "targets/notes.txt"):
+            run.state.write(name, b"mine")
+        run.weights.write("model.safetensors", b"new")
+        run.finish()
+    state = RunFolder(place.out).state
+    kept = {name: state.read(name) for name in state.names() - {"lock"}}
+    assert kept == {"notes.txt": b"mine", "targets/notes.txt": b"mine"}
+    with refused(OutputError, where=state.where, facts=["'notes.txt'", "'targets/notes.txt'"]):
+        check_output(place.out, THIS, fresh=True)
+
+
+def test_a_file_of_the_user_in_the_state_of_a_stopped_run_is_named(place: Place) -> None:
+    with open_run(place.out, THIS, fresh=False) as run:
+        computed(run)
+    run.state.write("notes.txt", b"mine")
+    for fresh in (False, True):
+        with refused(OutputError, where=run.state.where, do="move", facts=["'notes.txt'"]):
+            check_output(place.out, THIS, fresh)
+    run.state.remove("notes.txt")
+    with open_run(place.out, THIS, fresh=False) as run:
+        assert run.stored_targets()
 
 
 def test_fresh_replaces_the_scores_of_the_earlier_merge(place: Place) -> None:
@@ -705,7 +754,7 @@ def test_a_run_with_fresh_is_resumed_with_and_without_fresh(place: Place, identi
         run.weights.write("model.safetensors", b"new")
         (run.composed / RECORD).write_text("record: {files: [model.safetensors]}")
         run.finish()
-    assert place.output.names() == {"model.safetensors", RECORD} and not RunFolder(place.out).exists()
+    assert place.output.names() == {"model.safetensors", RECORD, MANIFEST} and not RunFolder(place.out).exists()
     assert place.output.read("model.safetensors") == b"new"
 
 
@@ -742,7 +791,7 @@ def test_a_stop_between_the_renames_loses_neither_merge(disk: Path, identity: Id
         run.weights.write("model.safetensors", b"new")
         (run.composed / RECORD).write_text("record: {files: [model.safetensors]}")
         run.finish()
-    assert place.holds("merged/model.safetensors", f"merged/{RECORD}")
+    assert place.holds("merged/model.safetensors", f"merged/{RECORD}", f"merged/{MANIFEST}")
 
 
 def test_an_incomplete_output_is_removed_by_the_names_that_its_run_wrote(objects: Place) -> None:
@@ -785,6 +834,7 @@ def test_in_object_storage_marker_files_are_removed_first_and_written_last(
         "README.md",
         "tokenizer.json",
         RECORDED_IDENTITY,
+        MANIFEST,
     }
     assert written[-2:] == ["config.json", RECORD]
     acts.clear()
