@@ -64,6 +64,7 @@ ELSEWHERE = {
     "{advice}": "tests of original InternVL checkpoints set `trust_remote_code: true`",
     "shorten the record, or use another tokenizer": "test_hostile_tokenizers.py: tokenizers beyond the limits",
     "simplify the patterns": "test_hostile_configs.py: patterns of exponential time",
+    "run the same command again": "test_a_model_that_changes_after_the_plan_was_made_is_named",
 }
 
 Change = Callable[[Path], Any]
@@ -401,7 +402,6 @@ ROWS = (
         lambda f: (trained(f), expert(f, model="expert0+expert1")),
         (lambda f, _: (one_checkpoint(f), expert(f, model="one")),),
     ),
-    Row("remove `on_missing`", spoilt_option(on_missing="base"), (lambda f, _: edit(f, on_missing="error"),)),
     Row(
         "give the expert another `name`",
         lambda f: weight_space(f, merge_method="svd_intermediate", models=[{"model": "expert0", "name": "a b"}, ONE]),

@@ -79,11 +79,11 @@ MODELS: Cases = {
         ["'expert0'", "vocabulary", "64", "`tokenizer_source: base`"],
     ),
     "architecture of 1 MB": (
-        lambda f: edit_json(f, CONFIG_JSON, architectures=["x" * MB]),
+        lambda f: edit_json(f, CONFIG_JSON, model_type="x" * MB),
         ["'expert0'", "LlamaForCausalLM", "xx…"],
     ),
     "architecture of lines": (
-        lambda f: edit_json(f, CONFIG_JSON, architectures=["a\nb"]),
+        lambda f: edit_json(f, CONFIG_JSON, model_type="a\nb"),
         ["'expert0'", "LlamaForCausalLM", "'a\\nb'"],
     ),
     "folder for a file": (lambda f: make_folder(f, CONFIG_JSON), [CONFIG_JSON, "a directory"]),
@@ -283,7 +283,7 @@ ADAPTERS: Cases = {
         lambda f: adapter(f, lambda p: p.update({name.replace("q_", "z_"): p.pop(name) for name in list(p)})),
         ["in/expert1", "'model.layers.1.self_attn.z_proj.weight'", "base"],
     ),
-    "no tensors": (lambda f: adapter(f, dict.clear), [PAIR, "no tensors"]),
+    "no tensors": (lambda f: adapter(f, dict.clear), [PAIR, "LoRA"]),
     "pickled": (
         lambda f: (adapter(f), (f / PAIR).rename(f / "expert1" / "adapter_model.bin")),
         ["in/expert1: ", "adapter_model.safetensors", "save_pretrained"],

@@ -81,7 +81,7 @@ def test_a_head_that_only_an_expert_has_is_ignored_if_it_is_tied(folder: Path) -
         edit(folder / model, **{HEAD: None})
     plan = plan_of(arithmetic(folder))
     assert plan.experts[1].match.ignored == (HEAD,) and HEAD not in plan.merged
-    with refused(CheckpointError, where="expert1", do="tie_word_embeddings = False", facts=[repr(HEAD)]):
+    with refused(CheckpointError, where="expert1", do="'tie_word_embeddings', False", facts=[repr(HEAD)]):
         check_heads(plan)
     check_heads(plan_of(arithmetic(folder, on_missing="base")))
     edit(folder / "expert1", **{HEAD: load_file(folder / "expert1" / "model.safetensors")[EMBEDDING]})
