@@ -117,9 +117,12 @@ def abort_without_memory() -> None:
 def test_work_beyond_a_limit_or_that_crashes_is_refused(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], work: Callable[[], Any], fact: str
 ) -> None:
-    limits = {"SECONDS": 0.2, "SILENCE": 1, "MEMORY": 256 << 20, "ANSWER": 1000}
+    # Short times only where they decide: on a busy machine, any work may take longer.
+    limits: dict[str, float] = {"MEMORY": 256 << 20, "ANSWER": 1000}
     if work is spin:
-        del limits["SILENCE"]
+        limits["SECONDS"] = 0.2
+    elif work is in_native_code:
+        limits["SILENCE"] = 1
     for name, value in limits.items():
         monkeypatch.setattr(engine.bounded_process, name, value)
     with refused(CheckpointError, where="here", facts=[fact]):
