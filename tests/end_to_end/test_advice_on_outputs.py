@@ -25,7 +25,7 @@ def begin(out: Path, fresh: bool = False, merge: Identity = OURS) -> None:
     check_state(RunFolder(str(out)).state)
     assert not check_output(str(out), merge, fresh)
     with open_run(str(out), merge, fresh) as run:
-        run.state.write("stage-1", b"a result")
+        run.state.write("stage-1.safetensors", b"a result")
 
 
 def put(folder: Path, name: str, text: str = "mine") -> None:
@@ -63,7 +63,7 @@ def damage(out: Path) -> None:
 
 def linked(out: Path) -> None:
     begin(out)
-    (state(out) / "samples").symlink_to(out.parent)
+    (state(out) / "samples.json").symlink_to(out.parent)
 
 
 def changed_input() -> Identity:
@@ -87,7 +87,7 @@ def changed_input() -> Identity:
             [lambda out: begin(out, merge=OTHER), with_fresh],
         ),
         (damage, "discard the state of the run with --fresh", [with_fresh]),
-        (linked, "remove the link", [lambda out: ((state(out) / "samples").unlink(), begin(out)), other_out]),
+        (linked, "remove the link", [lambda out: ((state(out) / "samples.json").unlink(), begin(out)), other_out]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
