@@ -77,7 +77,7 @@ def test_a_disk_without_room_is_refused_before_the_merge_begins(config: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("size", "reached"), [("60k", "targets"), ("180k", "stage 2")], ids=["while targets are stored", "in the output"]
+    ("size", "reached"), [("84k", "targets"), ("200k", "stage 2")], ids=["while targets are stored", "in the output"]
 )
 def test_a_full_disk_ends_the_run_and_its_state_is_whole(
     config: Path, undisturbed: dict[str, bytes], size: str, reached: str, tmp_path: Path
