@@ -45,6 +45,9 @@ NEVER_MERGED = {
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 
+# Characters of the base's name in a message: a path that is to be given as `base_model` must be whole.
+NAME = 1000
+
 # Upper bound for a plausible rank or alpha.
 LIMIT = 1e9
 
@@ -153,7 +156,7 @@ def _pair(file: AdapterFile, module: str, factors: dict[str, str]) -> tuple[str,
         raise CheckpointError(
             f"the adapter changes {target!r}, which the base does not have",
             str(folder),
-            do=f"use the base that the adapter was trained on{f': {shown(trained_on)}' if trained_on else ''}",
+            do=f"use the base that the adapter was trained on{f': {shown(trained_on, NAME)}' if trained_on else ''}",
         )
     a, b = file.tensors[factors["A"]], file.tensors[factors["B"]]
     for factor in (a, b):
