@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell without job control starts its background processes with this signal ignored, and they pass that on.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Many threads share few cores in tests, so waiting threads must not spin. Takes effect only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
