@@ -11,7 +11,7 @@ import signal
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,8 @@ CONTAINERS, DEPTH = 4_000_000, 100
 
 # Maximum characters of a value quoted in a message.
 SHOWN = 80
+# Names that a message lists.
+LISTED = 3
 
 # Limits of `cpu_limit`, in CPU seconds so that the load of the machine does not matter, and of `memory_limit`, in bytes
 # of address space beyond the current use.
@@ -124,6 +126,12 @@ def shown(text: str, most: int = SHOWN) -> str:
     """Return the text for quotation in a message: on one line, cut to `most` characters."""
     text = text if text.isprintable() else repr(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def listed(texts: Sequence[str], separator: str = ", ") -> str:
+    """Return the first LISTED texts for a message, and the number of the others."""
+    more = len(texts) - LISTED
+    return separator.join(texts[:LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 @contextmanager

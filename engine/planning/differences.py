@@ -8,7 +8,7 @@ over all weights would read every file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from engine.checkpoints.special_tokens import has_chat_template, unused_in_gener
 from engine.checkpoints.structure import Role
 from engine.config.schema import Config
 from engine.planning.plan import ExpertPlan, Plan
-from engine.untrusted import shown
+from engine.untrusted import listed, shown
 
 # Keys of config.json that do not change what a model computes from tokens, and those that shapes of tensors show.
 NOT_COMPUTED = {
@@ -43,8 +43,6 @@ ROPE = ("rope_local_base_freq", "rope_parameters", "rope_scaling", "rope_theta")
 THETA = 10000.0
 # What the tensors decide, so that no config may change it.
 OF_TENSORS = {"tie_word_embeddings", "vocab_size"}
-# Names that a note lists.
-LISTED = 3
 
 # Elements of a range; ranges of a tensor, and of one whose rows are tokens; the most tensors of which ranges are read.
 RANGE, RANGES, TOKEN_RANGES, TENSORS = 4096, 2, 64, 200
@@ -136,7 +134,7 @@ def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) ->
         ("not used", set(match.ignored)),
     ):
         if names:
-            notes.append(f"{what}: {_listed(names)}")
+            notes.append(f"{what}: {listed(sorted(names))}")
     return tuple(notes)
 
 
@@ -160,11 +158,6 @@ def remarks_on(config: Config, base: Path, experts: Sequence[ExpertPlan]) -> tup
             keys = ", ".join(sorted(map(shown, unused)))
             remarks.append(("experts", f"they write responses greedily, without {keys} of generation_config.json"))
     return tuple(remarks)
-
-
-def _listed(names: Iterable[str]) -> str:
-    first, more = sorted(names)[:LISTED], len(set(names)) - LISTED
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 def _value(value: Any) -> str:

@@ -16,9 +16,9 @@ from engine.run.identity import InputFile
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder, digest
 from engine.storage.sealed import digest_name, read_sealed
-from engine.untrusted import parse_json
+from engine.untrusted import listed, parse_json
 
-# Name, size, SHA-256 and time of every file of an output but itself. Written last but for the record.
+# Size, SHA-256 and time of every file of an output but itself, by name.
 MANIFEST = "merge/files.json"
 # Rewritten by `report` and `evaluate`, which know their own files by marks.
 REWRITTEN = {"merge/report.html", "merge/evaluation.parquet"}
@@ -29,10 +29,8 @@ _STATE = re.compile(
     r"|orthogonal/[0-9a-f]{64}\.safetensors|metrics/\d+-\d+\.json|(digests|output|replaced)/.+"
 )
 _FOLDERS = {"targets", "inputs", "orthogonal", "metrics", "digests", "output", "replaced"}
-# Maximum bytes of a manifest, and of a file in object storage whose content is compared.
+# Maximum bytes of a file about an output, and of a file in object storage whose content is compared.
 _BYTES, _SMALL = 32 << 20, 1 << 20
-# Names that a message lists.
-_SHOWN = 3
 
 
 def strangers(folder: Folder, known: Collection[str]) -> list[str]:
@@ -62,14 +60,21 @@ def write_manifest(composed: LocalFolder, weights: Folder, state: Folder, names:
     composed.write(MANIFEST, text.encode())
 
 
+def read_bounded(folder: Folder, name: str) -> bytes | None:
+    """Return the content of a file of an output, or None if it is absent, no regular file, or too large.
+
+    The folder may be anybody's: a pipe would never end.
+    """
+    return folder.read(name) if folder.exists(name) and folder.size(name) <= _BYTES else None
+
+
 def read_manifest(folder: Folder) -> dict[str, InputFile]:
     """Return the files of an output as they were written; none if it has no valid manifest."""
+    data = read_bounded(folder, MANIFEST)
     try:
-        if folder.size(MANIFEST) > _BYTES:
-            return {}
-        raw = parse_json(folder.read(MANIFEST).decode(), MANIFEST, InputError)
+        raw = parse_json(data.decode(), MANIFEST, InputError) if data is not None else {}
         return {name: InputFile.decode(text) for name, text in raw.items()}
-    except (FileNotFoundError, InputError, ValueError, AttributeError):
+    except (InputError, ValueError, AttributeError):
         return {}
 
 
@@ -85,8 +90,7 @@ def changed_in(folder: Folder, written: Mapping[str, InputFile]) -> list[str]:
 
 def names_of(names: Sequence[str]) -> str:
     """Return the first names for a message, and the number of the others."""
-    shown = ", ".join(repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names[:_SHOWN])
-    return shown + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+    return listed([repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names])
 
 
 def _is_as_written(folder: Folder, name: str, written: InputFile) -> bool:

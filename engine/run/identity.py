@@ -11,9 +11,6 @@ from engine.errors import InputError
 from engine.storage.local_folder import digest
 from engine.untrusted import parse_json, shown
 
-# Differences that a message lists.
-_LISTED = 3
-
 
 @dataclass(frozen=True)
 class InputFile:
@@ -127,12 +124,6 @@ def decode(content: bytes, where: str) -> Identity:
     if not all(isinstance(text, str) for text in (*options.values(), *versions.values())):
         raise InputError("not the identity of a merge", where)
     return Identity(options, versions, files)
-
-
-def listed(differences: list[str]) -> str:
-    """Return the first differences for a message, and the number of the others."""
-    more = len(differences) - _LISTED
-    return "; ".join(differences[:_LISTED]) + (f"; and {more:,} more" if more > 0 else "")
 
 
 def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

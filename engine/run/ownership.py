@@ -17,12 +17,13 @@ from typing import Any
 
 from engine.config.reader import RECORD_BYTES, parse_recorded
 from engine.errors import ConfigError, DamagedError, InputError, OutputError, StorageError
-from engine.run.contents import changed_in, names_of, read_manifest, strangers, strangers_in_state
-from engine.run.identity import Identity, InputFile, decode, listed
+from engine.run.contents import changed_in, names_of, read_bounded, read_manifest, strangers, strangers_in_state
+from engine.run.identity import Identity, InputFile, decode
 from engine.storage.folder import LOCK, Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.scores import is_scores
 from engine.storage.sealed import read_sealed, write_sealed
+from engine.untrusted import listed
 
 RECORD, SCORES = "merge/config.yaml", "merge/evaluation.parquet"
 RECORDED_IDENTITY = "merge/identity.json"
@@ -201,7 +202,7 @@ def is_done(folder: Folder, state: Folder, now: Identity, fresh: bool) -> bool:
     if merge is not None and not allowed:
         do = "give another --out" if others else "give another --out, or --fresh to replace it"
         what = "the output folder is in use: it holds another merge"
-        raise OutputError(f"{what}: {listed(differences)}" if differences else what, folder.where, do=do)
+        raise OutputError(f"{what}: {listed(differences, '; ')}" if differences else what, folder.where, do=do)
     if others and merge is not None:
         raise OutputError(
             f"the output folder holds more than the earlier merge, which alone can be replaced: {names_of(others)}",
@@ -252,7 +253,7 @@ def resumes(state: Folder, now: Identity, fresh: bool) -> bool:
     if before.options == now.options:
         raise changed(differences, "restore it, or discard the state of the run with --fresh")
     raise OutputError(
-        f"the state of another merge into this folder still exists: {listed(differences)}",
+        f"the state of another merge into this folder still exists: {listed(differences, '; ')}",
         state.where,
         do="complete that merge, or discard its state with --fresh",
     )
@@ -260,7 +261,7 @@ def resumes(state: Folder, now: Identity, fresh: bool) -> bool:
 
 def changed(differences: list[str], do: str) -> InputError:
     """Return the error for inputs that are not those with which the run began."""
-    return InputError(f"not as it was when this run began: {listed(differences)}", "the inputs", do=do)
+    return InputError(f"not as it was when this run began: {listed(differences, '; ')}", "the inputs", do=do)
 
 
 def read_identity(state: Folder) -> Identity | None:
@@ -324,12 +325,12 @@ def _is_of(state: Folder, now: Identity) -> bool:
 
 def _recorded_identity(folder: Folder, sha256: Any) -> Identity | None:
     """Return the identity beside a record that names its SHA-256, or None."""
+    data = read_bounded(folder, RECORDED_IDENTITY)
+    if data is None or hashlib.sha256(data).hexdigest() != sha256:
+        return None
     try:
-        if folder.size(RECORDED_IDENTITY) > RECORD_BYTES:
-            return None
-        data = folder.read(RECORDED_IDENTITY)
-        return decode(data, RECORDED_IDENTITY) if hashlib.sha256(data).hexdigest() == sha256 else None
-    except (FileNotFoundError, InputError):
+        return decode(data, RECORDED_IDENTITY)
+    except InputError:
         return None
 
 

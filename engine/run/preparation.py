@@ -23,10 +23,11 @@ from engine.learning.targets import save_target, without_targets
 from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
-from engine.run.identity import Identity, listed
+from engine.run.identity import Identity
 from engine.run.inputs import IMAGE, identity
 from engine.run.run_folder import RunFolder
 from engine.task_vectors.experts import CheckpointWithAdapter, FullExpert
+from engine.untrusted import listed
 
 
 def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
@@ -55,7 +56,7 @@ def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
 
 
 def _changed(differences: list[str]) -> InputError:
-    what = f"not as they were when this command began: {listed(differences or ['a model changed'])}"
+    what = f"not as they were when this command began: {listed(differences or ['a model changed'], '; ')}"
     return InputError(what, "the inputs", do="run the same command again")
 
 

@@ -697,6 +697,18 @@ def test_a_link_to_scores_is_somebody_else_s(disk: Path) -> None:
         check_output(str(disk), OTHER, fresh=True)
 
 
+@pytest.mark.parametrize("name", [MANIFEST, RECORDED_IDENTITY])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_folder_in_place_of_a_file_about_the_output_is_not_read(
+    disk: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    finish(Place(str(disk), LocalFolder(disk.parent)), b"old")
+    (disk / name).unlink()
+    make(disk / name)
+    with refused(OutputError, where=str(disk)):
+        check_output(str(disk), OTHER, fresh=False)
+
+
 def test_fresh_names_folders_and_links_that_the_merge_did_not_write(disk: Path) -> None:
     place = Place(str(disk), LocalFolder(disk.parent))
     finish(place, b"old")
