@@ -5,7 +5,7 @@ A shard has no state but open files. Each call carries all that it needs, so Ray
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -56,10 +56,10 @@ class Shard:
         """
         return self._models.inspect(names)
 
-    def orthogonalise(self, names: Sequence[str]) -> dict[str, Inspection]:
-        """Store the orthogonal task vectors of matrices and return their magnitudes."""
+    def orthogonalise(self, names: Sequence[str], factored: Collection[str] = ()) -> dict[str, Inspection]:
+        """Store the orthogonal task vectors of matrices (as factors: `factored`), and return their magnitudes."""
         assert self._state is not None
-        orthogonalise(self._plan, self._models, self._state, names)
+        orthogonalise(self._plan, self._models, self._state, names, factored)
         return self._task_vectors.inspect(names)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:

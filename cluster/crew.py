@@ -24,6 +24,7 @@ from cluster.watch import Watch
 from engine.machine import usable_cpus
 from engine.planning.plan import Plan
 from engine.run.state import load_plan, plan_digest
+from engine.shards.factor_shards import FactorShards
 from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Shards
 from engine.storage.folder import Folder
@@ -80,8 +81,11 @@ class Crew:
         assert self.layout.trainer is not None
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
-        threads = self.layout.threads
-        arguments: Arguments = lambda plan, state: (plan, _shards_named(plan, state, names), ray.get, threads)  # noqa: E731
+        threads, factored, room = self.layout.threads, self.layout.factored, self.layout.room
+
+        def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
+            return plan, _trainer_shards(plan, state, names, factored, room), ray.get, threads
+
         return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
 
     def dismiss(self, actor: Any) -> None:
@@ -124,11 +128,19 @@ def _planned(kind: type) -> type:
     return type(kind.__name__, (kind,), {"__init__": start})
 
 
-def _shards_named(plan: Plan, state: Folder, names: Sequence[str]) -> Shards:
-    """Return the shard actors of those names or, without names, shards within this process."""
-    if not names:
-        return LocalShards(plan, usable_cpus(), overlap=torch.cuda.is_available(), state=state)
-    return RemoteShards(plan, [ray.get_actor(name) for name in names])
+def _trainer_shards(plan: Plan, state: Folder, names: Sequence[str], factored: Sequence[str], room: float) -> Shards:
+    """Return the trainer's shards: factors of the matrices `factored`, and for all other tensors the shard actors.
+
+    Without `names` of shard actors, the other tensors are streamed within this process, too. `room`: see
+    `FactorShards`.
+    """
+    others = plan.merged_set.difference(factored)
+    rest: Shards
+    if names:
+        rest = RemoteShards(plan, [ray.get_actor(name) for name in names], others)
+    else:
+        rest = LocalShards(plan, usable_cpus(), torch.cuda.is_available(), state, others)
+    return FactorShards(plan, factored, rest, state, room) if factored else rest
 
 
 def _shard(index: int) -> Arguments:

@@ -18,6 +18,7 @@ from cluster.weight_space_merge import WeightSpaceMerge
 from engine.errors import MergeError
 from engine.planning.differences import WARNING, left_out, left_out_lines
 from engine.planning.disk import check_disk, disk_needs
+from engine.planning.factors import factored
 from engine.planning.plan import Plan
 from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
@@ -64,7 +65,9 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         return False
     with open_run(out, now, fresh) as run:
         samples = prepare(plan, records, run) if plan.config.learned else []
-        check_disk(disk_needs(plan, [[sample.tokens for sample in of_expert] for of_expert in samples]), out)
+        # As on GPUs, where stored task vectors take the least. The attempt checks again when it knows the devices.
+        least = factored(plan, True, plan.config.cluster.factors)
+        check_disk(disk_needs(plan, [[sample.tokens for sample in of_expert] for of_expert in samples], least), out)
         with (
             connect(address, debug),
             Telemetry(run.name(), plan.config, out) as telemetry,

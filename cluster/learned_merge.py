@@ -23,6 +23,7 @@ from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
 from engine.output.merge_record import write_record
+from engine.planning.disk import check_disk, disk_needs
 from engine.planning.patience import patience
 from engine.planning.plan import Plan
 from engine.planning.scaling import Work
@@ -107,6 +108,8 @@ class LearnedMerge(Attempt):
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
+        tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
+        check_disk(disk_needs(self.plan, tokens, layout.factored), self.folder.out)
         self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
         self.folder.keep_devices(asdict(devices))
         return layout
@@ -149,7 +152,8 @@ class LearnedMerge(Attempt):
         inspections: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
         matrices = self.plan.orthogonal
         groups = [matrices[first : first + MATRICES_PER_CALL] for first in range(0, len(matrices), MATRICES_PER_CALL)]
-        orthogonalise = lambda shard, group: shard.orthogonalise.remote(group)  # noqa: E731
+        through = frozenset(crew.layout.factored)
+        orthogonalise = lambda shard, group: shard.orthogonalise.remote(group, through.intersection(group))  # noqa: E731
         for done in self.spread("orthogonal task vectors", crew.shards, groups, orthogonalise) if groups else ():
             inspections |= done
         magnitudes = np.stack([inspections[name].magnitudes for name in self.plan.merged], axis=1)

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.config.schema import Config
+from engine.config.schema import Config, Use
 from engine.errors import ClusterError
+from engine.planning.estimates import GB, Site
+from engine.planning.factors import factored
 from engine.planning.plan import Plan, slices
-from engine.planning.scaling import GB, Machines, Site, Work, choose
+from engine.planning.scaling import Machines, Work, choose
 
 Bundle = dict[str, float]
 # Ray's label for the type of a node's accelerators.
@@ -61,6 +63,8 @@ class Seating:
         overlap: The trainer may compute while experts do.
         within_trainer: The trainer computes the sums over task vectors itself; shards only read and write files.
         threads: The CPU threads of the operations of trainer and experts.
+        factored: The matrices that the trainer merges through factors, in its own process.
+        room: Bytes of the trainer's device that an optimiser step needs besides weights and factors.
     """
 
     shards: tuple[Seat, ...]
@@ -71,6 +75,8 @@ class Seating:
     overlap: bool = True
     within_trainer: bool = False
     threads: int = 1
+    factored: tuple[str, ...] = ()
+    room: float = 0
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
@@ -93,12 +99,14 @@ class Devices:
         expert: The GPUs that each expert requests.
         threads: The CPU threads of the operations of each: the CPUs of most nodes.
         kinds: The types of the GPUs.
+        factors: `cluster.factors`, which with the trainer's device decides which matrices are merged through factors.
     """
 
     trainer: float
     expert: float
     threads: int = 1
     kinds: tuple[str, ...] = ()
+    factors: Use = "auto"
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
@@ -112,7 +120,12 @@ class Devices:
             auto if expert == "auto" else expert,
             max(counts, key=lambda cpus: (counts[cpus], cpus), default=1),
             tuple(sorted({node.kind for node in usable if node.gpus})),
+            config.cluster.factors,
         )
+
+    def factored(self, plan: Plan) -> tuple[str, ...]:
+        """Return the matrices that the trainer merges through factors."""
+        return factored(plan, self.trainer > 0, self.factors)
 
     def among(self, nodes: Sequence[Node]) -> list[Node]:
         """Return the nodes, without GPUs of other types than those on which the run began.
@@ -139,7 +152,7 @@ def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> 
         ClusterError: no node fits the trainer or an expert.
     """
     fastest = choose(plan, work, machines(nodes, plan.config, devices))
-    return lay_out(nodes, plan, devices, fastest.where, fastest.shards)
+    return replace(lay_out(nodes, plan, devices, fastest.where, fastest.shards), room=fastest.memory.step)
 
 
 def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> None:
@@ -220,6 +233,7 @@ def lay_out(
         beside and (devices.trainer > 0 or home.id not in on),
         within,
         devices.threads,
+        devices.factored(plan),
     )
 
 

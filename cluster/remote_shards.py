@@ -7,7 +7,7 @@ store holds a few buckets at a time, not a model. A separate thread communicates
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
@@ -16,7 +16,7 @@ import ray
 from torch import Tensor
 
 from engine.checkpoints.headers import BYTES, SAFETENSORS
-from engine.codec import Packed, pack_all, unpack_all
+from engine.codec import Packed, pack_all, to_cpu, unpack_all
 from engine.planning.plan import Plan, in_order_of_use, slices
 from engine.shards.protocol import Arrivals, Gradients, InFlightLimit, PieceSink, coefficient_gradient
 from engine.sizes import IN_FLIGHT, WINDOW_BYTES, bucket_bytes
@@ -27,14 +27,17 @@ Bucket = tuple[Piece, ...]
 
 
 class RemoteShards:
-    """`engine.shards.protocol.Shards` over shard actors, each with its slice of the merged tensors."""
+    """`engine.shards.protocol.Shards` over shard actors, each with its slice of the merged tensors.
 
-    def __init__(self, plan: Plan, handles: Sequence[Any]) -> None:
+    `names` are the tensors that are merged there; None: all merged tensors.
+    """
+
+    def __init__(self, plan: Plan, handles: Sequence[Any], names: Collection[str] | None = None) -> None:
         self.handles = list(handles)
         self.experts = len(plan.experts)
-        owned = slices(plan, len(self.handles))
-        self.owner = {name: shard for shard, names in enumerate(owned) for name in names}
-        self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in plan.merged}
+        owned = slices(plan, len(self.handles), names)
+        self.owner = {name: shard for shard, some in enumerate(owned) for name in some}
+        self.pieces = {name: list(pieces(name, plan.base_header.tensors[name].shape)) for name in self.owner}
         item = BYTES[SAFETENSORS[plan.dtype]]
         self.bucket_bytes = bucket_bytes(len(self.handles), item)
         # Alternating between the shards, so that all of them are busy.
@@ -98,9 +101,10 @@ class _RemoteGradients:
         self._open: dict[int, dict[Piece, Tensor]] = defaultdict(dict)
         self._requests: dict[int, list[Any]] = defaultdict(list)
 
-    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
+    def send(self, name: str, gradient: Tensor) -> None:
+        nbytes = gradient.nbytes
         self._window.enter(nbytes)
-        posted = self._shards.thread.submit(self._post, name, fetch)
+        posted = self._shards.thread.submit(self._post, name, to_cpu(gradient))
         posted.add_done_callback(lambda _: self._window.leave(nbytes))
         self._posted.append(posted)
 

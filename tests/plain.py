@@ -12,6 +12,7 @@ from actors.expert import Expert
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.codec import pack_all
+from engine.config.schema import Use
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import (
     PRIORS,
@@ -24,14 +25,16 @@ from engine.learning.learner import (
     with_prior,
 )
 from engine.learning.targets import without_targets
+from engine.planning.factors import factored
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
 from engine.run.preparation import check_inputs, prepare
 from engine.run.run_folder import RunFolder
+from engine.shards.factor_shards import FactorShards
 from engine.shards.local_shards import LocalShards
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
-from engine.shards.protocol import Arrivals
+from engine.shards.protocol import Arrivals, Shards
 from engine.task_vectors.coefficients import Coefficients
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.streams import TaskVectors
@@ -47,6 +50,7 @@ class Received:
     def __init__(self, plan: Plan) -> None:
         dtype = getattr(torch, plan.dtype)
         self.tensors = {name: torch.full((numel,), torch.nan, dtype=dtype) for name, numel in plan.numels.items()}
+        self.shapes = {name: plan.base_header.tensors[name].shape for name in plan.merged}
         self.pieces: list[Piece] = []
 
     def buffer(self, piece: Piece) -> Tensor:
@@ -56,6 +60,9 @@ class Received:
         self.tensors[piece.name][piece.start : piece.stop] = merged_N
         self.pieces.append(piece)
 
+    def whole(self, name: str) -> Tensor:
+        return self.tensors[name].view(self.shapes[name])
+
     def all_of(self, arrivals: Arrivals) -> dict[str, Tensor]:
         for futures in arrivals.values():
             for future in futures:
@@ -64,7 +71,9 @@ class Received:
 
 
 class Plain:
-    def __init__(self, plan: Plan, scratch: Path) -> None:
+    """The algorithm; matrices are merged through factors as `factors` says, as on a CPU (`cluster.factors`)."""
+
+    def __init__(self, plan: Plan, scratch: Path, factors: Use = "auto") -> None:
         self.plan, streams = plan, task_vectors(plan)
         run, shard = RunFolder(str(scratch / "plain")), Shard(plan, 0)
         plan, records = check_inputs(plan)
@@ -78,10 +87,14 @@ class Plain:
                     files.append(run.target(sample))
                 said = shard.target(run.state, *files) if files else pack_all(without_targets(sample).tensors())
                 self.targets[k, sample.index] = said
-        orthogonalise(plan, streams, run.state, plan.orthogonal)
+        through = factored(plan, on_gpu=False, use=factors)
+        orthogonalise(plan, streams, run.state, plan.orthogonal, through)
         inspected = with_orthogonal(plan, streams, run.state).inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
-        self.shards = LocalShards(plan, threads=1, overlap=False, state=run.state)
+        others = plan.merged_set.difference(through)
+        self.shards: Shards = LocalShards(plan, threads=1, overlap=False, state=run.state, names=others)
+        if through:
+            self.shards = FactorShards(plan, through, self.shards, run.state)
         self.trainer = Trainer(plan, self.shards, lambda target: target)
         self.rows: list[dict[str, object]] = []
 

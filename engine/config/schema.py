@@ -172,6 +172,8 @@ class ActorResources(Section):
     labels: dict[str, str] = Field(default_factory=dict)
 
 
+# Whether factors of task vectors are used: where they are faster, for every matrix that has them, or not at all.
+Use = Literal["auto", "always", "never"]
 Rate = Annotated[Float, Field(ge=SLOWEST, le=FASTEST)]
 
 
@@ -205,6 +207,8 @@ class Cluster(Section):
         trainer: Resources of the trainer.
         shards: Number of shard actors. 0: the trainer streams the task vectors in its own process.
         labels: Labels of the Ray nodes that the merge may use.
+        factors: Merge matrices through factors of their task vectors, which the trainer holds on its own device (see
+            docs/scaling.md). `auto`: on a GPU, and on a CPU where it is faster.
         rates: Speed of the machines.
         wait: Seconds to wait for resources.
         hang: Seconds without a result after which the actors count as hung. `auto`: far above the estimated time of
@@ -215,6 +219,7 @@ class Cluster(Section):
     trainer: ActorResources = ActorResources()
     shards: Literal["auto"] | Annotated[Int, Field(ge=0, le=SHARDS)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
+    factors: Use = "auto"
     rates: Rates = Rates()
     wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600.0
     hang: Literal["auto"] | Annotated[Float, Field(gt=0, le=WAIT)] = "auto"

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from engine.codec import to_cpu
 from engine.errors import RunError
 from engine.learning.losses import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.learning.targets import Target
@@ -102,6 +101,10 @@ class Student:
         """See `PieceSink.put`."""
         if self._slot(piece).is_cuda:
             self._slot(piece).copy_(merged_N, non_blocking=True)
+
+    def whole(self, name: str) -> Tensor:
+        """See `PieceSink.whole`."""
+        return self._part(self._parameters[self._places[name].parameter].detach(), name)
 
     def expect(self, arriving: Arrivals) -> None:
         """Make the next pass wait for each merged tensor until it has arrived."""
@@ -250,8 +253,7 @@ class Student:
 
     def _slot(self, piece: Piece) -> Tensor:
         """Return the model's memory of a piece, [N]."""
-        whole = self._parameters[self._places[piece.name].parameter].detach()
-        return self._part(whole, piece.name).view(-1)[piece.start : piece.stop]
+        return self.whole(piece.name).view(-1)[piece.start : piece.stop]
 
     def _part(self, whole: Tensor, name: str) -> Tensor:
         """Return the part of a parameter, or of its gradient, that is the merged tensor `name`."""
@@ -270,8 +272,7 @@ class Student:
         assert gradient is not None
         gradient = gradient.contiguous()
         for name in self._parts[parameter]:
-            part = self._part(gradient, name)
-            self._leaving.send(name, to_cpu(part), part.nbytes)
+            self._leaving.send(name, self._part(gradient, name))
 
 
 def _counted(target: Target) -> slice | Tensor:

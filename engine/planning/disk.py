@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import rich.filesize
 
-from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, SAFETENSORS
 from engine.checkpoints.structure import Role
 from engine.errors import ClusterError
 from engine.methods.registry import NATIVE
-from engine.planning.plan import ExpertPlan, Plan
+from engine.planning.factors import stored_bytes
+from engine.planning.plan import Plan
 from engine.storage.paths import is_uri
 
 
@@ -62,15 +62,20 @@ class DiskRoom:
         return cls(shutil.disk_usage(disk).free, held)
 
 
-def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = ()) -> DiskNeeds:
-    """Return the disk space of a merge whose samples have these numbers of tokens, given per expert."""
+def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = (), factored: Collection[str] = ()) -> DiskNeeds:
+    """Return the disk space of a merge.
+
+    Args:
+        plan: The plan.
+        tokens: Numbers of tokens of the samples, given per expert.
+        factored: The matrices that are merged through factors.
+    """
     tensors = plan.base_header.tensors
     output = sum(tensor.numel * BYTES.get(plan.out_dtype(name), 1) for name, tensor in tensors.items())
     method = NATIVE.get(plan.config.merge_method)
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
-    orthogonal = sum(_orthogonal(plan, expert) for expert in plan.experts)
-    return DiskNeeds(output, orthogonal, _targets(plan, tokens) if plan.config.has_targets else 0)
+    return DiskNeeds(output, stored_bytes(plan, factored), _targets(plan, tokens) if plan.config.has_targets else 0)
 
 
 def check_disk(needs: DiskNeeds, out: str) -> None:
@@ -94,20 +99,6 @@ def shortage(needs: DiskNeeds, room: DiskRoom) -> str:
         f"the merge needs {rich.filesize.decimal(needs.total)} on the disk of the output{stored}, and "
         f"{rich.filesize.decimal(room.free)} are free ({needs})"
     )
-
-
-def _orthogonal(plan: Plan, expert: ExpertPlan) -> int:
-    """Return the bytes of an expert's stored orthogonal task vectors: whole matrices, or the factors of an adapter."""
-    if expert.kind != "adapter":
-        return sum(plan.numels[name] for name in plan.orthogonal) * (4 if plan.dtype == "float32" else 2)
-    header, nbytes = expert.header, 0
-    assert isinstance(header, AdapterHeader)
-    for name in plan.orthogonal:
-        if name in header.pairs or name in header.whole:
-            shape = plan.base_header.tensors[name].shape
-            own = min(shape) if name in header.whole else header.tensors[header.pairs[name].a].shape[0]
-            nbytes += 4 * min(own, max(1, min(shape) // len(plan.experts))) * sum(shape)
-    return nbytes
 
 
 def _targets(plan: Plan, tokens: Sequence[Sequence[int]]) -> int:

@@ -10,9 +10,10 @@ import math
 from dataclasses import replace
 
 from engine.methods.registry import get_method
+from engine.planning.estimates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site
 from engine.planning.flops import SVD_FLOPS
 from engine.planning.plan import Plan
-from engine.planning.scaling import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Machines, Site, Work, predict
+from engine.planning.scaling import Machines, Work, predict
 from engine.sizes import MATRICES_PER_CALL
 
 # Seconds. Processes start, import packages from network storage and compile kernels, on machines that others use too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,11 @@ class Plan:
         header = self.base_header
         return tuple(n for n in self.merged if is_matrix(header.tensors[n].shape, has_tokens_for_rows(header, n)))
 
+    @cached_property
+    def orthogonal_set(self) -> frozenset[str]:
+        """`orthogonal` as a set."""
+        return frozenset(self.orthogonal)
+
     @property
     def merged_bytes(self) -> int:
         """M: bytes of the merged tensors in the run's dtype. An optimiser step moves M bytes in each direction."""
@@ -178,13 +183,14 @@ def in_order_of_use(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: [int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name)])
 
 
-def slices(plan: Plan, count: int) -> list[tuple[str, ...]]:
-    """Divide the merged tensors into `count` slices of about equal size, each in the order of the base's files.
+def slices(plan: Plan, count: int, names: Collection[str] | None = None) -> list[tuple[str, ...]]:
+    """Divide the named merged tensors (None: all) into `count` slices of about equal size.
 
-    The largest tensor goes first, each to the smallest slice so far (list scheduling). Slices may be empty.
+    Each slice is in the order of the base's files, and may be empty. The largest tensor goes first, each to the
+    smallest slice so far (list scheduling).
     """
     loads, owner = [0] * count, {}
-    for name in sorted(plan.merged, key=lambda name: (-plan.numels[name], name)):
+    for name in sorted(plan.merged if names is None else names, key=lambda name: (-plan.numels[name], name)):
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += plan.numels[name]
-    return [tuple(name for name in plan.merged if owner[name] == index) for index in range(count)]
+    return [tuple(name for name in plan.merged if owner.get(name) == index) for index in range(count)]

@@ -7,24 +7,36 @@ chooses the placement with the smallest step time. Units: bytes, seconds, FLOP; 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_memory
+from engine.planning.estimates import (
+    CORE_FLOPS,
+    CPU_FLOPS,
+    CPU_MEMORY,
+    DISK,
+    EXCHANGE,
+    GB,
+    GPU_FLOPS,
+    GPU_MEMORY,
+    MB,
+    NETWORK,
+    STREAM,
+    MemoryEstimate,
+    Prediction,
+    Site,
+    StepEstimate,
+)
+from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
 from engine.planning.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes
-
-# Placement of the task vectors: in the trainer's process, in shard actors on its node, or in shard actors on all nodes.
-Site = Literal["trainer", "node", "nodes"]
-
-MB, GB = 1e6, 1e9
 
 # Anonymous memory of a process before it loads a model: torch, transformers, Ray, compiled kernels.
 TRAINER_BYTES, SHARD_BYTES = 360 * MB, 300 * MB
@@ -40,14 +52,6 @@ OPEN_SECONDS, LAYER_SECONDS, STEP_SECONDS = 18e-6, 2e-3, 0.03
 
 # Start of a process (imports) on idle cores.
 START_SECONDS = 6.0
-
-# FLOP/s and bytes/s if `cluster.rates` is not set, measured on two cores of an EPYC without GPU. The GPU rate is an
-# assumption: a quarter of an H200's dense bfloat16 rate, which single samples reach. STREAM is the rate of a core on a
-# fully loaded node, whose cores share its memory bandwidth; two cores alone reach 11.8 GB/s each.
-CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
-CORE_FLOPS = CPU_FLOPS / 2
-CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
-STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
 
 
 @dataclass(frozen=True)
@@ -103,53 +107,15 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Estimated bytes of memory.
-
-    `model` is the trainer's weights and gradient alone; `trainer`, `expert` and `shard` are whole processes; `store` is
-    Ray's object store; `page_cache` is that of a node which caches all that a pass reads.
-    """
-
-    model: float
-    trainer: float
-    expert: float
-    shard: float
-    store: float
-    page_cache: float
-
-
-@dataclass(frozen=True)
-class StepEstimate:
-    """Estimated seconds of an optimiser step: computing, streaming, moving, and in total, as the three may overlap."""
-
-    compute: float
-    stream: float
-    exchange: float
-    total: float
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The estimates for one placement of the task vectors. `moved`: bytes per step, both directions together."""
-
-    where: Site
-    shards: int
-    memory: MemoryEstimate
-    moved: float
-    step: StepEstimate
-    run_seconds: float
-
-
 def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Prediction:
     """Estimate memory, traffic and time with the task vectors placed at `where`."""
-    shards = _shards(plan, machines, where)
+    shards, factors = _shards(plan, machines, where), _factored(plan, machines)
     step = _step(plan, work, machines, where, shards)
     return Prediction(
         where,
         shards,
         _memory(plan, work, machines, where, shards),
-        0 if where == "trainer" else _streams(plan, work) * plan.merged_bytes,
+        0 if where == "trainer" else _streams(plan, work) * _moved(plan, factors),
         step,
         _run(plan, work, machines, step),
     )
@@ -218,9 +184,15 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     activations = work.pass_tokens * kept_elements(plan) * (4 if item == 4 else 2)
     logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
     scratch = 4 * BLOCK * (3 + GROUP) * machines.cpus
+    factors = _factored(plan, machines)
+    dense = len(factors) < len(plan.merged)
+    exchange = (scratch if where == "trainer" else bucket) if dense else 0
+    held = factor_bytes(plan, factors) + sum(plan.numels[name] for name in factors) * item
+    step = gradient + activations + logits + max((_products(plan, name) for name in factors), default=0)
     return MemoryEstimate(
         model=weights + gradient,
-        trainer=TRAINER_BYTES + weights + gradient + activations + logits + (scratch if where == "trainer" else bucket),
+        step=step,
+        trainer=TRAINER_BYTES + weights + (held if on_gpu else 0) + step + exchange,
         expert=TRAINER_BYTES
         + elements * item * (1 if on_gpu else 0)
         + work.tokens * (header.vocab_size or 0) * item * 3,
@@ -229,7 +201,8 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
         + scratch
         + max(0 if where == "trainer" else 2 * bucket, orthogonal_bytes(plan, machines.cpus)),
         store=0 if where == "trainer" else IN_FLIGHT * shards * bucket,
-        page_cache=_read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1),
+        page_cache=(_read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1) if dense else 0)
+        + (0 if on_gpu else held),
     )
 
 
@@ -242,19 +215,22 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) 
     memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
     added = 0 if plan.config.gradients == "stream" else work.passes - 1
     moved = work.passes * (2 * weights + plan.merged_bytes) + added * 3 * plan.merged_bytes
+    streams, factors = _streams(plan, work), _factored(plan, machines)
+    moved += streams * factor_bytes(plan, factors)
     called = STEP_SECONDS + work.passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
-    compute = samples * (forward + backward) / flops + moved / memory + called
-    streams = _streams(plan, work)
+    products = streams * factor_flops(plan, factors)
+    compute = (samples * (forward + backward) + products) / flops + moved / memory + called
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
     # The cores of a node stream in parallel up to the limit of their interpreters. Nodes always stream in parallel.
     rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
     if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
         rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
-    opened = len(plan.experts) * len(plan.merged) / (processes * nodes)
-    stream = streams * (_streamed(plan) / rate + opened * OPEN_SECONDS)
+    dense = plan.merged_set.difference(factors)
+    opened = len(plan.experts) * len(dense) / (processes * nodes)
+    stream = streams * (_streamed(plan, dense) / rate + opened * OPEN_SECONDS)
     link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
-    exchange = 0 if where == "trainer" else streams * plan.merged_bytes / (link * GB)
+    exchange = 0 if where == "trainer" else streams * _moved(plan, factors) / (link * GB)
     # Streaming and moving run in parallel. With a trainer on a GPU they also overlap with the first forward pass and
     # the last backward pass (with `stream`, with each backward pass). On a CPU all three use the same cores.
     if not machines.gpus:
@@ -280,7 +256,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> floa
     if not plan.config.has_targets:
         targets = 0.0
     orthogonal = orthogonal_flops(plan) / (CORE_FLOPS * machines.cpus * machines.nodes)
-    orthogonal += sum(plan.numels[name] for name in plan.orthogonal) * len(plan.experts) * _item(plan) / disk
+    orthogonal += stored_bytes(plan, _factored(plan, machines)) / disk
     stages = plan.config.stages * work.steps * step.total
     return 3 * START_SECONDS + reading + targets + orthogonal + stages + whole / disk
 
@@ -290,20 +266,37 @@ def _flop_rate(plan: Plan, machines: Machines) -> float:
     return given * 1e12 if given else (GPU_FLOPS if machines.gpus else CPU_FLOPS)
 
 
-def _streamed(plan: Plan) -> float:
-    """Return the bytes that a pass over base and experts streams. An adapter counts by the time of its product."""
-    base = sum(plan.base_header.tensors[name].nbytes for name in plan.merged)
-    return 2 * base + sum(_expert_bytes(plan, expert) for expert in plan.experts)
+def _factored(plan: Plan, machines: Machines) -> tuple[str, ...]:
+    return factored(plan, machines.gpus > 0, plan.config.cluster.factors)
 
 
-def _expert_bytes(plan: Plan, expert: ExpertPlan) -> float:
+def _moved(plan: Plan, factors: Collection[str]) -> float:
+    """Return the bytes of the merged tensors that have no factors, in the run's dtype."""
+    return plan.merged_bytes - sum(plan.numels[name] for name in factors) * _item(plan)
+
+
+def _products(plan: Plan, name: str) -> int:
+    """Return the bytes of the products and float32 copies with which a matrix is merged through factors."""
+    rows, columns = plan.base_header.tensors[name].shape
+    rank = sum(ranks(plan, name))
+    copies = 1 if plan.dtype == "float32" else 2
+    return 4 * (copies * rows * (columns + rank) + (copies - 1) * rank * columns)
+
+
+def _streamed(plan: Plan, names: Collection[str]) -> float:
+    """Return the bytes that a pass over these tensors streams. An adapter counts by the time of its product."""
+    base = sum(plan.base_header.tensors[name].nbytes for name in names)
+    return 2 * base + sum(_expert_bytes(plan, expert, names) for expert in plan.experts)
+
+
+def _expert_bytes(plan: Plan, expert: ExpertPlan, dense: Collection[str]) -> float:
     if isinstance(expert.header, ModelHeader):
-        tensors, sources = expert.header.tensors, {name: expert.match.names(name) for name in plan.merged}
+        tensors, sources = expert.header.tensors, {name: expert.match.names(name) for name in dense}
         return sum(plan.numels[name] * BYTES[tensors[names[0]].dtype] for name, names in sources.items() if names)
     # The product of two factors of rank r takes 2r FLOP per element: as long on a core as streaming about 2r/4 bytes.
-    ranks = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
-    products = sum(plan.numels[name] * 2 * rank / 4 for name, rank in ranks.items() if name in plan.merged_set)
-    whole = [expert.header.tensors[own].nbytes for name, own in expert.header.whole.items() if name in plan.merged_set]
+    own = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
+    products = sum(plan.numels[name] * 2 * rank / 4 for name, rank in own.items() if name in dense)
+    whole = [expert.header.tensors[own].nbytes for name, own in expert.header.whole.items() if name in dense]
     return products + sum(whole)
 
 

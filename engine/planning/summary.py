@@ -12,9 +12,11 @@ import rich.table
 
 from engine.planning.differences import left_out, left_out_lines
 from engine.planning.disk import DiskNeeds, DiskRoom, disk_needs, shortage
+from engine.planning.estimates import GB, Prediction, Site
+from engine.planning.factors import factored
 from engine.planning.patience import patience
 from engine.planning.plan import Plan
-from engine.planning.scaling import GB, Machines, Prediction, Site, Work, choose, predict, shortages
+from engine.planning.scaling import Machines, Work, choose, predict, shortages
 
 PLACES: dict[Site, str] = {
     "trainer": "within the trainer",
@@ -34,7 +36,8 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     work = Work.of(plan.config, tokens)
-    needs, room = disk_needs(plan, tokens), DiskRoom.of(out)
+    through = factored(plan, machines.gpus > 0, plan.config.cluster.factors)
+    needs, room = disk_needs(plan, tokens, through), DiskRoom.of(out)
     console.print(_facts(plan, work, needs, room))
     console.print(_experts(plan, [len(counts) for counts in tokens]))
     _print_notes(console, plan)

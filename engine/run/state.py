@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from engine.calibration.samples import Sample
+from engine.config.schema import Use
 from engine.errors import InputError
 from engine.learning.learner import LearnerState
 from engine.planning.plan import Plan
@@ -134,7 +135,7 @@ def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
 
 
 def decode_devices(content: bytes, where: str) -> dict[str, Any]:
-    """Return the devices of a run: GPUs of the trainer and of an expert, CPU threads, and types of GPUs.
+    """Return the devices of a run: GPUs of trainer and expert, CPU threads, types of GPUs, and the use of factors.
 
     Raises:
         DamagedError: the content cannot be these.
@@ -144,7 +145,10 @@ def decode_devices(content: bytes, where: str) -> dict[str, Any]:
         trainer, expert, threads, kinds = (raw[key] for key in ("trainer", "expert", "threads", "kinds"))
         if not (0 <= trainer < math.inf and 0 <= expert < math.inf and 0 < threads <= MOST_THREADS):
             raise ValueError
-        return {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
+        if raw["factors"] not in get_args(Use):
+            raise ValueError
+        given = {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
+        return given | {"factors": raw["factors"]}
 
 
 def encode_stage(state: StageState) -> bytes:

@@ -6,12 +6,13 @@ others are still being computed. The number of bytes in flight is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from functools import cached_property
 
 from torch import Tensor
 
+from engine.codec import to_cpu
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.orthogonal import with_orthogonal
@@ -32,10 +33,19 @@ class LocalShards:
         overlap: Run the streams while the model computes, for a model on a GPU. Without overlap, model and streams take
             turns: on the same cores they slow each other down (twice the time, measured).
         state: The folder of the run's state; needed for orthogonal task vectors.
+        names: The tensors that are merged here. None: all merged tensors.
     """
 
-    def __init__(self, plan: Plan, threads: int, overlap: bool, state: Folder | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        threads: int,
+        overlap: bool,
+        state: Folder | None = None,
+        names: Collection[str] | None = None,
+    ) -> None:
         self._plan, self._threads, self._overlap, self._state = plan, threads, overlap, state
+        self._names = in_order_of_use(plan.merged if names is None else names)
 
     def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
         """See `Shards.merge`."""
@@ -50,7 +60,7 @@ class LocalShards:
             name: [
                 streams.pool.submit(merge_into_model, piece) for piece in pieces(name, streams.base.tensors[name].shape)
             ]
-            for name in in_order_of_use(coefficients.layout.tensors)
+            for name in self._names
         }
         if not self._overlap:
             wait(arrival for arriving in arrivals.values() for arrival in arriving)
@@ -77,11 +87,11 @@ class _LocalGradients:
         self._held: list[tuple[str, Callable[[], Tensor]]] = []
         self._bytes = 0
 
-    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
-        if self._bytes and self._bytes + nbytes > WINDOW_BYTES:
+    def send(self, name: str, gradient: Tensor) -> None:
+        if self._bytes and self._bytes + gradient.nbytes > WINDOW_BYTES:
             self._finish()
-        self._bytes += nbytes
-        self._held.append((name, fetch))
+        self._bytes += gradient.nbytes
+        self._held.append((name, to_cpu(gradient)))
         if self._overlap:
             self._start()
 

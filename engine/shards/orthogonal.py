@@ -11,8 +11,9 @@ with one λ; here a coefficient is learned for each. Directions that several exp
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,13 +23,15 @@ from torch import Tensor
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.methods.arithmetic.matrices import Parts, leading_parts, orthogonal_parts
+from engine.planning.factors import stored_dtype
 from engine.planning.plan import Plan
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
-from engine.task_vectors.kinds import Product, Stored, TaskVector
+from engine.task_vectors.factors import Factors
+from engine.task_vectors.kinds import Stored, TaskVector
 from engine.task_vectors.streams import TaskVectors
 
 # Subfolder of the run's state.
@@ -46,11 +49,14 @@ def file_name(name: str) -> str:
     return f"{FOLDER}/{hashlib.sha256(name.encode()).hexdigest()}.safetensors"
 
 
-def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str]) -> None:
+def orthogonalise(
+    plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str], factored: Collection[str] = ()
+) -> None:
     """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices, except those already stored.
 
-    All matrices and experts are decomposed in parallel on the pool of `streams`, which read the experts' own task
-    vectors. The factors of all named matrices are in memory at a time.
+    Those of matrices in `factored` are stored as factors, which take no more space for many experts than for two; the
+    others whole, one matrix for each expert. All matrices and experts are decomposed in parallel on the pool of
+    `streams`, which read the experts' own task vectors. The factors of all named matrices are in memory at a time.
     """
     # A checksum is written after its file.
     missing = [
@@ -59,7 +65,10 @@ def orthogonalise(plan: Plan, streams: TaskVectors, state: Folder, names: Iterab
     decompose = partial(_decompose, streams, len(plan.experts))
     decomposed = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
     parts = ({k: part for k, future in enumerate(row) if (part := future.result())} for row in decomposed)
-    written = [streams.pool.submit(_store, plan, state, name, some) for name, some in zip(missing, parts, strict=True)]
+    stores = {name: _store_factors if name in factored else _store_whole for name in missing}
+    written = [
+        streams.pool.submit(stores[name], plan, state, name, some) for name, some in zip(missing, parts, strict=True)
+    ]
     for future in written:
         future.result()
 
@@ -74,42 +83,44 @@ def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts |
     return u.clone(), s.clone(), vt.clone()  # copies, so that the full factors can be freed
 
 
-def _store(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
-    """Write the file of one matrix from the `parts` of the experts that change it.
-
-    An expert k has one entry `k`, or the factors `k.left` and `k.right` if it is an adapter.
-    """
-    shape = plan.base_header.tensors[name].shape
-    code = "F32" if plan.dtype == "float32" else "BF16"
-    factors = dict(zip(parts, _orthogonal(list(parts.values())), strict=True)) if parts else {}
-    entries: list[OutputTensor] = []
-    for k, (left, _) in factors.items():
-        rank = left.shape[1]
-        if plan.experts[k].kind == "adapter":
-            # Kept as factors: K whole matrices would take many times the space.
-            entries += [_entry(f"{k}.left", (shape[0], rank), "F32"), _entry(f"{k}.right", (rank, shape[1]), "F32")]
-        else:
-            entries.append(_entry(str(k), shape, code))
+def _store_whole(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
+    """Write the file of one matrix: an entry `k` of the matrix's shape for each expert k that changes it."""
+    factors, shape = _orthogonal(plan, name, parts), plan.base_header.tensors[name].shape
+    products = {str(k): product for k, product in enumerate(factors.products()) if product is not None}
 
     def values(entry: OutputTensor) -> Iterator[Tensor]:
-        k, _, side = entry.name.partition(".")
-        left, right = factors[int(k)]
-        yield {"left": left, "right": right}[side] if side else (left @ right).to(torch_dtype(entry.dtype))
+        product = products[entry.name]
+        yield (product.left @ product.right).to(torch_dtype(entry.dtype))
 
+    _write(state, name, [_entry(key, shape, stored_dtype(plan)) for key in products], values)
+
+
+def _store_factors(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
+    """Write the file of one matrix: the factors of all experts, and the rank of each."""
+    factors = _orthogonal(plan, name, parts)
+    tensors = {"left": factors.left_mR, "right": factors.right_Rn, "ranks": torch.tensor(factors.ranks)}
+    code = stored_dtype(plan)
+    entries = [_entry(key, tuple(tensor.shape), "I64" if key == "ranks" else code) for key, tensor in tensors.items()]
+    _write(state, name, entries, lambda entry: iter([tensors[entry.name].to(torch_dtype(entry.dtype))]))
+
+
+def _write(
+    state: Folder, name: str, entries: Sequence[OutputTensor], values: Callable[[OutputTensor], Iterator[Tensor]]
+) -> None:
     keep_digest(state, file_name(name), write_file(state, OutputFile(file_name(name), tuple(entries)), values))
 
 
 def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
-    return OutputTensor(name, shape, code, shape[0] * shape[1] * BYTES[code])
+    return OutputTensor(name, shape, code, math.prod(shape) * BYTES[code])
 
 
-def _orthogonal(parts: Sequence[Parts]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the factors TASK_VECTOR_SCALE · U⊥ₖ·Σₖ [m, r] and V⊥ₖᵀ [r, n] of each expert."""
-    left, values, right = orthogonal_parts(parts)
-    ranks = [len(s) for _, s, _ in parts]
-    yield from zip(
-        torch.split(left * (TASK_VECTOR_SCALE * values), ranks, dim=1), torch.split(right, ranks), strict=True
-    )
+def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts]) -> Factors:
+    """Return the factors TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n] of all experts, from those that change it."""
+    ranks = tuple(len(parts[k][1]) if k in parts else 0 for k in range(len(plan.experts)))
+    if not parts:
+        return Factors.of([None] * len(ranks), plan.base_header.tensors[name].shape)
+    left, values, right = orthogonal_parts(list(parts.values()))
+    return Factors(left * (TASK_VECTOR_SCALE * values), right, ranks)
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
@@ -121,12 +132,12 @@ def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> T
     if not names:
         return streams
     assert state is not None
-    files = _Files(state)
+    files = StoredTaskVectors(state)
     experts = [(model, _OrthogonalExpert(expert, k, names, files)) for k, (model, expert) in enumerate(streams.experts)]
     return streams.over(experts)
 
 
-class _Files:
+class StoredTaskVectors:
     """The stored task vectors. Each file is opened once and kept as views, since every piece of every step reads it.
 
     A damaged file is removed, so that the next start of the run computes it again.
@@ -134,40 +145,39 @@ class _Files:
 
     def __init__(self, state: Folder) -> None:
         self._state, self._lock = state, threading.Lock()
-        self._opened: dict[str, dict[int, TaskVector]] = {}
+        self._opened: dict[str, dict[str, Tensor]] = {}
 
     def of(self, name: str) -> Mapping[int, TaskVector]:
         """Return τ⊥ₖ of a matrix by k, for the experts that change it."""
+        tensors = self._tensors(name)
+        if "ranks" in tensors:
+            return {k: product for k, product in enumerate(self.factors(name).products()) if product is not None}
+        return {int(k): Stored(tensor.reshape(-1)) for k, tensor in tensors.items()}
+
+    def factors(self, name: str) -> Factors:
+        """Return the factors of a matrix that was stored as such."""
+        tensors = self._tensors(name)
+        return Factors(tensors["left"], tensors["right"], tuple(tensors["ranks"].tolist()))
+
+    def _tensors(self, name: str) -> Mapping[str, Tensor]:
         with self._lock:
             if name not in self._opened:
                 self._opened[name] = self._open(file_name(name))
             return self._opened[name]
 
-    def _open(self, stored: str) -> dict[int, TaskVector]:
+    def _open(self, stored: str) -> dict[str, Tensor]:
         with borrowed(self._state, stored) as path:
             if not has_digest(self._state, stored, LocalFolder(path.parent), path.name):
                 self._state.remove(stored)
                 refuse(f"{self._state.where}/{stored}")
             with safe_open(path, framework="pt") as file:
-                return _stored({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-
-
-def _stored(tensors: Mapping[str, Tensor]) -> dict[int, TaskVector]:
-    """Return the task vectors of a file written by `_store`, by expert."""
-    task_vectors: dict[int, TaskVector] = {}
-    for key, tensor in tensors.items():
-        k, _, side = key.partition(".")
-        if side == "left":
-            task_vectors[int(k)] = Product(tensor, tensors[f"{k}.right"])
-        elif not side:
-            task_vectors[int(k)] = Stored(tensor.reshape(-1))
-    return task_vectors
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 class _OrthogonalExpert:
     """The `ExpertWeights` of expert k with the matrices `names` read from `files`, all other tensors from `expert`."""
 
-    def __init__(self, expert: ExpertWeights, k: int, names: frozenset[str], files: _Files) -> None:
+    def __init__(self, expert: ExpertWeights, k: int, names: frozenset[str], files: StoredTaskVectors) -> None:
         self._expert, self._k, self._names, self._files = expert, k, names, files
 
     def task_vector(self, name: str) -> TaskVector | None:

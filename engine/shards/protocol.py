@@ -6,7 +6,7 @@ Letters: N elements of a piece, K experts, C coefficients of one expert, m chunk
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -29,6 +29,9 @@ class PieceSink(Protocol):
     def put(self, piece: Piece, merged_N: Tensor) -> None:
         """Accept the merged piece [N]; the buffer it was written to may be used again."""
 
+    def whole(self, name: str) -> Tensor:
+        """Return the memory of a whole merged tensor, on its device and in the run's dtype, in the tensor's shape."""
+
 
 class Shards(Protocol):
     """The task vectors as the trainer uses them."""
@@ -50,16 +53,11 @@ class Shards(Protocol):
 class Gradients(Protocol):
     """A collection in progress: weight gradients are sent, coefficient gradients collected."""
 
-    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
-        """Send the gradient of a whole tensor.
+    def send(self, name: str, gradient: Tensor) -> None:
+        """Send the gradient of a whole tensor, in the tensor's shape and on its device.
 
         The call blocks until the limit on bytes in flight admits the gradient, and may return before it is sent. A
         tensor may be sent several times; the gradients add up.
-
-        Args:
-            name: The tensor's name.
-            fetch: Returns the gradient on the CPU. Called from any thread.
-            nbytes: Size of the gradient in bytes.
         """
 
     def collect(self) -> Array:

@@ -129,7 +129,7 @@ class _Sum(_FromOperand):
 
 
 class Product:
-    """τ as the product of two float32 factors, `left` [m, r] and `right` [r, n], computed block by block."""
+    """τ as the product of two factors, `left` [m, r] and `right` [r, n], computed block by block in float32."""
 
     minus_base = False
 
@@ -145,10 +145,11 @@ class Product:
         """See `TaskVector`."""
         columns = self.right.shape[1]
         first, last = start // columns, -(-stop // columns)
+        left, right = self.left[first:last].float(), self.right.float()
         if start == first * columns and stop == last * columns:
-            torch.mm(self.left[first:last], self.right, out=out_N.view(last - first, columns))
+            torch.mm(left, right, out=out_N.view(last - first, columns))
         else:
-            rows = self.left[first:last] @ self.right
+            rows = left @ right
             out_N.copy_(rows.reshape(-1)[start - first * columns : stop - first * columns])
 
 

@@ -157,7 +157,7 @@ def merged(shards: Shards, plan: Any, coefficients: Coefficients) -> dict[str, T
 def collected(shards: Shards, layout: ChunkLayout, slopes: Sequence[tuple[str, Tensor]]) -> np.ndarray:
     leaving = shards.gradients(layout)
     for name, slope in slopes:
-        leaving.send(name, lambda slope=slope: slope, slope.nbytes)
+        leaving.send(name, slope)
     return leaving.collect()
 
 
@@ -267,8 +267,13 @@ def test_a_gradient_waits_at_the_trainer_while_the_shards_have_enough_to_do(
 
     def send_all() -> None:
         for name in plan.merged:
-            leaving.send(name, lambda name=name: fetched.append(name) or torch.ones(10), 40)
+            leaving.send(name, torch.ones(10))
             sent.append(name)
+
+    def to_cpu(gradient: Tensor) -> Callable[[], Tensor]:
+        return lambda: fetched.append(gradient) or gradient
+
+    monkeypatch.setattr(cluster.remote_shards, "to_cpu", to_cpu)
 
     sending = begun(send_all)
     deadline = time.monotonic() + LONG
@@ -292,12 +297,12 @@ def test_a_gradient_larger_than_a_bucket_travels_in_several_and_is_let_go_of(
     leaving = remote.gradients(layout_of(plan))
     large = torch.arange(131.0)
     seen = weakref.ref(large)
-    leaving.send("t0", lambda: torch.ones(3), 12)
-    leaving.send("t1", lambda large=large: large, large.nbytes)
+    leaving.send("t0", torch.ones(3))
+    leaving.send("t1", large)
     del large
     remote.thread.submit(gc.collect).result(LONG)
     assert seen() is None, "it is released before the next one is sent"
-    leaving.send("t2", lambda: torch.ones(5), 20)
+    leaving.send("t2", torch.ones(5))
     leaving.collect()
     assert [sum(one.numel for one in bucket) for _, bucket in line.buckets("gradients")] == [
         23,
@@ -461,10 +466,11 @@ def test_a_gradient_that_cannot_be_fetched_is_an_error_and_takes_no_room(
     confine(monkeypatch, 40, shards=1)
     plan = plan_like([10] * 6)
     leaving = RemoteShards(plan, line.handles(1, zeros(), ones)).gradients(layout_of(plan))
+    monkeypatch.setattr(cluster.remote_shards, "to_cpu", lambda gradient: lost)
 
     def send_all() -> None:
         for name in plan.merged:
-            leaving.send(name, lost, 40)
+            leaving.send(name, torch.ones(10))
 
     begun(send_all).result(LONG)
     with pytest.raises(ConnectionError):

@@ -166,7 +166,7 @@ def test_samples_without_their_pixel_inputs_are_prepared_again(run: Any, llama_m
     assert run.samples(plan) is None
 
 
-DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"]}
+DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"], "factors": "auto"}
 
 
 def test_devices_are_kept(run: Any) -> None:
@@ -179,7 +179,12 @@ def test_devices_are_kept(run: Any) -> None:
     "given",
     [{}, [], {"trainer": 1}]
     + [DEVICES | {key: value} for key in ("trainer", "expert", "threads") for value in (-1, "many", None, math.inf)]
-    + [DEVICES | {"threads": 10**9}, DEVICES | {"threads": math.nan}, DEVICES | {"kinds": 3}],
+    + [
+        DEVICES | {"threads": 10**9},
+        DEVICES | {"threads": math.nan},
+        DEVICES | {"kinds": 3},
+        DEVICES | {"factors": "some"},
+    ],
 )
 def test_devices_that_no_run_has_are_refused(run: Any, given: Any) -> None:
     run.keep_devices(given)

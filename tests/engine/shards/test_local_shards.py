@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -69,7 +69,7 @@ def dense(plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 def collected(shards: LocalShards, layout: ChunkLayout, slopes: dict[str, Tensor]) -> np.ndarray:
     leaving = shards.gradients(layout)
     for name, slope in slopes.items():
-        leaving.send(name, lambda slope=slope: slope, slope.nbytes)
+        leaving.send(name, slope)
     return leaving.collect()
 
 
@@ -126,7 +126,7 @@ def test_gradients_sent_several_times_add_up(plan: Plan, overlap: bool) -> None:
     leaving = shards.gradients(layout)
     for slopes in (first, second):
         for name, slope in slopes.items():
-            leaving.send(name, lambda slope=slope: slope, slope.nbytes)
+            leaving.send(name, slope)
     apart = collected(shards, layout, first) + collected(shards, layout, second)
     np.testing.assert_allclose(leaving.collect(), apart, rtol=1e-12, atol=1e-12)
 
@@ -166,7 +166,9 @@ def test_files_are_opened_at_the_first_call(llama_merge: Path, monkeypatch: pyte
 
 
 @both
-def test_an_error_of_a_merge_or_a_gradient_is_raised(llama_merge: Path, overlap: bool) -> None:
+def test_an_error_of_a_merge_or_a_gradient_is_raised(
+    llama_merge: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
     plan = plan_of(llama_merge)
     shards, table = LocalShards(plan, 2, overlap), table_of(plan)
     received = Received(plan)
@@ -178,7 +180,8 @@ def test_an_error_of_a_merge_or_a_gradient_is_raised(llama_merge: Path, overlap:
         raise RuntimeError("lost")
 
     leaving = shards.gradients(table.layout)
-    leaving.send(plan.merged[0], fetch, 4)
+    monkeypatch.setattr(engine.shards.local_shards, "to_cpu", lambda gradient: fetch)
+    leaving.send(plan.merged[0], torch.ones(1))
     with pytest.raises(RuntimeError, match="lost"):
         leaving.collect()
 
@@ -192,12 +195,16 @@ def test_send_blocks_until_the_limit_admits_the_gradient(
     monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", sum(nbytes) - 1)
     leaving, go = LocalShards(plan, 2, overlap).gradients(table_of(plan).layout), threading.Event()
 
-    def fetch() -> Tensor:
-        assert go.wait(LONG)
-        return slopes[names[0]]
+    def arriving(gradient: Tensor) -> Callable[[], Tensor]:
+        def fetch() -> Tensor:
+            assert go.wait(LONG)
+            return gradient
 
-    leaving.send(names[0], fetch, nbytes[0])
-    second = begun(lambda: leaving.send(names[1], lambda: slopes[names[1]], nbytes[1]))
+        return fetch
+
+    monkeypatch.setattr(engine.shards.local_shards, "to_cpu", arriving)
+    leaving.send(names[0], slopes[names[0]])
+    second = begun(lambda: leaving.send(names[1], slopes[names[1]]))
     assert not second.done(), "the limit does not admit both"
     go.set()
     second.result(LONG)
@@ -232,7 +239,7 @@ def test_gradients_held_never_exceed_the_limit(
     for name in [*plan.merged, *plan.merged]:
         slope = torch.ones(plan.base_header.tensors[name].shape)
         held.append(weakref.ref(slope))
-        leaving.send(name, lambda slope=slope: slope, slope.nbytes)
+        leaving.send(name, slope)
         del slope
         # A thread may release the gradient a moment after its future is done.
         deadline = time.monotonic() + LONG
@@ -257,7 +264,7 @@ def test_the_model_may_compute_while_the_streams_run(llama_merge: Path) -> None:
     arrivals = begun(lambda: shards.merge(table, received)).result(LONG)
     assert not any(future.done() for futures in arrivals.values() for future in futures)
     leaving, name = shards.gradients(table.layout), plan.merged[0]
-    begun(lambda: leaving.send(name, lambda: slopes_of(plan)[name], 4)).result(LONG)
+    begun(lambda: leaving.send(name, slopes_of(plan)[name])).result(LONG)
     go.set()
     assert not any(tensor.isnan().any() for tensor in received.all_of(arrivals).values())
     assert leaving.collect().any()

@@ -25,6 +25,7 @@ from weight_space import combine, read
 
 from engine.errors import DamagedError
 from engine.methods.arithmetic import matrices
+from engine.planning.factors import factor_bytes, ranks
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
 from engine.shards.orthogonal import TASK_VECTOR_SCALE, file_name, orthogonalise, with_orthogonal
@@ -284,22 +285,56 @@ def test_a_matrix_that_no_expert_changes_has_no_task_vectors(make_merge: Callabl
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
-def test_an_adapter_stays_two_factors_of_its_own_rank(make_merge: Callable[..., Path], tmp_path: Path) -> None:
-    config = make_merge(experts=3)
-    rank, target = 4, config.parent / "expert1"
+def with_adapter(config: Path, rank: int) -> None:
+    """Replace the second expert by an adapter of the query matrices."""
+    target = config.parent / "expert1"
     shutil.rmtree(target)
     torch.manual_seed(0)
     options = peft.LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(config.parent / "base"), options).save_pretrained(target)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
+def test_an_adapter_s_part_has_its_own_rank(make_merge: Callable[..., Path], tmp_path: Path) -> None:
+    config, rank = make_merge(experts=3), 4
+    with_adapter(config, rank)
     plan = plan_of(config, ORTHOGONAL)
     state = stored(plan, tmp_path)
-    kept = load_file(tmp_path / "state" / file_name(Q))
-    assert set(kept) == {"0", "1.left", "1.right", "2"} and kept["1.left"].shape[1] == rank
     own = [tau for tau in dense(plan, None, Q) if tau is not None]
     assert np.linalg.matrix_rank(own[1], tol=1e-5) == rank
     taus = dense(plan, state, Q)
     assert taus[0] is not None and taus[1] is not None
+    assert np.linalg.matrix_rank(taus[1], tol=1e-5) == rank
     assert np.linalg.norm(taus[0].T @ taus[1]) < 1e-5 * np.linalg.norm(taus[0]) * np.linalg.norm(taus[1])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_factors_are_the_same_task_vectors(make_merge: Callable[..., Path], tmp_path: Path, dtype: str) -> None:
+    config = make_merge(experts=3)
+    with_adapter(config, 4)
+    plan = plan_of(config, ORTHOGONAL, f"dtype={dtype}")
+    states = {folder: LocalFolder(tmp_path / folder) for folder in ("whole", "factors")}
+    orthogonalise(plan, task_vectors(plan), states["whole"], plan.orthogonal)
+    orthogonalise(plan, task_vectors(plan), states["factors"], plan.orthogonal, plan.orthogonal)
+    smaller = min(plan.base_header.tensors[Q].shape)
+    kept = load_file(tmp_path / "factors" / file_name(Q))
+    assert kept["ranks"].tolist() == [smaller // 3, 4, smaller // 3] == ranks(plan, Q)
+    assert kept["left"].dtype == kept["right"].dtype == getattr(torch, dtype)
+    nbytes = sum(
+        tensor.nbytes
+        for name in plan.orthogonal
+        for key, tensor in load_file(tmp_path / "factors" / file_name(name)).items()
+        if key != "ranks"
+    )
+    assert nbytes == factor_bytes(plan, plan.orthogonal)
+    # Two factors are rounded, or one product.
+    error = 4 * unit(getattr(torch, dtype))
+    for name in plan.orthogonal:
+        for one, other in zip(dense(plan, states["factors"], name), dense(plan, states["whole"], name), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert np.linalg.norm(one - other) <= error * np.linalg.norm(other)
 
 
 @pytest.mark.parametrize(("shape", "q"), [((40, 70), 8), ((70, 40), 8), ((6, 9), 8), ((9, 6), 12), ((40, 1), 4)])

@@ -1,0 +1,63 @@
+"""The estimates of the scaling model for one placement of the task vectors, and the rates of machines.
+
+Units: bytes, seconds and FLOP. The rates hold without `cluster.rates`. Those of a CPU were measured on two cores of an
+EPYC; the rate of a GPU is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MB, GB = 1e6, 1e9
+
+# The GPU rate is a quarter of an H200's dense bfloat16 rate, which single samples reach.
+CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
+CORE_FLOPS = CPU_FLOPS / 2
+CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
+# STREAM is the rate of a core on a fully loaded node, whose cores share its memory bandwidth; two cores alone reach
+# 11.8 GB/s each.
+STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
+
+# Placement of the task vectors: in the trainer's process, in shard actors on its node, or in shard actors on all nodes.
+Site = Literal["trainer", "node", "nodes"]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Estimated bytes of memory.
+
+    `model` is the trainer's weights and gradient alone; `step` is what an optimiser step adds to weights and factors;
+    `trainer`, `expert` and `shard` are whole processes; `store` is Ray's object store; `page_cache` is that of a node
+    which caches all that a pass reads.
+    """
+
+    model: float
+    step: float
+    trainer: float
+    expert: float
+    shard: float
+    store: float
+    page_cache: float
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """Estimated seconds of an optimiser step: computing, streaming, moving, and in total, as the three may overlap."""
+
+    compute: float
+    stream: float
+    exchange: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The estimates for one placement of the task vectors. `moved`: bytes per step, both directions together."""
+
+    where: Site
+    shards: int
+    memory: MemoryEstimate
+    moved: float
+    step: StepEstimate
+    run_seconds: float

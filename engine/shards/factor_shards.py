@@ -1,0 +1,128 @@
+"""Shards by factors of the task vectors, on the trainer's own device: nothing moves in a step, whatever K is.
+
+Matrices have factors if they are orthogonal task vectors stored as such, or if their task vectors are those of adapters
+(`engine.planning.factors`). All other tensors are left to other shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.planning.open_models import open_task_vectors
+from engine.planning.plan import Plan, in_order_of_use
+from engine.shards.orthogonal import StoredTaskVectors
+from engine.shards.protocol import Arrivals, Gradients, PieceSink, Shards
+from engine.storage.folder import Folder
+from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
+from engine.task_vectors.factors import Factors, merge_factors, project
+from engine.task_vectors.kinds import Product
+from engine.task_vectors.streams import TaskVectors
+
+
+class FactorShards:
+    """The `Shards` of a trainer that merges matrices by products with factors.
+
+    On a GPU, base and factors are copied to the device at their first use and stay there, as far as `room` reaches;
+    the others are in pinned memory and are copied for each use. On a CPU they are views of files.
+
+    Args:
+        plan: The plan.
+        names: The matrices that are merged here.
+        rest: Merges all other tensors.
+        state: The folder of the run's state; needed for orthogonal task vectors.
+        room: Bytes of a GPU's memory that must stay free for the rest of a step.
+    """
+
+    def __init__(
+        self, plan: Plan, names: Sequence[str], rest: Shards, state: Folder | None = None, room: float = 0
+    ) -> None:
+        self._plan, self._names, self._rest, self._state, self.room = plan, names, rest, state, room
+        self._held: dict[str, tuple[Tensor, Factors]] = {}
+
+    def merge(self, coefficients: Coefficients, model: PieceSink) -> Arrivals:
+        """See `Shards.merge`. Matrices with factors are merged, or on a GPU queued, when the call returns."""
+        arrivals = self._rest.merge(coefficients, model)
+        for name in in_order_of_use(self._names):
+            whole = model.whole(name)
+            base, factors = self.on(whole.device, name)
+            merge_factors(base, factors, coefficients.of(name), whole)
+        return arrivals
+
+    def gradients(self, layout: ChunkLayout) -> Gradients:
+        """See `Shards.gradients`."""
+        return _FactorGradients(self, layout, self._rest.gradients(layout), frozenset(self._names))
+
+    def traffic(self) -> dict[str, int]:
+        """See `Shards.traffic`."""
+        return self._rest.traffic()
+
+    def on(self, device: torch.device, name: str) -> tuple[Tensor, Factors]:
+        """Return the base's matrix and the factors on a device, in the dtype of the computation.
+
+        This is float32 on a CPU and for stored float32; a GPU multiplies bfloat16 with sums in float32.
+        """
+        base, factors = self._held.get(name) or self._load(name)
+        if device.type == "cpu":
+            return base.float(), factors.to(device, torch.float32)
+        dtype = torch.float32 if self._plan.dtype == "float16" else getattr(torch, self._plan.dtype)
+        if name not in self._held:
+            base, factors = base.to(dtype), factors.to(base.device, dtype)
+            nbytes = base.nbytes + factors.left_mR.nbytes + factors.right_Rn.nbytes
+            free, _ = torch.cuda.mem_get_info(device)
+            if free - nbytes >= self.room:
+                self._held[name] = base.to(device), factors.to(device, dtype)
+            else:
+                pinned = Factors(factors.left_mR.pin_memory(), factors.right_Rn.pin_memory(), factors.ranks)
+                self._held[name] = base.pin_memory(), pinned
+            base, factors = self._held[name]
+        return base.to(device, non_blocking=True), factors.to(device, dtype)
+
+    def _load(self, name: str) -> tuple[Tensor, Factors]:
+        """Return the base's matrix as a view of its file, and the factors in the dtype in which they are stored."""
+        base = self._task_vectors.base.read(name)
+        if name in self._plan.orthogonal_set:
+            return base, self._stored.factors(name)
+        products: list[Product | None] = []
+        for task_vector in self._task_vectors.of(name):
+            assert task_vector is None or isinstance(task_vector, Product)
+            products.append(task_vector)
+        return base, Factors.of(products, base.shape)
+
+    @cached_property
+    def _task_vectors(self) -> TaskVectors:
+        # Opened at the first call: an error of a call reaches the driver unchanged, one of a constructor does not.
+        return open_task_vectors(self._plan, 1)
+
+    @cached_property
+    def _stored(self) -> StoredTaskVectors:
+        assert self._state is not None
+        return StoredTaskVectors(self._state)
+
+
+class _FactorGradients:
+    """The sums ⟨Gₛ, τₖ,ₛ⟩ of each matrix, [K, S] float64 on the device of its gradient."""
+
+    def __init__(self, shards: FactorShards, layout: ChunkLayout, rest: Gradients, names: frozenset[str]) -> None:
+        self._shards, self._layout, self._rest, self._names = shards, layout, rest, names
+        self._sums: dict[str, Tensor] = {}
+
+    def send(self, name: str, gradient: Tensor) -> None:
+        if name not in self._names:
+            self._rest.send(name, gradient)
+            return
+        base, factors = self._shards.on(gradient.device, name)
+        part_KS = project(gradient.to(base.dtype), factors, self._layout.edges_of[name])
+        # In the order of the passes, whichever thread of the backward pass calls.
+        self._sums[name] = self._sums[name] + part_KS if name in self._sums else part_KS
+
+    def collect(self) -> Array:
+        gradient = self._rest.collect()
+        columns = self._layout.columns
+        for name in self._sums:
+            gradient[:, columns[name]] = self._sums[name].cpu().numpy()
+        return np.asarray(gradient)

@@ -1,0 +1,103 @@
+"""The task vectors of all experts of a matrix as one pair of factors: their merge, and the gradient of coefficients.
+
+τₖ = Lₖ·Vₖ with Lₖ [m, rₖ] and Vₖ [rₖ, n]. Side by side, the experts' factors are L [m, R] and V [R, n], R = Σₖ rₖ. Then
+θ = θ₀ + (L∘α)·V is one product of matrices, and ⟨G, τₖ⟩ are sums over (G·Vᵀ)∘L, another one. Of orthogonal task vectors
+R is at most min(m, n), however many the experts are. The functions compute on the device of their tensors.
+Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
+Letters: m rows and n columns of a matrix, R ranks of all experts, K experts, S chunks of the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.task_vectors.coefficients import TensorCoefficients
+from engine.task_vectors.kinds import Product
+
+
+@dataclass(frozen=True)
+class Factors:
+    """L [m, R] and V [R, n] of a matrix, with the rank rₖ of each expert, in the order of the experts."""
+
+    left_mR: Tensor
+    right_Rn: Tensor
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, products: Sequence[Product | None], shape: Sequence[int]) -> Factors:
+        """Return the factors of several experts' products side by side; None is an expert with rank 0."""
+        found = [product for product in products if product is not None]
+        return cls(
+            torch.cat([torch.empty(shape[0], 0), *(product.left for product in found)], dim=1),
+            torch.cat([torch.empty(0, shape[1]), *(product.right for product in found)]),
+            tuple(0 if product is None else product.left.shape[1] for product in products),
+        )
+
+    def products(self) -> list[Product | None]:
+        """Return τₖ of each expert as a product of views; None for an expert with rank 0."""
+        edges = pairwise(accumulate(self.ranks, initial=0))
+        return [Product(self.left_mR[:, a:b], self.right_Rn[a:b]) if a < b else None for a, b in edges]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """Return the factors on a device, in a dtype."""
+        left_mR, right_Rn = (factor.to(device, dtype, non_blocking=True) for factor in (self.left_mR, self.right_Rn))
+        return Factors(left_mR, right_Rn, self.ranks)
+
+
+def merge_factors(base_mn: Tensor, factors: Factors, wanted: TensorCoefficients, out_mn: Tensor) -> None:
+    """Write θ = θ₀ + (L∘α)·V to `out_mn`, rounded to its dtype; all other tensors have the dtype of the computation."""
+    left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, base_mn.shape[1]
+    alpha_SR = _spread(wanted, factors).to(left_mR)
+    # The coefficient of a row is that of its first element; the rest of a row with a chunk's edge in it follows.
+    rows = _first_chunks(wanted.edges, base_mn.shape, left_mR.device)
+    scaled_mR = left_mR * (alpha_SR[rows] if len(alpha_SR) > 1 else alpha_SR)
+    merged_mn = torch.addmm(base_mn, scaled_mR, right_Rn)
+    for chunk, row, column in _inside_rows(wanted.edges, columns):
+        change_R = left_mR[row] * (alpha_SR[chunk + 1] - alpha_SR[chunk])
+        merged_mn[row, column:] += change_R @ right_Rn[:, column:]
+    out_mn.copy_(merged_mn)
+
+
+def project(gradient_mn: Tensor, factors: Factors, edges: tuple[int, ...]) -> Tensor:
+    """Return ⟨Gₛ, τₖ,ₛ⟩, [K, S] float64, for G = ∂L/∂θ in the dtype of the computation.
+
+    `edges` are those of the matrix's S chunks. Products are summed over the rows of a chunk in float64.
+    """
+    left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, gradient_mn.shape[1]
+    products_mR = (gradient_mn @ right_Rn.T).mul_(left_mR)
+    # The first row that starts in each chunk.
+    starts = [-(-edge // columns) for edge in edges]
+    sums_SR = torch.stack([products_mR[a:b].sum(dim=0, dtype=torch.float64) for a, b in pairwise(starts)])
+    for chunk, row, column in _inside_rows(edges, columns):
+        rest_R = ((right_Rn[:, column:] @ gradient_mn[row, column:]) * left_mR[row]).double()
+        sums_SR[chunk] -= rest_R
+        sums_SR[chunk + 1] += rest_R
+    owned_KR = torch.zeros(len(factors.ranks), sums_SR.shape[1], dtype=torch.float64)
+    for k, (a, b) in enumerate(pairwise(accumulate(factors.ranks, initial=0))):
+        owned_KR[k, a:b] = 1
+    return owned_KR.to(sums_SR.device) @ sums_SR.T
+
+
+def _spread(wanted: TensorCoefficients, factors: Factors) -> Tensor:
+    """Return the coefficient of each chunk and rank, [S, R] float32."""
+    return torch.from_numpy(np.repeat(wanted.values, factors.ranks, axis=0).T.copy())
+
+
+def _first_chunks(edges: tuple[int, ...], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return the chunk of the first element of each row, [m]."""
+    firsts = np.arange(shape[0]) * shape[1]
+    return torch.from_numpy(np.searchsorted(edges, firsts, side="right") - 1).to(device)
+
+
+def _inside_rows(edges: tuple[int, ...], columns: int) -> Iterator[tuple[int, int, int]]:
+    """Yield each edge that is not at the start of a row: the chunk before it, its row and its column."""
+    for chunk, edge in enumerate(edges[1:-1]):
+        row, column = divmod(edge, columns)
+        if column:
+            yield chunk, row, column
