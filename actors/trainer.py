@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
 from engine.learning.learner import Learner, LearnerState, Stage
-from engine.learning.student import Losses, Student
+from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
 from engine.planning.plan import Plan
 from engine.planning.schedule import passes
@@ -69,7 +71,7 @@ class Trainer:
         backward pass of the last one (with `gradients: stream`: of each one).
 
         Raises:
-            RunError: A loss is not finite.
+            RunError: A loss or its gradient is not finite.
         """
         started = time.monotonic()
         learner = Learner(self._plan.config.parameters, stage)
@@ -84,7 +86,11 @@ class Trainer:
             targets = [self._weighted(window[place], 1 / len(window)) for place in places]
             losses |= zip(places, self._student.accumulate(targets, leaving if final else None), strict=True)
         self._merged = coefficients
-        metrics = learner.step(leaving.collect())
+        gradient = leaving.collect()
+        if not np.isfinite(gradient).all():
+            # The loss may be finite while its gradient overflows, as in float16.
+            raise not_finite("gradient of the coefficients", self._student.dtype)
+        metrics = learner.step(gradient)
         seconds = time.monotonic() - started
         rows = [
             {

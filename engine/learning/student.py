@@ -176,10 +176,7 @@ class Student:
         loss, slope_CH = self._logit_loss(last_BTH[index], target, scale)
         hidden = self._hidden_loss({layer: layers[layer][index] for layer in target.hidden_CH}, target)
         if not (loss.isfinite() and hidden.isfinite()):
-            raise RunError(
-                "the loss of the merged model is not finite",
-                do="lower `learning_rate` or `weight`, or use `dtype: float32`",
-            )
+            raise not_finite("loss of the merged model", self.dtype)
         kl, entropy = (loss.item(), None) if target.has_expert else (0.0, loss.item())
         return Losses(kl, hidden.item(), entropy), hidden, slope_CH
 
@@ -273,6 +270,12 @@ class Student:
         gradient = gradient.contiguous()
         for name in self._parts[parameter]:
             self._leaving.send(name, self._part(gradient, name))
+
+
+def not_finite(what: str, dtype: torch.dtype) -> RunError:
+    """Return the error for a loss, or a gradient, that is not finite in the dtype of the passes."""
+    wider = "" if dtype is torch.float32 else ", or use `dtype: float32`"
+    return RunError(f"the {what} is not finite", do=f"lower `learning_rate` or `weight`{wider}, and run with --fresh")
 
 
 def _counted(target: Target) -> slice | Tensor:
