@@ -16,7 +16,6 @@ from engine.planning.scaling import Machines, Work, choose
 Bundle = dict[str, float]
 # Ray's label for the type of a node's accelerators.
 KIND = "ray.io/accelerator-type"
-MORE = "add nodes, or request less with num_gpus, labels or shards in the config's `cluster`"
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,14 @@ def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices
     largest = max((node.memory for node in useful(nodes, plan.config)), default=0.0)
     wanted = choose(plan, work, machines(nodes, plan.config, devices)).memory.model
     if not devices.trainer and 0 < largest < wanted:
+        smaller = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
+        smaller += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
+        do = f"set {' or '.join(smaller)}, or use a larger node" if smaller else "use a larger node"
         raise ClusterError(
             f"the merged weights and their gradient take {wanted / GB:.1f} GB",
             "the trainer",
             f"at most the {largest / GB:.1f} GB of the largest node",
-            "set `gradients: stream` or `dtype: bfloat16`, or use a larger node; `plan` shows the estimates",
+            f"{do}; `plan` shows the estimates",
         )
 
 
@@ -297,14 +299,22 @@ def _share(node: Node, actors: int) -> float:
 
 
 def _shortage(nodes: Sequence[Node], config: Config, role: str, gpus: float) -> ClusterError:
-    labels = {**config.cluster.labels, **_labels(config, role)}
+    of_role = _labels(config, role)
+    labels = {**config.cluster.labels, **of_role}
     needs = [f"{gpus:g} GPUs" if gpus else "CPUs", *(f"the label {key}={value}" for key, value in labels.items())]
     fitting = [node for node in useful(nodes, config) if _has(node, labels)]
     largest = max((node.gpus for node in fitting), default=0.0)
     total = sum(node.gpus for node in nodes)
+    do = ["add such nodes"]
+    if gpus and gpus != getattr(Devices.of(nodes, config), role):
+        do += ["discard the state of the run, which began with that number of GPUs, with --fresh"]
+    elif gpus:
+        do += [f"lower `cluster.{role}.num_gpus`"]
+    do += ["change `cluster.labels`"] if config.cluster.labels else []
+    do += [f"change `cluster.{role}.labels`"] if of_role else []
     return ClusterError(
         f"no node fits the {role}, which needs {' and '.join(needs)}: of {len(nodes)} nodes with {total:g} GPUs in "
         f"total, {len(fitting)} match apart from GPUs, and the largest of these has {largest:g}",
         "the cluster",
-        do=MORE,
+        do=" or ".join(do),
     )

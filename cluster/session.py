@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -38,6 +39,7 @@ SHORT = "set RAY_TMPDIR to an existing folder with a path of at most 35 characte
 OPEN_FILES = 256
 SHARED = Path("/dev/shm")
 WRITABLE = "give this user access to it, or set HOME and RAY_TMPDIR to folders that this user can write to"
+ROOM = "free disk space, or set RAY_TMPDIR to a folder on another disk"
 SAY_EVERY = 5.0
 KNOCK_SECONDS = 10.0
 Found = TypeVar("Found")
@@ -105,10 +107,11 @@ def _check_machine() -> None:
     """Check what Ray needs to start on this machine, and without which it ends with no message that says so."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if 0 <= files < OPEN_FILES:
-        do = "raise the limit: ulimit -n 65536"
+        # The hard limit, to which Ray raises its own. Only another process can raise it.
+        do = "raise the hard limit where this process starts, such as with --ulimit nofile=65536 of docker"
         raise ClusterError(f"a process may open {files} files", "this machine", f"at least {OPEN_FILES}", do)
     if sys.platform == "linux" and not (SHARED.is_dir() and os.access(SHARED, os.W_OK | os.X_OK)):
-        do = "mount it so that this user can write to it"
+        do = "mount it so that this user can write to it, as root: mount -t tmpfs -o mode=1777 tmpfs /dev/shm"
         raise ClusterError("Ray cannot write to the shared memory", str(SHARED), "a folder of type tmpfs", do)
 
 
@@ -124,7 +127,7 @@ def _not_started(error: Exception, address: str | None) -> ClusterError:
     """Return the error for an exception of `ray.init`."""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         # Such as a folder whose name is too long for the sockets in it, or to which this user cannot write.
-        do = SHORT if "AF_UNIX" in str(error) else WRITABLE
+        do = SHORT if "AF_UNIX" in str(error) else ROOM if error.errno == errno.ENOSPC else WRITABLE
         return ClusterError(f"Ray does not start: {error}", str(error.filename or _temporary()), do=do)
     what = " ".join(str(error).split())
     if address:
@@ -214,6 +217,6 @@ def _say_or_stop(seats: Sequence[Seat], waited: float, wait: float, say: Callabl
             f"the resources did not become free within {wait:g} seconds",
             "the cluster",
             request,
-            "free resources, add nodes, or lower num_gpus or shards in the config's `cluster`",
+            "free resources, add nodes, or lower `cluster.shards` or num_gpus of `cluster.trainer` or `cluster.expert`",
         )
     say(f"waiting for resources ({waited:.0f} of {wait:g} s): {request}")

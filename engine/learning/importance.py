@@ -51,7 +51,10 @@ def stage_2_layout(
     chunks = allocate_chunks(scores_L, budget, kappa)
     if not any(chunks):
         raise ConfigError(
-            f"with a budget of {budget}, no tensor gets a chunk to learn", "parameters.budget", do="raise `budget`"
+            f"with a budget of {budget}, no tensor gets a chunk to learn",
+            "parameters.budget",
+            "1 or more, which is always sufficient",
+            "raise `budget`, and run with --fresh",
         )
     return ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True))), scores_L
 

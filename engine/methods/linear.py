@@ -32,7 +32,7 @@ def total_weight(tensor: str, values: Settings, own: Sequence[Settings], base: S
         raise ConfigError(
             "the weights sum to zero and cannot be normalized",
             tensor,
-            do="change the weights, or set normalize: false",
+            do="change the weights, or set `normalize: false` in `parameters`",
         )
     return total
 

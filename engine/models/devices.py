@@ -29,9 +29,11 @@ def device_map(model: Any, dtype: torch.dtype, device: torch.device) -> DeviceMa
     memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=blocks)
     placement = accelerate.infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=blocks)
     if any(not isinstance(place, int) for place in placement.values()):
+        narrower = ", or use bfloat16" if dtype is torch.float32 else ""
         raise RunError(
             f"the model does not fit on the {torch.cuda.device_count()} GPUs of its process",
-            do="raise `num_gpus` in the config's `cluster` section, or use `dtype: bfloat16`",
+            do="raise `cluster.trainer.num_gpus` and `cluster.expert.num_gpus` (of evaluate: --num-gpus)"
+            f"{narrower}; run a merge with --fresh",
         )
     return {name: torch.device("cuda", place) for name, place in placement.items()}
 

@@ -97,7 +97,7 @@ def language_model(model: Any) -> Any:
         f"{type(model).__name__} has no output head that is a single linear layer",
         str(model.config.name_or_path),
         "a causal language model",
-        "use a weight-space method",
+        "to merge such models, use a weight-space method",
     )
 
 

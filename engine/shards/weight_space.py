@@ -148,8 +148,11 @@ def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, V
     def value(option: Option, *scopes: Settings) -> Value:
         resolved = option.resolve((*scopes, recipe.slice, recipe.top), tensor, plan.depths[tensor])
         if resolved is None and option.required:
+            each = "" if option.scope == "merge" else " for every model"
             raise ConfigError(
-                f"{method.name} needs a value of {option.name!r} for every model", tensor, do=f"set {option.name}"
+                f"{method.name} needs a value of {option.name!r}{each}",
+                tensor,
+                do=f"set `{option.name}` in `parameters`",
             )
         return resolved  # type: ignore[return-value]  # None is the default of some of mergekit's options
 

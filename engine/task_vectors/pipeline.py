@@ -89,9 +89,10 @@ def _computed(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
     out_N = torch.empty(piece.numel, dtype=dtype)
     fill(piece, out_N)
     if dtype in FLOATS and not all_finite(out_N):
+        wider = "" if dtype is torch.float32 else ", or set `out_dtype: float32`"
         raise RunError(
             f"the merged tensor has a NaN or infinite weight in {str(dtype).removeprefix('torch.')}",
             piece.name,
-            do="check the models' weights, lower the coefficients, or set a wider `out_dtype`",
+            do=f"check the models' weights, lower `weight`{wider}, and run with --fresh",
         )
     return out_N

@@ -155,7 +155,7 @@ def test_an_unknown_error_of_ray_is_not_hidden(monkeypatch: pytest.MonkeyPatch) 
 def test_too_few_open_files_for_ray_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stands_in(monkeypatch, init=None)
     monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
-    with refused(ClusterError, do="ulimit -n", facts=["64", "256"]), connect(None):
+    with refused(ClusterError, do="--ulimit nofile=", facts=["64", "256"]), connect(None):
         pass
 
 

@@ -54,7 +54,7 @@ def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPa
         inside = [p for p in partners if p.startswith(f"model.layers.{block}.")]
         assert len({device_of(partner, devices) for partner in inside}) == 1
     memory |= {0: 100, 1: 100, "cpu": 10**9}
-    with refused(RunError, do="`num_gpus`", facts=["2 GPUs"]):
+    with refused(RunError, do="`cluster.trainer.num_gpus`", facts=["2 GPUs"]):
         device_map(model, torch.float32, torch.device("cuda"))
 
 

@@ -76,7 +76,7 @@ def test_no_more_is_computed_than_a_few_pieces_ahead(pool: ThreadPoolExecutor, t
 def test_a_weight_that_is_not_finite_is_an_error_that_names_the_tensor(pool: ThreadPoolExecutor, value: float) -> None:
     tensor = torch.ones(50)
     tensor[49] = value
-    with refused(RunError, where="late", do="out_dtype", facts=["NaN", "float32"]):
+    with refused(RunError, where="late", do="--fresh", facts=["NaN", "float32"]):
         list(stream([TensorJob("late", (50,), torch.float32, lambda: copy_of(tensor))], pool, 2))
 
 
