@@ -1,0 +1,548 @@
+"""Advice about Ray, its nodes and the trackers is right: followed, the merge gets what it needs."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import ray
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from click.testing import CliRunner
+from conftest import plan_of
+from ray._private.node import Node as RayNode
+from ray._raylet import AuthenticationTokenLoader
+from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError, RuntimeEnvSetupError
+from recorded_advice import Advice, begins, found, refusal
+
+import cli
+import cluster.session
+import cluster.telemetry
+import cluster.watch
+from cluster.placement import KIND, Devices, Node, arrange, check_memory, lay_out, lay_out_shards, machines
+from cluster.session import connect, reserved
+from cluster.telemetry import Telemetry, check_trackers
+from cluster.watch import Watch, until_done
+from engine.checkpoints.find import find_model
+from engine.config.schema import TRACKERS, Config
+from engine.errors import MergeError
+from engine.planning.patience import patience
+from engine.planning.plan import Plan
+from engine.planning.scaling import Machines, Work, choose
+from engine.storage.cache import cache_folder
+
+ADVICE = Advice(
+    "engine/machine",
+    "cluster/placement",
+    "cluster/session",
+    "cluster/telemetry",
+    "cluster/watch",
+    elsewhere={"{TOKEN}": "test_job.py, whose drivers all connect with the two variables, and one without"},
+)
+WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
+
+
+def test_every_advice_is_followed_or_has_a_reason() -> None:
+    ADVICE.check()
+
+
+@pytest.fixture
+def plan(llama_merge: Path) -> Plan:
+    return plan_of(llama_merge)
+
+
+# The start of Ray. All of it is real, up to the point where its processes start.
+
+
+class Started(BaseException):
+    """Raised in place of the start of Ray's processes."""
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder with a short path, in which Ray gets as far as the start of its processes."""
+
+    def start(node: RayNode) -> None:
+        raise Started
+
+    monkeypatch.setattr(RayNode, "start_head_processes", start)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that what Ray sets is undone
+        monkeypatch.delenv(name)
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray") as folder:
+        monkeypatch.setenv("HOME", folder)
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield Path(folder)
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def starts() -> None:
+    with pytest.raises(Started), connect(None):
+        pass
+
+
+def not_started(address: str | None = None) -> MergeError:
+    return refusal(lambda: connect(address).__enter__())
+
+
+@ADVICE.followed("has no name and no home folder")
+@pytest.mark.parametrize(
+    "call",
+    [cache_folder, lambda: find_model("owner/name", Path("/")), lambda: connect(None).__enter__()],
+    ids=["cache", "hub", "Ray"],
+)
+def test_a_user_without_a_home_sets_a_variable(
+    monkeypatch: pytest.MonkeyPatch, home: Path, call: Callable[[], object]
+) -> None:
+    def nameless(*_: object) -> None:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nameless)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(home))
+    for name in ("HOME", "HF_HOME", "EXPERT_MERGING_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    error = refusal(call)
+    for name in found("set (.+) to a folder", error)[1].split(" or "):
+        with monkeypatch.context() as patch, suppress(Started):
+            patch.setenv(name, str(home))
+            call()
+
+
+@ADVICE.followed("where: {str(error.filename or _temporary())}")
+@pytest.mark.parametrize("variable", ["HOME", "RAY_TMPDIR"])
+def test_folders_of_ray_that_cannot_be_written_are_set(
+    monkeypatch: pytest.MonkeyPatch, home: Path, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "/proc/none")
+    error = not_started()
+    assert error.where.startswith("/proc/none")
+    for name in found("set (.+) to folders", error)[1].split(" and "):
+        monkeypatch.setenv(name, str(home))
+    starts()
+
+
+def test_a_folder_of_ray_with_a_long_path_is_set(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    (home / ("x" * 100)).mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(home / ("x" * 100)))
+    advice = found(r"set (\w+) to an existing folder with a path of at most (\d+) characters", not_started())
+    folder = home / ("x" * (int(advice[2]) - len(str(home)) - 1))
+    folder.mkdir()
+    monkeypatch.setenv(advice[1], str(folder))
+    starts()
+    (session,) = (folder / "ray").glob(f"session_*_{os.getpid()}")
+    longest = f"{session}/sockets/plasma_store".replace(str(os.getpid()), "4194304")
+    assert len(longest) <= 107, "also with the largest number of a process"
+
+
+def test_a_folder_of_ray_on_a_full_disk_is_set(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    (home / "full").mkdir()
+    real = ray.init
+
+    def init(**options: Any) -> None:
+        if os.environ["RAY_TMPDIR"] == str(home / "full"):
+            raise OSError(errno.ENOSPC, "No space left on device", os.environ["RAY_TMPDIR"])
+        real(**options)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_TMPDIR", str(home / "full"))
+    monkeypatch.setenv(found(r"set (\w+) to a folder on another disk", not_started())[1], str(home))
+    starts()
+
+
+@ADVICE.followed("what: Ray does not start: {what}")
+def test_the_logs_of_ray_are_where_the_advice_says(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    def fails(node: RayNode) -> None:
+        raise Exception("the node timed out")
+
+    monkeypatch.setattr(RayNode, "start_head_processes", fails)
+    for name in ("RAY_TMPDIR", "TMPDIR"):
+        logs = Path(found("see its logs in (.+?);", not_started())[1])
+        assert logs.is_relative_to(home) and logs.is_dir(), name
+        shutil.rmtree(home / "ray")
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        monkeypatch.setenv("TMPDIR", str(home))
+
+
+@ADVICE.followed("a process may open {files} files")
+def test_a_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    limit = 64
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    limit = int(found(r"nofile=(\d+)", not_started())[1])
+    starts()
+
+
+@ADVICE.followed("Ray cannot write to the shared memory")
+@pytest.mark.slow
+def test_a_shared_memory_is_mounted() -> None:
+    """In a mount namespace of its own, whose shared memory is read-only at first."""
+    code = """
+import re, subprocess
+from pathlib import Path
+from cluster.session import _check_machine
+from engine.errors import ClusterError
+try:
+    _check_machine()
+except ClusterError as error:
+    subprocess.run(re.search("as root: (.+)", error.do)[1].split(), check=True)
+    _check_machine()
+    Path("/dev/shm/file").write_text("written")
+    print("followed")
+"""
+    command = ["unshare", "--map-root-user", "--mount", "bash", "-c", 'mount -t tmpfs -o ro t /dev/shm && exec "$@"']
+    command += ["bash", sys.executable, "-c", code]
+    root = Path(cli.__file__).parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "followed\n", done.stderr
+
+
+@ADVICE.followed("check the head's address")
+def test_the_address_of_the_head_is_corrected(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        right = f"127.0.0.1:{head.getsockname()[1]}"
+        error = not_started(right)  # nothing listens there yet
+        assert error.where == right and "address" in error.do
+        head.listen()
+        monkeypatch.setattr(ray, "init", lambda **options: None)
+        with connect(right):
+            pass
+
+
+@ADVICE.followed("Ray cannot build a runtime environment")
+def test_what_makes_ray_build_an_environment_is_unset(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    def hook(environment: object) -> None:
+        raise RuntimeEnvSetupError("no pip")
+
+    monkeypatch.setattr(cluster.session, "hook", hook, raising=False)
+    monkeypatch.setenv("RAY_RUNTIME_ENV_HOOK", "cluster.session.hook")
+    for name in re.findall(r"RAY_\w+", not_started().do):
+        monkeypatch.delenv(name, raising=False)
+    starts()
+
+
+# Nodes and resources
+
+
+class Group:
+    """A placement group that is there at once if its bundles fit the free resources, or never."""
+
+    def __init__(self, bundles: Sequence[dict[str, float]], free: dict[str, float]) -> None:
+        self._fits = all(sum(bundle.get(kind, 0) for bundle in bundles) <= free[kind] for kind in free)
+
+    def wait(self, seconds: float) -> bool:
+        return self._fits
+
+
+@ADVICE.followed("the resources did not become free")
+@pytest.mark.parametrize(
+    ("free", "follow"),
+    [
+        ({"CPU": 3.0, "GPU": 2.0}, "`(cluster.shards)`"),
+        ({"CPU": 64.0, "GPU": 1.0}, "(num_gpus) of `(cluster.trainer)` or `(cluster.expert)`"),
+        ({"CPU": 3.0, "GPU": 1.0}, "free resources, add nodes"),
+    ],
+)
+def test_resources_become_free_or_less_is_requested(
+    monkeypatch: pytest.MonkeyPatch, llama_merge: Path, free: dict[str, float], follow: str
+) -> None:
+    nodes = [Node(64, 2, id="n0")]
+    monkeypatch.setattr(cluster.session, "placement_group", lambda bundles, **options: Group(bundles, free))
+    monkeypatch.setattr(cluster.session, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr(cluster.session, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "available_resources", lambda: free)
+
+    def reserve(*overrides: str) -> None:
+        plan = plan_of(llama_merge, *overrides)
+        with reserved(lay_out(nodes, plan, Devices.of(nodes, plan.config)).reserved, 0, print):
+            pass
+
+    error = refusal(lambda: reserve("cluster.shards=8"))
+    advice = found(follow, error)
+    if "nodes" in follow:
+        free |= {"CPU": 67.0, "GPU": 3.0}
+        reserve("cluster.shards=8")
+    elif "GPU" in follow or "gpus" in follow:
+        reserve("cluster.shards=8", *(f"{role}.{advice[1]}=0.5" for role in advice.groups()[1:]))
+    else:
+        reserve(f"{advice[1]}=1")
+
+
+def labelled(number: int, cpus: float, gpus: float, **labels: str) -> Node:
+    return Node(cpus, gpus, 1e10, f"n{number}", labels)
+
+
+SMALL, LARGE = labelled(0, 8, 2, zone="a"), labelled(1, 8, 4, zone="b", pool="large")
+
+
+@ADVICE.followed("no node fits the {role}")
+@pytest.mark.parametrize(
+    ("spoil", "change", "more"),
+    [
+        ("cluster.trainer.num_gpus=4", "2", LARGE),
+        ("cluster.expert.num_gpus=4", "2", LARGE),
+        ("cluster.labels={zone: b}", "{zone: a}", LARGE),
+        ("cluster.trainer.labels={pool: large}", "{}", LARGE),
+    ],
+)
+def test_nodes_are_added_or_the_key_of_the_advice_is_changed(
+    llama_merge: Path, spoil: str, change: str, more: Node
+) -> None:
+    def place(nodes: list[Node], override: str) -> None:
+        plan = plan_of(llama_merge, override)
+        lay_out(nodes, plan, Devices.of(nodes, plan.config))
+
+    error = refusal(lambda: place([SMALL], spoil))
+    assert error.do.startswith("add such nodes")
+    place([SMALL, more], spoil)
+    keys = re.findall("`(.+?)`", error.do)
+    assert spoil.partition("=")[0] in keys
+    place([SMALL], f"{spoil.partition('=')[0]}={change}")
+
+
+def test_a_node_with_cpus_is_added(plan: Plan) -> None:
+    error = refusal(lambda: lay_out_shards([Node(0, 0, id="head")], plan))
+    assert error.do == "add such nodes"
+    lay_out_shards([Node(0, 0, id="head"), SMALL], plan)
+
+
+def test_a_run_that_keeps_its_number_of_gpus_is_begun_again(llama_merge: Path) -> None:
+    """Its state keeps the numbers, so that lowering one in the config changes nothing."""
+    began = Devices.of([LARGE], plan_of(llama_merge, "cluster.trainer.num_gpus=4").config)
+    lowered = plan_of(llama_merge, "cluster.trainer.num_gpus=2")
+    error = refusal(lambda: lay_out([SMALL], lowered, began))
+    assert "--fresh" in error.do and "num_gpus" not in error.do
+    lay_out([SMALL], lowered, Devices.of([SMALL], lowered.config))
+
+
+@ADVICE.followed("the run began on GPUs of type")
+def test_gpus_of_the_type_of_the_run_are_added_or_it_is_begun_again(plan: Plan) -> None:
+    def node(number: int, kind: str) -> Node:
+        return Node(8, 1, 1e10, f"n{number}", {KIND: kind})
+
+    began = Devices.of([node(0, "H100")], plan.config)
+    later = [node(1, "A100")]
+    error = refusal(lambda: began.among(later))
+    assert "add nodes" in error.do and "--fresh" in error.do
+    more = [*later, node(2, "H100")]
+    seats = arrange(began.among(more), plan, WORK, began)
+    assert seats.trainer is not None and seats.trainer.node == "n2"
+    anew = Devices.of(later, plan.config)
+    arrange(anew.among(later), plan, WORK, anew)
+
+
+@ADVICE.followed("the merged weights and their gradient take")
+def test_the_weights_fit_with_each_option_of_the_advice(monkeypatch: pytest.MonkeyPatch, llama_merge: Path) -> None:
+    monkeypatch.setattr("engine.planning.scaling.WINDOW_BYTES", 1000)  # smaller than the gradient of a tiny model
+
+    def check(memory: float, *overrides: str) -> None:
+        check_memory([Node(8, 0, memory, "n0")], plan_of(llama_merge, *overrides), WORK, Devices(0, 0))
+
+    plan = plan_of(llama_merge)
+    needed = choose(plan, WORK, machines([SMALL], plan.config, Devices(0, 0))).memory.model
+    error = refusal(lambda: check(needed - 1))
+    options = re.findall("`(.+?: .+?)`", error.do)
+    assert len(options) == 2
+    overrides = [option.replace(": ", "=") for option in options]
+    for override in overrides:
+        check(needed - 1, override)
+    assert "larger node" in error.do
+    check(needed)
+    last = refusal(lambda: check(1, *overrides))
+    assert not any(option in last.do for option in options), "both are set already"
+
+
+# Trackers
+
+
+def config(*log_with: str, **keys: Any) -> Config:
+    models = [{"model": "expert", "calibration": "expert.jsonl"}]
+    given = {"merge_method": "expert_merging", "base_model": "base", "models": models, "log_with": log_with, **keys}
+    return Config.model_validate(given)
+
+
+@ADVICE.followed("not installed: ")
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_is_installed_or_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Each package is a name with metadata, as accelerate looks for it."""
+
+    def available() -> list[str]:
+        importlib.invalidate_caches()
+        return [one for one in TRACKERS if getattr(accelerate.utils.imports, f"is_{one}_available")()]
+
+    monkeypatch.setattr(cluster.telemetry, "get_available_trackers", available)
+    if name not in available():
+        for package in found("`pip install (.+?)`", refusal(lambda: check_trackers(config(name), "out")))[1].split():
+            (tmp_path / package).mkdir()
+            (tmp_path / package / "__init__.py").touch()
+            (tmp_path / f"{package}-1.0.dist-info").mkdir()
+            (tmp_path / f"{package}-1.0.dist-info" / "METADATA").write_text(f"Name: {package}\nVersion: 1.0\n")
+        monkeypatch.syspath_prepend(tmp_path)
+    check_trackers(config(name), "out")
+    check_trackers(config(), "out")
+
+
+@ADVICE.followed("set `log_dir` to a folder that is kept")
+@pytest.mark.usefixtures("gauges")
+def test_files_of_a_tracker_are_in_the_folder_that_is_set(tmp_path: Path) -> None:
+    error = refusal(lambda: check_trackers(config("tensorboard"), "s3://bucket/out"))
+    set_one = config("tensorboard", **{found("set `(.+?)`", error)[1]: str(tmp_path / "logs")})
+    check_trackers(set_one, "s3://bucket/out")
+    with Telemetry("run", set_one, "s3://bucket/out") as telemetry:
+        telemetry.phase_seconds("targets", 1.0)
+    assert any(path.is_file() for path in (tmp_path / "logs").rglob("*"))
+
+
+@pytest.fixture
+def gauges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gauges that nobody reads."""
+    monkeypatch.setattr(cluster.telemetry, "Gauge", lambda *about: SimpleNamespace(set=lambda value, tags: None))
+
+
+class Tracker:
+    """A tracker of which one method fails."""
+
+    fails = ""
+
+    def __init__(self, project: str, **options: Any) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def _call(self, name: str) -> None:
+        if name == self.fails:
+            raise TimeoutError(name)
+
+    def start(self) -> None:
+        self._call("start")
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._call("log")
+
+    def finish(self) -> None:
+        self._call("finish")
+
+
+@ADVICE.followed("the tracker {name} failed")
+@pytest.mark.usefixtures("gauges")
+@pytest.mark.parametrize(
+    ("fails", "advice"),
+    [
+        ("start", "fix the cause, or remove the tracker from log_with"),
+        ("log", "run the same command to resume, without the tracker if it fails again"),
+        ("finish", "check the tracker"),
+    ],
+)
+def test_a_merge_goes_on_without_a_tracker_that_fails(
+    monkeypatch: pytest.MonkeyPatch, llama_merge: Path, tmp_path: Path, fails: str, advice: str
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Tracker)
+
+    def run(plan: Plan) -> None:
+        with Telemetry("run", plan.config, "out") as telemetry:
+            telemetry.phase_seconds("targets", 1.0)
+
+    monkeypatch.setattr(Tracker, "fails", fails)
+    before, after = plan_of(llama_merge, "log_with=wandb"), plan_of(llama_merge)
+    error = refusal(lambda: run(before))
+    assert advice in error.do
+    run(after)
+    begins(tmp_path / "out", before, error, after)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "fails", "")
+        run(before)
+
+
+# Failures of actors
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """Return a function that waits for an actor that fails with an error of Ray."""
+
+    def wait(error: Exception) -> None:
+        def get(reference: str) -> None:
+            raise error
+
+        fake = SimpleNamespace(wait=lambda references, **options: (references[:1], []), get=get)
+        monkeypatch.setattr(cluster.watch, "ray", fake)
+        Watch(print).answer("reference", "merging")
+
+    return wait
+
+
+@ADVICE.followed("an actor failed while {what}")
+def test_with_debug_the_place_in_the_actor_is_shown(failing: Callable[[Exception], None]) -> None:
+    def run() -> None:
+        failing(RayTaskError("step", "File shard.py, line 7", KeyError("x")))
+
+    option = found("run with (--debug)", refusal(run))[1]
+    assert option in {name for parameter in cli.merge.params for name in parameter.opts}
+    with pytest.raises(MergeError) as shown:
+        cli._guarded(run, debug=True)
+    assert "File shard.py, line 7" in "".join(traceback.format_exception(shown.value))
+
+
+@ADVICE.followed("the disk to which Ray's object store spills is full")
+def test_ray_starts_with_the_options_of_the_advice(failing: Callable[[Exception], None]) -> None:
+    from ray.scripts.scripts import start
+
+    options = set(re.findall(r"--[\w-]+", refusal(lambda: failing(OutOfDiskError())).do))
+    assert len(options) == 2
+    assert options <= {name for parameter in start.params for name in parameter.opts}
+
+
+@ADVICE.followed("a node ran out of memory")
+def test_plan_shows_the_memory_of_each_process(
+    failing: Callable[[Exception], None], llama_merge: Path, plan: Plan
+) -> None:
+    command = found("see `(.+?)` for the memory per process", refusal(lambda: failing(OutOfMemoryError("killed"))))[1]
+    done = CliRunner().invoke(cli.main, [command, str(llama_merge)])
+    assert done.exit_code == 0, done.output
+    for role in ("trainer", "expert", "shard"):
+        assert re.search(rf"{role} memory .*\d GB", done.output)
+    small, large = Node(8, 0, 1e9, "n0"), Node(64, 0, 1e12, "n1")
+    began = Devices.of([small], plan.config)
+    assert arrange(began.among([large]), plan, WORK, began).threads == 8
+
+
+@ADVICE.followed("attempts in a row made no progress")
+def test_a_run_whose_machines_are_slow_is_given_more_time(
+    monkeypatch: pytest.MonkeyPatch, llama_merge: Path, tmp_path: Path
+) -> None:
+    """A result comes after 5,000 s, in steps of 5 s."""
+    before, now = plan_of(llama_merge), 0.0
+
+    def attempt(plan: Plan) -> str:
+        began = now
+
+        def wait(references: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+            nonlocal now
+            now += 5 if timeout else 0
+            return (references[:1], []) if now - began > 5000 else ([], references)
+
+        fake = SimpleNamespace(wait=wait, get=lambda reference: "done", nodes=list)
+        monkeypatch.setattr(cluster.watch, "ray", fake)
+        bound = patience(plan, Machines(1, 8, 0, None), 1, WORK)
+        answer: str = Watch(lambda line: None, bound).answer("reference", "waiting")
+        return answer
+
+    monkeypatch.setattr(cluster.watch, "time", SimpleNamespace(monotonic=lambda: now))
+    error = refusal(lambda: until_done(lambda: attempt(before), lambda: "here", print))
+    seconds = re.search(r"no result for (\d+) s", error.what)
+    assert seconds is not None
+    after = plan_of(llama_merge, f"{found('raise `(.+?)`', error)[1]}={10 * int(seconds[1])}")
+    assert until_done(lambda: attempt(after), lambda: "here", print) == "done"
+    begins(tmp_path / "out", before, error, after)
