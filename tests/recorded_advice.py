@@ -43,7 +43,7 @@ class Advice:
         """Assert that every message has a known part, and that every known part is in a message."""
         new = {message for message in self._recorded if not any(part in message for part in self._known)}
         old = {part for part in self._known if not any(part in message for message in self._recorded)}
-        assert (new, old) == (set(), set())
+        assert not new and not old, "\n\n".join(["not followed:", *new, "not in messages.txt:", *old])
 
 
 def refusal(call: Callable[[], object]) -> MergeError:
