@@ -23,6 +23,7 @@ from errors import refused
 from plain import Plain, Received
 from transformers import AutoModelForCausalLM
 
+from engine.config.schema import Use
 from engine.errors import InputError
 from engine.task_vectors.coefficients import read_coefficients
 
@@ -61,7 +62,7 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
     assert written["parameters"]["weight"] == "auto"
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
-    assert written["record"]["devices"] == {"trainer": 0, "expert": 0, "threads": 2, "kinds": []}
+    assert written["record"]["devices"] == {"trainer": 0, "expert": 0, "threads": 2, "kinds": [], "factors": "auto"}
 
 
 def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Path) -> None:
@@ -81,9 +82,11 @@ def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Pa
     assert not (tmp_path / "merged.run" / "identity.json").exists(), "it is not resumed"
 
 
-def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_path: Path) -> None:
-    plan = plan_of(config, "parameters.task_vectors=orthogonal", "cluster.shards=2")
-    plain = Plain(plan, tmp_path)
+@pytest.mark.parametrize("factors", ["never", "always"])
+def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_path: Path, factors: Use) -> None:
+    settings = ["parameters.task_vectors=orthogonal", "cluster.shards=2", f"cluster.factors={factors}"]
+    plan = plan_of(config, *settings)
+    plain = Plain(plan, tmp_path, factors)
     tables = plain.run()
     merged = run_merge(plan, tmp_path / "merged")
     for stage, table in enumerate(tables, start=1):
@@ -92,7 +95,15 @@ def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_
         np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
     written, received = safetensors.torch.load_file(merged / "model.safetensors"), Received(plan)
     for name, tensor in received.all_of(plain.shards.merge(tables[-1], received)).items():
-        assert torch.equal(written[name].flatten(), tensor)
+        if factors == "never":
+            assert torch.equal(written[name].flatten(), tensor)
+        else:
+            # The trainer sums over all experts in one product, a shard expert by expert.
+            torch.testing.assert_close(written[name].flatten(), tensor, rtol=0, atol=1e-6)
+    moved = json.loads((merged / "merge" / "memory.json").read_text())["bytes_trainer_to_shards"]
+    assert (moved == 0) == (factors == "always"), "factors are on the trainer's device"
+    other = run_merge(plan_of(config, *settings, "cluster.shards=1"), tmp_path / "other")
+    assert result(other) == result(merged)
 
 
 def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:
