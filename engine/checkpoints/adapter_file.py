@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,12 +50,16 @@ class Parts:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter's folder, its config, the tensors of its file, and the base that it changes."""
+    """An adapter's folder, its config, the tensors of its file, and the base that it changes.
+
+    `in_model` returns the base's tensor for a name that the model gives a parameter, None if there is none.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorHeader]
     base: ModelHeader
+    in_model: Callable[[str], str | None] = lambda name: None
 
     @cached_property
     def parts(self) -> Parts:
@@ -98,7 +103,8 @@ class AdapterFile:
 
     def target(self, name: str) -> str:
         """Return the base's name for a tensor of the model; `name` itself if the base has no such tensor."""
-        return self._names.get(name, self._names.get(_short(name), name))
+        found = self._names.get(name) or self._names.get(_short(name)) or self.in_model(name)
+        return found or name
 
 
 def merge_with_peft(file: AdapterFile, rows: int | None = None) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
+def read_adapter_header(
+    folder: Path, base: ModelHeader, in_model: Callable[[str], str | None] = lambda name: None
+) -> AdapterHeader:
     """Read the adapter's pairs and whole tensors, and check each against the base tensor that it changes.
+
+    Args:
+        folder: The adapter's folder.
+        base: The header of the base.
+        in_model: Returns the base's tensor for a parameter's name in the model, where it is not that of a file.
 
     Raises:
         CheckpointError: the adapter is not LoRA, is an unsupported variant, has a tensor that does not fit the base, or
@@ -102,7 +109,7 @@ def read_adapter_header(folder: Path, base: ModelHeader) -> AdapterHeader:
     check_folder(folder)
     config = read_json(folder / CONFIG)
     weights = folder / WEIGHTS
-    file = AdapterFile(folder, config, read_file_header(weights) if weights.exists() else {}, base)
+    file = AdapterFile(folder, config, read_file_header(weights) if weights.exists() else {}, base, in_model)
     _refuse_variants(file)
     if not weights.exists():
         raise CheckpointError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,20 @@ def structure_of(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) 
         if known and cut:
             wrapped.add(name)
     return Structure(places, roles, frozenset(unused), frozenset(wrapped), frozenset(unknown))
+
+
+def parameter_finder(model: Any) -> Callable[[str], str | None]:
+    """Return a function from a parameter's name in a file or an adapter to the module's name of the whole parameter.
+
+    The function returns None for a name of no parameter, and for one of a part of a parameter.
+    """
+    names = _Names(model)
+
+    def find(name: str) -> str | None:
+        renamed, pattern, _ = names.find(name)
+        return renamed if renamed in names.state and pattern is None else None
+
+    return find
 
 
 def parameter_roles(model: Any) -> dict[str, Role]:

@@ -195,7 +195,7 @@ def _plan_expert(
     if is_adapter(folder):
         if config.recipe is not None and config.recipe.baseless:
             raise CheckpointError("an adapter needs a base", str(folder), do="set `base_model`")
-        header = read_adapter_header(folder, base)
+        header = read_adapter_header(folder, base, structures.tensor)
     else:
         header = read_model_header(folder)
         matched = match(expert.name, header, base, config, tokenizer, structures)
@@ -208,7 +208,9 @@ def _plan_expert(
                 do="merge model and adapter into one checkpoint first",
             )
         where = find_model(adapter_name, config_folder)
-        adapter = ModelPlan(portable(adapter_name, where, config_folder), read_adapter_header(where, base))
+        adapter = ModelPlan(
+            portable(adapter_name, where, config_folder), read_adapter_header(where, base, structures.tensor)
+        )
     return ExpertPlan(
         model=portable(model, folder, config_folder),
         header=header,

@@ -5,6 +5,8 @@ Names of common families tell it alone. The model is built, on the meta device, 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -46,6 +48,27 @@ class Structures:
         if self._model is None:
             return base, other
         return self._in_model(self._base), self._in_model(expert)
+
+    def tensor(self, name: str) -> str | None:
+        """Return the base's tensor that is the whole parameter of this name, in any spelling that transformers reads.
+
+        None if there is no such tensor, or if transformers does not know the model.
+        """
+        parameter = self._find(name) if self._model is not None else None
+        return self._by_parameter.get(parameter) if parameter else None
+
+    @cached_property
+    def _find(self) -> Callable[[str], str | None]:
+        from engine.models.names import parameter_finder
+
+        return parameter_finder(self._model)
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, str]:
+        """The base's tensors by parameter, without the parameters of which several tensors are parts."""
+        places = self._in_model(self._base).places
+        counts = Counter(place.parameter for place in places.values())
+        return {place.parameter: name for name, place in places.items() if counts[place.parameter] == 1}
 
     @staticmethod
     def _model_free(base: Structure, expert: Structure) -> bool:

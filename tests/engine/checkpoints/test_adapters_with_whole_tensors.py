@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from errors import refused
 from peft_adapters import IDS, Built, assert_equals_peft, build, gpt2
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weight_space import combine, write_config
 
 from engine.checkpoints.adapter_copies import is_copy
 from engine.checkpoints.adapter_file import CONFIG, PREFIX, WEIGHTS
@@ -252,6 +254,25 @@ def test_an_adapter_of_the_text_model_fits_a_multimodal_base(tmp_path: Path, fam
     assert (
         read_adapter_header(built.adapter, read_model_header(tmp_path / "base")).pairs.keys() == expected.pairs.keys()
     )
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["of the module", "as published"])
+@pytest.mark.parametrize("family", ["gemma3", "llava_onevision"])
+def test_an_adapter_may_change_a_vision_tower_by_either_name(tmp_path: Path, family: str, published: bool) -> None:
+    model = tiny_images.make_model(family)
+    built = build(tmp_path, model, r=4, target_modules=["q_proj", "fc1"])
+    tiny_images.save(model, tmp_path / "base", family)
+    if published:
+        renamed(built, lambda name: name.replace("vision_tower.encoder", "vision_tower.vision_model.encoder"))
+    keys = {"merge_method": "task_arithmetic", "base_model": "base"}
+    path = write_config(tmp_path, **keys, models=[{"model": "adapter", "parameters": {"weight": 1.0}}])
+    out = combine(plan_of(path), tmp_path / "out")
+    shutil.copy(tmp_path / "base" / "config.json", out)
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).state_dict()
+    towers = [name for name in built.merged_tensors if name.endswith("fc1.weight")]
+    assert towers and not torch.equal(merged[towers[0]], model.state_dict()[towers[0]])
+    for name, tensor in built.merged_tensors.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
