@@ -149,7 +149,8 @@ def _chat(messages: Any, tools: Any, where: str) -> dict[str, Any]:
         tools = parse_json(tools, where, CalibrationError) if tools.strip() else None
     if tools and not (isinstance(tools, list) and all(map(_is_call, tools))):
         raise CalibrationError("`tools` is not a list of functions", where, "{function: {name, …}} for each")
-    return {"messages": [_plain(message, where) for message in messages], "tools": tools or None}
+    described = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
+    return {"messages": [_plain(message, where) for message in messages], "tools": described or None}
 
 
 def _is_message(message: Any) -> bool:

@@ -120,10 +120,11 @@ class ModelHeader:
     @property
     def num_layers(self) -> int | None:
         """Number of transformer blocks L, under any of the keys that configs use; None if there is none."""
-        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+        for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"):
             if type(count := self.text_config.get(key)) is int:
                 return count
-        return None
+        kinds = self.text_config.get("layers_block_type")
+        return len(kinds) if isinstance(kinds, list) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -119,14 +119,14 @@ def _plain_rope(settings: dict[str, Any]) -> dict[str, Any]:
 
 def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str, ...]:
     """Return what a user should know about an expert of this name, as lines of text."""
-    notes = list(expert.notes)
+    notes, text = list(expert.notes), base.takes_images and not expert.takes_images
     for keys, (of_base, own) in differences(base, expert).items():
         key = ".".join(keys)
-        option = "" if keys[-1] in OF_TENSORS else f"; `config_source: {name}` takes the expert's"
+        option = "" if keys[-1] in OF_TENSORS or text else f"; `config_source: {name}` takes the expert's"
         notes.append(f"{key} is {_value(own)} in its config.json, {_value(of_base)} in the output's{option}")
     if match.wrapped:
         notes.append(f"its names are read without the prefix of a wrapper, such as {match.wrapped}")
-    if base.takes_images and not expert.takes_images:
+    if text:
         notes.append("a text model, merged into the base's language model")
     buffers = {name for name in match.absent if base.roles.get(name) == "buffer"}
     for what, names in (

@@ -25,7 +25,7 @@ from engine.methods.registry import NATIVE, check_inputs
 from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
-from engine.planning.structures import Structures
+from engine.planning.structures import Structures, without_tied_head
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import cpu_limit
@@ -47,7 +47,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     base_folder = find_model(config.base_model, config_folder)
     if is_adapter(base_folder):
         raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")
-    base = read_model_header(base_folder)
+    base = without_tied_head(read_model_header(base_folder))
     tokenizer, rows = _tokenizer(config, config_folder), None
     if tokenizer is not None and not config.learned and not is_adapter(tokenizer[1]):
         donor = read_model_header(tokenizer[1])

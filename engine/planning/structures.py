@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from engine.checkpoints.adapter_copies import is_copy
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.structure import Place, Role, Structure, by_names
 from engine.errors import CheckpointError
@@ -56,6 +58,17 @@ class Structures:
         """
         parameter = self._find(name) if self._model is not None else None
         return self._by_parameter.get(parameter) if parameter else None
+
+    def ties(self, tensor: str) -> bool:
+        """Return whether the base's model takes a tensor of its files from another parameter, which shares its memory.
+
+        Not if transformers does not know the model.
+        """
+        if self._model is None:
+            return False
+        from engine.models.names import tied_weights
+
+        return self._in_model(self._base).places[tensor].parameter in tied_weights(self._model)
 
     @cached_property
     def _find(self) -> Callable[[str], str | None]:
@@ -116,6 +129,22 @@ class Structures:
             for name, place in structure.places.items()
         }
         return Structure(places, structure.roles, structure.unused, structure.wrapped, structure.unknown)
+
+
+def without_tied_head(base: ModelHeader) -> ModelHeader:
+    """Return the base's header without a head in its files that is a copy of the embedding to which the model ties it.
+
+    As two tensors, the two would differ after random masks, or after options that apply to one of them.
+    """
+    names = {role: name for name, role in base.roles.items() if role in (Role.HEAD, Role.EMBEDDING)}
+    if len(names) < 2:
+        return base
+    head, embedding = (base.tensors[names[role]] for role in (Role.HEAD, Role.EMBEDDING))
+    if not is_copy(base.folder, head, base.folder, embedding) or not Structures(base, required=False).ties(head.name):
+        return base
+    tensors = {name: tensor for name, tensor in base.tensors.items() if name != head.name}
+    note = f"{head.name} is left out: a copy of {embedding.name}, to which the model ties it"
+    return replace(base, tensors=tensors, roles=by_names(tensors)[0].roles, notes=(*base.notes, note))
 
 
 def _build(header: ModelHeader, required: bool) -> Any:

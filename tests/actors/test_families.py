@@ -44,6 +44,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {},
     "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
     "biogpt": {},
     "bitnet": {},
     "bloom": {},
@@ -89,6 +90,12 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "mixtral": LOCAL,
     "mpt": {},
     "nemotron": {},
+    "nemotron_h": ROUTED
+    | {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "moe_shared_expert_intermediate_size": 24,
+    }
+    | {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "head_dim": 8},
     "olmo": {},
     "olmo2": {},
     "olmoe": EXPERTS,

@@ -107,6 +107,8 @@ def test_a_config_tells_architecture_vocabulary_and_blocks(whole: Path) -> None:
     [
         ({"text_config": {"vocab_size": 5, "num_hidden_layers": 2}, "vocab_size": 9}, 5, 2),
         ({"vocab_size": 7, "n_layer": 4}, 7, 4),
+        ({"vocab_size": 7, "encoder_layers": 1, "decoder_layers": 3}, 7, 3),
+        ({"vocab_size": 7, "layers_block_type": ["mamba", "moe", "full_attention"]}, 7, 3),
         ({"vocab_size": "many", "num_layers": None}, None, None),
     ],
 )

@@ -19,7 +19,7 @@ import yaml
 from conftest import plan_of
 from errors import refused
 from torch import Tensor
-from weight_space import ours, read
+from weight_space import combine, ours, read
 
 from engine.checkpoints.headers import ModelHeader
 from engine.errors import CheckpointError, ConfigError
@@ -205,8 +205,12 @@ def test_a_text_model_is_an_expert_of_a_model_with_images(tmp_path: Path, family
     tiny_images.save(base, tmp_path / "base", family)
     tuned = tiny.make_expert(text_of(base, family), 1)
     tuned.save_pretrained(tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 999}))
     plan = plan_of(write(tmp_path, LEARNED, "tuned"))
     assert not any("rope" in note for _, note in plan.notes)
+    # A text model's config is none for a model with images.
+    assert any("999" in note for _, note in plan.notes) and not any("config_source" in note for _, note in plan.notes)
     absent = plan.experts[0].match.absent
     outside = ("vis", "projector", "newline", "mlp1")
     assert absent and all(any(part in name for part in outside) for name in absent)
@@ -254,7 +258,34 @@ def test_a_tied_head_may_be_written_out(tmp_path: Path, owner: str, flag: bool, 
     if method is LEARNED:
         torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
     else:
-        assert ("lm_head.weight" in ours(write(tmp_path, method, "tuned"))) == (owner == "base")
+        written = owner == "base" and not flag
+        assert ("lm_head.weight" in ours(write(tmp_path, method, "tuned"))) == written
+
+
+def test_a_tied_head_that_is_written_out_stays_tied(tmp_path: Path) -> None:
+    tied(tmp_path)
+    random = {"merge_method": "dare_linear", "parameters": {"density": 0.5}, "exclude": ["lm_head"]}
+    expected = ours(write(tmp_path, random, "tuned"))
+    for folder in (tmp_path / "base", tmp_path / "tuned"):
+        embedding = safetensors.torch.load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        rename(folder, str, **{"lm_head.weight": embedding.clone()})
+    path = write(tmp_path, random, "tuned")
+    plan, found = plan_of(path), read(combine(plan_of(path), tmp_path / "out"))
+    check_heads(plan)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert any(owner == "base" and "lm_head.weight" in note for owner, note in plan.notes)
+
+
+def test_a_head_that_is_not_tied_is_merged_although_it_equals_the_embedding(tmp_path: Path) -> None:
+    base = tiny.make_model()
+    base.lm_head.load_state_dict(base.model.embed_tokens.state_dict())
+    base.save_pretrained(tmp_path / "base")
+    tuned = tiny.make_expert(base, 1)
+    torch.nn.init.normal_(tuned.lm_head.weight)
+    tuned.save_pretrained(tmp_path / "tuned")
+    merged = ours(write(tmp_path, ARITHMETIC, "tuned"))
+    torch.testing.assert_close(merged["lm_head.weight"], torch.lerp(base.lm_head.weight, tuned.lm_head.weight, 0.5))
 
 
 @methods
