@@ -221,9 +221,11 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         return
     if path.suffix == ".json":
         text = read_text(path, JSON_BYTES, CalibrationError).removeprefix(MARK)
+        if text.lstrip()[:1] not in ("[", ""):
+            raise CalibrationError(
+                "the file is not a list of records", str(path), do="if each line is a record, name the file .jsonl"
+            )
         rows = parse_json(text, str(path), CalibrationError)
-        if not isinstance(rows, list):
-            raise CalibrationError("the file is not a list of records", str(path))
     elif path.suffix == ".parquet":
         rows = _rows(path)
     else:
@@ -249,6 +251,13 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 text = line.decode("utf-8").removeprefix(MARK if number == 1 else "")
             except UnicodeDecodeError as error:
                 raise CalibrationError("the file is not UTF-8 text", str(path), do="save it as UTF-8") from error
+            if text.lstrip().startswith("["):
+                raise CalibrationError(
+                    "the line begins a list",
+                    where,
+                    "one record, a mapping of fields to values",
+                    "if the whole file is a list of records, name it .json",
+                )
             if text.strip():
                 yield where, parse_json(text, where, CalibrationError)
 

@@ -44,7 +44,10 @@ class TextEncoder:
 
     def _of_chat(self, record: Record) -> Encoded:
         tokenizer = self._tokenizer
-        whole, prompt = rendered(messages_of(record), tokenizer.apply_chat_template, record)
+        messages = messages_of(record)
+        if not self._of_images:
+            messages = [_as_text(message, record.where) for message in messages]
+        whole, prompt = rendered(messages, tokenizer.apply_chat_template, record)
         ids = list(tokenizer(whole, add_special_tokens=False).input_ids)
         if prompt is None:
             return Encoded(ids, True)
@@ -95,6 +98,22 @@ def messages_of(record: Record) -> Messages:
         return messages
     user, answer = {"role": "user", "content": record.fields["question"]}, record.fields.get("response")
     return [user, {"role": "assistant", "content": answer}] if answer else [user]
+
+
+def _as_text(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a message with its parts as one text: chat templates of text models would write a list as Python does.
+
+    Raises:
+        CalibrationError: A part is not a text.
+    """
+    if not isinstance(message["content"], list):
+        return message
+    parts = [part.get("text") if isinstance(part, dict) else None for part in message["content"]]
+    if not all(isinstance(part, str) for part in parts):
+        raise CalibrationError(
+            "a part of a message is not a text, but the model takes nothing else", where, "{type: text, text: …}"
+        )
+    return {**message, "content": "".join(map(str, parts))}
 
 
 def rendered(messages: Messages, template: Callable[..., str], record: Record) -> tuple[str, str | None]:

@@ -231,6 +231,16 @@ ROWS = (
         (lambda f, _: texts(f, {"text": "ü"}),),
     ),
     Row(
+        "if each line is a record, name the file .jsonl",
+        lambda f: given.calibration(f, '{"text": "w1"}\n{"text": "w2"}\n', "x.json"),
+        (lambda f, _: texts(f, {"text": "w1"}, {"text": "w2"}),),
+    ),
+    Row(
+        "if the whole file is a list of records, name it .json",
+        lambda f: given.calibration(f, '[\n{"text": "w1"}\n]\n'),
+        (lambda f, _: given.calibration(f, '[\n{"text": "w1"}\n]\n', "x.json"),),
+    ),
+    Row(
         "add a response, or set `calibration.generate_responses`",
         lambda f: (texts(f, {"question": "w1"}), edit(f, preset=None, **OWN), expert0_answers(f)),
         (

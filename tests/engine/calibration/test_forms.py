@@ -99,6 +99,18 @@ def turns(*values: str) -> list[dict[str, str]]:
             },
             {"messages": [*chat("w1"), {"role": "tool", "content": "w3"}], "tools": [TOOL]},
         ),
+        (
+            {"conversations": turns("w1"), "tools": json.dumps([TOOL["function"]])},
+            {"messages": chat("w1"), "tools": [TOOL]},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "w1"}, {"type": "text", "text": " w2"}]}
+                ]
+            },
+            {"messages": chat("w1 w2")},
+        ),
     ],
     ids=str,
 )
@@ -121,6 +133,12 @@ def test_a_prompt_is_continued_as_it_is(tokenizer: Any) -> None:
     )
     assert (answered.is_prompt, answered.response) == (False, 2)
     assert (asked.is_prompt, asked.response, list(asked.input_ids)) == (True, None, list(answered.input_ids)[:2])
+
+
+@pytest.mark.parametrize("part", [{"type": "audio"}, {"type": "image"}, "w1", {"type": "text", "text": None}], ids=str)
+def test_a_part_that_is_no_text_is_refused(part: Any, tokenizer: Any) -> None:
+    with refused(CalibrationError, where="file:1", facts=["text"]):
+        encoded({"messages": [{"role": "user", "content": [{"type": "text", "text": "w1"}, part]}]}, tokenizer)
 
 
 @pytest.mark.parametrize("record", [{"prompt": "w1"}, {"question": "w1"}])
