@@ -51,7 +51,9 @@ class Structure:
 
 
 # Buffers that older versions of transformers saved. Models compute them.
-BUFFERS = re.compile(r".*(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|\.masked_bias|\.attn\.bias|position_ids)$")
+BUFFERS = re.compile(
+    r".*(\.inv_freq|rotary_emb\.(cos|sin)_cached|\.masked_bias|\.causal_mask|\.attn\.bias|position_ids)$"
+)
 
 # Parts of names that wrappers of a module insert: torch.compile, FSDP, checkpointing; DataParallel and PEFT in front.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -92,6 +92,8 @@ def match_names(model: Any, tensors: Mapping[str, TensorHeader], folder: Path) -
                 f"the tensor {name!r} matches no parameter of the model",
                 str(folder),
                 f"a parameter of {type(model).__name__}",
+                "if the model works without it, load the model with transformers and save it with `save_pretrained`, "
+                "which leaves it out",
             )
         whole = tuple(names.state[renamed].shape)
         start = names.start(tensor, renamed, pattern, folder)

@@ -55,8 +55,8 @@ def match(
     for tensor in base.tensors.values():
         for other in (expert.tensors[name] for name in matched.names(tensor.name)):
             if (other.dtype in FLOATS) != (tensor.dtype in FLOATS):
-                kind = "a float type" if tensor.dtype in FLOATS else "no float type"
-                expected = f"{kind}, like the base's {tensor.dtype}"
+                kind = f"one of {', '.join(FLOATS)}" if tensor.dtype in FLOATS else f"none of {', '.join(FLOATS)}"
+                expected = f"{kind}: the base's is {tensor.dtype}"
                 raise CheckpointError(f"{tensor.name!r} is {other.dtype}", where, expected)
         if tensor.name in matched.absent or tensor.name in matched.parts:
             continue

@@ -156,6 +156,37 @@ def test_a_parameter_under_two_names_is_refused(tmp_path: Path) -> None:
 
 
 @methods
+@pytest.mark.parametrize(
+    ("family", "old"),
+    [
+        ("codegen", {"transformer.h.0.attn.causal_mask": torch.ones(1, 1, 8, 8).tril().to(torch.uint8)}),
+        ("falcon", {"transformer.h.0.self_attention.maybe_rotary.inv_freq": torch.ones(4)}),
+    ],
+)
+def test_buffers_of_older_files_do_not_count(
+    tmp_path: Path, family: str, old: dict[str, Tensor], method: dict[str, Any]
+) -> None:
+    keys = tiny.COMMON | ({"rotary_dim": 4} if family == "codegen" else {})
+    config = transformers.AutoConfig.for_model(family, **keys)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tuned = tiny.make_expert(base, 1)
+    for owners in (("base",), ("base", "tuned"), ("tuned",)):
+        base.save_pretrained(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "tuned")
+        for number, owner in enumerate(owners, 1):
+            rename(tmp_path / owner, str, **{name: tensor * number for name, tensor in old.items()})
+        plan = plan_of(write(tmp_path, method, "tuned"))
+        assert old.keys().isdisjoint(plan.merged)
+        if method is LEARNED:
+            torch.testing.assert_close(*logits(tuned, plan), rtol=0, atol=0)
+            check_models(plan)
+        else:
+            merged = read(combine(plan, tmp_path / f"out of {len(owners)} {owners[0]}"))
+            assert all(torch.equal(merged.get(name, tensor), tensor) for name, tensor in old.items())
+            assert old.keys().isdisjoint(merged) == ("base" not in owners)
+
+
+@methods
 @pytest.mark.parametrize("owners", [("base",), ("tuned",), ("base", "tuned")], ids=str)
 def test_rotary_frequencies_in_files_are_not_merged(
     tmp_path: Path, owners: tuple[str, ...], method: dict[str, Any]
