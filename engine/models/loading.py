@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,6 +19,8 @@ from engine.bounded_process import LIMITS, Fault, bounded
 from engine.checkpoints.headers import read_json
 from engine.errors import CheckpointError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, memory_limit
+
+transformers.logging.set_verbosity_error()
 
 # Config keys that do not change what a model computes from a hidden state.
 NOT_COMPUTED = {
@@ -58,6 +62,23 @@ def load_model_config(folder: Path, remote_code: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def with_defaults(content: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the content of a config.json, or of a section that names its type, with all values that it leaves out.
+
+    It is returned as it is if transformers does not know its type, or rejects it. `folder` is that of config.json.
+    """
+    if not is_known(content):
+        return dict(content)
+    what = "transformers cannot read its config.json"
+    try:
+        with reading(what, folder), memory_limit(CheckpointError(f"{what}: it takes too much memory", str(folder))):
+            full = CONFIG_MAPPING[content["model_type"]].from_dict(copy.deepcopy(dict(content))).to_dict()
+    except CheckpointError:
+        return dict(content)
+    plain: dict[str, Any] = json.loads(json.dumps(full, default=str))
+    return plain
 
 
 def with_content(config: Any, content: Mapping[str, Any]) -> Any:

@@ -23,8 +23,6 @@ from engine.models.internvl import set_image_token
 from engine.models.loading import greedy, is_remote, load_generation_config, reading
 from engine.models.names import Places, check_filled, match_names, tied_weights
 
-transformers.logging.set_verbosity_error()
-
 
 def build_skeleton(
     config: Any, tensors: Mapping[str, TensorHeader], dtype: torch.dtype, folder: Path

@@ -41,6 +41,8 @@ NOT_COMPUTED = {
 ROPE = ("rope_local_base_freq", "rope_parameters", "rope_scaling", "rope_theta")
 # The base of the rotary embedding if a config names none, as in most families.
 THETA = 10000.0
+# Stands for the value of a key that a config leaves out and whose default is not known.
+MISSING = object()
 # What the tensors decide, so that no config may change it.
 OF_TENSORS = {"tie_word_embeddings", "vocab_size"}
 
@@ -55,12 +57,16 @@ WARNING = 0.1
 def differences(base: ModelHeader, model: ModelHeader) -> dict[tuple[str, ...], tuple[Any, Any]]:
     """Return the values in two config.json that change what a model computes: key → the base's value and the model's.
 
-    A key of a section follows the section's own. Keys that only one of the two has are left out, because versions of
-    transformers write different ones; `rope` stands for all keys of the rotary embedding.
+    A key of a section follows the section's own; `rope` stands for all keys of the rotary embedding. A key that one of
+    the two leaves out has the default of transformers, and is no difference if transformers does not know the model.
     """
-    if base.takes_images and not model.takes_images:
-        return _differences(base.text_config, model.config)
-    return _differences(base.config, model.config)
+    text = base.takes_images and not model.takes_images
+    one, other = base.text_config if text else base.config, model.config
+    if one == other:
+        return {}
+    from engine.models.loading import with_defaults
+
+    return _differences(one, other, with_defaults(one, base.folder), with_defaults(other, model.folder))
 
 
 def with_values_of(base: ModelHeader, donor: ModelHeader) -> ModelHeader:
@@ -80,17 +86,22 @@ def with_values_of(base: ModelHeader, donor: ModelHeader) -> ModelHeader:
     return replace(base, config=config)
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> dict[tuple[str, ...], tuple[Any, Any]]:
+def _differences(
+    one: dict[str, Any], other: dict[str, Any], full_one: dict[str, Any], full_other: dict[str, Any]
+) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Return the differences of two sections; `full_one` and `full_other` are the same sections with all defaults."""
     found: dict[tuple[str, ...], tuple[Any, Any]] = {}
-    for key in one:
-        if key not in other or key in NOT_COMPUTED or key in ROPE or "dropout" in key or one[key] == other[key]:
+    for key in dict.fromkeys((*one, *other)):
+        if key in NOT_COMPUTED or key in ROPE or "dropout" in key or one.get(key, MISSING) == other.get(key, MISSING):
             continue
-        if isinstance(one[key], dict) and isinstance(other[key], dict):
-            found |= {(key, *inner): values for inner, values in _differences(one[key], other[key]).items()}
-        else:
-            found[(key,)] = one[key], other[key]
-    ropes = _rope(one), _rope(other)
-    if ropes[0] != ropes[1] and any(key in config for config in (one, other) for key in ROPE):
+        values = full_one.get(key, one.get(key, MISSING)), full_other.get(key, other.get(key, MISSING))
+        if isinstance(one.get(key), dict) and isinstance(other.get(key), dict):
+            inner = _differences(one[key], other[key], *(value if isinstance(value, dict) else {} for value in values))
+            found |= {(key, *keys): pair for keys, pair in inner.items()}
+        elif MISSING not in values and values[0] != values[1]:
+            found[(key,)] = values
+    ropes = _rope(full_one or one), _rope(full_other or other)
+    if ropes[0] != ropes[1] and any(key in config for config in (one, other, full_one, full_other) for key in ROPE):
         found[("rope",)] = ropes
     return found
 

@@ -17,6 +17,7 @@ from engine.checkpoints.match import Match
 from engine.planning.differences import differences, notes_on, with_values_of
 
 PLAIN = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "sliding_window": None}
+GEMMA, NEOX, QWEN = ({"model_type": name} for name in ("gemma3_text", "gpt_neox", "qwen2"))
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
 
 
@@ -40,8 +41,10 @@ def found(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}},
         ),
         (
-            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-            {
+            GEMMA
+            | {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            GEMMA
+            | {
                 "rope_parameters": {
                     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -51,6 +54,11 @@ def found(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
         ({"eos_token_id": 2, "dtype": "float32"}, {"eos_token_id": 3, "torch_dtype": "bfloat16"}),
         ({"attention_dropout": 0.0, "use_cache": True}, {"attention_dropout": 0.1, "use_cache": False}),
         ({"new_key": 1}, {"architectures": None}),
+        # As transformers 4 and 5 write them.
+        (GEMMA, GEMMA | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}),
+        (NEOX | {"rotary_pct": 0.25}, NEOX | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}),
+        (QWEN | {"sliding_window": 4096, "use_sliding_window": False}, QWEN | {"sliding_window": None}),
+        ({}, {"mlp_bias": False, "head_dim": 128}),
     ],
 )
 def test_spellings_and_keys_without_effect_are_no_difference(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -69,6 +77,9 @@ def test_spellings_and_keys_without_effect_are_no_difference(one: dict[str, Any]
         ({}, {"rms_norm_eps": 1e-5, "sliding_window": 4096}, {"rms_norm_eps", "sliding_window"}),
         ({"vision_config": {"image_size": 28}}, {"vision_config": {"image_size": 56}}, {"vision_config.image_size"}),
         ({"text_config": {"rope_theta": 1e4}}, {"text_config": {"rope_theta": 1e6}}, {"text_config.rope"}),
+        ({}, {"mlp_bias": True}, {"mlp_bias"}),
+        ({}, {"tie_word_embeddings": True}, {"tie_word_embeddings"}),
+        (GEMMA, GEMMA | {"rope_theta": 1e5, "rope_local_base_freq": 1e4}, {"rope"}),
     ],
 )  # fmt: skip
 def test_what_changes_the_computation_is_a_difference(
