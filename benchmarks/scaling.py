@@ -2,7 +2,7 @@
 
 `check` derives the machine's rates (compute, memory, streaming, exchange) from four merges. It then predicts further
 merges, over K, M, tokens, shards and `gradients`, and runs them: peak anonymous memory of trainer and shard, bytes per
-step, and the least seconds per step, scaled to the machine's pace in the first run. `paper` writes the headers of a 7B
+step, and the least seconds per step, scaled to the machine's pace in the first run. `large` writes the headers of a 7B
 and of a 70B Llama (sparse files, which take no disk space) and prints `cli.py plan` for them.
 """
 
@@ -188,20 +188,23 @@ def check(workdir: Path, path: Path | None) -> None:
 
 
 @main.command()
-def paper() -> None:
-    """Print the plans of a 7B and of a 70B merge."""
+@click.option(
+    "--cli", default=merges.ROOT / "cli.py", type=click.Path(path_type=Path), help="Another version's cli.py."
+)
+def large(cli: Path) -> None:
+    """Print the plans of merges of 7B and 70B experts with the default options."""
     shapes = {
         "7B": {"hidden": 4096, "layers": 32, "inner": 11008, "kv": 4096, "vocab": 32000},
         "70B": {"hidden": 8192, "layers": 80, "inner": 28672, "kv": 1024, "vocab": 32000},
     }
-    asked = (("7B", 32, 4, ["--gpus", "1"]), ("70B", 100, 16, ["--gpus", "8"]))
+    asked = (("7B", 8, 1), ("7B", 32, 4), ("70B", 100, 16))
     with tempfile.TemporaryDirectory() as folder:
-        for size, k, nodes, gpus in asked:
-            config = _paper_merge(Path(folder) / size, k, **shapes[size])
-            # Typical rented nodes: 64 cores, 1 TB, GPUs of 141 GB, a network of 100 Gbit/s.
+        for size, k, nodes in asked:
+            config = _large_merge(Path(folder) / f"{k}x{size}", k, **shapes[size])
+            # Typical rented nodes: 96 cores, 2 TB, 8 GPUs of 80 GB, a network of 100 Gbit/s.
             settings = ["--set", "cluster.rates.network_gbs=12"]
-            machines = ["--nodes", str(nodes), "--cpus", "64", *gpus, "--memory", "1000", "--gpu-memory", "141"]
-            command = [sys.executable, str(merges.ROOT / "cli.py"), "plan", str(config), *machines, *settings]
+            machines = ["--nodes", str(nodes), "--cpus", "96", "--gpus", "8", "--memory", "2000", "--gpu-memory", "80"]
+            command = [sys.executable, str(cli), "plan", str(config), *machines, *settings]
             wide = os.environ | {"COLUMNS": "120"}
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=wide)
             # Leave out the plan's facts and its list of experts, which are artificial here.
@@ -210,7 +213,7 @@ def paper() -> None:
             )
 
 
-def _paper_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> Path:
+def _large_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> Path:
     """Write a base with a header and no data, and K experts that are links to it; return the merge.yaml."""
     block = {
         **{
@@ -237,12 +240,12 @@ def _paper_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab}
     config |= {"num_hidden_layers": layers, "intermediate_size": inner}
     (base / "config.json").write_text(json.dumps(config))
-    (folder / "samples.jsonl").write_text((json.dumps({"input_ids": [1] * 512}) + "\n") * 5)
+    (folder / "samples.jsonl").write_text((json.dumps({"input_ids": [1] * 512}) + "\n") * 8)
     entries = []
     for index in range(k):
         (folder / f"expert{index}").symlink_to(base, target_is_directory=True)
         entries.append({"model": f"expert{index}", "name": f"expert{index}", "calibration": "samples.jsonl"})
-    whole = {"merge_method": "expert_merging_pp", "preset": "paper", "base_model": "base", "models": entries}
+    whole = {"merge_method": "expert_merging_pp", "base_model": "base", "models": entries}
     (folder / "merge.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return folder / "merge.yaml"
 
