@@ -64,6 +64,11 @@ class Subject:
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
         config = load_model_config(self.folder, options.remote_code)
         self.model, self._places = build_generation_skeleton(config, self.header.tensors, self._dtype, self.folder)
+        language = language_model(self.model).config
+        positions = getattr(language, "max_position_embeddings", None)
+        self.positions: int | None = positions if type(positions) is int else None
+        # Rotary positions are computed for any length. Others are rows of a table, beyond which a forward pass fails.
+        self.most_tokens = None if getattr(language, "rope_parameters", None) else self.positions
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -102,7 +107,7 @@ class Reader:
         Raises:
             CheckpointError: it cannot be loaded within the limits.
         """
-        self._header, self._options = subject.header, subject.options
+        self._subject, self._header, self._options = subject, subject.header, subject.options
         folder, code = subject.folder, subject.options.remote_code
         records = [record for item in data.items for record in item.wholes]
         self._encoder = BoundedEncoder(
@@ -133,7 +138,9 @@ class Reader:
         """Return the tokens of a text, or of a record up to the first end token of its response."""
         encoded = self._encoded(record)
         if item.prompt is not None:
-            return ended(encoded, self.stops, record.where)
+            encoded = ended(encoded, self.stops, record.where)
+            self._check_positions(encoded, record.where)
+            return encoded
         if len(encoded.input_ids) < 2:
             raise CalibrationError(
                 "the record has a single token, which has no loss", record.where, "at least 2 tokens"
@@ -143,13 +150,14 @@ class Reader:
     def prompt(self, item: Item) -> Encoded:
         """Return the tokens of the prompt of an item, from which the model generates."""
         assert item.prompt is not None
-        encoded, positions = self._encoded(item.prompt), self._header.text_config.get("max_position_embeddings")
-        longest = len(encoded.input_ids) + self._options.max_new_tokens
-        if type(positions) is int and longest > positions:
+        encoded, positions = self._encoded(item.prompt), self._subject.positions
+        prompt = len(encoded.input_ids)
+        longest = prompt + self._options.max_new_tokens
+        if positions is not None and longest > positions:
             raise CalibrationError(
                 f"prompt and answer may have {longest:,} tokens, and the model has {positions:,} positions",
                 item.prompt.where,
-                do="lower --max-new-tokens",
+                do="lower --max-new-tokens, or shorten the record" if prompt < positions else "shorten the record",
             )
         return encoded
 
@@ -161,6 +169,7 @@ class Reader:
         check_seen(record.images, self._header.takes_images, record.where)
         encoded = self._encoder.encode(record)
         check_ids(encoded.input_ids, self._header.vocab_size, record.where)
+        self._check_positions(encoded, record.where)
         if len(encoded.input_ids) > self._options.max_length:
             raise CalibrationError(
                 f"the record has {len(encoded.input_ids):,} tokens",
@@ -169,6 +178,16 @@ class Reader:
                 "raise --max-length, or shorten the record",
             )
         return encoded
+
+    def _check_positions(self, encoded: Encoded, where: str) -> None:
+        tokens, most = len(encoded.input_ids), self._subject.most_tokens
+        if most is not None and tokens > most:
+            raise CalibrationError(
+                f"the record has {tokens:,} tokens, and the model has {most:,} positions",
+                where,
+                f"at most {most:,} tokens",
+                "shorten the record",
+            )
 
 
 def stop_tokens(model: Any, own: int | None) -> list[int]:
