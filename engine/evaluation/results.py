@@ -17,7 +17,7 @@ import rich.table
 from engine.errors import OutputError
 from engine.storage.address import check_no_secret
 from engine.storage.folder import Folder
-from engine.storage.local_folder import LocalFolder
+from engine.storage.local_folder import LocalFolder, check_creatable
 from engine.storage.paths import is_uri, locate, open_folder
 from engine.storage.scores import MARK, is_scores
 from engine.untrusted import check_regular
@@ -42,7 +42,8 @@ def results_file(out: str) -> tuple[Folder, str]:
     """Return the folder of the results and the file's name in it. Creates nothing.
 
     Raises:
-        OutputError: the name does not end in .parquet, or something other than earlier results has it.
+        OutputError: the name does not end in .parquet, something other than earlier results has it, or no file can be
+            created there.
     """
     folder, name = _place(out)
     _check_replaceable(folder, name)
@@ -58,8 +59,9 @@ def _place(out: str) -> tuple[Folder, str]:
         above, _, name = out.rpartition("/")
         return open_folder(above), name
     path = locate(out, Path.cwd(), OutputError)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - false, not an error, for a name that no file can have
         raise OutputError("the file for the results is a folder", str(path), do="give another --out")
+    check_creatable(path, "give another --out")
     return LocalFolder(path.parent), path.name
 
 

@@ -22,7 +22,7 @@ from engine.report import charts
 from engine.report.comparison import comparison
 from engine.report.merge_folder import Merged, read_evaluation
 from engine.report.sections import Cell, Chart, ReportSection, Table, options_of, sections_of
-from engine.storage.local_folder import LocalFolder
+from engine.storage.local_folder import LocalFolder, check_creatable
 from engine.storage.paths import locate
 from engine.untrusted import check_regular, cpu_limit, library_errors_as, memory_limit, shown
 
@@ -51,7 +51,7 @@ def report_on(folders: Sequence[str], target: Path, evaluations: Sequence[Path] 
     """Write the report of folders that may be someone else's, in bounded time and memory; see `write_report`.
 
     Raises:
-        OutputError: the target exists and is not a report.
+        OutputError: the target exists and is not a report, or cannot be created.
         ConfigError: a folder is not the output of a merge, a file is damaged, or the report takes too much.
         StorageError: the report cannot be written.
     """
@@ -68,8 +68,9 @@ def report_on(folders: Sequence[str], target: Path, evaluations: Sequence[Path] 
 
 
 def _check_target(target: Path) -> None:
-    """Check that a report may be written to this path: there is nothing yet, or an earlier report."""
+    """Check that a report can be written to this path: there is nothing yet, or an earlier report."""
     if not os.path.lexists(target):
+        check_creatable(target, "give another --out")
         return
     check_regular(target, None, OutputError, "the file for the report")
     with target.open("rb") as file:

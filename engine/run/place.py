@@ -15,6 +15,7 @@ from engine.errors import OutputError
 from engine.planning.plan import ModelPlan, Plan
 from engine.run.ownership import MARKER
 from engine.storage.address import Address
+from engine.storage.local_folder import check_creatable, check_writable
 from engine.storage.paths import is_uri
 
 # Bytes that the names of files below OUT.run/ may need, with the folder of an expert.
@@ -65,14 +66,10 @@ def check_place(out: str) -> None:
         for parent in path.parents:
             if (parent / MARKER).is_file():
                 raise OutputError("the output lies in the state of another run", str(parent), do=_OTHER)
-        nearest = next(parent for parent in path.parents if parent.exists())
-        if not nearest.is_dir():
-            raise OutputError("the output lies below a file", str(nearest), "a folder", _OTHER)
-        # False for a file system that is mounted read-only, also for root.
-        wanted = [nearest, *(folder for folder in (path, state) if folder.is_dir())]
-        for folder in wanted:
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise OutputError("the folder cannot be written", str(folder), "permission to write", _OTHER)
+        check_creatable(path, _OTHER)
+        for folder in (path, state):
+            if folder.is_dir():
+                check_writable(folder, _OTHER)
     except OSError as error:
         raise OutputError(f"the output folder cannot be used: {error.strerror}", out, do=_OTHER) from error
 

@@ -131,6 +131,34 @@ class LocalFolder:
             lock.release()
 
 
+def check_creatable(path: Path, do: str) -> None:
+    """Check that a file or folder can be created at a path. Creates nothing; `do` is the advice of the errors.
+
+    Raises:
+        OutputError: the nearest folder above that exists is a file or cannot be written, or the name is too long.
+    """
+    try:
+        nearest = next(parent for parent in path.parents if parent.exists())
+        if not nearest.is_dir():
+            raise OutputError("the output lies below a file", str(nearest), "a folder", do)
+        with suppress(FileNotFoundError):
+            path.lstat()
+    except OSError as error:
+        raise OutputError(f"the output cannot be created: {error.strerror}", str(path), do=do) from error
+    check_writable(nearest, do)
+
+
+def check_writable(folder: Path, do: str) -> None:
+    """Check that files can be created in a folder.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    # False for a file system that is mounted read-only, also for root.
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError("the folder cannot be written", str(folder), "permission to write", do)
+
+
 def is_temporary(path: Path) -> bool:
     """Return whether this is the temporary file of a `LocalFolder`."""
     return bool(re.fullmatch(r"\.[0-9a-f]{32}\.part", path.name))
