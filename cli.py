@@ -75,7 +75,7 @@ def merge(
         else:
             click.echo(f"{target} already holds this merge; use --fresh to redo it")
 
-    _guarded(run, debug)
+    _guarded(run, debug, "run the same command to resume")
 
 
 @main.command()
@@ -177,7 +177,7 @@ def evaluate(**options: Any) -> None:
     with `choices` and `answer`: accuracy by generation and by likelihood. Other records: perplexity, and with --expert
     kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md defines the metrics.
     """
-    _guarded(lambda: _evaluate(EvaluateOptions(**options)), options["debug"], "nothing was written")
+    _guarded(lambda: _evaluate(EvaluateOptions(**options)), options["debug"])
 
 
 @dataclass(frozen=True)
@@ -309,7 +309,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _guarded(run: Callable[[], None], debug: bool, stopped: str = "run the same command to resume") -> None:
+def _guarded(run: Callable[[], None], debug: bool, stopped: str = "nothing was written") -> None:
     """Call `run`, and exit with the code of its error. `stopped` is printed after Ctrl-C or SIGTERM."""
     try:
         _check_working_directory()

@@ -25,6 +25,8 @@ from engine.evaluation.subject import Options, Reader, Subject
 from engine.machine import usable_cpus
 from engine.models.loading import check_tokenizer, load_tokenizer
 
+MORE = "give the model more GPUs with --num-gpus, or larger ones"
+
 
 @dataclass(frozen=True)
 class EvaluationJob:
@@ -109,8 +111,8 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
     """Run one job in this process. `done` is called with the number of completed parts (see `_parts`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     subject, rows = Subject(job.model, job.options), list[Row]()
+    _load(subject, device, job.name)
     try:
-        subject.load(device)
         evaluation, expert, loaded = Evaluation(subject, device), None, None
         for number, one in enumerate(job.data, start=1):
             wanted = one.expert if one.kind == "text" else None
@@ -118,7 +120,7 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
                 # Free the previous expert before the next is loaded.
                 expert = None
                 expert, loaded = Subject(wanted, job.options), wanted
-                expert.load(device)
+                _load(expert, device, wanted)
             rows += evaluation.measure(job.name, one, expert if wanted else None)
             done(number)
         if job.tasks.names:
@@ -127,10 +129,19 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
             rows += run_tasks(job.name, subject.model, tokenizer, job.tasks, job.options.batch_size)
             done(_parts(job))
     except torch.OutOfMemoryError as error:
+        smaller = "lower --batch-size" if job.options.batch_size > 1 else "shorten the records"
         raise RunError(
-            f"the GPU memory does not suffice for {job.name}", do="lower --batch-size, or raise --num-gpus"
+            f"the GPU memory does not suffice for the batches of {job.name}", do=f"{smaller}, or {MORE}"
         ) from error
     return rows
+
+
+def _load(subject: Subject, device: torch.device, name: str) -> None:
+    """Load the weights of a model, which is `name` in the error."""
+    try:
+        subject.load(device)
+    except torch.OutOfMemoryError as error:
+        raise RunError(f"the GPU memory does not suffice for the weights of {name}", do=MORE) from error
 
 
 def _parts(job: EvaluationJob) -> int:
@@ -183,11 +194,14 @@ def task_cpus(nodes: Sequence[Node], gpus: int, tasks: int) -> int:
     Raises:
         ClusterError: no node has the CPU and the GPUs of a task.
     """
-    able = [node for node in nodes if node.cpus >= 1 and node.gpus >= gpus]
+    usable = [node for node in nodes if node.cpus >= 1]
+    able = [node for node in usable if node.gpus >= gpus]
     if not able:
-        most = max((node.gpus for node in nodes), default=0)
+        most = int(max((node.gpus for node in usable), default=0))
         raise ClusterError(
-            f"no node has a CPU and {gpus} GPUs", "the cluster", do=f"lower --num-gpus; no node has more than {most:g}"
+            f"no node has a CPU and {gpus} GPUs",
+            "the cluster",
+            do=f"lower --num-gpus to {most} at most" if usable else "add a node with a CPU for tasks",
         )
     share = sum(node.cpus for node in able) // tasks
     return int(max(1, min(share, *(node.cpus for node in able))))

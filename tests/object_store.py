@@ -85,7 +85,7 @@ class Store:
 
 @contextmanager
 def serving() -> Iterator[str]:
-    """Run a server and yield its URL."""
+    """Run a server and yield its URL. It refuses every request below URL/nowhere."""
     command = [sys.executable, __file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
@@ -110,13 +110,14 @@ def new_store(url: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Store:
 
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
-# From a request's method and query: True to refuse the request, or the seconds to delay it.
-FAULTS: dict[str, Callable[[str, str], bool | float]] = {
-    "none": lambda method, query: 0.0,
-    "refuse-all": lambda method, query: True,
-    "refuse-writes": lambda method, query: method in ("PUT", "POST"),
-    "refuse-part-2": lambda method, query: "partNumber=2" in query,
-    "slow-parts": lambda method, query: 0.5 * ("partNumber=" in query),
+# From a request's method, query and signature: True to refuse the request, or the seconds to delay it.
+FAULTS: dict[str, Callable[[str, str, str], bool | float]] = {
+    "none": lambda method, query, signed: 0.0,
+    "refuse-all": lambda method, query, signed: True,
+    "refuse-writes": lambda method, query, signed: method in ("PUT", "POST"),
+    "refuse-part-2": lambda method, query, signed: "partNumber=2" in query,
+    "refuse-unsigned": lambda method, query, signed: "Credential=key/" not in signed,
+    "slow-parts": lambda method, query, signed: 0.5 * ("partNumber=" in query),
 }
 
 
@@ -137,7 +138,8 @@ def main() -> None:
             return ["\n".join(gets).encode()]
         if method == "GET" and "list-type" not in query:
             gets.append(path)
-        if (delay := fault(method, query)) is True:
+        delay = fault(method, query, environ.get("HTTP_AUTHORIZATION", ""))
+        if delay is True or path.startswith("/nowhere/"):
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [DENIED]

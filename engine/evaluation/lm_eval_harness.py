@@ -75,7 +75,7 @@ def _manager(tasks: Tasks) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            "lm-evaluation-harness is not installed", "--task", do="run `pip install .[eval]` in the checkout"
+            "lm-evaluation-harness is not installed", "--task", do='run `pip install ".[eval]"` in the checkout'
         ) from error
     with _harness_errors():
         return TaskManager(include_path=tasks.folder)

@@ -40,6 +40,8 @@ LOSSES = ("kl", "hidden", "entropy")
 # 10 chunks each have two million coefficients in two stages.
 ROWS, SCORES = 5_000_000, 100_000
 STAGES = {1, 2}
+_UNCHANGED = "give an unchanged output folder"
+_SCORES = "write the scores again with `evaluate`, or leave this file out"
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def read_evaluation(path: Path) -> pa.Table:
     Raises:
         ConfigError: the file is damaged, or has two values for one model, data set and metric.
     """
-    table = _table(path, SCHEMA, SCORES)
+    table = _table(path, SCHEMA, SCORES, _SCORES)
     keys = Counter(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
     twice = next((key for key, times in keys.items() if times > 1), None)
     if twice:
@@ -191,28 +193,28 @@ def read_evaluation(path: Path) -> pa.Table:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, do: str = _UNCHANGED) -> Iterator[None]:
     """Raise ConfigError, naming the file, for any exception that a library raises for a damaged file."""
     try:
         yield
     except FAULTS as error:
         cause = shown(str(error).splitlines()[0] if str(error) else "", 300)
         what = f"the file is damaged: {type(error).__name__}: {cause}"
-        raise ConfigError(what, str(path), do="give an unchanged output folder") from error
+        raise ConfigError(what, str(path), do=do) from error
 
 
-def _check_table(path: Path, most: int = ROWS) -> None:
+def _check_table(path: Path, most: int = ROWS, do: str = _UNCHANGED) -> None:
     """Check that a parquet file is a regular file of at most `most` rows, which its footer tells."""
     check_regular(path, None, ConfigError)
-    with _reading(path):
+    with _reading(path, do):
         rows = pyarrow.parquet.read_metadata(path).num_rows
     if rows > most:
         raise ConfigError(f"the file has {rows:,} rows", str(path), f"at most {most:,}")
 
 
-def _table(path: Path, schema: pa.Schema, most: int = ROWS) -> pa.Table:
-    _check_table(path, most)
-    with _reading(path):
+def _table(path: Path, schema: pa.Schema, most: int = ROWS, do: str = _UNCHANGED) -> pa.Table:
+    _check_table(path, most, do)
+    with _reading(path, do):
         return pyarrow.parquet.read_table(path, columns=schema.names).select(schema.names).cast(schema)
 
 

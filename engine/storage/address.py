@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from engine.errors import InputError, MergeError, StorageError
+from engine.storage.folder import AGAIN
 
 # pyarrow's default for gs is 15 minutes; for s3 it is 6 seconds.
 RETRY = "retry_limit_seconds=20"
@@ -99,7 +100,7 @@ class Address:
         except (OSError, ValueError) as error:
             # Without request ids and the SDK's debugging details.
             reason = re.split(r" \(Request ID| error_info=|\n", str(error))[0]
-            resume = ", then run the same command to resume" if error_type is StorageError else ""
+            resume = f", {AGAIN}" if error_type is StorageError else ""
             raise error_type(
                 f"the storage request failed: {reason}", str(self), do=ADVICE[self.scheme] + resume
             ) from error
@@ -127,7 +128,8 @@ def check_no_secret(uri: str, error_type: type[InputError], where: str = "") -> 
     else:
         return
     expected = f"{scheme}://bucket/path, with no options after a `?` but {', '.join(sorted(known))}"
-    raise error_type(what, where or f"{scheme}://…", expected, f"give credentials by {CREDENTIALS[scheme]}")
+    do = f"give credentials by {CREDENTIALS[scheme]}; a host and a port by ?endpoint_override=HOST:PORT"
+    raise error_type(what, where or f"{scheme}://…", expected, do)
 
 
 def addresses_in(value: Any, location: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], str]]:

@@ -14,6 +14,8 @@ from engine.errors import OutputError, StorageError
 
 # Name of the lock in a folder.
 LOCK = "lock"
+# What to do once the cause of a failure is gone. Other commands than `merge` start anew.
+AGAIN = "then run the same command again, which resumes a merge"
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def storing(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             disk = next(folder for folder in path.parents if folder.exists())
             what += f"; {shutil.disk_usage(disk).free:,} bytes are free"
-        raise StorageError(what, str(path), do=f"{do}, then run the same command to resume") from error
+        raise StorageError(what, str(path), do=f"{do}, {AGAIN}") from error
 
 
 def in_use(where: str) -> OutputError:

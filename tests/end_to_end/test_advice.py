@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from advice import check_all_known
 from conftest import plan_of
 from hostile_inputs import Q, edit, edit_json, expert, put, weight_space
 from safetensors.torch import load_file, save_file
@@ -34,10 +34,6 @@ from engine.calibration.samples import make_samples
 from engine.errors import MergeError
 from engine.planning.plan import Plan
 from engine.run.preparation import check_heads, check_inputs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
-
-import messages
 
 # The packages whose advice is followed here, and the advice that is followed elsewhere.
 PACKAGES = (
@@ -477,22 +473,8 @@ def renamed_key(folder: Path, key: str, other: str) -> None:
     put(folder, "merge.yaml", yaml.safe_dump(config))
 
 
-def recorded() -> set[str]:
-    """Return the texts of `do` of the packages in messages.txt."""
-    found = set()
-    for section in messages.RECORD.read_text(encoding="utf-8").split("\n\n\n"):
-        name, *rest = section.strip().splitlines()
-        if name.removeprefix("# ").startswith(PACKAGES):
-            found |= {line.removeprefix("  do: ") for line in rest if line.startswith("  do: ")}
-    return found
-
-
 def test_every_advice_has_a_row_or_a_test_elsewhere() -> None:
-    known = {*ELSEWHERE, *(row.template or row.named for row in ROWS)}
-    advice = recorded()
-    new = {text for text in advice if not any(part in text for part in known)}
-    old = {part for part in known if not any(part in text for text in advice)}
-    assert (new, old) == (set(), set())
+    check_all_known(PACKAGES, {*ELSEWHERE, *(row.template or row.named for row in ROWS)})
 
 
 @pytest.mark.parametrize(

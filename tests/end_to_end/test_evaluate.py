@@ -21,9 +21,9 @@ from hostile import Server, refused
 from cluster.evaluate import EvaluationJob, spread, task_cpus
 from cluster.placement import Node
 from engine.calibration.records import Record
-from engine.errors import ClusterError, ConfigError
+from engine.errors import ClusterError
 from engine.evaluation.items import DataSet, make_item
-from engine.evaluation.lm_eval_harness import Tasks, check_tasks, rows_of
+from engine.evaluation.lm_eval_harness import Tasks, rows_of
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options
 
@@ -209,12 +209,6 @@ def test_rows_of_the_harness() -> None:
         Row("m", "one", "exact_match,strict", 1.0, 4),
         Row("m", "both", "acc", 0.25, 6),
     ]
-
-
-def test_the_harness_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with errors.refused(ConfigError, where="--task", do="pip install .[eval]"):
-        check_tasks(Tasks(("toy",)))
 
 
 @pytest.mark.slow
