@@ -21,6 +21,7 @@ from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
 from engine.models.forward import language_model
 from engine.models.loading import load_model_config, load_tokenizer
+from engine.models.names import positions_of
 from engine.models.skeleton import build_generation_skeleton, load_weights
 
 
@@ -64,11 +65,7 @@ class Subject:
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
         config = load_model_config(self.folder, options.remote_code)
         self.model, self._places = build_generation_skeleton(config, self.header.tensors, self._dtype, self.folder)
-        language = language_model(self.model).config
-        positions = getattr(language, "max_position_embeddings", None)
-        self.positions: int | None = positions if type(positions) is int else None
-        # Rotary positions are computed for any length. Others are rows of a table, beyond which a forward pass fails.
-        self.most_tokens = None if getattr(language, "rope_parameters", None) else self.positions
+        self.positions = positions_of(self.model)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -151,9 +148,11 @@ class Reader:
         """Return the tokens of the prompt of an item, from which the model generates."""
         assert item.prompt is not None
         encoded, positions = self._encoded(item.prompt), self._subject.positions
+        if positions is None:
+            positions = self._header.text_config.get("max_position_embeddings")
         prompt = len(encoded.input_ids)
         longest = prompt + self._options.max_new_tokens
-        if positions is not None and longest > positions:
+        if type(positions) is int and longest > positions:
             raise CalibrationError(
                 f"prompt and answer may have {longest:,} tokens, and the model has {positions:,} positions",
                 item.prompt.where,
@@ -180,7 +179,7 @@ class Reader:
         return encoded
 
     def _check_positions(self, encoded: Encoded, where: str) -> None:
-        tokens, most = len(encoded.input_ids), self._subject.most_tokens
+        tokens, most = len(encoded.input_ids), self._subject.positions
         if most is not None and tokens > most:
             raise CalibrationError(
                 f"the record has {tokens:,} tokens, and the model has {most:,} positions",

@@ -163,6 +163,26 @@ def parameter_roles(model: Any) -> dict[str, Role]:
     return roles | {name: Role.BUFFER for name, _ in model.named_buffers()}
 
 
+def positions_of(model: Any) -> int | None:
+    """Return the number of positions of a model that keeps a table of them, beyond which its forward pass fails.
+
+    None if it computes positions for any length, as with rotary embeddings, or has none.
+    """
+    language = language_model(model)
+    config = language.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if type(most) is not int or getattr(config, "rope_parameters", None):
+        return None
+    roles, tensors = parameter_roles(language), {**dict(language.named_parameters()), **dict(language.named_buffers())}
+    # The buffers are those of GPT-J and CodeGen. Some tables have a few rows more; others are of kinds of tokens.
+    tables = [
+        tensor
+        for name, tensor in tensors.items()
+        if roles.get(name) is Role.POSITION or name.endswith("embed_positions")
+    ]
+    return most if any(0 < most <= tensor.shape[0] for tensor in tables) else None
+
+
 def text_parameters(text: Any, model: Any) -> dict[str, str]:
     """Return the names that a text model's parameters have in a model whose language model it is."""
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}

@@ -6,7 +6,7 @@ trainer read the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,10 +17,12 @@ from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.checkpoints.find import ROOT
 from engine.checkpoints.vocabulary import untie
-from engine.errors import CheckpointError, InputError
+from engine.errors import CalibrationError, CheckpointError, InputError
 from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets
-from engine.planning.open_models import open_expert
+from engine.models.names import positions_of
+from engine.models.skeleton import build_generation_skeleton
+from engine.planning.open_models import base_folder, load_base_config, open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 from engine.run.identity import Identity
@@ -115,5 +117,28 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
 
     with bounded_encoder(plan, records) as encoder:
         samples = make_samples(records, encoder, plan, keep)
+    check_positions(plan, samples)
     run.keep_samples(samples)
     return samples
+
+
+def check_positions(plan: Plan, samples: Sequence[Sequence[Sample]]) -> None:
+    """Check that no sample is longer than the model's table of positions, if it has one.
+
+    Raises:
+        CalibrationError: a sample is longer, or would be with the response that the expert generates.
+    """
+    longest = max((sample for mine in samples for sample in mine), key=lambda sample: sample.tokens)
+    config = load_base_config(plan)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if type(most) is not int or longest.tokens <= most:
+        return
+    dtype = getattr(torch, plan.dtype)
+    model, _ = build_generation_skeleton(config, plan.base_header.tensors, dtype, base_folder(plan))
+    if positions_of(model) is not None:
+        raise CalibrationError(
+            f"the sample may have {longest.tokens:,} tokens, and the model has {most:,} positions",
+            longest.where,
+            f"at most {most:,} tokens",
+            f"set `calibration.max_length: {most}`; longer samples are truncated",
+        )

@@ -33,7 +33,7 @@ from engine.calibration.encoder import encoder
 from engine.calibration.samples import make_samples
 from engine.errors import MergeError
 from engine.planning.plan import Plan
-from engine.run.preparation import check_heads, check_inputs
+from engine.run.preparation import check_heads, check_inputs, check_positions
 
 # The packages whose advice is followed here, and the advice that is followed elsewhere.
 PACKAGES = (
@@ -86,7 +86,7 @@ def check(folder: Path) -> Plan:
     check_heads(plan)
     if plan.config.learned:
         plan, records = check_inputs(plan)
-        make_samples(records, encoder(plan, records), plan)
+        check_positions(plan, make_samples(records, encoder(plan, records), plan))
     return plan
 
 
@@ -132,6 +132,16 @@ def trained(folder: Path, base: str = "base", **options: Any) -> None:
     with quiet():
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
         adapted.save_pretrained(folder / "expert1", **options)
+
+
+def positions(folder: Path) -> None:
+    """Replace the models by models with a table of 32 positions."""
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    base = transformers.GPT2LMHeadModel(config)
+    for seed, name in enumerate(given.MODELS):
+        (folder / name / "generation_config.json").unlink()
+        tiny.save(tiny.make_expert(base, seed), folder / name)
+    edit(folder, parameters={})
 
 
 def resized(folder: Path, model: str) -> None:
@@ -257,6 +267,18 @@ ROWS = (
             expert0_answers(f),
         ),
         (lambda f, _: edit(f, calibration={"max_length": 60, "generate_responses": 4}),),
+    ),
+    Row(
+        r"set `calibration\.max_length: (\d+)`",
+        lambda f: (positions(f), texts(f, {"text": "w1 " * 40})),
+        (lambda f, m: edit(f, calibration={"max_length": int(m[1])}),),
+        template="set `calibration.max_length: {most}`",
+    ),
+    Row(
+        r"set `calibration\.max_length: (\d+)`",
+        lambda f: (positions(f), texts(f, {"question": "w1 " * 20}), edit(f, calibration={"generate_responses": 30})),
+        (lambda f, m: edit(f, calibration={"generate_responses": 30, "max_length": int(m[1])}),),
+        template="set `calibration.max_length: {most}`",
     ),
     Row(
         "set `tokenizer_source` to a model that has a chat template, or give the chat as `text`",

@@ -24,7 +24,7 @@ import engine.models.names
 from engine.checkpoints.headers import TensorHeader, read_model_header
 from engine.errors import CheckpointError
 from engine.models.loading import load_model_config
-from engine.models.names import Place, Places, check_filled, match_names
+from engine.models.names import Place, Places, check_filled, match_names, positions_of
 from engine.models.skeleton import build_skeleton, fill, part_of
 
 MIXTURES = ("qwen3_moe", "mixtral")
@@ -251,3 +251,24 @@ def test_every_parameter_that_is_not_tied_must_be_filled() -> None:
         check_filled(model, {}, header, Path("there"))
     tied = SimpleNamespace(named_parameters=module.named_parameters, all_tied_weights_keys={"weight": "other"})
     check_filled(tied, {}, header, Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, n_positions=40), 40),
+        (transformers.GPTJConfig(n_embd=8, n_head=2, n_layer=1, n_positions=40, rotary_dim=4), 40),
+        (transformers.OPTConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, ffn_dim=8), 2048),
+        (transformers.XGLMConfig(d_model=8, attention_heads=2, num_layers=1, ffn_dim=8), None),
+        (transformers.BloomConfig(hidden_size=8, n_head=2, n_layer=1), None),
+        (transformers.RwkvConfig(hidden_size=8, num_hidden_layers=2), None),
+        (transformers.LlamaConfig(**tiny.COMMON), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_has_as_many_positions_as_its_table(config: Any, most: int | None) -> None:
+    model = AutoModelForCausalLM.from_config(config)
+    assert positions_of(model) == most
+    if most == 40:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.ones(1, 41, dtype=torch.long))
