@@ -23,7 +23,7 @@ import tiny
 import torch
 import transformers
 import yaml
-from advice import check_all_known
+from advice import FOLLOWED, Advice, with_advice
 from conftest import plan_of
 from hostile_inputs import Q, edit, edit_json, expert, put, weight_space
 from safetensors.torch import load_file, save_file
@@ -36,14 +36,6 @@ from engine.planning.plan import Plan
 from engine.run.preparation import check_heads, check_inputs, check_positions
 
 # The packages whose advice is followed here, and the advice that is followed elsewhere.
-PACKAGES = (
-    "engine/calibration",
-    "engine/checkpoints",
-    "engine/config",
-    "engine/models/loading",
-    "engine/planning",
-    "engine/run/preparation",
-)
 ELSEWHERE = {
     "set `tokenizer_source` to a model that has a chat template": "test_images_need_a_chat_template_which_tokenizer",
     "keep only the records that are needed": "test_hostile_records.py: files with more than a million lines",
@@ -64,6 +56,7 @@ ELSEWHERE = {
 }
 
 Change = Callable[[Path], Any]
+MODELS = ("base", "expert0", "expert1")
 
 
 @dataclass(frozen=True)
@@ -418,6 +411,11 @@ ROWS = (
         template="raise `budget`, or use `merge_method: expert_merging`",
     ),
     Row(
+        "load the model with transformers and save it",
+        lambda f: [change(f, lambda t: t | {"model.more.weight": torch.ones(2)}, model) for model in MODELS],
+        (lambda f, _: [transformed(f / model) for model in MODELS],),
+    ),
+    Row(
         "lower `budget`", spoilt_option(parameters={"budget": 1e5}), (lambda f, _: edit(f, parameters={"budget": 2.0}),)
     ),
     Row(
@@ -489,6 +487,10 @@ def one_checkpoint(folder: Path) -> None:
         peft.PeftModel.from_pretrained(model, folder / "expert1").merge_and_unload().save_pretrained(folder / "one")
 
 
+def transformed(model: Path) -> None:
+    transformers.AutoModelForCausalLM.from_pretrained(model).save_pretrained(model)
+
+
 def renamed_key(folder: Path, key: str, other: str) -> None:
     config = yaml.safe_load((folder / "merge.yaml").read_text())
     config[other] = config.pop(key)
@@ -496,7 +498,14 @@ def renamed_key(folder: Path, key: str, other: str) -> None:
 
 
 def test_every_advice_has_a_row_or_a_test_elsewhere() -> None:
-    check_all_known(PACKAGES, {*ELSEWHERE, *(row.template or row.named for row in ROWS)})
+    advice = Advice(__name__, ELSEWHERE)
+    advice.followed(*(row.template or row.named for row in ROWS))
+    advice.check()
+
+
+def test_the_advice_of_every_module_is_followed() -> None:
+    followed = tuple(start for starts in FOLLOWED.values() for start in starts)
+    assert {name for name in with_advice() if not name.startswith(followed)} == set()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ from typing import Any
 import accelerate
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from advice import Advice, begins, found, refusal
 from click.testing import CliRunner
 from conftest import plan_of
 from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
-from recorded_advice import Advice, begins, found, refusal
 
 import cli
 import cluster.telemetry
@@ -31,9 +31,7 @@ from engine.planning.plan import Plan
 from engine.planning.scaling import Machines, Work, choose
 
 ADVICE = Advice(
-    "cluster/placement",
-    "cluster/telemetry",
-    "cluster/watch",
+    __name__,
     elsewhere={"Ray cannot build a runtime environment": "test_what_makes_ray_build_an_environment_is_unset"},
 )
 WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)

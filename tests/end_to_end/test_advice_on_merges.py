@@ -12,9 +12,9 @@ import tiny
 import torch
 import transformers
 import yaml
+from advice import Advice, begins, found, refusal
 from conftest import plan_of
 from plain import Plain
-from recorded_advice import Advice, begins, found, refusal
 from recorded_merges import learned
 from weight_space import Tensors, entries, ours, read, write_arrays, write_checkpoint, write_config
 
@@ -25,12 +25,7 @@ from engine.planning.open_models import load_base_config, open_base
 from engine.planning.plan import Plan
 
 ADVICE = Advice(
-    "engine/learning",
-    "engine/methods",
-    "engine/models/devices",
-    "engine/models/forward",
-    "engine/shards",
-    "engine/task_vectors",
+    __name__,
     elsewhere={
         "set `hidden_layers: []`": "test_hidden_states_of_several_streams_are_refused_and_can_be_left_out",
     },

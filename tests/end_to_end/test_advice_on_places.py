@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from advice import Advice, found, refusal
 from conftest import plan_of
 from identities import merge_of
-from recorded_advice import Advice, found, refusal
 from test_advice_on_outputs import begin, earlier, put, state
 
 from engine.planning.plan import Plan
@@ -27,8 +27,7 @@ from engine.storage.local_folder import LocalFolder
 
 OUTPUTS = "test_advice_on_outputs.py"
 ADVICE = Advice(
-    "engine/run/ownership",
-    "engine/run/place",
+    __name__,
     elsewhere={
         "{error.do}": "the advice of the storage, which engine/storage gives",
         "the folder cannot be read: {error.strerror}": "a disk that does not answer",
@@ -140,8 +139,6 @@ def test_what_appeared_in_the_output_is_moved_away_and_the_run_goes_on(out: Path
     "a folder of the kernel",
     "there is a file of this name",
     "the output lies in the state of another run",
-    "the output lies below a file",
-    "the folder cannot be written",
 )
 @pytest.mark.parametrize(
     "place",

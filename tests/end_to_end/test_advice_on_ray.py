@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import ray
+from advice import Advice, found, refusal
 from conftest import plan_of
 from ray._private.node import Node as RayNode
 from ray._raylet import AuthenticationTokenLoader
 from ray.exceptions import RuntimeEnvSetupError
-from recorded_advice import Advice, found, refusal
 
 import cli
 import cluster.session
@@ -32,8 +32,7 @@ from engine.errors import MergeError
 from engine.storage.cache import cache_folder
 
 ADVICE = Advice(
-    "engine/machine",
-    "cluster/session",
+    __name__,
     elsewhere={"{TOKEN}": "test_job.py, whose drivers all connect with the two variables, and one without"},
 )
 
