@@ -1,17 +1,22 @@
-"""The expert actor: holds one frozen expert at a time on its device, and stores targets of calibration samples."""
+"""The expert actor: reads one expert at a time, surveys its weights, and stores targets of calibration samples."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.targets import load_target, save_target
+from engine.machine import usable_cpus
 from engine.planning.plan import Plan
+from engine.shards.parts import Surveyed
+from engine.shards.survey import Survey
 from engine.storage.folder import Folder
 
 
 class Expert:
-    """Computes targets with the expert of each sample. Has no state that a restart would lose.
+    """Surveys experts and computes targets with the expert of each sample. A restart loses nothing that is needed.
 
     `index` is the actor's own number; `threads`: see `ActorProcess`.
     """
@@ -20,6 +25,18 @@ class Expert:
         self._process = ActorProcess(f"expert {index}", threads)
         self._plan, self._forwards = plan, 0
         self._held: tuple[int, FrozenExpert] | None = None
+        self._survey: Survey | None = None
+
+    def survey(self, index: int, groups: Sequence[int], folder: Folder) -> dict[int, Surveyed]:
+        """Read these groups of an expert's tensors once, store what they give in the state, and return it by group.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        if self._survey is None or self._survey.index != index:
+            self._held = None
+            self._survey = Survey(self._plan, index, self._process.device, usable_cpus())
+        return self._survey.read(groups, folder)
 
     def target(self, sample: Sample, folder: Folder, name: str, inputs: str | None = None) -> int:
         """Compute the target of a sample and store it, unless an earlier attempt at the same call has stored it.

@@ -19,7 +19,7 @@ from engine.learning.targets import is_damaged, load_target
 from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
-from engine.planning.open_models import open_task_vectors
+from engine.planning.open_models import base_folder, open_task_vectors, weight_files
 from engine.planning.plan import Plan
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
 from engine.shards.weight_space import WeightSpace
@@ -48,19 +48,27 @@ class Shard:
         self._process = ActorProcess(f"shard {index}")
         self._plan, self._state = plan, state
 
-    def inspect(self, names: Sequence[str]) -> dict[str, Inspection]:
-        """Read the tensors of all models once and return the magnitudes of their task vectors.
+    def check_base(self, files: Sequence[str]) -> dict[str, str]:
+        """Read these weight files of the base (paths or URIs) once, and return their SHA-256 in hexadecimal by file.
 
         Raises:
             CheckpointError: A weight is not finite.
         """
-        return self._models.inspect(names)
+        paths = {file.address: file.path for file in weight_files(self._plan.base) if file.address in files}
+        hashes = {file: self._models.pool.submit(digest, path) for file, path in paths.items()}
+        read, folder = set(paths.values()), base_folder(self._plan)
+        names = [name for name, tensor in self._plan.base_header.tensors.items() if folder / tensor.file in read]
+        self._models.over([]).inspect(names)
+        return {file: sha256.result() for file, sha256 in hashes.items()}
 
     def orthogonalise(self, names: Sequence[str], factored: Collection[str] = ()) -> dict[str, Inspection]:
-        """Store the orthogonal task vectors of matrices (as factors: `factored`), and return their magnitudes."""
+        """Store the orthogonal task vectors of matrices and return their magnitudes. A GPU is used if there is one.
+
+        Those of matrices in `factored` are stored as factors.
+        """
         assert self._state is not None
-        orthogonalise(self._plan, self._models, self._state, names, factored)
-        return self._task_vectors.inspect(names)
+        orthogonalise(self._plan, self._models, self._state, names, factored, self._process.device)
+        return self._task_vectors.inspect(names, with_base=False)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:
         """Return the SHA-256 of files (paths or URIs), by file, in hexadecimal."""

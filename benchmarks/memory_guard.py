@@ -40,12 +40,13 @@ def trainer(config: Path, gradients: str) -> int:
 
 
 def shard(config: Path) -> int:
-    """Return the peak anonymous bytes of a shard that inspects, merges and computes gradients of every tensor."""
+    """Return the peak anonymous bytes of a shard that checks the base, and merges and differentiates every tensor."""
     from actors.memory import PeakMemory
     from actors.shard import Shard
     from engine.codec import pack_all, unpack_all
     from engine.config.reader import load_config
     from engine.learning.learner import first_stage
+    from engine.planning.open_models import weight_files
     from engine.planning.planner import make_plan
     from engine.task_vectors.coefficients import Coefficients
     from engine.task_vectors.pieces import pieces
@@ -54,7 +55,7 @@ def shard(config: Path) -> int:
     actor, layout = Shard(plan, 0), first_stage(plan).layout
     coefficients = Coefficients.constant(layout, [0.1] * len(plan.experts))
     gauge = PeakMemory()
-    actor.inspect(plan.merged)
+    actor.check_base([file.address for file in weight_files(plan.base)])
     for name in plan.merged:
         bucket = list(pieces(name, plan.base_header.tensors[name].shape))
         merged = actor.merge(bucket, {name: coefficients.of(name)})

@@ -31,6 +31,8 @@ from engine.storage.folder import Folder
 
 # Restarts of a dead actor, and retries of its call. Bounded, so that a repeating fault ends the run.
 RESTARTS = 3
+# Seconds in which an actor starts if its seat is free.
+SEATING = 60.0
 Arguments = Callable[[Plan, Folder], tuple[Any, ...]]
 
 
@@ -69,12 +71,26 @@ class Crew:
 
     def expert(self, index: int) -> Any:
         """Start the expert actor in the seat of that index."""
-        layout, home, threads = self.layout, len(self.layout.shards), self.layout.threads
-        # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
-        place = (home + 1 if index == 0 else None) if layout.beside else home
-        return self._spawn(
-            Expert, "an expert's actor", layout.experts[index], place, lambda plan, _: (plan, index, threads)
-        )
+        threads = self.layout.threads
+        return self._in_seat(Expert, "an expert's actor", index, lambda plan, _: (plan, index, threads))
+
+    def shards_of_experts(self, count: int) -> list[Any]:
+        """Start at most `count` shards in the seats of the experts, and return those that have started.
+
+        Such a shard may use the GPU of the seat. The experts must be dismissed. A seat that another job occupies is
+        left out; the first one is reserved.
+        """
+        started = []
+        for index in range(min(count, self.seats)):
+            label, arguments = "a shard in an expert's seat", _shard(len(self.shards) + index)
+            started.append(self._in_seat(Shard, label, index, arguments))
+        calls = {shard.report.remote(): shard for shard in started[1:]}
+        if calls:
+            _, late = ray.wait(list(calls), num_returns=len(calls), timeout=SEATING)
+            for call in late:
+                self.dismiss(calls[call])
+                started.remove(calls[call])
+        return started
 
     def trainer(self) -> Any:
         """Start the trainer in its home. The shards must be running."""
@@ -93,6 +109,12 @@ class Crew:
         self._alive.remove(actor)
         self._watch.gone(actor)
         ray.kill(actor)
+
+    def _in_seat(self, kind: type, label: str, index: int, arguments: Arguments) -> Any:
+        layout, home = self.layout, len(self.layout.shards)
+        # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
+        place = (home + 1 if index == 0 else None) if layout.beside else home
+        return self._spawn(kind, label, layout.experts[index], place, arguments)
 
     def _spawn(
         self, kind: type, label: str, seat: Seat, place: int | None, arguments: Arguments, name: str | None = None

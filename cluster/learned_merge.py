@@ -17,19 +17,20 @@ from cluster.placement import Devices, Seating, arrange, check_memory, machines
 from cluster.progress import Progress
 from cluster.session import await_layout, nodes
 from cluster.stages import Stages
-from cluster.targets import TargetComputation
+from cluster.targets import SURVEY, TargetComputation
 from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
 from engine.output.merge_record import write_record
 from engine.planning.disk import check_disk, disk_needs
+from engine.planning.open_models import weight_files
 from engine.planning.patience import patience
 from engine.planning.plan import Plan
 from engine.planning.scaling import Work
 from engine.run.run_folder import RunFolder
 from engine.shards.orthogonal import FOLDER, file_name
-from engine.sizes import MATRICES_PER_CALL
+from engine.shards.parts import PARTS, tensor_groups
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
 
@@ -51,8 +52,9 @@ class LearnedMerge(Attempt):
             self.progress.say(self._resumed())
         with Crew(self.plan, self.folder.state, self._layout(), self.watch) as crew:
             trainer = crew.trainer() if crew.layout.beside else None
-            targets = self._targets(crew)
-            magnitudes = self._magnitudes(crew)
+            kept = self._kept_magnitudes()
+            targets = self._experts(crew, survey=kept is None)
+            magnitudes = self._magnitudes(crew, targets) if kept is None else kept
             digests = self.digests(crew.shards)
             if not crew.layout.overlap:
                 targets.all_stored()
@@ -114,13 +116,21 @@ class LearnedMerge(Attempt):
         self.folder.keep_devices(asdict(devices))
         return layout
 
-    def _targets(self, crew: Crew) -> TargetComputation:
-        """Start the experts whose targets are not stored yet. A target is computed once in the life of a run."""
+    def _experts(self, crew: Crew, survey: bool) -> TargetComputation:
+        """Start the experts whose targets are not stored yet, or, with `survey`, that are not wholly surveyed yet.
+
+        A target is computed once in the life of a run.
+        """
         wanted = self.samples if self.plan.config.has_targets else []
         stored = self._intact_targets(crew) if wanted else set()
         missing = [[sample for sample in samples if self.folder.target(sample) not in stored] for samples in wanted]
+        surveyed = self.folder.surveyed(self.plan) if survey else {}
+        groups = range(len(tensor_groups(self.plan)) if survey else 0)
+        unread = [[group for group in groups if (k, group) not in surveyed] for k in range(len(self.plan.experts))]
+        if survey:
+            self.progress.phase(SURVEY, len(groups) * len(unread), len(surveyed))
         self.progress.phase("targets", sum(map(len, wanted)), len(stored))
-        targets = TargetComputation(self, crew, missing, len(stored))
+        targets = TargetComputation(self, crew, missing, len(stored), unread, surveyed)
         targets.nbytes += sum(map(self.folder.state.size, stored))
         return targets
 
@@ -134,31 +144,59 @@ class LearnedMerge(Attempt):
         self.folder.forget([name for name in stored if damaged[name]], "the target is computed again")
         return {name for name in stored if not damaged[name]}
 
-    def _magnitudes(self, crew: Crew) -> Array:
+    def _kept_magnitudes(self) -> Array | None:
+        """Return the magnitudes that an earlier start stored, if the orthogonal task vectors are stored, too."""
+        shape = (len(self.plan.experts), len(self.plan.merged))
+        kept = self.folder.kept("magnitudes", shape, "the weights are read again")
+        orthogonal = {file_name(name) for name in self.plan.orthogonal}
+        return kept if orthogonal <= self.folder.state.names(FOLDER) else None
+
+    def _magnitudes(self, crew: Crew, targets: TargetComputation) -> Array:
         """Return sₖ,ₗ = mean |τₖ,ₗ| of the merged tensors, [K, L]; with orthogonal task vectors, compute these first.
 
-        Reads every weight of every model once.
+        The shards read the base while the experts are surveyed. What is read is hashed, too.
 
         Raises:
             CheckpointError: a weight is not finite.
         """
-        shape = (len(self.plan.experts), len(self.plan.merged))
-        kept = self.folder.kept("magnitudes", shape, "the weights are read again")
-        orthogonal = {file_name(name) for name in self.plan.orthogonal}
-        if kept is not None and orthogonal <= self.folder.state.names(FOLDER):
-            return kept
-        names = list(self.plan.base_header.tensors)
-        ask = lambda shard, share: shard.inspect.remote(share)  # noqa: E731
-        inspections: dict[str, Inspection] = self.dealt("reading every weight once", crew.shards, names, ask)
-        matrices = self.plan.orthogonal
-        groups = [matrices[first : first + MATRICES_PER_CALL] for first in range(0, len(matrices), MATRICES_PER_CALL)]
-        through = frozenset(crew.layout.factored)
-        orthogonalise = lambda shard, group: shard.orthogonalise.remote(group, through.intersection(group))  # noqa: E731
-        for done in self.spread("orthogonal task vectors", crew.shards, groups, orthogonalise) if groups else ():
-            inspections |= done
-        magnitudes = np.stack([inspections[name].magnitudes for name in self.plan.merged], axis=1)
+        files = [file.address for file in weight_files(self.plan.base)]
+        check = lambda shard, share: shard.check_base.remote(share)  # noqa: E731
+        digests: dict[str, str] = self.dealt("reading the base", crew.shards, files, check)
+        surveyed, groups = targets.surveyed(), tensor_groups(self.plan)
+        found = {name: np.zeros(len(self.plan.experts)) for group in groups for name in group}
+        for (k, group), record in surveyed.items():
+            digests |= record.digests
+            for name, magnitude in zip(groups[group], record.magnitudes, strict=True):
+                found[name][k] = magnitude
+        self.folder.check_unchanged(self.plan, digests)
+        found |= {name: one.magnitudes for name, one in self._orthogonal(crew, targets, groups).items()}
+        magnitudes = np.stack([found[name] for name in self.plan.merged], axis=1)
         self.folder.keep("magnitudes", magnitudes)
         return magnitudes
+
+    def _orthogonal(
+        self, crew: Crew, targets: TargetComputation, groups: Sequence[Sequence[str]]
+    ) -> dict[str, Inspection]:
+        """Make the task vectors of all matrices orthogonal, group by group, and return their statistics.
+
+        This runs on the shards. If the experts compute on GPUs, it runs in their seats when these are free.
+        """
+        wanted = frozenset(self.plan.orthogonal)
+        matrices = [some for group in groups if (some := [name for name in group if name in wanted])]
+        if not matrices:
+            return {}
+        workers = crew.shards
+        if any(seat.gpus for seat in crew.layout.experts):
+            targets.all_stored()
+            workers = crew.shards_of_experts(len(matrices))
+        through = frozenset(crew.layout.factored)
+        ask = lambda shard, names: shard.orthogonalise.remote(names, through.intersection(names))  # noqa: E731
+        done = self.spread("orthogonal task vectors", workers, matrices, ask)
+        for shard in workers if workers is not crew.shards else ():
+            self.report(shard)
+            crew.dismiss(shard)
+        self.folder.state.remove(PARTS)
+        return {name: inspection for group in done for name, inspection in group.items()}
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""

@@ -205,12 +205,11 @@ def lay_out(
     for role, gpus in (("trainer", devices.trainer), ("expert", devices.expert)):
         if not _candidates(usable, config, role, gpus):
             raise _shortage(nodes, config, role, gpus)
-    most = len(plan.experts) if config.has_targets else 0
     homes = _candidates(usable, config, "trainer", devices.trainer)
     home = max(homes, key=lambda node: len(_places(usable, config, devices, node)))
     places = _places(usable, config, devices, home)
     beside = bool(places)
-    places = (places or [home] * int(home.gpus // devices.expert))[:most]
+    places = (places or [home] * int(home.gpus // devices.expert))[: len(plan.experts)]
     on = Counter(node.id for node in places)
     trainer = Seat(home.id, _share(home, 1), devices.trainer)
     if beside:

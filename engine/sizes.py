@@ -22,8 +22,14 @@ IN_FLIGHT = 2
 # Bytes of float32 logits in memory at a time. The logits of all tokens would be the trainer's largest tensor.
 LOGIT_BYTES = 32 << 20
 
-# Matrices whose task vectors a shard makes orthogonal in one call.
+# Matrices whose parts are in one file and are made orthogonal in one call; elements of such a group of tensors if there
+# are fewer matrices; groups of one expert that are surveyed in one call.
 MATRICES_PER_CALL = 8
+ELEMENTS_PER_GROUP = 1 << 29
+GROUPS_PER_CALL = 4
+
+# Bytes that the decompositions of a process hold at a time, if one matrix does not take more.
+DECOMPOSING_BYTES = 8 << 30
 
 
 def bucket_bytes(shards: int, item: int) -> int:

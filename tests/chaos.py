@@ -49,10 +49,10 @@ SYSTEM = {
     "health_check_failure_threshold": 4,
 }
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20}
-PHASES = ("targets", "orthogonal task vectors", "stage 1", "importance", "stage 2", "writing")
+PHASES = ("reading the experts", "targets", "orthogonal task vectors", "stage 1", "importance", "stage 2", "writing")
 ROLES = ("Expert", "Trainer", "Shard")
 # The phases in which each actor runs: experts exit when their targets are stored, the trainer before the output.
-LIVES = {"Expert": PHASES[:1], "Trainer": PHASES[:5], "Shard": PHASES}
+LIVES = {"Expert": PHASES[:2], "Trainer": PHASES[:-1], "Shard": PHASES}
 CELLS = [(victim, phase) for role in ROLES for victim in (role, f"node of {role}") for phase in LIVES[role]]
 CELLS += [("driver", phase) for phase in PHASES]
 LINE = re.compile(r"\[ *[\d.]+ s\] ([a-z][a-z0-9 ]*?)(?:: (\d+)| (\d+)/(\d+))(?: |$)")

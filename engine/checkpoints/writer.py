@@ -41,7 +41,8 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
     Args:
         folder: The folder of the file.
         file: Name and tensors.
-        parts: Returns the consecutive parts of a tensor, in its output dtype. It is called once per tensor, in order.
+        parts: Returns the consecutive parts of a tensor, in its output dtype, on any device. It is called once per
+            tensor, in order.
 
     Returns:
         The SHA-256 of the file in hexadecimal.
@@ -63,7 +64,7 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
         for entry in file.tensors:
             written = 0
             for part in parts(entry):
-                value = part.contiguous().reshape(-1)
+                value = part.cpu().contiguous().reshape(-1)
                 if value.nbytes:
                     data = value.view(torch.uint8).numpy().data
                     digest.update(data)

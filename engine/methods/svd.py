@@ -46,13 +46,18 @@ INTERMEDIATE = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """Return the tensor's `Fill` for svd, after K singular value decompositions and two of their concatenated parts."""
+    """Return the tensor's `Fill` for svd, from the leading parts of K matrices, made orthogonal."""
     from engine.checkpoints.vocabulary import is_matrix
-    from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors, orthogonal_parts
+    from engine.methods.arithmetic.matrices import (
+        add_to_base,
+        changed_parts,
+        mean_of_task_vectors,
+        orthogonal_parts,
+    )
 
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
-    parts = [leading(tau, _rank(tensor, len(tensor.task_vectors))) for tau in changed(tensor)]
+    parts = list(changed_parts(tensor, _rank(tensor, len(tensor.task_vectors))))
     if not parts:
         return mean_of_task_vectors(tensor)
     left, values, right = orthogonal_parts(parts)
@@ -62,13 +67,12 @@ def prepare(tensor: MergeTensor) -> Fill:
 def prepare_intermediate(tensor: MergeTensor) -> Fill:
     """Return the tensor's `Fill` for the output of svd_intermediate of one expert, the only one of `tensor`."""
     from engine.checkpoints.vocabulary import is_matrix
-    from engine.methods.arithmetic.matrices import add_to_base, changed, leading, mean_of_task_vectors
+    from engine.methods.arithmetic.matrices import add_to_base, changed_parts, mean_of_task_vectors
 
     assert len(tensor.task_vectors) == 1
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
-    for tau in changed(tensor):
-        u, s, vt = leading(tau, _rank(tensor, tensor.experts_in_all))
+    for u, s, vt in changed_parts(tensor, _rank(tensor, tensor.experts_in_all)):
         return add_to_base(tensor, (u * s) @ vt)
     return mean_of_task_vectors(tensor)
 

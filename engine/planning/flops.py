@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.checkpoints.structure import Role
 from engine.planning.plan import Plan
-from engine.sizes import MATRICES_PER_CALL
+from engine.sizes import DECOMPOSING_BYTES, GROUPS_PER_CALL, MATRICES_PER_CALL
 
 # FLOP of a singular value decomposition with its vectors, per element and singular value. LAPACK, measured on one core.
 SVD_FLOPS = 21
@@ -34,11 +34,23 @@ def sample_flops(plan: Plan, tokens: float) -> tuple[float, float]:
     return forward, tokens * (2 * body + 2 * merged + 2 * head + 4 * attention)
 
 
-def orthogonal_bytes(plan: Plan, cpus: float) -> float:
-    """Return the bytes of a shard that makes task vectors orthogonal: one decomposition per core, and the results."""
+def decompositions(plan: Plan, cpus: float) -> int:
+    """Return how many matrices a process decomposes at a time: one per core, in at most DECOMPOSING_BYTES, at least 1.
+
+    The number has no influence on the results.
+    """
     largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
-    experts = len(plan.experts)
-    return 4 * largest * (SVD_COPIES * min(cpus, MATRICES_PER_CALL * experts) + 2 * MATRICES_PER_CALL)
+    fitting = DECOMPOSING_BYTES // (4 * SVD_COPIES * max(1, largest))
+    return max(1, min(int(cpus), MATRICES_PER_CALL * GROUPS_PER_CALL, fitting))
+
+
+def orthogonal_bytes(plan: Plan, cpus: float) -> float:
+    """Return the bytes of a process that decomposes matrices, or makes the parts of all experts orthogonal.
+
+    These are the decompositions that run at a time, and one expert's parts of the matrices of one call.
+    """
+    largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
+    return 4 * largest * (SVD_COPIES * decompositions(plan, cpus) + 2 * MATRICES_PER_CALL / len(plan.experts))
 
 
 def _share(config: dict[str, Any]) -> float:

@@ -96,8 +96,9 @@ def _folder(model: ModelPlan) -> Path:
     return find_model(model.model, ROOT)
 
 
-def open_task_vectors(plan: Plan, threads: int) -> TaskVectors:
-    """Open base and experts on this node as task vectors, streamed by `threads` threads."""
+def open_task_vectors(plan: Plan, threads: int, only: int | None = None) -> TaskVectors:
+    """Open base and experts on this node as task vectors, streamed by `threads` threads. `only`: one expert's index."""
     base = open_base(plan)
-    experts = [(expert.name, open_expert(expert, base)) for expert in plan.experts]
+    chosen = plan.experts if only is None else plan.experts[only : only + 1]
+    experts = [(expert.name, open_expert(expert, base)) for expert in chosen]
     return TaskVectors(base, experts, getattr(torch, plan.dtype), threads)

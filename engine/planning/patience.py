@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from engine.methods.registry import get_method
 from engine.planning.estimates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site
-from engine.planning.flops import SVD_FLOPS
+from engine.planning.flops import SVD_FLOPS, decompositions
 from engine.planning.plan import Plan
 from engine.planning.scaling import Machines, Work, predict
-from engine.sizes import MATRICES_PER_CALL
+from engine.sizes import GROUPS_PER_CALL, MATRICES_PER_CALL
 
 # Seconds. Processes start, import packages from network storage and compile kernels, on machines that others use too.
 FLOOR = 900.0
@@ -40,7 +40,7 @@ def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = No
     if given != "auto":
         return given
     cores = max(1.0, machines.cpus * machines.nodes / max(shards, machines.nodes))
-    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _orthogonal(plan, cores)]
+    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _decomposing(plan, cores)]
     if work is not None:
         calls += [_target(plan, work, machines), _step(plan, work, machines)]
     return max(FLOOR, SLOWER * max(calls))
@@ -53,12 +53,16 @@ def _reading(plan: Plan) -> float:
     return sum(tensor.nbytes for header in headers for tensor in header.tensors.values()) / _disk_rate(plan)
 
 
-def _orthogonal(plan: Plan, cores: float) -> float:
-    """Return the seconds of a call that makes task vectors of the largest matrices orthogonal."""
+def _decomposing(plan: Plan, cores: float) -> float:
+    """Return the seconds of the longer call of the two that decompose the largest matrices, one per core.
+
+    One reads several groups of an expert's matrices. The other makes the parts of one group orthogonal: two
+    decompositions per matrix, and one per expert whose parts were damaged.
+    """
     shapes = [plan.base_header.tensors[name].shape for name in plan.orthogonal]
     each = max((SVD_FLOPS * math.prod(shape) * min(shape) / CORE_FLOPS for shape in shapes), default=0.0)
-    # One decomposition per matrix and expert on a core each, then two per matrix.
-    return each * MATRICES_PER_CALL * max(2, math.ceil(len(plan.experts) / cores) + 2)
+    rounds = math.ceil(MATRICES_PER_CALL / decompositions(plan, cores))
+    return each * rounds * max(GROUPS_PER_CALL, len(plan.experts) + 2)
 
 
 def _whole_matrices(plan: Plan, cores: float) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy.typing as npt
@@ -28,8 +29,12 @@ from engine.run.state import (
     encode_samples,
     encode_stage,
 )
+from engine.shards.parts import SURVEY, Surveyed, load_surveyed, record_file, tensor_groups
 from engine.storage.folder import Folder
 from engine.storage.sealed import read_sealed, refuse, write_sealed
+
+# Small files of the state that are read at a time.
+READERS = 16
 
 
 class KeptState:
@@ -84,6 +89,23 @@ class KeptState:
         for name in sorted(names):
             self._damaged(name, what)
             self.state.remove(name)
+
+    def surveyed(self, plan: Plan) -> dict[tuple[int, int], Surveyed]:
+        """Return what the surveys of experts found, by expert and group of tensors. Damaged records are removed."""
+        stored, groups = self.state.names(SURVEY), tensor_groups(plan)
+        places = [(k, group) for k in range(len(plan.experts)) for group in range(len(groups))]
+        places = [place for place in places if record_file(*place) in stored]
+
+        def load(place: tuple[int, int]) -> Surveyed | None:
+            try:
+                return load_surveyed(self.state, *place, len(groups[place[1]]))
+            except DamagedError:
+                return None
+
+        with ThreadPoolExecutor(READERS) as threads:
+            found = dict(zip(places, threads.map(load, places), strict=True))
+        self.forget([record_file(*place) for place in places if found[place] is None], "the weights are read again")
+        return {place: record for place, record in found.items() if record is not None}
 
     def keep_plan(self, plan: Plan) -> None:
         """Store the plan in the state, where every node can read it."""

@@ -43,6 +43,7 @@ from engine.run.ownership import (
 )
 from engine.run.place import check_place
 from engine.shards.orthogonal import FOLDER
+from engine.shards.parts import SURVEY
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
 from engine.storage.folder import storing
@@ -135,7 +136,8 @@ class RunFolder(KeptState):
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""
-        return len(self.stored_targets()), len(self.state.names(FOLDER)), self.steps_taken(), len(self.written())
+        of_experts = len(self.stored_targets()), len(self.state.names(SURVEY)), len(self.state.names(FOLDER))
+        return *of_experts, self.steps_taken(), len(self.written())
 
     def start_output(self, files: Iterable[str]) -> None:
         """Create the output's folders, and remove everything in them except weight files that this run wrote.
@@ -217,7 +219,7 @@ class RunFolder(KeptState):
     def computed(self) -> bool:
         """Return whether the run has results from which a merge can resume."""
         names = self.state.names()
-        kept = ("targets/", f"{FOLDER}/", "stage-")
+        kept = ("targets/", f"{SURVEY}/", f"{FOLDER}/", "stage-")
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def _is_cleared(self) -> bool:

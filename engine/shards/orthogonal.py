@@ -22,9 +22,11 @@ from torch import Tensor
 
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
-from engine.methods.arithmetic.matrices import Parts, leading_parts, orthogonal_parts
+from engine.methods.arithmetic.matrices import Parts, orthogonal_parts
 from engine.planning.factors import stored_dtype
+from engine.planning.flops import decompositions
 from engine.planning.plan import Plan
+from engine.shards.parts import compute_parts, load_parts, one_at_a_time, remove_parts, tensor_groups
 from engine.storage.cache import borrowed
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
@@ -32,6 +34,7 @@ from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.factors import Factors
 from engine.task_vectors.kinds import Stored, TaskVector
+from engine.task_vectors.pipeline import in_order
 from engine.task_vectors.streams import TaskVectors
 
 # Subfolder of the run's state.
@@ -39,6 +42,7 @@ FOLDER = "orthogonal"
 # Factor of the stored task vectors: coefficients lie between 0 and 1, but the best λ is above 1 (1.6 for five experts,
 # measured).
 TASK_VECTOR_SCALE = 4.0
+CPU = torch.device("cpu")
 
 
 def file_name(name: str) -> str:
@@ -50,37 +54,54 @@ def file_name(name: str) -> str:
 
 
 def orthogonalise(
-    plan: Plan, streams: TaskVectors, state: Folder, names: Iterable[str], factored: Collection[str] = ()
+    plan: Plan,
+    streams: TaskVectors,
+    state: Folder,
+    names: Iterable[str],
+    factored: Collection[str] = (),
+    device: torch.device = CPU,
 ) -> None:
     """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices, except those already stored.
 
     Those of matrices in `factored` are stored as factors, which take no more space for many experts than for two; the
-    others whole, one matrix for each expert. All matrices and experts are decomposed in parallel on the pool of
-    `streams`, which read the experts' own task vectors. The factors of all named matrices are in memory at a time.
+    others whole, one matrix for each expert. The experts' leading parts are those that `engine.shards.parts` stored,
+    which are removed afterwards. Parts that are damaged or missing are computed from the experts' own task vectors,
+    which `streams` read. The matrices are processed in parallel on the pool of `streams`, in bounded memory; `device`
+    is where they are decomposed.
     """
+    names, groups = list(names), tensor_groups(plan)
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
     # A checksum is written after its file.
     missing = [
         name for name in names if not (state.exists(file_name(name)) and state.exists(digest_name(file_name(name))))
     ]
-    decompose = partial(_decompose, streams, len(plan.experts))
-    decomposed = [[streams.pool.submit(decompose, name, k) for k in range(len(plan.experts))] for name in missing]
-    parts = ({k: part for k, future in enumerate(row) if (part := future.result())} for row in decomposed)
-    stores = {name: _store_factors if name in factored else _store_whole for name in missing}
-    written = [
-        streams.pool.submit(stores[name], plan, state, name, some) for name, some in zip(missing, parts, strict=True)
-    ]
-    for future in written:
-        future.result()
+    experts = range(len(plan.experts))
+    keys = [(k, group) for group in sorted({group_of[name] for name in missing}) for k in experts]
+    found = dict(zip(keys, streams.pool.map(lambda key: load_parts(plan, state, *key), keys), strict=True))
 
+    def store(name: str) -> None:
+        parts: dict[int, Parts] = {}
+        for k in experts:
+            of_group = found[k, group_of[name]]
+            if of_group is not None:
+                part = of_group.get(name)
+            else:
+                part = compute_parts(plan, streams.experts[k][1].task_vector(name), streams.base.read(name), device)
+            if part is not None:
+                parts[k] = part
+        with one_at_a_time(device):
+            on_device = {k: (u.to(device), s.to(device), vt.to(device)) for k, (u, s, vt) in parts.items()}
+            write = _store_factors if name in factored else _store_whole
+            write(plan, state, name, on_device)
 
-def _decompose(streams: TaskVectors, experts: int, name: str, k: int) -> Parts | None:
-    """Return the leading parts of expert k's matrix, or None if it equals the base's."""
-    base = streams.base.read(name)
-    parts = leading_parts(streams.experts[k][1].task_vector(name), base, max(1, min(base.shape) // experts))
-    if parts is None:
-        return None
-    u, s, vt = parts
-    return u.clone(), s.clone(), vt.clone()  # copies, so that the full factors can be freed
+    for _ in in_order(
+        (partial(store, name) for name in missing), streams.pool, decompositions(plan, streams.threads) - 1
+    ):
+        pass
+    stored = set(names)
+    orthogonal = frozenset(plan.orthogonal)
+    done = (number for number, group in enumerate(groups) if not stored.isdisjoint(group))
+    remove_parts(plan, state, (number for number in done if orthogonal.intersection(groups[number]) <= stored))
 
 
 def _store_whole(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:

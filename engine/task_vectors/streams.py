@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -81,20 +82,26 @@ class TaskVectors:
 
         return dict(zip(weight_gradients, self.pool.map(gradient, weight_gradients), strict=True))
 
-    def inspect(self, names: Iterable[str]) -> dict[str, Inspection]:
+    def inspect(self, names: Iterable[str], with_base: bool = True) -> dict[str, Inspection]:
         """Read the named tensors of base and experts once and return their statistics.
+
+        Without `with_base`, the base is read and checked only where a task vector is a difference.
 
         Raises:
             CheckpointError: a tensor has a NaN or infinite weight; the error names the tensor and the model.
         """
         names = list(names)
-        return dict(zip(names, self.pool.map(self._inspect, names), strict=True))
+        inspections = self.pool.map(partial(self.inspection, with_base=with_base), names)
+        return dict(zip(names, inspections, strict=True))
 
-    def _inspect(self, name: str) -> Inspection:
-        base = self.base.read(name)
-        if not base.is_floating_point():
+    def inspection(self, name: str, with_base: bool = True) -> Inspection:
+        """Return the statistics of one tensor; see `inspect`."""
+        header, task_vectors = self.base.tensors[name], self.of(name)
+        if not header.dtype.startswith(("F", "BF")):
             return Inspection(np.zeros(len(self.experts)))
-        base_magnitude, magnitudes = mean_magnitudes(base, self.of(name))
+        needed = with_base or any(task_vector is not None and task_vector.minus_base for task_vector in task_vectors)
+        base = self.base.read(name) if needed else torch.empty(header.shape, device="meta")
+        base_magnitude, magnitudes = mean_magnitudes(base, task_vectors)
         owners = ["the base", *(f"expert {model!r}" for model, _ in self.experts)]
         for owner, magnitude in zip(owners, [base_magnitude, *magnitudes], strict=True):
             # A sum of absolute values is finite only if every value is, so the check needs no reading of its own.

@@ -103,13 +103,17 @@ def inner_products(
 
 
 def mean_magnitudes(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> tuple[float, Array]:
-    """Return mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; blocks are summed in float64."""
+    """Return mean |θ₀| and sₖ = mean |τₖ| [K] of one tensor; blocks are summed in float64.
+
+    The base may be on the meta device if no τ is a difference; its magnitude is then 0.
+    """
     base_sum, sums = 0.0, np.zeros(len(task_vectors))
     base_N = base.reshape(-1)
     for start, stop in blocks(base.shape):
         buffers = _buffers(stop - start)
-        base_B = buffers.float32(base_N[start:stop])
-        base_sum += _sum(torch.abs(base_B, out=buffers.other_B))
+        base_B = buffers.base_B if base.is_meta else buffers.float32(base_N[start:stop])
+        if not base.is_meta:
+            base_sum += _sum(torch.abs(base_B, out=buffers.other_B))
         for k, task_vector in enumerate(task_vectors):
             if task_vector is not None:
                 task_vector.block(start, stop, base_B, buffers.other_B)

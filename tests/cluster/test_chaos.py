@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 SEED = 20260
 CELLS = [
+    ("Expert", "reading the experts"),
     ("node of Expert", "targets"),
     ("node of Shard", "orthogonal task vectors"),
     ("Trainer", "stage 1"),

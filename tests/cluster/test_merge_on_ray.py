@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.schema import Use
 from engine.errors import InputError
+from engine.shards.parts import tensor_groups
 from engine.task_vectors.coefficients import read_coefficients
 
 pytestmark = pytest.mark.usefixtures("small_ray")
@@ -82,13 +83,24 @@ def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Pa
     assert not (tmp_path / "merged.run" / "identity.json").exists(), "it is not resumed"
 
 
-@pytest.mark.parametrize("factors", ["never", "always"])
-def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_path: Path, factors: Use) -> None:
-    settings = ["parameters.task_vectors=orthogonal", "cluster.shards=2", f"cluster.factors={factors}"]
-    plan = plan_of(config, *settings)
+@pytest.fixture(scope="module", params=["never", "always"])
+def factors(request: pytest.FixtureRequest) -> Use:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def orthogonal(small_ray: None, config: Path, factors: Use, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The merge over orthogonal task vectors, with two shards."""
+    settings = [f"cluster.factors={factors}", "parameters.task_vectors=orthogonal", "cluster.shards=2"]
+    return run_merge(plan_of(config, *settings), tmp_path_factory.mktemp("out") / "merged")
+
+
+def test_orthogonal_task_vectors_are_learned_over_and_written(
+    config: Path, orthogonal: Path, factors: Use, tmp_path: Path
+) -> None:
+    plan, merged = plan_of(config, "parameters.task_vectors=orthogonal"), orthogonal
     plain = Plain(plan, tmp_path, factors)
     tables = plain.run()
-    merged = run_merge(plan, tmp_path / "merged")
     for stage, table in enumerate(tables, start=1):
         _, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
         assert got.layout == table.layout, "the chunks depend on the orthogonal task vectors"
@@ -102,8 +114,47 @@ def test_orthogonal_task_vectors_are_learned_over_and_written(config: Path, tmp_
             torch.testing.assert_close(written[name].flatten(), tensor, rtol=0, atol=1e-6)
     moved = json.loads((merged / "merge" / "memory.json").read_text())["bytes_trainer_to_shards"]
     assert (moved == 0) == (factors == "always"), "factors are on the trainer's device"
-    other = run_merge(plan_of(config, *settings, "cluster.shards=1"), tmp_path / "other")
-    assert result(other) == result(merged)
+
+
+@pytest.mark.parametrize("factors", ["always"], indirect=True, scope="module")
+@pytest.mark.parametrize("phase", ["reading the experts", "orthogonal task vectors", "stage 1"])
+def test_a_stop_between_readings_and_damage_give_the_same_bits(
+    config: Path, orthogonal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], phase: str
+) -> None:
+    def stop(reached: str) -> None:
+        if reached == phase:
+            raise KeyboardInterrupt
+
+    plan = plan_of(config, "parameters.task_vectors=orthogonal", "cluster.shards=1", "cluster.factors=always")
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, tmp_path / "merged", stop)
+    run = tmp_path / "merged.run"
+    stored = {folder: sorted((run / folder).glob("*")) for folder in ("parts", "survey", "orthogonal")}
+    surveyed, groups = [path.name for path in stored["survey"]], len(tensor_groups(plan))
+    if phase == "reading the experts":
+        # One expert is surveyed. Its actor may have gone on to the other one before it was stopped.
+        assert {f"0-{group}.json" for group in range(groups)} <= set(surveyed) and stored["parts"]
+    if phase == "stage 1":
+        assert not stored["parts"] and len(stored["orthogonal"]) == len(plan.orthogonal), "removed after their use"
+        stored["orthogonal"][0].unlink()
+    for path in stored["parts"][:1]:
+        path.write_bytes(path.read_bytes()[:-1])
+    damaged = run / "survey" / "0-1.json"
+    damaged.write_bytes(b"")
+    (run / "magnitudes.safetensors").unlink(missing_ok=True)
+    capsys.readouterr()
+    run_merge(plan, tmp_path / "merged")
+    assert result(tmp_path / "merged") == result(orthogonal)
+    printed = capsys.readouterr().out
+    assert sum(str(damaged) in line for line in printed.splitlines()) == 1
+    read = f"reading the experts: {2 * groups} ({len(surveyed) - 1} done before)"
+    assert read in printed, "what is stored is not read again"
+    figures = json.loads((tmp_path / "merged" / "merge" / "memory.json").read_text())
+    assert figures["expert_forwards"] == 7
+    written, before = (
+        yaml.safe_load((out / "merge" / "config.yaml").read_text()) for out in (tmp_path / "merged", orthogonal)
+    )
+    assert written["record"]["inputs"] == before["record"]["inputs"], "the hashes of the inputs"
 
 
 def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:

@@ -5,21 +5,23 @@ Letters: m rows and n columns of a matrix, r rank, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.methods.arithmetic.decompositions import (
+    MOST_SHARE,
+    NULL,
+    SMALLEST_SIDE,
+    leading_parts_by_products,
+    nearest_isometry,
+)
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.task_vectors.kinds import Product, TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.pipeline import Fill
 from engine.task_vectors.sums import whole
-
-# Directions of the concatenated parts whose singular value is at most this share of the largest are null. Measured: up
-# to 1e-5 where two experts differ by the rounding of float32 alone, 1/(2n) and more for independent experts.
-NULL = 1e-5
-
 
 # U [m, r], Σ [r], Vᵀ [r, n].
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -36,6 +38,23 @@ def changed(tensor: MergeTensor) -> Iterator[Tensor]:
     for k, task_vector in enumerate(tensor.task_vectors):
         if task_vector is not None and bool((whole := tensor.task_vector(k)).any()):
             yield whole
+
+
+def changed_parts(tensor: MergeTensor, rank: int) -> Iterator[Parts]:
+    """Yield the `rank` leading singular parts of τₖ of each expert that changes the matrix.
+
+    Raises:
+        CheckpointError: τₖ, or a factor of it, has a NaN or infinite element.
+    """
+    for k, task_vector in enumerate(tensor.task_vectors):
+        if isinstance(task_vector, Product):
+            tensor.check_finite(k, task_vector.left)
+            tensor.check_finite(k, task_vector.right)
+            parts = leading_parts(task_vector, tensor.base, rank)
+        else:
+            parts = leading(tau, rank) if (tau := tensor.task_vector(k)).any() else None
+        if parts is not None:
+            yield parts
 
 
 def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
@@ -64,10 +83,21 @@ def leading_parts(task_vector: TaskVector | None, base: Tensor, rank: int) -> Pa
     return leading(tau, rank) if tau.any() else None
 
 
-def leading(tau: Tensor, rank: int) -> Parts:
-    """Return U [m, r], Σ [r], Vᵀ [r, n] of the `rank` leading singular parts, less those that are zero by rounding."""
+def leading(tau: Tensor, rank: int, by_lapack: Callable[[], None] | None = None) -> Parts:
+    """Return U [m, r], Σ [r], Vᵀ [r, n] of the `rank` leading singular parts, less those that are zero by rounding.
 
-    u, s, vt = torch.linalg.svd(tau, full_matrices=False)
+    Large matrices of which few parts are wanted are decomposed by matrix products. If that does not converge,
+    `by_lapack` is called, and LAPACK decomposes the matrix, as it does all others.
+
+    Raises:
+        torch.linalg.LinAlgError: `tau` is not finite.
+    """
+    smaller, parts = min(tau.shape), None
+    if smaller >= SMALLEST_SIDE and rank <= MOST_SHARE * smaller:
+        parts = leading_parts_by_products(tau, rank)
+        if parts is None and by_lapack is not None:
+            by_lapack()
+    u, s, vt = torch.linalg.svd(tau, full_matrices=False) if parts is None else parts
     rank = _rank_of(s, rank, tau.shape)
     return u[:, :rank], s[:rank], vt[:rank]
 
@@ -89,25 +119,35 @@ def _rank_of(s: Tensor, rank: int, shape: Sequence[int]) -> int:
     return min(rank, int((s > s[0] * max(shape) * torch.finfo(torch.float32).eps).sum()))
 
 
-def orthogonal_parts(parts: Sequence[Parts]) -> Parts:
+def orthogonal_parts(parts: Sequence[Parts], by_lapack: Callable[[], None] | None = None) -> Parts:
     """Return U⊥ [m, Σr], Σ [Σr] and V⊥ᵀ [Σr, n] of several experts' parts (U, Σ, Vᵀ), concatenated in order.
 
     U⊥ is the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise (Gargiulo et al., arXiv 2412.00081). Where the
     experts' parts are dependent (equal experts, adapters with a common factor), it is the nearest partial isometry:
-    experts share the directions that they have in common.
+    experts share the directions that they have in common. `by_lapack` is called for each large matrix that matrix
+    products do not make orthogonal; LAPACK then does.
     """
-
     left, values, right = zip(*parts, strict=True)
-    return _nearest_orthogonal(torch.cat(left, dim=1)), torch.cat(values), _nearest_orthogonal(torch.cat(right))
+    return (
+        _nearest_orthogonal(torch.cat(left, dim=1), by_lapack),
+        torch.cat(values),
+        _nearest_orthogonal(torch.cat(right), by_lapack),
+    )
 
 
-def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+def _nearest_orthogonal(matrix: Tensor, by_lapack: Callable[[], None] | None) -> Tensor:
     """Return P·Qᵀ of matrix = P·D·Qᵀ, the nearest matrix with orthonormal columns (or rows, if it is wide).
 
     Null directions (`NULL`) are left out: rounding alone decides their vectors in P, so that they would add noise of
     full norm.
     """
-
+    if min(matrix.shape) >= SMALLEST_SIDE:
+        wide = len(matrix) <= matrix.shape[1]
+        found = nearest_isometry(matrix if wide else matrix.T.contiguous())
+        if found is not None:
+            return found if wide else found.T
+        if by_lapack is not None:
+            by_lapack()
     p, d, qt = torch.linalg.svd(matrix, full_matrices=False)
     rank = int((d > NULL * d[:1]).sum())
     # Without null directions, the whole factors: a product of slices may have other bits.

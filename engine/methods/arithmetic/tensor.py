@@ -151,7 +151,7 @@ class MergeTensor:
         """
         task_vector = self.task_vectors[k]
         tau = torch.zeros(self.shape) if task_vector is None else whole(task_vector, self.base)
-        self._check_finite(k, tau)
+        self.check_finite(k, tau)
         return tau
 
     def sum_of_task_vectors(self, factors: Sequence[float]) -> Fill:
@@ -213,12 +213,13 @@ class MergeTensor:
         for start, stop, base_B, tau_KB in self.blocks(piece, range(len(self.task_vectors))):
             for k, tau_B in enumerate(tau_KB):
                 # Checked before elements are dropped or outvoted, which would hide them from the check of the result.
-                self._check_finite(k, torch.from_numpy(tau_B))
+                self.check_finite(k, torch.from_numpy(tau_B))
                 sparse.apply(k, start, tau_B, state)
             yield start, stop, base_B, tau_KB
 
-    def _check_finite(self, k: int, tau_N: Tensor) -> None:
-        if not all_finite(tau_N):
+    def check_finite(self, k: int, tau: Tensor) -> None:
+        """Raise a CheckpointError if an element of τₖ, or of a part or factor of it, is NaN or infinite."""
+        if not all_finite(tau):
             raise CheckpointError(
                 f"the tensor {self.name!r} has a NaN or infinite weight",
                 f"expert {self.models[k]!r} or the base",
