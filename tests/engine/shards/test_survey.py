@@ -319,5 +319,5 @@ def test_on_a_gpu_the_task_vector_is_moved_there_and_its_parts_back(
             assert all(map(torch.equal, on_gpu, on_cpu))
             assert moved == ([(base.shape[0], 4), (4, base.shape[1])] if k == 2 else [base.shape])
     state = LocalFolder(tmp_path / "state")
-    orthogonalise(plan, streams, state, plan.orthogonal, gpu)  # type: ignore[arg-type]
+    orthogonalise(plan, streams, state, plan.orthogonal, device=gpu)  # type: ignore[arg-type]
     assert files_of(state, plan) == made(plan, LocalFolder(tmp_path / "other"))
