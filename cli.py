@@ -100,8 +100,8 @@ def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug
     def run() -> None:
         from engine.calibration.records import read_records
         from engine.calibration.samples import about_tokens
-        from engine.planning.estimates import GB
-        from engine.planning.scaling import Machines
+        from engine.planning.costs.rates import GB
+        from engine.planning.costs.scaling import Machines
         from engine.planning.summary import print_plan, print_weight_space_plan
 
         target = _target(out or _OUT)

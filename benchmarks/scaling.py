@@ -24,9 +24,9 @@ from models import Models
 from report import Report, Target, console, in_mb, print_table
 
 from engine.config.reader import load_config
-from engine.planning.estimates import GB, Prediction, Site
+from engine.planning.costs.rates import GB, Prediction, Site
+from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.planner import make_plan
-from engine.planning.scaling import Machines, Work, predict
 
 WINDOW, STEPS = 8, 5
 # Largest relative difference of a prediction from the measurement.

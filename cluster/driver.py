@@ -16,8 +16,8 @@ from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
 from cluster.weight_space_merge import WeightSpaceMerge
 from engine.errors import MergeError
+from engine.planning.costs.disk import check_disk, disk_needs
 from engine.planning.differences import WARNING, left_out, left_out_lines
-from engine.planning.disk import check_disk, disk_needs
 from engine.planning.factors import factored
 from engine.planning.plan import Plan
 from engine.run.ownership import check_state

@@ -23,11 +23,12 @@ from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
 from engine.output.merge_record import write_record
-from engine.planning.disk import check_disk, disk_needs
+from engine.planning.costs.disk import check_disk, disk_needs
+from engine.planning.costs.patience import patience
+from engine.planning.costs.scaling import Work
+from engine.planning.factors import decomposed, directions
 from engine.planning.open_models import weight_files
-from engine.planning.patience import patience
 from engine.planning.plan import Plan
-from engine.planning.scaling import Work
 from engine.run.run_folder import RunFolder
 from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import PARTS, tensor_groups
@@ -67,7 +68,8 @@ class LearnedMerge(Attempt):
             if self.plan.config.stages == 2:
                 self.progress.phase("importance", 1)
                 options = self.plan.config.parameters
-                layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa)
+                along, each = directions(self.plan), options.chunks == "direction"
+                layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa, along, each)
                 self.progress.advance("importance", 1)
                 stages.append(training.stage(second_stage(self.plan, layout, stages[0])))
             self.report(trainer)
@@ -148,7 +150,7 @@ class LearnedMerge(Attempt):
         """Return the magnitudes that an earlier start stored, if the orthogonal task vectors are stored, too."""
         shape = (len(self.plan.experts), len(self.plan.merged))
         kept = self.folder.kept("magnitudes", shape, "the weights are read again")
-        orthogonal = {file_name(name) for name in self.plan.orthogonal}
+        orthogonal = {file_name(name) for name in decomposed(self.plan)}
         return kept if orthogonal <= self.folder.state.names(FOLDER) else None
 
     def _magnitudes(self, crew: Crew, targets: TargetComputation) -> Array:
@@ -181,7 +183,7 @@ class LearnedMerge(Attempt):
 
         This runs on the shards. If the experts compute on GPUs, it runs in their seats when these are free.
         """
-        wanted = frozenset(self.plan.orthogonal)
+        wanted = frozenset(decomposed(self.plan))
         matrices = [some for group in groups if (some := [name for name in group if name in wanted])]
         if not matrices:
             return {}
@@ -191,7 +193,8 @@ class LearnedMerge(Attempt):
             workers = crew.shards_of_experts(len(matrices))
         through = frozenset(crew.layout.factored)
         ask = lambda shard, names: shard.orthogonalise.remote(names, through.intersection(names))  # noqa: E731
-        done = self.spread("orthogonal task vectors", workers, matrices, ask)
+        phase = "orthogonal task vectors" if self.plan.orthogonal else "singular directions"
+        done = self.spread(phase, workers, matrices, ask)
         for shard in workers if workers is not crew.shards else ():
             self.report(shard)
             crew.dismiss(shard)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from engine.config.schema import Config, Use
 from engine.errors import ClusterError
-from engine.planning.estimates import GB, Site
+from engine.planning.costs.rates import GB, Site
+from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.factors import factored
 from engine.planning.plan import Plan, slices
-from engine.planning.scaling import Machines, Work, choose
 
 Bundle = dict[str, float]
 # Ray's label for the type of a node's accelerators.

@@ -14,7 +14,7 @@ from cluster.session import await_layout, nodes
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.registry import get_method
 from engine.output.merge_record import write_weight_space_record
-from engine.planning.patience import patience
+from engine.planning.costs.patience import patience
 from engine.planning.plan import slices
 from engine.shards.weight_space import model_thresholds
 

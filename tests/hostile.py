@@ -31,7 +31,7 @@ IMPORTS = 10
 PLAN = (
     "cli",
     "engine.calibration.samples",
-    "engine.planning.scaling",
+    "engine.planning.costs.scaling",
     "engine.planning.summary",
     "engine.report.page",
     "pyarrow.parquet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,3 +119,14 @@ def assert_equals_peft(built: Built, changed: int) -> None:
             for start, stop in cuts(numel, size):
                 vector.block(start, stop, base.reshape(-1)[start:stop], out[start:stop])
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def adapters(config: Path, experts: int) -> None:
+    """Replace all experts by adapters of some matrices, of different ranks."""
+    for k in range(experts):
+        target = config.parent / f"expert{k}"
+        shutil.rmtree(target)
+        torch.manual_seed(k)
+        options = peft.LoraConfig(r=2 + k, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        base = transformers.AutoModelForCausalLM.from_pretrained(config.parent / "base")
+        peft.get_peft_model(base, options).save_pretrained(target)

@@ -25,7 +25,7 @@ from engine.learning.learner import (
     with_prior,
 )
 from engine.learning.targets import without_targets
-from engine.planning.factors import factored
+from engine.planning.factors import decomposed, directions, factored
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
@@ -88,7 +88,7 @@ class Plain:
                 said = shard.target(run.state, *files) if files else pack_all(without_targets(sample).tensors())
                 self.targets[k, sample.index] = said
         through = factored(plan, on_gpu=False, use=factors)
-        orthogonalise(plan, streams, run.state, plan.orthogonal, through)
+        orthogonalise(plan, streams, run.state, decomposed(plan), through)
         inspected = with_orthogonal(plan, streams, run.state).inspect(plan.merged)
         self.magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
         others = plan.merged_set.difference(through)
@@ -126,5 +126,6 @@ class Plain:
         first = self.learn(first_stage(self.plan))
         if self.plan.config.stages == 1:
             return [first]
-        layout, self.importance = stage_2_layout(first, self.magnitudes, options.budget, options.kappa)
+        along, each = directions(self.plan), options.chunks == "direction"
+        layout, self.importance = stage_2_layout(first, self.magnitudes, options.budget, options.kappa, along, each)
         return [first, self.learn(second_stage(self.plan, layout, first))]

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.learning.importance import stage_2_layout
 from engine.output.merge_record import write_record
+from engine.planning.factors import directions
 from engine.planning.plan import Plan
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
@@ -40,7 +41,8 @@ def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coeffi
     noise = generator.normal(0, 0.03, (experts, first.width))
     stage_1 = Coefficients(first, priors[:, None] + noise)
     magnitudes = generator.uniform(0.1, 1, (experts, len(first.tensors)))
-    second, importance = stage_2_layout(stage_1, magnitudes, budget, 1.0)
+    along, each = directions(plan), plan.config.parameters.chunks == "direction"
+    second, importance = stage_2_layout(stage_1, magnitudes, budget, 1.0, along, each)
     values = np.repeat(priors[:, None], second.width, axis=1)
     values[:, second.learned_columns] += generator.normal(0, 0.05, (experts, int(second.learned_columns.sum())))
     return [stage_1, Coefficients(second, values)], importance

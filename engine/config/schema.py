@@ -178,7 +178,7 @@ Rate = Annotated[Float, Field(ge=SLOWEST, le=FASTEST)]
 
 
 class Rates(Section):
-    """Speed of the machines. None: a default for the kind of device is used (`engine.planning.scaling`).
+    """Speed of the machines. None: a default for the kind of device is used (`engine.planning.costs.scaling`).
 
     The rates decide placement and the estimates of `plan`; they do not change the result. 1 GB is 1e9 bytes.
 
@@ -212,7 +212,7 @@ class Cluster(Section):
         rates: Speed of the machines.
         wait: Seconds to wait for resources.
         hang: Seconds without a result after which the actors count as hung. `auto`: far above the estimated time of
-            the longest call (`engine.planning.patience`).
+            the longest call (`engine.planning.costs.patience`).
     """
 
     expert: ActorResources = ActorResources()
@@ -321,3 +321,8 @@ class Config(Section):
     def stages(self) -> int:
         """Number of learning stages: 2 for Expert Merging++, 1 for the other learned methods."""
         return 2 if self.merge_method == "expert_merging_pp" else 1
+
+    @property
+    def spectral(self) -> bool:
+        """Whether chunks of matrices in stage 2 are groups of singular directions."""
+        return self.stages == 2 and self.parameters.chunks != "contiguous"

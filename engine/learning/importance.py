@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +39,22 @@ def allocate_chunks(importance_L: Array, budget: float, kappa: float) -> list[in
 
 
 def stage_2_layout(
-    stage_1: Coefficients, magnitude_KL: Array, budget: float, kappa: float
+    stage_1: Coefficients,
+    magnitude_KL: Array,
+    budget: float,
+    kappa: float,
+    directions: Mapping[str, int] = MappingProxyType({}),
+    each: bool = False,
 ) -> tuple[ChunkLayout, Array]:
     """Return the chunk layout of stage 2, given the coefficients of stage 1, and the importance [L] of the tensors.
+
+    Args:
+        stage_1: The coefficients of stage 1.
+        magnitude_KL: mean |τₖ,ₗ|.
+        budget: B, a multiple of the number of tensors.
+        kappa: κ, the exponent of the importance.
+        directions: The tensors whose chunks are groups of singular directions, with the number of these.
+        each: Each direction of a tensor that gets a chunk is a chunk.
 
     Raises:
         ConfigError: The budget is so small that no tensor gets a chunk.
@@ -56,16 +70,19 @@ def stage_2_layout(
             "1 or more, which is always sufficient",
             "raise `budget`, and run with --fresh",
         )
-    return ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True))), scores_L
+    wanted = dict(zip(numels, chunks, strict=True))
+    if each:
+        wanted |= {name: count for name, count in directions.items() if wanted[name]}
+    return ChunkLayout.make(numels, wanted, directions), scores_L
 
 
-def write_importance(path: Path, layout: ChunkLayout, importance_L: Array) -> None:
+def write_importance(path: Path, layout: ChunkLayout, importance_L: Array, numels: Mapping[str, int]) -> None:
     """Write merge/importance.parquet: one row per merged tensor; `chunks` is 0 if its coefficient is fixed."""
     chunks = [len(edges) - 1 if learned else 0 for edges, learned in zip(layout.edges, layout.learned, strict=True)]
     table = pa.table(
         {
             "tensor": pa.array(layout.tensors, pa.string()),
-            "numel": pa.array([edges[-1] for edges in layout.edges], pa.int64()),
+            "numel": pa.array([numels[name] for name in layout.tensors], pa.int64()),
             "importance": pa.array(importance_L, pa.float64()),
             "chunks": pa.array(chunks, pa.int32()),
         }

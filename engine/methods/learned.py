@@ -53,13 +53,14 @@ ABOUT = {
     "epochs": "passes over the samples",
     "budget": "B, the coefficients per expert as a multiple of the number of merged tensors",
     "kappa": "κ, the exponent of the importance: 0 spreads the chunks evenly, above 1 sharpens the differences",
+    "chunks": "`contiguous`: pieces of a tensor; `spectral`: groups of singular directions; `direction`: each",
     "fixed": "coefficient of a tensor without chunks: `prior`, or `stage1` for its value of stage 1",
     "start": "start of stage 2: `prior`, or `stage1` for the coefficients of stage 1",
     "granularity": "`layer`: one coefficient per expert and tensor; `task`: one per expert",
 }
 
 # Options of stage 2, and of the losses against the expert's targets: those that some methods lack.
-SECOND_STAGE = ("budget", "kappa", "fixed", "start")
+SECOND_STAGE = ("budget", "kappa", "chunks", "fixed", "start")
 ALIGNMENT = ("hidden_layers", "hidden_loss", "hidden_weight", "temperature")
 
 
@@ -95,6 +96,7 @@ class Parameters(Section):
     epochs: Annotated[Int, Field(ge=1, le=10_000)] = 8
     budget: Annotated[Float, Field(gt=0, le=1e6)] = 8.0
     kappa: Annotated[Float, Field(ge=0, le=100)] = 1.0
+    chunks: Literal["contiguous", "spectral", "direction"] = "contiguous"
     fixed: Literal["prior", "stage1"] = "stage1"
     start: Literal["prior", "stage1"] = "stage1"
     granularity: Literal["layer", "task"] = "layer"

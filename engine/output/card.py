@@ -78,6 +78,16 @@ def _aim(plan: Plan) -> str:
     return aim
 
 
+def _chunks(plan: Plan, learned: Coefficients) -> str:
+    """Return what the coefficients of a matrix multiply if its chunks are groups of singular directions, or nothing."""
+    if not learned.layout.spectral:
+        return ""
+    what = (
+        "one singular direction" if plan.config.parameters.chunks == "direction" else "a group of singular directions"
+    )
+    return f"\nA coefficient of a matrix belongs to {what} of the expert's task vector.\n"
+
+
 def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
     """Write the README.md of a learned merge: the experts, the method, and how to load the model."""
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
@@ -104,7 +114,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients) -> None:
 {len(plan.experts)} fine-tuned experts of {base} in one model. For each expert {total} coefficients were
 learned on unlabelled samples, so that {_aim(plan)}. {len(plan.merged)} tensors are merged; all other tensors are the
 base's.
-
+{_chunks(plan, learned)}
 | expert | given as | prior | mean learned coefficient | range |
 |---|---|---|---|---|
 {chr(10).join(rows)}

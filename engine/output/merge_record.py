@@ -84,7 +84,7 @@ def write_record(
     priors = {"priors": dict(zip(names, plan.priors, strict=True))}
     write_coefficients(record / "coefficients.parquet", stages, names)
     if importance_L is not None:
-        write_importance(record / "importance.parquet", stages[-1].layout, importance_L)
+        write_importance(record / "importance.parquet", stages[-1].layout, importance_L, plan.numels)
     write_metrics(record / "metrics.parquet", metrics)
     write_card(folder / "README.md", plan, stages[-1])
     more = priors | {"files": _files(folder, weights), "devices": devices or {}}

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES
 from engine.config.schema import Use
-from engine.planning.estimates import CORE_FLOPS, STREAM
+from engine.errors import ConfigError
+from engine.planning.costs.rates import CORE_FLOPS, STREAM
 from engine.planning.plan import ExpertPlan, Plan
 
 
@@ -22,23 +23,72 @@ def factored(plan: Plan, on_gpu: bool, use: Use) -> tuple[str, ...]:
     Args:
         plan: The plan.
         on_gpu: Whether the trainer computes on a GPU.
-        use: `cluster.factors` of the config.
+        use: `cluster.factors` of the config. Matrices with coefficients of singular directions are always among them.
     """
-    if not plan.config.learned or use == "never":
+    if not plan.config.learned:
         return ()
-    have = [name for name in plan.merged if _has_factors(plan, name)]
-    return tuple(name for name in have if use == "always" or on_gpu or _faster(plan, name))
+    along, have = directions(plan), [name for name in plan.merged if _has_factors(plan, name)]
+    if use == "never":
+        return tuple(along)
+    return tuple(name for name in have if name in along or use == "always" or on_gpu or _faster(plan, name))
+
+
+def directions(plan: Plan) -> dict[str, int]:
+    """Return the matrices whose chunks of stage 2 are groups of singular directions, with the number of these.
+
+    It is the largest number that an expert can have; those of the others are the first ones.
+    """
+    if not plan.config.spectral:
+        return {}
+    counts = {name: max(ranks(plan, name)) for name in plan.merged if _has_factors(plan, name)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def check_directions(plan: Plan) -> None:
+    """Check that chunks of singular directions are possible, if the config wants them.
+
+    Raises:
+        ConfigError: No merged tensor has singular directions, or factors must not be used.
+    """
+    if not plan.config.spectral:
+        return
+    chunks = f"`chunks: {plan.config.parameters.chunks}`"
+    if plan.config.cluster.factors == "never":
+        raise ConfigError(
+            f"{chunks} merges matrices through factors, which `cluster.factors` forbids",
+            "cluster.factors",
+            "auto or always",
+            "leave out `cluster.factors`, or set `chunks: contiguous`",
+        )
+    if directions(plan):
+        return
+    orthogonal = plan.config.parameters.task_vectors == "orthogonal"
+    raise ConfigError(
+        f"{chunks} needs singular directions, and no merged tensor has such",
+        "parameters.chunks",
+        "matrices to merge" if orthogonal else "experts that are all adapters, as their task vectors are `whole`",
+        "set `chunks: contiguous`" if orthogonal else "set `task_vectors: orthogonal` or `chunks: contiguous`",
+    )
+
+
+def decomposed(plan: Plan) -> tuple[str, ...]:
+    """Return the names of the matrices whose task vectors are stored as singular parts, in the order of `plan.merged`.
+
+    These are the orthogonal ones; of whole task vectors, which are adapters' then, those with chunks of directions.
+    """
+    return plan.orthogonal or tuple(directions(plan))
 
 
 def ranks(plan: Plan, name: str) -> list[int]:
-    """Return the rank of each expert's factors of a matrix. Of orthogonal task vectors it may turn out to be smaller.
+    """Return the rank of each expert's factors of a matrix. Of stored task vectors it may turn out to be smaller.
 
     An orthogonal part has at most rank ⌊min(m, n)/K⌋ (Gargiulo et al., arXiv 2412.00081).
     """
-    own = [_own_rank(plan, expert, name) for expert in plan.experts]
-    if name not in plan.orthogonal_set:
+    own, most = [_own_rank(plan, expert, name) for expert in plan.experts], min(plan.base_header.tensors[name].shape)
+    if name in plan.orthogonal_set:
+        most = max(1, most // len(plan.experts))
+    elif not plan.config.spectral:
         return own
-    most = max(1, min(plan.base_header.tensors[name].shape) // len(plan.experts))
     return [min(rank, most) for rank in own]
 
 
@@ -53,8 +103,8 @@ def factor_bytes(plan: Plan, names: Iterable[str]) -> int:
 
 
 def stored_bytes(plan: Plan, names: Collection[str]) -> int:
-    """Return the bytes of the stored orthogonal task vectors, of which those of the named matrices are factors."""
-    through, others = ([name for name in plan.orthogonal if (name in names) == wanted] for wanted in (True, False))
+    """Return the bytes of the stored task vectors, of which those of the named matrices are factors."""
+    through, others = ([name for name in decomposed(plan) if (name in names) == wanted] for wanted in (True, False))
     whole = sum(plan.numels[name] * sum(rank > 0 for rank in ranks(plan, name)) for name in others)
     return factor_bytes(plan, through) + whole * BYTES[stored_dtype(plan)]
 

@@ -23,6 +23,7 @@ from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
 from engine.planning.differences import notes_on, remarks_on, with_values_of
+from engine.planning.factors import check_directions
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.planning.structures import Structures, without_tied_head
@@ -70,7 +71,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         if isinstance(model.header, AdapterHeader):
             check_merged(model.header, merged, config.exclude)
     _check_budget(config, [base.tensors[name].numel for name in merged])
-    return Plan(
+    plan = Plan(
         config=config,
         base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
         experts=experts,
@@ -81,6 +82,8 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         rows=rows,
         remarks=remarks_on(config, base_folder, experts),
     )
+    check_directions(plan)
+    return plan
 
 
 def _check_names(base: ModelHeader, structure: Structure) -> None:

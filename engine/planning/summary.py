@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import rich.box
 import rich.console
 import rich.filesize
 import rich.table
 
+from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
+from engine.planning.costs.patience import patience
+from engine.planning.costs.rates import GB, Prediction, Site
+from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
 from engine.planning.differences import left_out, left_out_lines
-from engine.planning.disk import DiskNeeds, DiskRoom, disk_needs, shortage
-from engine.planning.estimates import GB, Prediction, Site
-from engine.planning.factors import factored
-from engine.planning.patience import patience
+from engine.planning.factors import directions, factored
 from engine.planning.plan import Plan
-from engine.planning.scaling import Machines, Work, choose, predict, shortages
 
 PLACES: dict[Site, str] = {
     "trainer": "within the trainer",
@@ -119,16 +119,23 @@ def _facts(plan: Plan, work: Work, needs: DiskNeeds, room: DiskRoom | None) -> r
         facts.add_row("expert forwards", f"{work.samples}, once for all stages")
     facts.add_row("coefficients", f"{len(plan.merged)} per expert in stage 1")
     if plan.config.stages == 2:
-        facts.add_row("", f"at most {int(parameters.budget * len(plan.merged))} per expert in stage 2")
-        for line in _chunks(plan):
+        along, most = directions(plan), int(parameters.budget * len(plan.merged))
+        if parameters.chunks == "direction":
+            most = sum(along.values()) + (most if len(along) < len(plan.merged) else 0)
+        facts.add_row("", f"at most {most} per expert in stage 2")
+        if along:
+            facts.add_row(
+                "", f"along {min(along.values())} to {max(along.values())} directions of {len(along)} matrices"
+            )
+        for line in _chunks(plan, along):
             facts.add_row("", line)
     facts.add_row("disk", _disk(needs, room))
     facts.add_row("optimiser steps", f"{work.steps} per stage, {plan.config.stages} stages")
     return facts
 
 
-def _chunks(plan: Plan) -> list[str]:
-    """Return what is known about the chunks of stage 2 before the importance is."""
+def _chunks(plan: Plan, along: Mapping[str, int]) -> list[str]:
+    """Return what is known about the chunks of stage 2 before the importance is. `along`: see `directions`."""
     budget, kappa, count = plan.config.parameters.budget, plan.config.parameters.kappa, len(plan.merged)
     if kappa > 0:
         # With a smaller share of the importance, a tensor's ⌊B·N · share⌋ is 0.
@@ -136,8 +143,11 @@ def _chunks(plan: Plan) -> list[str]:
             [f"a tensor gets chunks from a share of {1 / budget / count:.2%} of the importance"] if budget < 1 else []
         )
     chunks = math.floor(budget + 1e-9)
-    small = [name for name, numel in plan.numels.items() if numel < chunks]
-    return [f"fewer elements than their {chunks} chunks: {', '.join(small)}"] if small else []
+    each = plan.config.parameters.chunks == "direction"
+    sizes = {name: n for name, n in {**plan.numels, **along}.items() if not (each and name in along)}
+    small = [name for name, size in sizes.items() if size < chunks]
+    parts = "elements or directions" if along else "elements"
+    return [f"fewer {parts} than their {chunks} chunks: {', '.join(small)}"] if small else []
 
 
 def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:

@@ -151,8 +151,13 @@ def _coefficients(merge: Merged) -> list[ReportSection]:
     )
     if merge.config.parameters.task_vectors == "orthogonal":
         text += " The coefficients of matrices multiply orthogonal task vectors, which are scaled by 4."
+    along = " The chunks of matrices are groups of singular directions of each expert's task vector, the largest first."
     return [
-        ReportSection(f"Coefficients of stage {stage}", text, charts=coefficient_charts(table, names, priors))
+        ReportSection(
+            f"Coefficients of stage {stage}",
+            text + (along if table.layout.spectral else ""),
+            charts=coefficient_charts(table, names, priors),
+        )
         for stage, table in merge.stages.items()
     ]
 
@@ -213,7 +218,8 @@ def _coefficient_texts(table: Coefficients, k: int) -> list[str]:
             continue
         rows = ["  ".join(shown[at : at + CHUNK_LINE]) for at in range(0, len(shown), CHUNK_LINE)]
         more = [f"and {len(values) - CHUNKS} more"] if len(values) > CHUNKS else []
-        texts.append("<br>".join([f"mean α = {values.mean():.4f} of {len(values)} chunks:", *rows, *more]))
+        chunks = "groups of directions" if tensor in table.layout.spectral else "chunks"
+        texts.append("<br>".join([f"mean α = {values.mean():.4f} of {len(values)} {chunks}:", *rows, *more]))
     return texts
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.planning.factors import decomposed
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.orthogonal import StoredTaskVectors
 from engine.shards.protocol import Arrivals, Gradients, PieceSink, Shards
 from engine.storage.folder import Folder
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
-from engine.task_vectors.factors import Factors, merge_factors, project
+from engine.task_vectors.factors import Factors, merge_factors, project, project_directions, sum_directions
 from engine.task_vectors.kinds import Product
 from engine.task_vectors.streams import TaskVectors
 
@@ -34,7 +35,7 @@ class FactorShards:
         plan: The plan.
         names: The matrices that are merged here.
         rest: Merges all other tensors.
-        state: The folder of the run's state; needed for orthogonal task vectors.
+        state: The folder of the run's state; needed for stored task vectors.
         room: Bytes of a GPU's memory that must stay free for the rest of a step.
     """
 
@@ -85,7 +86,7 @@ class FactorShards:
     def _load(self, name: str) -> tuple[Tensor, Factors]:
         """Return the base's matrix as a view of its file, and the factors in the dtype in which they are stored."""
         base = self._task_vectors.base.read(name)
-        if name in self._plan.orthogonal_set:
+        if name in self._decomposed:
             return base, self._stored.factors(name)
         products: list[Product | None] = []
         for task_vector in self._task_vectors.of(name):
@@ -99,30 +100,45 @@ class FactorShards:
         return open_task_vectors(self._plan, 1)
 
     @cached_property
+    def _decomposed(self) -> frozenset[str]:
+        return frozenset(decomposed(self._plan))
+
+    @cached_property
     def _stored(self) -> StoredTaskVectors:
         assert self._state is not None
         return StoredTaskVectors(self._state)
 
 
 class _FactorGradients:
-    """The sums ⟨Gₛ, τₖ,ₛ⟩ of each matrix, [K, S] float64 on the device of its gradient."""
+    """The sums ⟨Gₛ, τₖ,ₛ⟩ of each matrix, [K, S] float64 on the device of its gradient.
+
+    Where chunks are groups of singular directions, it is ⟨G, τᵣ⟩ of each direction, [R].
+    """
 
     def __init__(self, shards: FactorShards, layout: ChunkLayout, rest: Gradients, names: frozenset[str]) -> None:
         self._shards, self._layout, self._rest, self._names = shards, layout, rest, names
         self._sums: dict[str, Tensor] = {}
+        self._ranks: dict[str, tuple[int, ...]] = {}
 
     def send(self, name: str, gradient: Tensor) -> None:
         if name not in self._names:
             self._rest.send(name, gradient)
             return
         base, factors = self._shards.on(gradient.device, name)
-        part_KS = project(gradient.to(base.dtype), factors, self._layout.edges_of[name])
+        self._ranks[name], slope = factors.ranks, gradient.to(base.dtype)
+        if name in self._layout.spectral:
+            part = project_directions(slope, factors)
+        else:
+            part = project(slope, factors, self._layout.edges_of[name])
         # In the order of the passes, whichever thread of the backward pass calls.
-        self._sums[name] = self._sums[name] + part_KS if name in self._sums else part_KS
+        self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def collect(self) -> Array:
         gradient = self._rest.collect()
         columns = self._layout.columns
         for name in self._sums:
-            gradient[:, columns[name]] = self._sums[name].cpu().numpy()
+            sums = self._sums[name].cpu().numpy()
+            if name in self._layout.spectral:
+                sums = sum_directions(sums, self._ranks[name], self._layout.edges_of[name])
+            gradient[:, columns[name]] = sums
         return np.asarray(gradient)

@@ -23,8 +23,8 @@ from torch import Tensor
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.methods.arithmetic.matrices import Parts, orthogonal_parts
-from engine.planning.factors import stored_dtype
-from engine.planning.flops import decompositions
+from engine.planning.costs.flops import decompositions
+from engine.planning.factors import decomposed, stored_dtype
 from engine.planning.plan import Plan
 from engine.shards.parts import compute_parts, load_parts, one_at_a_time, remove_parts, tensor_groups
 from engine.storage.cache import borrowed
@@ -33,7 +33,7 @@ from engine.storage.local_folder import LocalFolder
 from engine.storage.sealed import digest_name, has_digest, keep_digest, refuse
 from engine.task_vectors.experts import ExpertWeights
 from engine.task_vectors.factors import Factors
-from engine.task_vectors.kinds import Stored, TaskVector
+from engine.task_vectors.kinds import Product, Stored, TaskVector
 from engine.task_vectors.pipeline import in_order
 from engine.task_vectors.streams import TaskVectors
 
@@ -61,7 +61,7 @@ def orthogonalise(
     factored: Collection[str] = (),
     device: torch.device = CPU,
 ) -> None:
-    """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices, except those already stored.
+    """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices (or whole τₖ, see `decomposed`), except those already stored.
 
     Those of matrices in `factored` are stored as factors, which take no more space for many experts than for two; the
     others whole, one matrix for each expert. The experts' leading parts are those that `engine.shards.parts` stored,
@@ -99,9 +99,9 @@ def orthogonalise(
     ):
         pass
     stored = set(names)
-    orthogonal = frozenset(plan.orthogonal)
+    matrices = frozenset(decomposed(plan))
     done = (number for number, group in enumerate(groups) if not stored.isdisjoint(group))
-    remove_parts(plan, state, (number for number in done if orthogonal.intersection(groups[number]) <= stored))
+    remove_parts(plan, state, (number for number in done if matrices.intersection(groups[number]) <= stored))
 
 
 def _store_whole(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
@@ -136,20 +136,25 @@ def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
 
 
 def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts]) -> Factors:
-    """Return the factors TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n] of all experts, from those that change it."""
+    """Return the factors of all experts, from the parts of those that change the matrix.
+
+    They are TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n] or, of whole task vectors, U·Σ and Vᵀ. The directions of
+    each expert are in the order of its singular values.
+    """
     ranks = tuple(len(parts[k][1]) if k in parts else 0 for k in range(len(plan.experts)))
-    if not parts:
-        return Factors.of([None] * len(ranks), plan.base_header.tensors[name].shape)
+    if not plan.orthogonal or not parts:
+        whole = {k: Product(u * s, vt) for k, (u, s, vt) in parts.items()}
+        return Factors.of([whole.get(k) for k in range(len(ranks))], plan.base_header.tensors[name].shape)
     left, values, right = orthogonal_parts(list(parts.values()))
     return Factors(left * (TASK_VECTOR_SCALE * values), right, ranks)
 
 
 def with_orthogonal(plan: Plan, streams: TaskVectors, state: Folder | None) -> TaskVectors:
-    """Return streams that read stored orthogonal task vectors for the matrices in `plan.orthogonal`.
+    """Return streams that read the stored task vectors of the matrices that have such.
 
     Returns `streams` itself if the plan has none. A file is opened at its first use and may be written until then.
     """
-    names = frozenset(plan.orthogonal)
+    names = frozenset(decomposed(plan))
     if not names:
         return streams
     assert state is not None

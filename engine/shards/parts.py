@@ -22,6 +22,7 @@ from torch import Tensor
 from engine.checkpoints.writer import OutputFile, OutputTensor, write_file
 from engine.errors import DamagedError, InputError
 from engine.methods.arithmetic.matrices import Parts, leading, leading_parts
+from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
 from engine.sizes import ELEMENTS_PER_GROUP, MATRICES_PER_CALL
 from engine.storage.cache import borrowed
@@ -56,14 +57,14 @@ class Surveyed:
 
 def tensor_groups(plan: Plan) -> list[tuple[str, ...]]:
     """Return the names of the base's tensors in the order of its files, in groups of one call's work."""
-    orthogonal, groups = frozenset(plan.orthogonal), list[list[str]]()
+    decomposed_names, groups = frozenset(decomposed(plan)), list[list[str]]()
     matrices = elements = 0
     for name, tensor in plan.base_header.tensors.items():
         if not groups or matrices == MATRICES_PER_CALL or elements >= ELEMENTS_PER_GROUP:
             groups.append([])
             matrices = elements = 0
         groups[-1].append(name)
-        matrices, elements = matrices + (name in orthogonal), elements + tensor.numel
+        matrices, elements = matrices + (name in decomposed_names), elements + tensor.numel
     return [tuple(group) for group in groups]
 
 
@@ -82,7 +83,8 @@ def compute_parts(plan: Plan, task_vector: TaskVector | None, base: Tensor, devi
 
     They are computed on `device`. `base` is on the CPU.
     """
-    rank = max(1, min(base.shape) // len(plan.experts))
+    # The parts of whole task vectors are those of adapters, of a lower rank.
+    rank = max(1, min(base.shape) // (len(plan.experts) if plan.orthogonal else 1))
     if device.type == "cpu":
         parts = leading_parts(task_vector, base, rank)
     elif isinstance(task_vector, Product):

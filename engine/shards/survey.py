@@ -17,7 +17,8 @@ import torch
 from engine.checkpoints.headers import BYTES
 from engine.errors import DamagedError
 from engine.methods.arithmetic.matrices import Parts
-from engine.planning.flops import decompositions
+from engine.planning.costs.flops import decompositions
+from engine.planning.factors import decomposed
 from engine.planning.open_models import WeightFile, open_task_vectors, weight_files
 from engine.planning.plan import Plan
 from engine.shards.parts import Surveyed, compute_parts, load_surveyed, store_group, tensor_groups
@@ -32,7 +33,7 @@ class Survey:
     def __init__(self, plan: Plan, index: int, device: torch.device, threads: int) -> None:
         self.index, self._plan, self._device = index, plan, device
         self._streams = open_task_vectors(plan, threads, index)
-        self._groups, self._orthogonal = tensor_groups(plan), frozenset(plan.orthogonal)
+        self._groups, self._matrices = tensor_groups(plan), frozenset(decomposed(plan))
         self._hashes = _Hashes(weight_files(plan.experts[index]))
         ends, total = list[float](), 0.0
         for group in self._groups:
@@ -53,14 +54,14 @@ class Survey:
         if not missing:
             return surveyed
         pool, threads = self._streams.pool, self._streams.threads
-        ahead = decompositions(self._plan, threads) if self._orthogonal else threads
+        ahead = decompositions(self._plan, threads) if self._matrices else threads
         hashed = pool.submit(self._hashes.advance, self._shares[missing[-1]])
         calls = (partial(self._measure, name) for group in missing for name in self._groups[group])
         measured = in_order(calls, pool, ahead - 1)
         for group in missing:
             names = self._groups[group]
             results = [next(measured) for _ in names]
-            matrices = not self._orthogonal.isdisjoint(names)
+            matrices = not self._matrices.isdisjoint(names)
             parts = {place: part for place, (_, part) in enumerate(results) if part is not None} if matrices else None
             last = group == len(self._groups) - 1
             if last:
@@ -85,7 +86,7 @@ class Survey:
     def _measure(self, name: str) -> tuple[float, Parts | None]:
         """Return mean |τ| of a tensor and, if it is to be made orthogonal, its leading parts."""
         magnitude = float(self._streams.inspection(name, with_base=False).magnitudes[0])
-        if name not in self._orthogonal:
+        if name not in self._matrices:
             return magnitude, None
         (task_vector,) = self._streams.of(name)
         return magnitude, compute_parts(self._plan, task_vector, self._streams.base.read(name), self._device)

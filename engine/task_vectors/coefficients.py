@@ -6,12 +6,14 @@ Letters in array names: K experts, C coefficients of one expert, m chunks of one
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -35,10 +37,12 @@ SCHEMA = pa.schema(
         ("learned", pa.bool_()),
     ]
 )
+# Key of the file's metadata with the tensors whose chunks of stage 2 are groups of singular directions, as JSON.
+SPECTRAL = b"spectral"
 
 
 def chunk_edges(numel: int, chunks: int) -> tuple[int, ...]:
-    """Return the first element of each chunk of a flattened tensor, followed by `numel`.
+    """Return the first element of each chunk of a flattened tensor (or its first direction), followed by `numel`.
 
     Chunks are contiguous and have ⌈nₗ/mₗ⌉ elements, the last one possibly fewer. There are fewer than `chunks` chunks
     if chunks of that size cover the tensor earlier (Expert Merging++, arXiv 2509.25712).
@@ -53,18 +57,30 @@ class ChunkLayout:
     """The chunks of the merged tensors: per tensor its edges, and whether its coefficients are learned or fixed.
 
     The columns of one expert's coefficients run over the tensors in order, and over the chunks within each tensor.
+    A chunk is a range of the flattened tensor or, for tensors in `spectral`, of the singular directions of each
+    expert's task vector, the largest first. Then edges count directions. An expert with fewer directions than the last
+    edge does not use the coefficients of the chunks beyond.
     """
 
     tensors: tuple[str, ...]
     edges: tuple[tuple[int, ...], ...]
     learned: tuple[bool, ...]
+    spectral: frozenset[str] = frozenset()
 
     @classmethod
-    def make(cls, numels: Mapping[str, int], chunks: Mapping[str, int]) -> ChunkLayout:
-        """Return the layout for mₗ chunks per tensor; 0 chunks mean one coefficient that is fixed."""
+    def make(
+        cls,
+        numels: Mapping[str, int],
+        chunks: Mapping[str, int],
+        directions: Mapping[str, int] = MappingProxyType({}),
+    ) -> ChunkLayout:
+        """Return the layout for mₗ chunks per tensor; 0 chunks mean one coefficient that is fixed.
+
+        `directions` are the numbers of singular directions of the tensors whose chunks are groups of these.
+        """
         tensors = tuple(numels)
-        edges = tuple(chunk_edges(numels[name], max(1, chunks[name])) for name in tensors)
-        return cls(tensors, edges, tuple(chunks[name] > 0 for name in tensors))
+        edges = tuple(chunk_edges(directions.get(name, numels[name]), max(1, chunks[name])) for name in tensors)
+        return cls(tensors, edges, tuple(chunks[name] > 0 for name in tensors), frozenset(directions))
 
     @cached_property
     def columns(self) -> dict[str, slice]:
@@ -90,10 +106,19 @@ class ChunkLayout:
 
 @dataclass(frozen=True)
 class TensorCoefficients:
-    """The coefficients of one merged tensor: `edges` of its m chunks and `values` [K, m], float32."""
+    """The coefficients of one merged tensor: `edges` of its m chunks and `values` [K, m], float32.
+
+    `spectral`: the chunks are groups of singular directions, see `ChunkLayout`.
+    """
 
     edges: tuple[int, ...]
     values: npt.NDArray[np.float32]
+    spectral: bool = False
+
+    def of_directions(self, expert: int, count: int) -> npt.NDArray[np.float32]:
+        """Return the coefficients of the first `count` singular directions of an expert, [count]."""
+        assert self.spectral and count <= self.edges[-1]
+        return np.repeat(self.values[expert], np.diff(self.edges))[:count]
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class Coefficients:
     def of(self, tensor: str) -> TensorCoefficients:
         """Return the coefficients of one merged tensor."""
         values = self.values[:, self.layout.columns[tensor]].astype(np.float32)
-        return TensorCoefficients(self.layout.edges_of[tensor], values)
+        return TensorCoefficients(self.layout.edges_of[tensor], values, tensor in self.layout.spectral)
 
     def same_as(self, other: Coefficients) -> bool:
         """Return whether layout and values are identical, so that both tables merge to the same bits."""
@@ -139,10 +164,15 @@ def logit(alpha: Array) -> Array:
 
 
 def write_coefficients(path: Path, stages: Sequence[Coefficients], models: Sequence[str]) -> None:
-    """Write merge/coefficients.parquet: one row per coefficient, stage after stage."""
+    """Write merge/coefficients.parquet: one row per coefficient, stage after stage.
+
+    `start` and `end` of a chunk count elements or, in the tensors that the metadata lists in stage 2, directions.
+    """
     rows = [row for stage, table in enumerate(stages, start=1) for row in _rows(stage, table, models)]
     columns = [pa.array(column, type=field.type) for column, field in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
-    pyarrow.parquet.write_table(pa.table(columns, schema=SCHEMA), path)
+    spectral = sorted(stages[-1].layout.spectral) if stages else []
+    schema = SCHEMA.with_metadata({SPECTRAL: json.dumps(spectral)}) if spectral else SCHEMA
+    pyarrow.parquet.write_table(pa.table(columns, schema=schema), path)
 
 
 def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
@@ -163,8 +193,12 @@ def read_coefficients(path: Path, stage: int) -> tuple[list[str], Coefficients]:
         edges[row["tensor"]].append(row["start"])
         learned[row["tensor"]] = row["learned"]
     ends = {row["tensor"]: row["end"] for row in first}
+    listed = json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(SPECTRAL, b"[]")) if stage == 2 else []
     layout = ChunkLayout(
-        tensors, tuple((*edges[name], ends[name]) for name in tensors), tuple(learned[name] for name in tensors)
+        tensors,
+        tuple((*edges[name], ends[name]) for name in tensors),
+        tuple(learned[name] for name in tensors),
+        frozenset(tensors).intersection(listed),
     )
     values = table["value"].to_numpy().astype(np.float64).reshape(len(models), layout.width)
     return models, Coefficients(layout, values)

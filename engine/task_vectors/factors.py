@@ -4,7 +4,8 @@
 θ = θ₀ + (L∘α)·V is one product of matrices, and ⟨G, τₖ⟩ are sums over (G·Vᵀ)∘L, another one. Of orthogonal task vectors
 R is at most min(m, n), however many the experts are. The functions compute on the device of their tensors.
 Source: Expert Merging, arXiv 2509.25712, θₗ = θ₀,ₗ + Σₖ Σₛ αₖ,ₗ,ₛ · τₖ,ₗ,ₛ and its chain rule.
-Letters: m rows and n columns of a matrix, R ranks of all experts, K experts, S chunks of the matrix.
+A chunk is a range of the matrix's elements, or of the experts' singular directions, the columns of L: then α scales the
+columns. Letters: m rows and n columns of a matrix, R ranks of all experts, K experts, S chunks of the matrix.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.task_vectors.coefficients import TensorCoefficients
-from engine.task_vectors.kinds import Product
+from engine.task_vectors.coefficients import Array, TensorCoefficients
+from engine.task_vectors.kinds import Product, TaskVector
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Factors:
 def merge_factors(base_mn: Tensor, factors: Factors, wanted: TensorCoefficients, out_mn: Tensor) -> None:
     """Write θ = θ₀ + (L∘α)·V to `out_mn`, rounded to its dtype; all other tensors have the dtype of the computation."""
     left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, base_mn.shape[1]
+    if wanted.spectral:
+        alpha_R = [wanted.of_directions(k, rank) for k, rank in enumerate(factors.ranks)]
+        scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR)
+        out_mn.copy_(torch.addmm(base_mn, scaled_mR, right_Rn))
+        return
     alpha_SR = _spread(wanted, factors).to(left_mR)
     # The coefficient of a row is that of its first element; the rest of a row with a chunk's edge in it follows.
     rows = _first_chunks(wanted.edges, base_mn.shape, left_mR.device)
@@ -82,6 +88,32 @@ def project(gradient_mn: Tensor, factors: Factors, edges: tuple[int, ...]) -> Te
     for k, (a, b) in enumerate(pairwise(accumulate(factors.ranks, initial=0))):
         owned_KR[k, a:b] = 1
     return owned_KR.to(sums_SR.device) @ sums_SR.T
+
+
+def project_directions(gradient_mn: Tensor, factors: Factors) -> Tensor:
+    """Return ⟨G, τᵣ⟩ of each singular direction r of all experts, [R] float64; otherwise as `project`."""
+    return (gradient_mn @ factors.right_Rn.T).mul_(factors.left_mR).sum(dim=0, dtype=torch.float64)
+
+
+def sum_directions(products_R: Array, ranks: Sequence[int], edges: tuple[int, ...]) -> Array:
+    """Return the sums over chunks of singular directions, [K, S], from `project_directions`.
+
+    An expert has no directions, and a sum of 0, beyond its rank.
+    """
+    padded_Kr = np.zeros((len(ranks), edges[-1]))
+    for k, (a, b) in enumerate(pairwise(accumulate(ranks, initial=0))):
+        padded_Kr[k, : b - a] = products_R[a:b]
+    return np.add.reduceat(padded_Kr, edges[:-1], axis=1)
+
+
+def scaled_products(task_vectors: Sequence[TaskVector | None], wanted: TensorCoefficients) -> list[TaskVector | None]:
+    """Return Σᵣ αₖ,ᵣ · τₖ,ᵣ of each expert, from products whose columns are singular directions."""
+    scaled: list[TaskVector | None] = []
+    for k, product in enumerate(task_vectors):
+        assert product is None or isinstance(product, Product)
+        alpha = None if product is None else torch.from_numpy(wanted.of_directions(k, product.left.shape[1]))
+        scaled.append(None if product is None else Product(product.left, product.right, alpha))
+    return scaled
 
 
 def _spread(wanted: TensorCoefficients, factors: Factors) -> Tensor:

@@ -129,12 +129,15 @@ class _Sum(_FromOperand):
 
 
 class Product:
-    """τ as the product of two factors, `left` [m, r] and `right` [r, n], computed block by block in float32."""
+    """τ as the product of two factors, `left` [m, r] and `right` [r, n], computed block by block in float32.
+
+    With `scale_r` [r], float32, each column of `left` is multiplied by its number.
+    """
 
     minus_base = False
 
-    def __init__(self, left: Tensor, right: Tensor) -> None:
-        self.left, self.right = left, right
+    def __init__(self, left: Tensor, right: Tensor, scale_r: Tensor | None = None) -> None:
+        self.left, self.right, self._scale_r = left, right, scale_r
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
         """See `TaskVector`."""
@@ -146,6 +149,8 @@ class Product:
         columns = self.right.shape[1]
         first, last = start // columns, -(-stop // columns)
         left, right = self.left[first:last].float(), self.right.float()
+        if self._scale_r is not None:
+            left = left * self._scale_r
         if start == first * columns and stop == last * columns:
             torch.mm(left, right, out=out_N.view(last - first, columns))
         else:

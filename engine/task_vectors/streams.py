@@ -23,6 +23,7 @@ from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.experts import ExpertWeights
+from engine.task_vectors.factors import scaled_products
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.sums import inner_products, mean_magnitudes, merge_piece
@@ -54,7 +55,11 @@ class TaskVectors:
 
     def merge(self, piece: Piece, wanted: TensorCoefficients, out_N: Tensor) -> None:
         """Write the merged elements of the piece to `out_N` [N], rounded once to its dtype."""
-        merge_piece(piece, self.base.read(piece.name), self.of(piece.name), wanted, out_N)
+        base, task_vectors = self.base.read(piece.name), self.of(piece.name)
+        if wanted.spectral:
+            task_vectors = scaled_products(task_vectors, wanted)
+            wanted = TensorCoefficients((0, base.numel()), np.ones((len(task_vectors), 1), np.float32))
+        merge_piece(piece, base, task_vectors, wanted, out_N)
 
     def gradients(self, piece: Piece, gradient_N: Tensor, edges: tuple[int, ...]) -> Array:
         """Return the piece's part of ∂L/∂αₖ,ₗ,ₛ = ⟨Gₗ,ₛ, τₖ,ₗ,ₛ⟩, [K, m] float64, from its part [N] of G = ∂L/∂θ."""

@@ -20,6 +20,7 @@ import yaml
 from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
 from errors import refused
+from peft_adapters import adapters
 from plain import Plain, Received
 from transformers import AutoModelForCausalLM
 
@@ -155,6 +156,32 @@ def test_a_stop_between_readings_and_damage_give_the_same_bits(
         yaml.safe_load((out / "merge" / "config.yaml").read_text()) for out in (tmp_path / "merged", orthogonal)
     )
     assert written["record"]["inputs"] == before["record"]["inputs"], "the hashes of the inputs"
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
+@pytest.mark.parametrize(
+    ("task_vectors", "chunks"), [("orthogonal", "spectral"), ("orthogonal", "direction"), ("whole", "spectral")]
+)
+def test_coefficients_of_directions_are_learned_and_written(
+    config: Path, tmp_path: Path, task_vectors: str, chunks: str
+) -> None:
+    """With a stop in stage 2, from which the run goes on. Whole task vectors are those of adapters."""
+    config = shutil.copytree(config.parent, tmp_path / "in") / config.name
+    if task_vectors == "whole":
+        adapters(config, 2)
+    options = (f"parameters.task_vectors={task_vectors}", f"parameters.chunks={chunks}", "cluster.shards=2")
+    plan, kill = plan_of(config, *options), KillOnce({"stage 2": "ray::Trainer"})
+    plain = Plain(plan, tmp_path)
+    tables = plain.run()
+    merged = run_merge(plan, tmp_path / "merged", kill)
+    assert not kill.missed
+    for stage, table in enumerate(tables, start=1):
+        _, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
+        assert got.layout == table.layout and bool(got.layout.spectral) == (stage == 2)
+        np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+    written, received = safetensors.torch.load_file(merged / "model.safetensors"), Received(plan)
+    for name, tensor in received.all_of(plain.shards.merge(tables[-1], received)).items():
+        torch.testing.assert_close(written[name].flatten(), tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_the_output_loads_and_holds_the_merge(config: Path, merged: Path) -> None:

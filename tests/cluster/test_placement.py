@@ -19,9 +19,9 @@ from cluster.placement import Devices, Node, Seat, Seating, arrange, check_memor
 from engine.config.reader import parse_config
 from engine.config.schema import Config
 from engine.errors import ClusterError
-from engine.planning.estimates import Site
+from engine.planning.costs.rates import Site
+from engine.planning.costs.scaling import Work
 from engine.planning.plan import Plan, slices
-from engine.planning.scaling import Work
 
 WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
 

@@ -212,7 +212,7 @@ def spoilt_option(**keys: Any) -> Change:
     return lambda folder: edit(folder, **keys)
 
 
-ONE = {"model": "expert1"}
+ONE, DIRECTIONS = {"model": "expert1"}, {"chunks": "spectral"}
 CHAT = [{"role": "user", "content": "w1"}]
 CALL = {"messages": [*CHAT, {"role": "assistant", "tool_calls": [{"function": {"name": "w7", "arguments": {}}}]}]}
 SYSTEM = {"messages": [{"role": "system", "content": "w2"}, *CHAT]}
@@ -455,6 +455,28 @@ ROWS = (
         spoilt_option(calibraton={"max_length": 9}),
         (lambda f, m: renamed_key(f, "calibraton", m[1]),),
         template="{do}",
+    ),
+    # Chunks of singular directions
+    Row(
+        "leave out `cluster.factors`, or set `chunks: contiguous`",
+        lambda f: edit(f, parameters=DIRECTIONS | {"task_vectors": "orthogonal"}, cluster={"factors": "never"}),
+        (lambda f, _: edit(f, cluster={}), lambda f, _: edit(f, parameters={})),
+    ),
+    Row(
+        "set `task_vectors: orthogonal` or `chunks: contiguous`",
+        lambda f: edit(f, parameters=DIRECTIONS),
+        (
+            lambda f, _: edit(f, parameters=DIRECTIONS | {"task_vectors": "orthogonal"}),
+            lambda f, _: edit(f, parameters={"chunks": "contiguous"}),
+        ),
+    ),
+    Row(
+        "set `chunks: contiguous`$",
+        lambda f: edit(
+            f, parameters=DIRECTIONS | {"task_vectors": "orthogonal"}, exclude=[".*proj.*", ".*(embed|head).*"]
+        ),
+        (lambda f, _: edit(f, parameters={"chunks": "contiguous"}),),
+        template="{set `chunks: contiguous` |",
     ),
 )
 

@@ -26,9 +26,9 @@ from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import Watch, until_done
 from engine.config.schema import TRACKERS, Config
 from engine.errors import MergeError
-from engine.planning.patience import patience
+from engine.planning.costs.patience import patience
+from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan
-from engine.planning.scaling import Machines, Work, choose
 
 ADVICE = Advice(
     __name__,
@@ -114,7 +114,7 @@ def test_gpus_of_the_type_of_the_run_are_added_or_it_is_begun_again(plan: Plan) 
 
 @ADVICE.followed("the merged weights and their gradient take")
 def test_the_weights_fit_with_each_option_of_the_advice(monkeypatch: pytest.MonkeyPatch, llama_merge: Path) -> None:
-    monkeypatch.setattr("engine.planning.scaling.WINDOW_BYTES", 1000)  # smaller than the gradient of a tiny model
+    monkeypatch.setattr("engine.planning.costs.scaling.WINDOW_BYTES", 1000)  # smaller than the gradient of a tiny model
 
     def check(memory: float, *overrides: str) -> None:
         check_memory([Node(8, 0, memory, "n0")], plan_of(llama_merge, *overrides), WORK, Devices(0, 0))

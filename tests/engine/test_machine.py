@@ -15,7 +15,7 @@ from cluster.session import connect
 from engine.checkpoints.find import find_model
 from engine.errors import CheckpointError, ClusterError, InputError
 from engine.machine import check_home, usable_cpus, usable_memory
-from engine.planning.scaling import Machines
+from engine.planning.costs.scaling import Machines
 from engine.storage.cache import cache_folder
 
 WHOLE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -80,8 +80,8 @@ def test_the_limits_of_control_groups(
 
 
 def test_a_plan_is_made_for_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.planning.scaling.usable_memory", lambda: 3_000_000)
-    monkeypatch.setattr("engine.planning.scaling.usable_cpus", lambda: 3)
+    monkeypatch.setattr("engine.planning.costs.scaling.usable_memory", lambda: 3_000_000)
+    monkeypatch.setattr("engine.planning.costs.scaling.usable_cpus", lambda: 3)
     assert (Machines.here().cpus, Machines.here().memory) == (3, 3_000_000)
 
 

@@ -82,6 +82,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
         "epochs": 1,
         "budget": 1.1,
         "kappa": 1.0,
+        "chunks": "contiguous",
         "fixed": "prior",
         "start": "prior",
         "task_vectors": "whole",

@@ -139,6 +139,20 @@ def test_stage_2_end_to_end_by_hand() -> None:
     assert layout.learned == (True, True, False)
 
 
+def test_chunks_along_directions_are_allocated_by_the_same_importance(tmp_path: Path) -> None:
+    # 2, 4 and 0 chunks, as above.
+    layout, scores_L = stage_2_layout(stage_1(), MAGNITUDE, 2.0, 1.0, {"b": 6, "c": 5})
+    assert layout.edges == ((0, 5, 10), (0, 2, 4, 6), (0, 5))
+    assert layout.learned == (True, True, False) and layout.spectral == {"b", "c"}
+    few, _ = stage_2_layout(stage_1(), MAGNITUDE, 2.0, 1.0, {"b": 3})
+    assert few.edges == ((0, 5, 10), (0, 1, 2, 3), (0, 30)), "at most one chunk a direction"
+    each, _ = stage_2_layout(stage_1(), MAGNITUDE, 2.0, 1.0, {"b": 6, "c": 5}, each=True)
+    assert each.edges == ((0, 5, 10), tuple(range(7)), (0, 5)) and each.learned == (True, True, False)
+    write_importance(tmp_path / "importance.parquet", layout, scores_L, {"a": 10, "b": 20, "c": 30})
+    table = pyarrow.parquet.read_table(tmp_path / "importance.parquet")
+    assert (table["numel"].to_pylist(), table["chunks"].to_pylist()) == ([10, 20, 30], [2, 3, 0])
+
+
 def test_stage_2_of_experts_that_equal_the_base_has_one_chunk_a_tensor() -> None:
     layout, scores_L = stage_2_layout(stage_1(), np.zeros((2, 3)), budget=1.1, kappa=1.0)
     np.testing.assert_array_equal(scores_L, [1 / 3] * 3)
@@ -155,7 +169,7 @@ def test_the_importance_file_has_its_schema_and_the_actual_numbers_of_chunks(tmp
     # 18 · (1/3, 2/3, 0) = 6, 12, 0. Chunks of ⌈10/6⌉ = ⌈20/12⌉ = 2 elements yield 5 and 10 of them.
     layout, scores_L = stage_2_layout(stage_1(), MAGNITUDE, budget=6.0, kappa=1.0)
     path = tmp_path / "importance.parquet"
-    write_importance(path, layout, scores_L)
+    write_importance(path, layout, scores_L, {"a": 10, "b": 20, "c": 30})
     assert [(field.name, str(field.type)) for field in pyarrow.parquet.read_schema(path)] == [
         ("tensor", "string"),
         ("numel", "int64"),

@@ -19,6 +19,7 @@ from engine.output.card import write_card, write_weight_space_card
 from engine.output.names import code, markdown, public_config, public_name, yaml_block
 from engine.report.merge_folder import Merged
 from engine.report.page import report_html
+from engine.report.sections import key_figures, sections_of
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 
@@ -87,6 +88,20 @@ def test_a_hostile_name_adds_nothing_to_the_card(llama_merge: Path, tmp_path: Pa
     assert "<script" not in cards[1][0]
     row = next(line for line in cards[1][0].splitlines() if "script" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == 6, "the name adds no cells"
+
+
+def test_card_and_report_tell_chunks_of_directions(llama_merge: Path, tmp_path: Path) -> None:
+    for chunks, of_report in (("contiguous", 0), ("spectral", 1), ("direction", 1)):
+        plan = plan_of(llama_merge, "parameters.task_vectors=orthogonal", f"parameters.chunks={chunks}")
+        merge = Merged.read(str(write_merge(plan, tmp_path / chunks)))
+        assert merge.stages[2].layout == learned(plan)[0][1].layout
+        sections = {section.title: section for section in sections_of(merge)}
+        card = (tmp_path / chunks / "README.md").read_text().partition("## Load it")[0]
+        assert ("singular direction" in card) == bool(of_report)
+        assert "singular directions" not in sections["Coefficients of stage 1"].text
+        assert sections["Coefficients of stage 2"].text.count("singular directions") == of_report
+        assert f"{sum(plan.numels.values()):,} elements" in dict(key_figures(merge))["merged"]
+        assert merge.importance is not None and sum(merge.importance.numel) == sum(plan.numels.values())
 
 
 def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> None:

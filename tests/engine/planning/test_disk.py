@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import cluster.driver
 from engine.errors import ClusterError
-from engine.planning import disk
-from engine.planning.disk import DiskNeeds, DiskRoom, check_disk, disk_needs, shortage
+from engine.planning.costs import disk
+from engine.planning.costs.disk import DiskNeeds, DiskRoom, check_disk, disk_needs, shortage
 from engine.shards.orthogonal import FOLDER, orthogonalise
 from engine.storage.local_folder import LocalFolder
 

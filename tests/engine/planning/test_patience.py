@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import plan_of
 
-from engine.planning.estimates import DISK, GB
-from engine.planning.patience import FLOOR, SLOWER, patience
+from engine.planning.costs.patience import FLOOR, SLOWER, patience
+from engine.planning.costs.rates import DISK, GB
+from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan
-from engine.planning.scaling import Machines, Work, choose
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 CPU = Machines(nodes=1, cpus=2, gpus=0, memory=24 * GB)

@@ -13,10 +13,10 @@ from errors import refused
 from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
 from engine.config.schema import Cluster
 from engine.errors import ClusterError
-from engine.planning.estimates import CORE_FLOPS, DISK, GB
-from engine.planning.flops import SVD_FLOPS, sample_flops
+from engine.planning.costs.flops import SVD_FLOPS, sample_flops
+from engine.planning.costs.rates import CORE_FLOPS, DISK, GB
+from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
 from engine.planning.plan import Plan
-from engine.planning.scaling import Machines, Work, choose, predict, shortages
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 NO_GPUS = Devices(0, 0)

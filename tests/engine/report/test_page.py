@@ -29,7 +29,13 @@ from engine.report.merge_folder import Merged
 from engine.report.page import report_html
 from engine.report.sections import ReportSection, coefficient_charts, sections_of
 from engine.storage.local_folder import LocalFolder
-from engine.task_vectors.coefficients import ChunkLayout, Coefficients, read_coefficients, write_coefficients
+from engine.task_vectors.coefficients import (
+    SPECTRAL,
+    ChunkLayout,
+    Coefficients,
+    read_coefficients,
+    write_coefficients,
+)
 
 HOSTILE = "</script><script>alert(1)</script>"
 KINDS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -302,6 +308,15 @@ def test_a_folder_without_a_merge_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert done.exit_code == 2
     assert f"error: {tmp_path}: " in done.stderr and "merge/config.yaml" in done.stderr
+
+
+@pytest.mark.parametrize("listed", [b"[", b"7", b"[[]]", b"\xff"])
+def test_a_damaged_list_of_spectral_tensors_is_named(merged: Path, listed: bytes) -> None:
+    path = merged / "merge" / "coefficients.parquet"
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({SPECTRAL: listed}), path)
+    with refused(ConfigError, where="coefficients.parquet"):
+        Merged.read(str(merged))
 
 
 def test_coefficients_of_other_experts_are_refused(merged: Path) -> None:

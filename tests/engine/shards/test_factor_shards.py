@@ -2,62 +2,65 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import numpy as np
-import peft
 import pytest
 import torch
 from conftest import plan_of
+from errors import refused
+from peft_adapters import adapters
 from plain import Plain, Received, task_vectors
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from actors.shard import Shard
+from actors.trainer import Step, Trainer, WindowSample
+from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.config.schema import Use
-from engine.planning.factors import factor_bytes, factored
+from engine.errors import ConfigError
+from engine.learning.learner import LearnerState, Stage, second_stage
+from engine.planning.factors import decomposed, directions, factor_bytes, factored
 from engine.planning.plan import Plan
+from engine.run.run_folder import RunFolder
 from engine.shards.factor_shards import FactorShards
 from engine.shards.local_shards import LocalShards
-from engine.shards.orthogonal import orthogonalise
+from engine.shards.orthogonal import orthogonalise, with_orthogonal
+from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
+from engine.task_vectors.kinds import Product
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it
 KINDS = ("orthogonal", "adapters")
 
 
-def adapters(config: Path, experts: int) -> None:
-    """Replace all experts by adapters of some matrices, of different ranks."""
-    for k in range(experts):
-        target = config.parent / f"expert{k}"
-        shutil.rmtree(target)
-        torch.manual_seed(k)
-        options = peft.LoraConfig(r=2 + k, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        base = AutoModelForCausalLM.from_pretrained(config.parent / "base")
-        peft.get_peft_model(base, options).save_pretrained(target)
+def given(make_merge: Callable[..., Path], kind: str, *overrides: str, **options: object) -> Plan:
+    """Return the plan of a merge whose task vectors have factors, with norms, which have none."""
+    config = make_merge(exclude=[".*embed.*", ".*head.*"], **options)
+    if kind == "adapters":
+        adapters(config, 3)
+    return plan_of(config, f"parameters.task_vectors={'orthogonal' if kind == 'orthogonal' else 'whole'}", *overrides)
 
 
 @pytest.fixture(params=[(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")], ids="-".join)
 def plan(request: pytest.FixtureRequest, make_merge: Callable[..., Path]) -> Plan:
     kind, dtype = request.param
-    # With norms, which have no factors.
-    config = make_merge(experts=3, exclude=[".*embed.*", ".*head.*"], dtype=getattr(torch, dtype))
-    if kind == "adapters":
-        adapters(config, 3)
-    return plan_of(config, f"parameters.task_vectors={'orthogonal' if kind == 'orthogonal' else 'whole'}")
+    return given(make_merge, kind, experts=3, dtype=getattr(torch, dtype))
 
 
 def shards(plan: Plan, folder: Path, use: Use) -> LocalShards | FactorShards:
     state, through = LocalFolder(folder / use), factored(plan, on_gpu=False, use=use)
-    orthogonalise(plan, task_vectors(plan), state, plan.orthogonal, through)
+    orthogonalise(plan, task_vectors(plan), state, decomposed(plan), through)
     rest = LocalShards(plan, 1, overlap=False, state=state, names=plan.merged_set.difference(through))
     return FactorShards(plan, through, rest, state) if through else rest
 
 
 def table_of(plan: Plan) -> Coefficients:
-    layout = ChunkLayout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)})
+    layout = ChunkLayout.make(plan.numels, {name: i % 4 for i, name in enumerate(plan.merged)}, directions(plan))
     return Coefficients(layout, np.random.default_rng(0).uniform(0.1, 0.9, (len(plan.experts), layout.width)))
 
 
@@ -144,3 +147,146 @@ def test_factors_that_fit_stay_on_the_device_and_others_are_copied_for_each_use(
     received.tensors = {name: tensor.to(device) for name, tensor in received.tensors.items()}
     ours.merge(table_of(plan), received)
     assert sum(pinned) == sum(map(size, others))
+
+
+@pytest.fixture(params=[(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")], ids="-".join)
+def along(request: pytest.FixtureRequest, make_merge: Callable[..., Path]) -> Plan:
+    """A plan whose matrices have chunks of singular directions."""
+    kind, dtype = request.param
+    return given(make_merge, kind, "parameters.chunks=spectral", experts=3, dtype=getattr(torch, dtype))
+
+
+def directions_of(plan: Plan, folder: Path, name: str) -> list[tuple[Array, Array]]:
+    """Return the factors of each expert's stored directions in float64, with no columns for one that has none."""
+    streams = with_orthogonal(plan, task_vectors(plan), LocalFolder(folder / "auto"))
+    found = []
+    for product, shape in ((one, plan.base_header.tensors[name].shape) for one in streams.of(name)):
+        assert product is None or isinstance(product, Product)
+        factors = (
+            (torch.zeros(shape[0], 0), torch.zeros(0, shape[1])) if product is None else (product.left, product.right)
+        )
+        found.append((factors[0].double().numpy(), factors[1].double().numpy()))
+    return found
+
+
+def test_directions_are_singular_and_in_the_order_of_their_values(along: Plan, tmp_path: Path) -> None:
+    shards(along, tmp_path, "auto")
+    counts, error = directions(along), {"float32": 1e-5, "bfloat16": 2e-2}[along.dtype]
+    assert counts and set(counts) < along.merged_set
+    for name, count in counts.items():
+        ranks = [left.shape[1] for left, _ in directions_of(along, tmp_path, name)]
+        assert max(ranks) == count
+        for left, right in directions_of(along, tmp_path, name):
+            values = np.linalg.norm(left, axis=0)
+            assert (np.diff(values) <= error * values[:-1]).all()
+            for side in (left / values, right.T):
+                np.testing.assert_allclose(side.T @ side, np.eye(len(values)), rtol=0, atol=error)
+            np.testing.assert_allclose(np.linalg.svd(left @ right)[1][: len(values)], values, rtol=2 * error)
+    if not along.orthogonal:
+        assert len(set(ranks)) > 1, "adapters of different ranks"
+        streams = task_vectors(along)
+        for (left, right), own in zip(directions_of(along, tmp_path, name), streams.of(name), strict=True):
+            assert isinstance(own, Product)
+            tau = (own.left @ own.right).double().numpy()
+            assert np.linalg.norm(left @ right - tau) <= error * np.linalg.norm(tau)
+
+
+def test_merges_gradients_and_output_are_the_sums_over_directions(along: Plan, tmp_path: Path) -> None:
+    table, ours, received = table_of(along), shards(along, tmp_path, "auto"), Received(along)
+    assert table.layout.spectral == set(directions(along))
+    merged, found = received.all_of(ours.merge(table, received)), gradient(ours, along, table.layout)
+    writer, entries = Shard(along, 0, LocalFolder(tmp_path / "auto")), []
+    for name in along.merged:
+        shape = along.base_header.tensors[name].shape
+        entries.append(OutputTensor(name, shape, "F32", 4 * along.numels[name]))
+    wanted = {name: table.of(name) for name in along.merged}
+    writer.write(LocalFolder(tmp_path), OutputFile("model.safetensors", tuple(entries)), wanted)
+    written, generator = load_file(tmp_path / "model.safetensors"), torch.Generator().manual_seed(0)
+    error, streams = {"float32": 1e-5, "bfloat16": 2e-2}[along.dtype], task_vectors(along)
+    for name in along.merged:
+        shape = along.base_header.tensors[name].shape
+        slope = torch.randn(shape, generator=generator).to(getattr(torch, along.dtype)).double().numpy()
+        if name not in table.layout.spectral:
+            continue
+        columns, change = table.layout.columns[name], np.zeros(shape)
+        exact = np.zeros(found[:, columns].shape)
+        for k, (left, right) in enumerate(directions_of(along, tmp_path, name)):
+            for s, (a, b) in enumerate(pairwise(table.of(name).edges)):
+                change += table.values[k, columns][s] * (left[:, a:b] @ right[a:b])
+                exact[k, s] = (slope * (left[:, a:b] @ right[a:b])).sum()
+        base = streams.base.read(name).double().numpy()
+        in_trainer = merged[name].double().numpy().reshape(shape) - base
+        in_output = written[name].double().numpy() - base
+        assert np.linalg.norm(in_trainer - change) <= error * np.linalg.norm(change)
+        assert np.linalg.norm(in_output - change) <= 1e-5 * np.linalg.norm(change)
+        assert np.linalg.norm(found[:, columns] - exact) <= error * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("chunks", ["spectral", "direction"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_coefficients_of_directions_are_learned_and_go_on_from_any_step(
+    make_merge: Callable[..., Path], tmp_path: Path, kind: str, chunks: str
+) -> None:
+    parameters = {"budget": 2.0, "epochs": 2, "regularization": 0.0, "weight_decay": 0.0}
+    plan = given(make_merge, kind, f"parameters.chunks={chunks}", experts=3, samples=(2, 2, 2), parameters=parameters)
+    plain = Plain(plan, tmp_path)
+    first, table = plain.run()
+    counts, layout = directions(plan), table.layout
+    assert isinstance(plain.shards, FactorShards)
+    assert first.layout.spectral == frozenset() and layout.spectral == set(counts)
+    stage, moved = second_stage(plan, layout, first), table.values
+    start = stage.start
+    several = []
+    for name, count in counts.items():
+        columns, edges = layout.columns[name], layout.edges_of[name]
+        assert edges[-1] == count
+        if not layout.learned[layout.tensors.index(name)]:
+            continue
+        several += [name] if len(edges) > 2 else []
+        assert chunks == "spectral" or edges == tuple(range(count + 1))
+        for k, rank in enumerate(plain.shards.on(torch.device("cpu"), name)[1].ranks):
+            used = np.array(edges[:-1]) < rank
+            assert (moved[k, columns][used] != start[k, columns][used]).all()
+            np.testing.assert_allclose(moved[k, columns][~used], start[k, columns][~used], rtol=1e-12)
+    assert several
+    plain.trainer = cast(Trainer, Restarted(plan, RunFolder(str(tmp_path / "plain")).state))
+    assert plain.learn(stage).same_as(table)
+
+
+class Restarted:
+    """A trainer that is started anew, with new shards, for every step."""
+
+    def __init__(self, plan: Plan, state: Folder) -> None:
+        self.plan, self.state = plan, state
+
+    def step(self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample]) -> Step:
+        through = factored(self.plan, on_gpu=False, use="auto")
+        names = self.plan.merged_set.difference(through)
+        rest = LocalShards(self.plan, 1, overlap=False, state=self.state, names=names)
+        ours = FactorShards(self.plan, through, rest, self.state)
+        return Trainer(self.plan, ours, lambda target: target).step(stage, state, number, window)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "where", "do"),
+    [
+        ("orthogonal", ["cluster.factors=never"], "cluster.factors", "cluster.factors"),
+        ("checkpoints", ["parameters.task_vectors=whole"], "parameters.chunks", "task_vectors: orthogonal"),
+        ("orthogonal", ["exclude=['.*proj.*', '.*embed.*', '.*head.*']"], "parameters.chunks", "chunks: contiguous"),
+    ],
+)
+def test_directions_that_no_tensor_has_are_refused(
+    llama_merge: Path, kind: str, overrides: list[str], where: str, do: str
+) -> None:
+    given = [f"parameters.task_vectors={'orthogonal' if kind == 'orthogonal' else 'whole'}", *overrides]
+    for chunks in ("spectral", "direction"):
+        with refused(ConfigError, where=where, do=do, facts=[chunks]):
+            plan_of(llama_merge, *given, f"parameters.chunks={chunks}")
+    plan_of(llama_merge, *given, "parameters.chunks=spectral", "merge_method=expert_merging")
+    plan_of(llama_merge, *given, "parameters.chunks=contiguous")
+
+
+def test_matrices_with_directions_are_merged_through_factors_on_any_device(llama_merge: Path) -> None:
+    plan = plan_of(llama_merge, "parameters.task_vectors=orthogonal", "parameters.chunks=spectral")
+    assert set(factored(plan, on_gpu=False, use="auto")) == set(directions(plan)) == plan.orthogonal_set
+    assert directions(plan_of(llama_merge, "parameters.task_vectors=orthogonal")) == {}

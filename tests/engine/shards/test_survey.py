@@ -25,7 +25,7 @@ from actors.expert import Expert
 from actors.shard import Shard
 from engine.errors import CheckpointError, DamagedError
 from engine.methods.arithmetic.matrices import leading_parts
-from engine.planning import flops
+from engine.planning.costs import flops
 from engine.planning.open_models import weight_files
 from engine.planning.plan import Plan
 from engine.run.contents import strangers_in_state

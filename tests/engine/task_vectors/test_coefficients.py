@@ -82,6 +82,16 @@ def test_a_layout_cuts_each_tensor_and_leaves_those_without_chunks_fixed() -> No
     assert layout.learned_columns.tolist() == [True, True, False, True, True, True]
 
 
+def test_chunks_of_directions_count_these_and_there_are_no_more_chunks() -> None:
+    layout = ChunkLayout.make({"a": 10, "b": 70, "c": 80}, {"a": 2, "b": 2, "c": 9}, {"b": 5, "c": 3})
+    assert layout.edges_of == {"a": (0, 5, 10), "b": (0, 3, 5), "c": (0, 1, 2, 3)}
+    table = Coefficients(layout, np.arange(14, dtype=np.float64).reshape(2, 7))
+    assert [table.of(name).spectral for name in layout.tensors] == [False, True, True]
+    assert table.of("b").of_directions(1, 4).tolist() == [9, 9, 9, 10]
+    assert table.of("b").of_directions(0, 2).tolist() == [2, 2]
+    assert not table.same_as(Coefficients(ChunkLayout(layout.tensors, layout.edges, layout.learned), table.values))
+
+
 @QUICK
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 9)), min_size=1, max_size=8))
 def test_the_columns_of_a_layout_run_over_the_tensors_and_their_chunks(tensors: list[tuple[int, int]]) -> None:
@@ -192,16 +202,19 @@ def test_the_parquet_file_has_a_row_a_coefficient(tmp_path: Path) -> None:
 @given(
     chunks=st.lists(st.integers(0, 5), min_size=1, max_size=5),
     models=st.lists(st.text(min_size=1, max_size=9, alphabet="aZ0-._ é/"), min_size=1, max_size=4, unique=True),
+    along=st.integers(0, 5),
     data=st.data(),
 )
 def test_both_stages_come_back_from_parquet(
-    tmp_path_factory: pytest.TempPathFactory, chunks: list[int], models: list[str], data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, chunks: list[int], models: list[str], along: int, data: st.DataObject
 ) -> None:
     numels = {f"layers.{i}.weight": 12 + i for i in range(len(chunks))}
+    directions = dict.fromkeys(list(numels)[:along], 4)
     layouts = [
         ChunkLayout.make(numels, dict.fromkeys(numels, 1)),
-        ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True))),
+        ChunkLayout.make(numels, dict(zip(numels, chunks, strict=True)), directions),
     ]
+    assert [layout.spectral for layout in layouts] == [frozenset(), frozenset(directions)]
     tables = []
     for layout in layouts:
         size = len(models) * layout.width

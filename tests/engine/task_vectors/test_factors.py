@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine.task_vectors.coefficients import TensorCoefficients, chunk_edges
-from engine.task_vectors.factors import Factors, merge_factors, project
+from engine.task_vectors.factors import (
+    Factors,
+    merge_factors,
+    project,
+    project_directions,
+    scaled_products,
+    sum_directions,
+)
 from engine.task_vectors.kinds import Product
 
 F64 = torch.float64
@@ -73,6 +80,65 @@ def test_the_gradient_is_the_slope_of_the_merge() -> None:
         step = np.zeros_like(values)
         step[k, s] = 0.25
         assert (loss(values + step) - loss(values - step)) / 0.5 == pytest.approx(float(found[k, s]), rel=1e-10)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    ranks=st.lists(st.integers(0, 6), min_size=1, max_size=5).map(tuple),
+    more=st.integers(0, 2),
+    chunks=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_chunks_of_directions_are_the_dense_sums(
+    shape: tuple[int, int], ranks: tuple[int, ...], more: int, chunks: int, seed: int
+) -> None:
+    """Also if experts have different numbers of directions, none, or fewer than the chunks cover."""
+    factors = made(shape, ranks, seed)
+    edges = chunk_edges(max(1, *ranks) + more, chunks)
+    values = np.random.default_rng(seed).uniform(0, 1, (len(ranks), len(edges) - 1)).astype(np.float32)
+    base, gradient, *_ = made(shape, (1, 1), seed).products()
+    assert base is not None and gradient is not None
+    base_mn, gradient_mn = base.left @ base.right, gradient.left @ gradient.right
+    wanted, slope = base_mn.clone(), np.zeros(values.shape)
+    for k, product in enumerate(factors.products()):
+        for r in range(ranks[k]):
+            assert product is not None
+            chunk = next(s for s, (a, b) in enumerate(pairwise(edges)) if a <= r < b)
+            direction = product.left[:, r : r + 1] @ product.right[r : r + 1]
+            wanted += float(values[k, chunk]) * direction
+            slope[k, chunk] += float((gradient_mn * direction).sum())
+    table = TensorCoefficients(edges, values, spectral=True)
+    out_mn = torch.empty(shape, dtype=F64)
+    merge_factors(base_mn, factors, table, out_mn)
+    torch.testing.assert_close(out_mn, wanted, rtol=0, atol=1e-13)
+    found = sum_directions(project_directions(gradient_mn, factors).numpy(), ranks, edges)
+    np.testing.assert_allclose(found, slope, rtol=0, atol=1e-12)
+    # The stream that writes the output takes the same sums from products.
+    written = base_mn.float()
+    for product in scaled_products(made(shape, ranks, seed, torch.float32).products(), table):
+        if product is not None:
+            tau_N = torch.empty(written.numel())
+            product.block(0, written.numel(), tau_N, tau_N)
+            written += tau_N.view(shape)
+    torch.testing.assert_close(written.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_directions_is_the_slope_of_the_merge() -> None:
+    shape, ranks, edges = (7, 5), (4, 3), (0, 2, 4)
+    factors, values = made(shape, ranks), np.full((2, 2), 0.5, np.float32)
+    gradient_mn = made(shape, (3,), seed=1).left_mR @ torch.ones(3, 5, dtype=F64)
+
+    def loss(values: np.ndarray) -> float:
+        out_mn = torch.empty(shape, dtype=F64)
+        merge_factors(torch.zeros(shape, dtype=F64), factors, TensorCoefficients(edges, values, True), out_mn)
+        return float((gradient_mn * out_mn).sum())
+
+    found = sum_directions(project_directions(gradient_mn, factors).numpy(), ranks, edges)
+    for k, s in np.ndindex(values.shape):
+        step = np.zeros_like(values)
+        step[k, s] = 0.25
+        assert (loss(values + step) - loss(values - step)) / 0.5 == pytest.approx(found[k, s], rel=1e-10)
 
 
 def test_products_side_by_side_are_those_of_their_experts() -> None:

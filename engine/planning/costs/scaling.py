@@ -15,7 +15,8 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_memory
-from engine.planning.estimates import (
+from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
+from engine.planning.costs.rates import (
     CORE_FLOPS,
     CPU_FLOPS,
     CPU_MEMORY,
@@ -33,7 +34,6 @@ from engine.planning.estimates import (
     StepEstimate,
 )
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
-from engine.planning.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes

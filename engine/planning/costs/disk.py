@@ -25,7 +25,7 @@ from engine.storage.paths import is_uri
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """Bytes of a merge on disk: the output's weights, stored orthogonal task vectors, and (estimated) targets."""
+    """Bytes of a merge on disk: the output's weights, stored task vectors, and (estimated) targets."""
 
     output: int
     orthogonal: int = 0
@@ -37,7 +37,7 @@ class DiskNeeds:
         return self.output + self.orthogonal + self.targets
 
     def __str__(self) -> str:
-        parts = {"the output": self.output, "orthogonal task vectors": self.orthogonal, "targets": self.targets}
+        parts = {"the output": self.output, "task vectors": self.orthogonal, "targets": self.targets}
         return ", ".join(f"{rich.filesize.decimal(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
 
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from engine.checkpoints.structure import Role
+from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
 from engine.sizes import DECOMPOSING_BYTES, GROUPS_PER_CALL, MATRICES_PER_CALL
 
@@ -39,7 +40,7 @@ def decompositions(plan: Plan, cpus: float) -> int:
 
     The number has no influence on the results.
     """
-    largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
+    largest = max((plan.numels[name] for name in decomposed(plan)), default=0)
     fitting = DECOMPOSING_BYTES // (4 * SVD_COPIES * max(1, largest))
     return max(1, min(int(cpus), MATRICES_PER_CALL * GROUPS_PER_CALL, fitting))
 
@@ -49,7 +50,7 @@ def orthogonal_bytes(plan: Plan, cpus: float) -> float:
 
     These are the decompositions that run at a time, and one expert's parts of the matrices of one call.
     """
-    largest = max((plan.numels[name] for name in plan.orthogonal), default=0)
+    largest = max((plan.numels[name] for name in decomposed(plan)), default=0)
     return 4 * largest * (SVD_COPIES * decompositions(plan, cpus) + 2 * MATRICES_PER_CALL / len(plan.experts))
 
 
@@ -73,6 +74,6 @@ def kept_elements(plan: Plan) -> float:
 
 def orthogonal_flops(plan: Plan) -> float:
     """Return the FLOP of making the task vectors orthogonal: K + 2 singular value decompositions per matrix."""
-    shapes = [plan.base_header.tensors[name].shape for name in plan.orthogonal]
+    shapes = [plan.base_header.tensors[name].shape for name in decomposed(plan)]
     each = float(sum(math.prod(shape) * min(shape) for shape in shapes))
     return SVD_FLOPS * (len(plan.experts) + 2) * each

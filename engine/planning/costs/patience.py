@@ -10,10 +10,11 @@ import math
 from dataclasses import replace
 
 from engine.methods.registry import get_method
-from engine.planning.estimates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site
-from engine.planning.flops import SVD_FLOPS, decompositions
+from engine.planning.costs.flops import SVD_FLOPS, decompositions
+from engine.planning.costs.rates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site
+from engine.planning.costs.scaling import Machines, Work, predict
+from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
-from engine.planning.scaling import Machines, Work, predict
 from engine.sizes import GROUPS_PER_CALL, MATRICES_PER_CALL
 
 # Seconds. Processes start, import packages from network storage and compile kernels, on machines that others use too.
@@ -59,7 +60,7 @@ def _decomposing(plan: Plan, cores: float) -> float:
     One reads several groups of an expert's matrices. The other makes the parts of one group orthogonal: two
     decompositions per matrix, and one per expert whose parts were damaged.
     """
-    shapes = [plan.base_header.tensors[name].shape for name in plan.orthogonal]
+    shapes = [plan.base_header.tensors[name].shape for name in decomposed(plan)]
     each = max((SVD_FLOPS * math.prod(shape) * min(shape) / CORE_FLOPS for shape in shapes), default=0.0)
     rounds = math.ceil(MATRICES_PER_CALL / decompositions(plan, cores))
     return each * rounds * max(GROUPS_PER_CALL, len(plan.experts) + 2)
