@@ -23,7 +23,7 @@ class Expert:
 
     def __init__(self, plan: Plan, index: int, threads: int | None = None) -> None:
         self._process = ActorProcess(f"expert {index}", threads)
-        self._plan, self._forwards = plan, 0
+        self._plan, self._forwards, self._by_lapack = plan, 0, 0
         self._held: tuple[int, FrozenExpert] | None = None
         self._survey: Survey | None = None
 
@@ -36,7 +36,10 @@ class Expert:
         if self._survey is None or self._survey.index != index:
             self._held = None
             self._survey = Survey(self._plan, index, self._process.device, usable_cpus())
-        return self._survey.read(groups, folder)
+        before = len(self._survey.by_lapack)
+        surveyed = self._survey.read(groups, folder)
+        self._by_lapack += len(self._survey.by_lapack) - before
+        return surveyed
 
     def target(self, sample: Sample, folder: Folder, name: str, inputs: str | None = None) -> int:
         """Compute the target of a sample and store it, unless an earlier attempt at the same call has stored it.
@@ -56,8 +59,8 @@ class Expert:
         return save_target(target, folder, name)
 
     def report(self) -> Report:
-        """Return the memory figures of the process, and the number of forward passes."""
-        return self._process.report(forwards=self._forwards)
+        """Return the memory figures of the process, its forward passes, and the decompositions that LAPACK had to make."""
+        return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
 
     def _expert(self, index: int) -> FrozenExpert:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.

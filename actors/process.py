@@ -35,6 +35,9 @@ class ActorProcess:
         # Ray sets the number of threads to that of the reserved CPUs, which depends on the placement. Sums inside an
         # operation depend on the number of threads, and results must not depend on the placement.
         torch.set_num_threads(threads or usable_cpus())
+        # Torch gives a thread its number when the thread first needs it, and takes the last that any thread has set.
+        # Without this call, that would be the 1 of a pool that has worked before.
+        torch.get_num_threads()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - the stubs lack it

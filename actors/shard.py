@@ -46,7 +46,7 @@ class Shard:
 
     def __init__(self, plan: Plan, index: int, state: Folder | None = None) -> None:
         self._process = ActorProcess(f"shard {index}")
-        self._plan, self._state = plan, state
+        self._plan, self._state, self._by_lapack = plan, state, 0
 
     def check_base(self, files: Sequence[str]) -> dict[str, str]:
         """Read these weight files of the base (paths or URIs) once, and return their SHA-256 in hexadecimal by file.
@@ -67,7 +67,8 @@ class Shard:
         Those of matrices in `factored` are stored as factors.
         """
         assert self._state is not None
-        orthogonalise(self._plan, self._models, self._state, names, factored, self._process.device)
+        device = self._process.device
+        self._by_lapack += len(orthogonalise(self._plan, self._models, self._state, names, factored, device))
         return self._task_vectors.inspect(names, with_base=False)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:
@@ -137,8 +138,8 @@ class Shard:
         return sum(parts, start=np.zeros((), dtype=np.int64))
 
     def report(self) -> Report:
-        """Return the memory figures of the process."""
-        return self._process.report()
+        """Return the memory figures of the process, and the number of decompositions that LAPACK had to make."""
+        return self._process.report(by_lapack=self._by_lapack)
 
     def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], TensorJob]) -> None:
         if folder.exists(file.name):

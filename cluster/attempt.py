@@ -133,6 +133,7 @@ class Attempt:
             "bytes_merged": self.plan.merged_bytes,
             "bytes_targets": counts["target_bytes"],
             "expert_forwards": counts["forwards"],
+            "decompositions_by_lapack": counts["by_lapack"],
             "seconds": self.progress.seconds,
         }
 

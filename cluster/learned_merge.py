@@ -84,6 +84,9 @@ class LearnedMerge(Attempt):
         devices = self.folder.load_devices()
         write_record(self.folder.composed, self.plan, identity, digests, stages, importance, metrics, files, devices)
         self.reports[:0] = targets.reports
+        by_lapack = sum(report.counts.get("by_lapack", 0) for report in self.reports)
+        if by_lapack:
+            self.progress.say(f"matrix products did not converge for {by_lapack} matrices, which LAPACK decomposed")
         self.finish(forwards=targets.before, target_bytes=targets.nbytes)
 
     def _resumed(self) -> str:

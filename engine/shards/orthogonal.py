@@ -60,7 +60,7 @@ def orthogonalise(
     names: Iterable[str],
     factored: Collection[str] = (),
     device: torch.device = CPU,
-) -> None:
+) -> list[str]:
     """Store TASK_VECTOR_SCALE · τ⊥ₖ of the named matrices (or whole τₖ, see `decomposed`), except those already stored.
 
     Those of matrices in `factored` are stored as factors, which take no more space for many experts than for two; the
@@ -68,7 +68,11 @@ def orthogonalise(
     which are removed afterwards. Parts that are damaged or missing are computed from the experts' own task vectors,
     which `streams` read. The matrices are processed in parallel on the pool of `streams`, in bounded memory; `device`
     is where they are decomposed.
+
+    Returns:
+        The names of matrices that matrix products did not make orthogonal, so that LAPACK had to.
     """
+    by_lapack: list[str] = []
     names, groups = list(names), tensor_groups(plan)
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     # A checksum is written after its file.
@@ -86,13 +90,15 @@ def orthogonalise(
             if of_group is not None:
                 part = of_group.get(name)
             else:
-                part = compute_parts(plan, streams.experts[k][1].task_vector(name), streams.base.read(name), device)
+                task_vector, base = streams.experts[k][1].task_vector(name), streams.base.read(name)
+                part = compute_parts(plan, task_vector, base, device, partial(by_lapack.append, name))
             if part is not None:
                 parts[k] = part
         with one_at_a_time(device):
             on_device = {k: (u.to(device), s.to(device), vt.to(device)) for k, (u, s, vt) in parts.items()}
+            factors = _orthogonal(plan, name, on_device, partial(by_lapack.append, name))
             write = _store_factors if name in factored else _store_whole
-            write(plan, state, name, on_device)
+            write(plan, state, name, factors)
 
     for _ in in_order(
         (partial(store, name) for name in missing), streams.pool, decompositions(plan, streams.threads) - 1
@@ -102,11 +108,12 @@ def orthogonalise(
     matrices = frozenset(decomposed(plan))
     done = (number for number, group in enumerate(groups) if not stored.isdisjoint(group))
     remove_parts(plan, state, (number for number in done if matrices.intersection(groups[number]) <= stored))
+    return by_lapack
 
 
-def _store_whole(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
+def _store_whole(plan: Plan, state: Folder, name: str, factors: Factors) -> None:
     """Write the file of one matrix: an entry `k` of the matrix's shape for each expert k that changes it."""
-    factors, shape = _orthogonal(plan, name, parts), plan.base_header.tensors[name].shape
+    shape = plan.base_header.tensors[name].shape
     products = {str(k): product for k, product in enumerate(factors.products()) if product is not None}
 
     def values(entry: OutputTensor) -> Iterator[Tensor]:
@@ -116,9 +123,8 @@ def _store_whole(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts
     _write(state, name, [_entry(key, shape, stored_dtype(plan)) for key in products], values)
 
 
-def _store_factors(plan: Plan, state: Folder, name: str, parts: Mapping[int, Parts]) -> None:
+def _store_factors(plan: Plan, state: Folder, name: str, factors: Factors) -> None:
     """Write the file of one matrix: the factors of all experts, and the rank of each."""
-    factors = _orthogonal(plan, name, parts)
     tensors = {"left": factors.left_mR, "right": factors.right_Rn, "ranks": torch.tensor(factors.ranks)}
     code = stored_dtype(plan)
     entries = [_entry(key, tuple(tensor.shape), "I64" if key == "ranks" else code) for key, tensor in tensors.items()]
@@ -135,7 +141,7 @@ def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
     return OutputTensor(name, shape, code, math.prod(shape) * BYTES[code])
 
 
-def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts]) -> Factors:
+def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts], by_lapack: Callable[[], None]) -> Factors:
     """Return the factors of all experts, from the parts of those that change the matrix.
 
     They are TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n] or, of whole task vectors, U·Σ and Vᵀ. The directions of
@@ -145,7 +151,7 @@ def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts]) -> Factors:
     if not plan.orthogonal or not parts:
         whole = {k: Product(u * s, vt) for k, (u, s, vt) in parts.items()}
         return Factors.of([whole.get(k) for k in range(len(ranks))], plan.base_header.tensors[name].shape)
-    left, values, right = orthogonal_parts(list(parts.values()))
+    left, values, right = orthogonal_parts(list(parts.values()), by_lapack)
     return Factors(left * (TASK_VECTOR_SCALE * values), right, ranks)
 
 

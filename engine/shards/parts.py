@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
@@ -78,15 +78,21 @@ def record_file(expert: int, group: int) -> str:
     return f"{SURVEY}/{expert}-{group}.json"
 
 
-def compute_parts(plan: Plan, task_vector: TaskVector | None, base: Tensor, device: torch.device) -> Parts | None:
+def compute_parts(
+    plan: Plan,
+    task_vector: TaskVector | None,
+    base: Tensor,
+    device: torch.device,
+    by_lapack: Callable[[], None] | None = None,
+) -> Parts | None:
     """Return the leading ⌊min(m, n)/K⌋ parts of an expert's matrix on the CPU, None if it equals the base's.
 
-    They are computed on `device`. `base` is on the CPU.
+    They are computed on `device`. `base` is on the CPU. `by_lapack`: see `leading`.
     """
     # The parts of whole task vectors are those of adapters, of a lower rank.
     rank = max(1, min(base.shape) // (len(plan.experts) if plan.orthogonal else 1))
     if device.type == "cpu":
-        parts = leading_parts(task_vector, base, rank)
+        parts = leading_parts(task_vector, base, rank, by_lapack)
     elif isinstance(task_vector, Product):
         with one_at_a_time(device):
             moved = Product(task_vector.left.to(device), task_vector.right.to(device))
@@ -96,7 +102,7 @@ def compute_parts(plan: Plan, task_vector: TaskVector | None, base: Tensor, devi
     else:
         tau = whole(task_vector, base)
         with one_at_a_time(device):
-            parts = leading(tau.to(device), rank) if tau.any() else None
+            parts = leading(tau.to(device), rank, by_lapack) if tau.any() else None
     if parts is None:
         return None
     # Copies, so that the full factors can be freed.

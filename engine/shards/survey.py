@@ -28,11 +28,15 @@ from engine.task_vectors.pipeline import in_order
 
 
 class Survey:
-    """The survey of expert `index`, with `threads` threads; matrices are decomposed on `device`."""
+    """The survey of expert `index`, with `threads` threads; matrices are decomposed on `device`.
+
+    `by_lapack` lists the matrices of which matrix products did not find the leading parts, so that LAPACK had to.
+    """
 
     def __init__(self, plan: Plan, index: int, device: torch.device, threads: int) -> None:
         self.index, self._plan, self._device = index, plan, device
         self._streams = open_task_vectors(plan, threads, index)
+        self.by_lapack: list[str] = []
         self._groups, self._matrices = tensor_groups(plan), frozenset(decomposed(plan))
         self._hashes = _Hashes(weight_files(plan.experts[index]))
         ends, total = list[float](), 0.0
@@ -89,7 +93,8 @@ class Survey:
         if name not in self._matrices:
             return magnitude, None
         (task_vector,) = self._streams.of(name)
-        return magnitude, compute_parts(self._plan, task_vector, self._streams.base.read(name), self._device)
+        base, by_lapack = self._streams.base.read(name), partial(self.by_lapack.append, name)
+        return magnitude, compute_parts(self._plan, task_vector, base, self._device, by_lapack)
 
     def _nbytes(self, name: str) -> int:
         tensor = self._plan.base_header.tensors[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import actors.process
 from actors.expert import Expert
 from actors.trainer import Trainer
 from engine.shards.local_shards import LocalShards
+from engine.storage.local_folder import LocalFolder
 
 # torch divides the sum of a whole tensor among its threads from 2¹⁵ elements on: here 300 · 128.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "max_position_embeddings": 512}
@@ -68,5 +70,20 @@ def test_actors_have_the_threads_of_their_run(llama_merge: Path) -> None:
         assert torch.get_num_threads() == 3
         Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target, 5)
         assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_actor_keeps_its_threads_after_a_survey(llama_merge: Path, tmp_path: Path) -> None:
+    """Torch gives a new thread, here the actor's, the number that any thread has set last when it first needs one."""
+    before, plan = torch.get_num_threads(), plan_of(llama_merge)
+
+    def act() -> int:
+        Expert(plan, 0, 3).survey(0, [0], LocalFolder(tmp_path))
+        return torch.get_num_threads()
+
+    try:
+        with ThreadPoolExecutor(1) as actor:
+            assert actor.submit(act).result() == 3
     finally:
         torch.set_num_threads(before)

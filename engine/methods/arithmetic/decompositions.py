@@ -15,13 +15,13 @@ import math
 import torch
 from torch import Tensor
 
-# Matrices with a smaller side below this are quick for LAPACK.
-SMALLEST_SIDE = 512
+# LAPACK is as quick for matrices with a smaller side below these (measured on two kinds of matrices, one thread).
+LEADING_SIDE, ISOMETRY_SIDE = 512, 1024
+# Largest r as a share of the smaller and of the larger side: for more parts, LAPACK is as quick.
+SHARES = (0.3, 0.2)
 # First dimension of the Krylov space at which convergence is tested, in multiples of r, and the largest share of m. A
 # spectrum σᵢ ~ i^-0.7 needs 2.5 r to 3.5 r, one of rounding alone 5 r to 7 r.
 FIRST, MOST = 2.5, 0.8
-# Largest r as a share of m: beyond it, the first space would be too large.
-MOST_SHARE = 0.3
 # What is added to the dimension, in multiples of r, after a test with at most this angle.
 STEPS = ((2e-3, 0.5), (5e-2, 1.0), (math.inf, 1.5))
 # Root mean square of the estimated angles, in radians, between the leading singular vectors and those found.
@@ -142,7 +142,9 @@ def _projected(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_isometry(rows: Tensor) -> Tensor | None:
-    """Return P·Qᵀ of a matrix [m, n] = P·D·Qᵀ with m ≤ n, or None if it has null directions or does not converge.
+    """Return P·Qᵀ of a matrix [m, n] = P·D·Qᵀ with m ≤ n, or None if it does not converge.
+
+    Null directions (`NULL`) are left out; a matrix with more than a few of them does not converge.
 
     Each step is x·(b + a·y)/(1 + c·y), y = x², on the singular values x, by an inverse: f(M) = β·I + γ·(I + c·M)⁻¹ of
     M = X·Xᵀ. All steps but the first of an ill-conditioned matrix are taken on M alone.
@@ -152,17 +154,16 @@ def nearest_isometry(rows: Tensor) -> Tensor | None:
     if not 0 < top < math.inf:
         return None
     x, lowest, null, total = rows / math.sqrt(top), 0.1, NULL, None
-    shifted = square / top
-    shifted.diagonal().sub_(lowest**2)
-    if not _is_positive(shifted):
+    square /= top
+    if not _is_positive(_shifted(square, 1, -(lowest**2))):
         # Products in float32 would add a share c·2⁻²⁴ of noise to the inverse.
         a, b, c = _halley(SMALLEST)
-        inverse = inverse_of_positive(_shifted(gram(rows.double()) / top, c))
+        inverse = inverse_of_positive(_shifted(gram(rows.double()), c / top))
         if inverse is None:
             return None
         x = _function(inverse, a, b, c).to(x) @ x
-        square, lowest, null, top = gram(x), _mapped(SMALLEST, a, b, c), _mapped(NULL, a, b, c), 1.0
-    square = square / top
+        square, lowest, null = gram(x), _mapped(SMALLEST, a, b, c), _mapped(NULL, a, b, c)
+        del inverse
     for last in (False, True):
         a, b, c = _halley(lowest)
         inverse = inverse_of_positive(_shifted(square, c))
@@ -227,9 +228,10 @@ def _function(inverse: Tensor, a: float, b: float, c: float) -> Tensor:
     return function
 
 
-def _shifted(square: Tensor, c: float) -> Tensor:
-    shifted = square * c
-    shifted.diagonal().add_(1)
+def _shifted(square: Tensor, factor: float, shift: float = 1.0) -> Tensor:
+    """Return factor·M + shift·I."""
+    shifted = square * factor
+    shifted.diagonal().add_(shift)
     return shifted
 
 

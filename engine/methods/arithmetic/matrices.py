@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine.methods.arithmetic.decompositions import (
-    MOST_SHARE,
+    ISOMETRY_SIDE,
+    LEADING_SIDE,
     NULL,
-    SMALLEST_SIDE,
+    SHARES,
     leading_parts_by_products,
     nearest_isometry,
 )
@@ -69,10 +70,12 @@ def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
     return fill
 
 
-def leading_parts(task_vector: TaskVector | None, base: Tensor, rank: int) -> Parts | None:
+def leading_parts(
+    task_vector: TaskVector | None, base: Tensor, rank: int, by_lapack: Callable[[], None] | None = None
+) -> Parts | None:
     """Return the `rank` leading singular parts of an expert's matrix, or None if the expert does not change it.
 
-    Of an adapter, the factors alone are decomposed.
+    Of an adapter, the factors alone are decomposed. `by_lapack`: see `leading`.
     """
     if task_vector is None:
         return None
@@ -80,7 +83,7 @@ def leading_parts(task_vector: TaskVector | None, base: Tensor, rank: int) -> Pa
         parts = leading_of_product(task_vector.left, task_vector.right, rank)
         return parts if len(parts[1]) else None
     tau = whole(task_vector, base)
-    return leading(tau, rank) if tau.any() else None
+    return leading(tau, rank, by_lapack) if tau.any() else None
 
 
 def leading(tau: Tensor, rank: int, by_lapack: Callable[[], None] | None = None) -> Parts:
@@ -92,8 +95,8 @@ def leading(tau: Tensor, rank: int, by_lapack: Callable[[], None] | None = None)
     Raises:
         torch.linalg.LinAlgError: `tau` is not finite.
     """
-    smaller, parts = min(tau.shape), None
-    if smaller >= SMALLEST_SIDE and rank <= MOST_SHARE * smaller:
+    smaller, larger, parts = *sorted(tau.shape), None
+    if smaller >= LEADING_SIDE and rank <= min(SHARES[0] * smaller, SHARES[1] * larger):
         parts = leading_parts_by_products(tau, rank)
         if parts is None and by_lapack is not None:
             by_lapack()
@@ -141,7 +144,7 @@ def _nearest_orthogonal(matrix: Tensor, by_lapack: Callable[[], None] | None) ->
     Null directions (`NULL`) are left out: rounding alone decides their vectors in P, so that they would add noise of
     full norm.
     """
-    if min(matrix.shape) >= SMALLEST_SIDE:
+    if min(matrix.shape) >= ISOMETRY_SIDE:
         wide = len(matrix) <= matrix.shape[1]
         found = nearest_isometry(matrix if wide else matrix.T.contiguous())
         if found is not None:

@@ -17,6 +17,13 @@ ROWS, COLUMNS, RANK = 192, 320, 24
 LARGEST_ERROR = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompose these small matrices as large ones are."""
+    monkeypatch.setattr(matrices, "LEADING_SIDE", 1)
+    monkeypatch.setattr(matrices, "ISOMETRY_SIDE", 1)
+
+
 def orthonormal(rows: int, columns: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))[0]
@@ -93,8 +100,7 @@ MATRICES: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("case", MATRICES)
-def test_leading_parts_are_those_of_float64(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
+def test_leading_parts_are_those_of_float64(case: str) -> None:
     tau, lapack = MATRICES[case](), []
     parts = matrices.leading(tau, RANK, lambda: lapack.append(case))
     wanted = exact(tau, RANK)
@@ -134,8 +140,7 @@ def test_no_parts_of_numbers_out_of_range(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_matrix_that_is_not_finite_is_an_error(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
+def test_a_matrix_that_is_not_finite_is_an_error(value: float) -> None:
     tau = with_values(decay(0.7))
     tau[3, 5] = value
     with pytest.raises(torch.linalg.LinAlgError):
@@ -143,7 +148,6 @@ def test_a_matrix_that_is_not_finite_is_an_error(value: float, monkeypatch: pyte
 
 
 def test_lapack_decomposes_what_does_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
     monkeypatch.setattr(decompositions, "ANGLE", 0.0)
     tau, lapack = with_values(decay(0.7)), []
     parts = matrices.leading(tau, RANK, lambda: lapack.append("leading"))
@@ -151,8 +155,7 @@ def test_lapack_decomposes_what_does_not_converge(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("shape", [(1, 300), (300, 1), (1, 1), (4000, 3)])
-def test_narrow_matrices_have_parts(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
+def test_narrow_matrices_have_parts(shape: tuple[int, int]) -> None:
     tau = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert apart(cut(matrices.leading(tau, 1)), cut(exact(tau, 1))) < 1e-5
 
@@ -205,8 +208,7 @@ def test_the_inverse_of_a_positive_matrix(count: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [ROWS, COLUMNS])
-def test_orthogonal_task_vectors_of_experts_are_those_of_float64(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
+def test_orthogonal_task_vectors_of_experts_are_those_of_float64(columns: int) -> None:
     taus, lapack = experts(8, columns), []
     say: Callable[[], None] = lambda: lapack.append("")  # noqa: E731
     left, values, right = matrices.orthogonal_parts([matrices.leading(tau, RANK, say) for tau in taus], say)
@@ -222,8 +224,7 @@ def test_orthogonal_task_vectors_of_experts_are_those_of_float64(columns: int, m
         assert apart(cut((left[:, mine], values[mine], right[mine])), wanted) < LARGEST_ERROR
 
 
-def test_equal_experts_share_their_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "SMALLEST_SIDE", 1)
+def test_equal_experts_share_their_directions() -> None:
     tau, lapack = experts(1)[0], []
     parts = matrices.leading(tau, RANK)
     left, values, right = matrices.orthogonal_parts([parts, parts], lambda: lapack.append("null directions"))

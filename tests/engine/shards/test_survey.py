@@ -281,7 +281,7 @@ def test_matrices_in_memory_are_bounded_by_bytes_and_not_by_threads(
     assert flops.orthogonal_bytes(plan, 96) == flops.orthogonal_bytes(plan, at_once)
     surveys, stores = list[int](), list[int]()
     monkeypatch.setattr(survey, "compute_parts", counted(compute_parts, surveys))
-    monkeypatch.setattr(orthogonal, "_store", counted(orthogonal._store, stores))
+    monkeypatch.setattr(orthogonal, "_orthogonal", counted(orthogonal._orthogonal, stores))
     for k in range(2):
         Survey(plan, k, CPU, threads=8).read(range(len(tensor_groups(plan))), state)
     made(plan, state, threads=8)
