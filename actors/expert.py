@@ -59,7 +59,7 @@ class Expert:
         return save_target(target, folder, name)
 
     def report(self) -> Report:
-        """Return the memory figures of the process, its forward passes, and the decompositions that LAPACK had to make."""
+        """Return the memory figures, the forward passes, and the number of decompositions that LAPACK had to make."""
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
 
     def _expert(self, index: int) -> FrozenExpert:

@@ -25,7 +25,7 @@ class Worker(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, name: str) -> None:
-        remote: Callable[..., Any] = lambda names: {one: f"{one} by {name}" for one in names}  # noqa: E731
+        remote: Callable[..., Any] = lambda names, _: {one: f"{one} by {name}" for one in names}  # noqa: E731
         report = SimpleNamespace(remote=lambda: f"report of {name}")
         super().__init__(name=name, orthogonalise=SimpleNamespace(remote=remote), report=report)
 
@@ -53,7 +53,7 @@ def test_it_runs_where_the_experts_compute(
     monkeypatch.setattr(merge, "spread", spread)
     crew: Any = SimpleNamespace(
         shards=[Worker("s0")],
-        layout=SimpleNamespace(experts=(Seat("node", 1, gpus),) * 2),
+        layout=SimpleNamespace(experts=(Seat("node", 1, gpus),) * 2, factored=()),
         shards_of_experts=started,
         dismiss=lambda worker: done.append(f"dismiss {worker.name}"),
     )

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.usefixtures("warm")
 
 
-def test_adamerging_runs_without_experts_for_one_coefficient_each(llama_merge: Path, tmp_path: Path) -> None:
+def test_adamerging_reads_experts_but_never_runs_them_for_one_coefficient_each(
+    llama_merge: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "merged"
     options = ("merge_method=adamerging", "parameters.granularity=task", "parameters.epochs=3")
     wanted = [part for option in options for part in ("--set", option)]
@@ -38,5 +40,6 @@ def test_adamerging_runs_without_experts_for_one_coefficient_each(llama_merge: P
     assert all(row["entropy"] > 0 and row["kl"] == 0 for row in rows)
     memory = json.loads((out / "merge" / "memory.json").read_text())
     assert memory["expert_forwards"] == memory["bytes_targets"] == 0
-    assert not any(actor["role"].startswith("expert") for actor in memory["actors"])
+    experts = [actor["role"] for actor in memory["actors"] if actor["role"].startswith("expert")]
+    assert experts == ["expert 0"], "one actor surveys both experts, one after the other"
     assert "entropy" in (out / "README.md").read_text()
