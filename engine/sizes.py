@@ -22,6 +22,12 @@ IN_FLIGHT = 2
 # Bytes of float32 logits in memory at a time. The logits of all tokens would be the trainer's largest tensor.
 LOGIT_BYTES = 32 << 20
 
+# Matrices are decomposed by matrix products: for leading parts and for nearest isometries those with a smaller side of
+# at least these, and of the parts at most these shares of the smaller and of the larger side. LAPACK is as quick for
+# the others (measured on two kinds of matrices, one thread).
+LEADING_SIDE, ISOMETRY_SIDE = 512, 1024
+SHARES = (0.3, 0.2)
+
 # Matrices whose parts are in one file and are made orthogonal in one call; elements of such a group of tensors if there
 # are fewer matrices; groups of one expert that are surveyed in one call.
 MATRICES_PER_CALL = 8

@@ -15,10 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-# LAPACK is as quick for matrices with a smaller side below these (measured on two kinds of matrices, one thread).
-LEADING_SIDE, ISOMETRY_SIDE = 512, 1024
-# Largest r as a share of the smaller and of the larger side: for more parts, LAPACK is as quick.
-SHARES = (0.3, 0.2)
 # First dimension of the Krylov space at which convergence is tested, in multiples of r, and the largest share of m. A
 # spectrum σᵢ ~ i^-0.7 needs 2.5 r to 3.5 r, one of rounding alone 5 r to 7 r.
 FIRST, MOST = 2.5, 0.8

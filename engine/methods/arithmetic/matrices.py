@@ -10,15 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from engine.methods.arithmetic.decompositions import (
-    ISOMETRY_SIDE,
-    LEADING_SIDE,
-    NULL,
-    SHARES,
-    leading_parts_by_products,
-    nearest_isometry,
-)
+from engine.methods.arithmetic.decompositions import NULL, leading_parts_by_products, nearest_isometry
 from engine.methods.arithmetic.tensor import MergeTensor
+from engine.sizes import ISOMETRY_SIDE, LEADING_SIDE, SHARES
 from engine.task_vectors.kinds import Product, TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.pipeline import Fill

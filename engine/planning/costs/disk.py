@@ -18,26 +18,32 @@ from engine.checkpoints.headers import BYTES, SAFETENSORS
 from engine.checkpoints.structure import Role
 from engine.errors import ClusterError
 from engine.methods.registry import NATIVE
-from engine.planning.factors import stored_bytes
+from engine.planning.factors import decomposed, factor_elements, stored_bytes
 from engine.planning.plan import Plan
 from engine.storage.paths import is_uri
 
 
 @dataclass(frozen=True)
 class DiskNeeds:
-    """Bytes of a merge on disk: the output's weights, stored task vectors, and (estimated) targets."""
+    """Bytes of a merge on disk: the output's weights, stored task vectors, (estimated) targets, and leading parts.
+
+    Stored task vectors take the place of the leading parts from which they are computed, matrix by matrix.
+    """
 
     output: int
     orthogonal: int = 0
     targets: int = 0
+    parts: int = 0
 
     @property
     def total(self) -> int:
-        """The bytes of OUT.run/ when the output is complete."""
-        return self.output + self.orthogonal + self.targets
+        """The most bytes of OUT.run/: before task vectors are stored, or when the output is complete."""
+        return self.targets + max(self.parts, self.output + self.orthogonal)
 
     def __str__(self) -> str:
         parts = {"the output": self.output, "task vectors": self.orthogonal, "targets": self.targets}
+        if self.parts > self.output + self.orthogonal:
+            parts = {"leading parts of the experts": self.parts, "targets": self.targets}
         return ", ".join(f"{rich.filesize.decimal(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
 
 
@@ -75,7 +81,8 @@ def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = (), factored: Colle
     method = NATIVE.get(plan.config.merge_method)
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
-    return DiskNeeds(output, stored_bytes(plan, factored), _targets(plan, tokens) if plan.config.has_targets else 0)
+    targets = _targets(plan, tokens) if plan.config.has_targets else 0
+    return DiskNeeds(output, stored_bytes(plan, factored), targets, 4 * factor_elements(plan, decomposed(plan)))
 
 
 def check_disk(needs: DiskNeeds, out: str) -> None:

@@ -11,13 +11,22 @@ from typing import Literal
 
 MB, GB = 1e6, 1e9
 
-# The GPU rate is a quarter of an H200's dense bfloat16 rate, which single samples reach.
-CPU_FLOPS, GPU_FLOPS = 177e9, 200e12
+# The GPU rate is a quarter of an H200's dense bfloat16 rate, which single samples reach; decompositions are in float32
+# and float64.
+CPU_FLOPS, GPU_FLOPS, GPU_DECOMPOSING = 177e9, 200e12, 20e12
 CORE_FLOPS = CPU_FLOPS / 2
 CPU_MEMORY, GPU_MEMORY = 14 * GB, 2000 * GB
+# From pinned memory to a GPU, assumed.
+PINNED = 20 * GB
 # STREAM is the rate of a core on a fully loaded node, whose cores share its memory bandwidth; two cores alone reach
 # 11.8 GB/s each.
 STREAM, EXCHANGE, NETWORK, DISK = 6.4 * GB, 1.2 * GB, 1.2 * GB, 1.2 * GB
+
+
+def decomposing_rate(cpus: float, gpus: float) -> float:
+    """Return the FLOP/s of the decompositions of a node with these CPUs and GPUs."""
+    return GPU_DECOMPOSING * gpus if gpus else CORE_FLOPS * cpus
+
 
 # Placement of the task vectors: in the trainer's process, in shard actors on its node, or in shard actors on all nodes.
 Site = Literal["trainer", "node", "nodes"]
@@ -28,12 +37,14 @@ class MemoryEstimate:
     """Estimated bytes of memory.
 
     `model` is the trainer's weights and gradient alone; `step` is what an optimiser step adds to weights and factors;
+    `copied` are the base's matrices and factors that the trainer's GPU has no room for, copied to it in each pass;
     `trainer`, `expert` and `shard` are whole processes; `store` is Ray's object store; `page_cache` is that of a node
     which caches all that a pass reads.
     """
 
     model: float
     step: float
+    copied: float
     trainer: float
     expert: float
     shard: float

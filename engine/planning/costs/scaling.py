@@ -17,7 +17,6 @@ from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_memory
 from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.costs.rates import (
-    CORE_FLOPS,
     CPU_FLOPS,
     CPU_MEMORY,
     DISK,
@@ -27,11 +26,13 @@ from engine.planning.costs.rates import (
     GPU_MEMORY,
     MB,
     NETWORK,
+    PINNED,
     STREAM,
     MemoryEstimate,
     Prediction,
     Site,
     StepEstimate,
+    decomposing_rate,
 )
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
 from engine.planning.plan import ExpertPlan, Plan
@@ -110,11 +111,12 @@ class Work:
 def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Prediction:
     """Estimate memory, traffic and time with the task vectors placed at `where`."""
     shards, factors = _shards(plan, machines, where), _factored(plan, machines)
-    step = _step(plan, work, machines, where, shards)
+    memory = _memory(plan, work, machines, where, shards)
+    step = _step(plan, work, machines, where, shards, memory.copied)
     return Prediction(
         where,
         shards,
-        _memory(plan, work, machines, where, shards),
+        memory,
         0 if where == "trainer" else _streams(plan, work) * _moved(plan, factors),
         step,
         _run(plan, work, machines, step),
@@ -189,13 +191,17 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     exchange = (scratch if where == "trainer" else bucket) if dense else 0
     held = factor_bytes(plan, factors) + sum(plan.numels[name] for name in factors) * item
     step = gradient + activations + logits + max((_products(plan, name) for name in factors), default=0)
+    resident = min(held, max(0.0, _trainer_memory(plan, machines) - weights - step)) if on_gpu else 0
+    # On a CPU, the threads of a survey decompose matrices in the expert's process.
+    survey = 0 if on_gpu else orthogonal_bytes(plan, machines.cpus)
     return MemoryEstimate(
         model=weights + gradient,
         step=step,
-        trainer=TRAINER_BYTES + weights + (held if on_gpu else 0) + step + exchange,
+        trainer=TRAINER_BYTES + weights + resident + step + exchange,
+        copied=held - resident if on_gpu else 0,
         expert=TRAINER_BYTES
         + elements * item * (1 if on_gpu else 0)
-        + work.tokens * (header.vocab_size or 0) * item * 3,
+        + max(survey, work.tokens * (header.vocab_size or 0) * item * 3),
         # One bucket received and one to send.
         shard=SHARD_BYTES
         + scratch
@@ -206,7 +212,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     )
 
 
-def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) -> StepEstimate:
+def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int, copied: float) -> StepEstimate:
     rates, samples = plan.config.cluster.rates, _window(plan)
     flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
     # Memory traffic that does not depend on the tokens: a pass reads the weights twice and writes their gradient. With
@@ -219,7 +225,7 @@ def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int) 
     moved += streams * factor_bytes(plan, factors)
     called = STEP_SECONDS + work.passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
     products = streams * factor_flops(plan, factors)
-    compute = (samples * (forward + backward) + products) / flops + moved / memory + called
+    compute = (samples * (forward + backward) + products) / flops + moved / memory + called + streams * copied / PINNED
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
     # The cores of a node stream in parallel up to the limit of their interpreters. Nodes always stream in parallel.
@@ -255,7 +261,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> floa
     ) / slots
     if not plan.config.has_targets:
         targets = 0.0
-    orthogonal = orthogonal_flops(plan) / (CORE_FLOPS * machines.cpus * machines.nodes)
+    orthogonal = orthogonal_flops(plan) / (decomposing_rate(machines.cpus, machines.gpus) * machines.nodes)
     orthogonal += stored_bytes(plan, _factored(plan, machines)) / disk
     stages = plan.config.stages * work.steps * step.total
     return 3 * START_SECONDS + reading + targets + orthogonal + stages + whole / disk
@@ -268,6 +274,12 @@ def _flop_rate(plan: Plan, machines: Machines) -> float:
 
 def _factored(plan: Plan, machines: Machines) -> tuple[str, ...]:
     return factored(plan, machines.gpus > 0, plan.config.cluster.factors)
+
+
+def _trainer_memory(plan: Plan, machines: Machines) -> float:
+    """Return the bytes of the trainer's GPUs; infinite if unknown."""
+    requested = plan.config.cluster.trainer.num_gpus
+    return (machines.gpu_memory or math.inf) * (requested if requested != "auto" and requested > 1 else 1)
 
 
 def _moved(plan: Plan, factors: Collection[str]) -> float:

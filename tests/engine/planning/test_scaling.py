@@ -14,8 +14,9 @@ from cluster.placement import Devices, Node, arrange, check_memory, lay_out, mac
 from engine.config.schema import Cluster
 from engine.errors import ClusterError
 from engine.planning.costs.flops import SVD_FLOPS, sample_flops
-from engine.planning.costs.rates import CORE_FLOPS, DISK, GB
+from engine.planning.costs.rates import CORE_FLOPS, DISK, GB, GPU_DECOMPOSING, PINNED
 from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
+from engine.planning.factors import factor_bytes
 from engine.planning.plan import Plan
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
@@ -68,15 +69,28 @@ def test_a_streamed_gradient_moves_once_a_pass_and_is_not_held(make_merge: Calla
 def test_orthogonal_task_vectors_cost_decompositions_once_and_nothing_a_step(make_merge: Callable[..., Path]) -> None:
     config = make_merge()
     kinds = ("orthogonal", "whole")
-    cluster = Machines(nodes=3, cpus=8, gpus=1)
     plans = [plan_of(config, f"parameters.task_vectors={kind}", "cluster.factors=never") for kind in kinds]
-    one, other = (predict(plan, WORK, cluster, "nodes") for plan in plans)
-    assert one.step == other.step
-    assert one.memory == replace(other.memory, shard=one.memory.shard)
     shapes = [plans[0].base_header.tensors[name].shape for name in plans[0].merged]
-    flops = SVD_FLOPS * 4 * sum(m * n * min(m, n) for m, n in shapes)
-    wanted = flops / (CORE_FLOPS * 24) + 2 * plans[0].merged_bytes / DISK
-    assert one.run_seconds - other.run_seconds == pytest.approx(wanted, rel=1e-3)
+    # Two experts' matrices, and two matrices of as many columns as their smaller side has rows.
+    flops = SVD_FLOPS * sum(2 * m * n * min(m, n) + (m + n) * min(m, n) ** 2 for m, n in shapes)
+    for gpus, rate in ((0, CORE_FLOPS * 24), (1, GPU_DECOMPOSING * 3)):
+        cluster = Machines(nodes=3, cpus=8, gpus=gpus)
+        one, other = (predict(plan, WORK, cluster, "nodes") for plan in plans)
+        assert one.step == other.step
+        assert one.memory == replace(other.memory, shard=one.memory.shard, expert=one.memory.expert)
+        wanted = flops / rate + 2 * plans[0].merged_bytes / DISK
+        assert one.run_seconds - other.run_seconds == pytest.approx(wanted, rel=1e-3)
+
+
+def test_factors_that_a_gpu_has_no_room_for_are_copied_in_each_pass(make_merge: Callable[..., Path]) -> None:
+    plan = larger(plan_of(make_merge(), "parameters.task_vectors=orthogonal"), 10_000)
+    room = replace(ONE, gpus=1)
+    whole = predict(plan, WORK, room, "trainer")
+    held = factor_bytes(plan, plan.orthogonal) + plan.merged_bytes
+    tight = predict(plan, WORK, replace(room, gpu_memory=whole.memory.trainer - held / 2), "trainer")
+    assert whole.memory.copied == 0 < tight.memory.copied < held
+    assert tight.memory.trainer == pytest.approx(whole.memory.trainer - tight.memory.copied)
+    assert tight.step.compute - whole.step.compute == pytest.approx(2 * tight.memory.copied / PINNED)
 
 
 def test_a_cpu_waits_for_everything_and_a_gpu_only_for_what_is_longer(plans: list[Plan]) -> None:
