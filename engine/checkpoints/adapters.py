@@ -120,9 +120,11 @@ def read_adapter_header(
     _check_saved(file)
     drop_tied_head(file)
     whole = trained_whole(file)
+    # Outside the limit, since the base may have to be built to find the names in it.
+    targets = {module: file.target(f"{module}.weight") for module in file.parts.factors}
     slow = "matching rank_pattern or alpha_pattern to the names of the modules takes too long"
     with cpu_limit(CheckpointError(slow, str(folder / CONFIG))):
-        pairs = dict(_pair(file, module, factors) for module, factors in file.parts.factors.items())
+        pairs = {target: _pair(file, module, target) for module, target in targets.items()}
     return AdapterHeader(folder, pairs, file.tensors, whole)
 
 
@@ -153,9 +155,9 @@ def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Seque
     )
 
 
-def _pair(file: AdapterFile, module: str, factors: dict[str, str]) -> tuple[str, LoraPair]:
-    """Return the base tensor that a module's factors change, and their pair."""
-    folder, target = file.folder, file.target(f"{module}.weight")
+def _pair(file: AdapterFile, module: str, target: str) -> LoraPair:
+    """Return the pair of a module's factors, which change the base tensor `target`."""
+    folder, factors = file.folder, file.parts.factors[module]
     trained_on = str(file.config.get("base_model_name_or_path") or "")
     if set(factors) != {"A", "B"}:
         raise CheckpointError(f"the module {module!r} has only one of its two LoRA factors", str(folder / WEIGHTS))
@@ -171,7 +173,7 @@ def _pair(file: AdapterFile, module: str, factors: dict[str, str]) -> tuple[str,
             what = f"the factor {factor.name!r} has dtype {factor.dtype}"
             raise CheckpointError(what, str(folder), f"one of {', '.join(FLOATS)}")
     scaling = _scaling(file.config, module, a, folder)
-    return target, LoraPair(a.name, b.name, scaling, _is_transposed(a, b, file.base, target, folder))
+    return LoraPair(a.name, b.name, scaling, _is_transposed(a, b, file.base, target, folder))
 
 
 def _refuse_variants(file: AdapterFile) -> None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from engine.errors import DamagedError, OutputError
+from engine.errors import CheckpointError, DamagedError, OutputError
 from engine.planning.plan import Plan
 from engine.run.contents import write_manifest
 from engine.run.identity import Identity
@@ -216,10 +216,13 @@ class RunFolder(KeptState):
         """Return whether the run has any files."""
         return bool(self.state.names())
 
-    def computed(self) -> bool:
-        """Return whether the run has results from which a merge can resume."""
+    def computed(self, of_models: bool = True) -> bool:
+        """Return whether the run has results from which a merge can resume.
+
+        `of_models`: targets, surveys and stored task vectors count, too.
+        """
         names = self.state.names()
-        kept = ("targets/", f"{SURVEY}/", f"{FOLDER}/", "stage-")
+        kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/"] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def _is_cleared(self) -> bool:
@@ -263,6 +266,11 @@ def open_run(out: str, now: Identity, fresh: bool) -> Iterator[RunFolder]:
         run.begin(now.with_digests(before.digests if before else {}))
         try:
             yield run
+        except CheckpointError:
+            # What was computed of the models is of no use if one of them has to be changed.
+            if not run.computed(of_models=False):
+                run.discard()
+            raise
         finally:
             if not run.computed():
                 run.discard()

@@ -447,9 +447,8 @@ class Recorder:
         self.student, self.taken = student, dict[str, Tensor]()
         self.order: list[str] = []
 
-    def send(self, name: str, fetch: Callable[[], Tensor], nbytes: int) -> None:
-        gradient = fetch()
-        assert gradient.nbytes == nbytes and not gradient.requires_grad
+    def send(self, name: str, gradient: Tensor) -> None:
+        assert not gradient.requires_grad
         assert parameters(self.student)[name].grad is None, "no gradient stays on the parameter"
         self.order.append(name)
         self.taken[name] = gradient.clone()
