@@ -203,6 +203,9 @@ def large(cli: Path) -> None:
             config = _large_merge(Path(folder) / f"{k}x{size}", k, **shapes[size])
             # Typical rented nodes: 96 cores, 2 TB, 8 GPUs of 80 GB, a network of 100 Gbit/s.
             settings = ["--set", "cluster.rates.network_gbs=12"]
+            if size == "70B":
+                given = ("cluster.trainer.num_gpus=8", "cluster.expert.num_gpus=2", "gradient_checkpointing=true")
+                settings += [word for setting in given for word in ("--set", setting)]
             machines = ["--nodes", str(nodes), "--cpus", "96", "--gpus", "8", "--memory", "2000", "--gpu-memory", "80"]
             command = [sys.executable, str(cli), "plan", str(config), *machines, *settings]
             wide = os.environ | {"COLUMNS": "120"}

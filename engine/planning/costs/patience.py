@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from engine.methods.registry import get_method
 from engine.planning.costs.flops import SVD_FLOPS, decompositions
-from engine.planning.costs.rates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site
+from engine.planning.costs.rates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site, decomposing_rate
 from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
@@ -41,7 +41,7 @@ def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = No
     if given != "auto":
         return given
     cores = max(1.0, machines.cpus * machines.nodes / max(shards, machines.nodes))
-    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _decomposing(plan, cores)]
+    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _decomposing(plan, machines, cores)]
     if work is not None:
         calls += [_target(plan, work, machines), _step(plan, work, machines)]
     return max(FLOOR, SLOWER * max(calls))
@@ -54,16 +54,20 @@ def _reading(plan: Plan) -> float:
     return sum(tensor.nbytes for header in headers for tensor in header.tensors.values()) / _disk_rate(plan)
 
 
-def _decomposing(plan: Plan, cores: float) -> float:
-    """Return the seconds of the longer call of the two that decompose the largest matrices, one per core.
+def _decomposing(plan: Plan, machines: Machines, cores: float) -> float:
+    """Return the seconds of the longer call of the two that decompose the largest matrices.
 
-    One reads several groups of an expert's matrices. The other makes the parts of one group orthogonal: two
-    decompositions per matrix, and one per expert whose parts were damaged.
+    One reads several groups of an expert's matrices, with one decomposition each. The other makes the parts of one
+    group orthogonal: two decompositions per matrix, and one for an expert's part that was damaged. All by LAPACK, which
+    takes longer than matrix products: one matrix per core, or one after the other on a GPU.
     """
     shapes = [plan.base_header.tensors[name].shape for name in decomposed(plan)]
-    each = max((SVD_FLOPS * math.prod(shape) * min(shape) / CORE_FLOPS for shape in shapes), default=0.0)
-    rounds = math.ceil(MATRICES_PER_CALL / decompositions(plan, cores))
-    return each * rounds * max(GROUPS_PER_CALL, len(plan.experts) + 2)
+    flops = max((SVD_FLOPS * math.prod(shape) * min(shape) for shape in shapes), default=0.0)
+    if machines.gpus:
+        seconds = MATRICES_PER_CALL * flops / decomposing_rate(0, 1)
+    else:
+        seconds = math.ceil(MATRICES_PER_CALL / decompositions(plan, cores)) * flops / decomposing_rate(1, 0)
+    return seconds * max(GROUPS_PER_CALL, 3)
 
 
 def _whole_matrices(plan: Plan, cores: float) -> float:

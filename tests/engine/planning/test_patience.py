@@ -51,7 +51,7 @@ def test_a_large_merge_has_many_times_its_longest_call(llama_merge: Path, task_v
 
 
 def slower(plan: Plan):
-    rates = {"compute_tflops": 0.001, "disk_gbs": 0.01}
+    rates = {"compute_tflops": 1e-6, "disk_gbs": 1e-4}
     return plan.config.cluster.model_copy(
         update={"rates": plan.config.cluster.rates.model_copy(update=rates)},
     )
