@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Maximum elements of a block, and experts that a kernel processes side by side. Fastest as measured: smaller blocks
 # need more calls, larger ones leave the cache.
 BLOCK = 1 << 18
@@ -22,11 +24,9 @@ IN_FLIGHT = 2
 # Bytes of float32 logits in memory at a time. The logits of all tokens would be the trainer's largest tensor.
 LOGIT_BYTES = 32 << 20
 
-# Matrices are decomposed by matrix products: for leading parts and for nearest isometries those with a smaller side of
-# at least these, and of the parts at most these shares of the smaller and of the larger side. LAPACK is as quick for
-# the others (measured on two kinds of matrices, one thread).
+# Smaller side of matrices that are decomposed by matrix products: for leading parts, and for nearest isometries. LAPACK
+# is as quick for smaller ones (measured on two kinds of matrices, one thread).
 LEADING_SIDE, ISOMETRY_SIDE = 512, 1024
-SHARES = (0.3, 0.2)
 
 # Matrices whose parts are in one file and are made orthogonal in one call; elements of such a group of tensors if there
 # are fewer matrices; groups of one expert that are surveyed in one call.
@@ -36,6 +36,15 @@ GROUPS_PER_CALL = 4
 
 # Bytes that the decompositions of a process hold at a time, if one matrix does not take more.
 DECOMPOSING_BYTES = 8 << 30
+
+
+def are_few(rank: int, shape: Sequence[int], side: int = LEADING_SIDE) -> bool:
+    """Return whether matrix products find so many leading parts of a matrix in less time than LAPACK finds all.
+
+    Measured: at most 0.3 of the smaller side, and of the larger one 0.2 (0.15 below a side of 1024).
+    """
+    smaller, larger = min(shape), max(shape)
+    return smaller >= side and rank <= min(0.3 * smaller, (0.2 if smaller >= ISOMETRY_SIDE else 0.15) * larger)
 
 
 def bucket_bytes(shards: int, item: int) -> int:

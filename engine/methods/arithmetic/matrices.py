@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.methods.arithmetic.decompositions import NULL, leading_parts_by_products, nearest_isometry
 from engine.methods.arithmetic.tensor import MergeTensor
-from engine.sizes import ISOMETRY_SIDE, LEADING_SIDE, SHARES
+from engine.sizes import ISOMETRY_SIDE, LEADING_SIDE, are_few
 from engine.task_vectors.kinds import Product, TaskVector
 from engine.task_vectors.pieces import Piece
 from engine.task_vectors.pipeline import Fill
@@ -89,8 +89,8 @@ def leading(tau: Tensor, rank: int, by_lapack: Callable[[], None] | None = None)
     Raises:
         torch.linalg.LinAlgError: `tau` is not finite.
     """
-    smaller, larger, parts = *sorted(tau.shape), None
-    if smaller >= LEADING_SIDE and rank <= min(SHARES[0] * smaller, SHARES[1] * larger):
+    parts = None
+    if are_few(rank, tau.shape, LEADING_SIDE):
         parts = leading_parts_by_products(tau, rank)
         if parts is None and by_lapack is not None:
             by_lapack()

@@ -12,9 +12,8 @@ from engine.sizes import (
     DECOMPOSING_BYTES,
     GROUPS_PER_CALL,
     ISOMETRY_SIDE,
-    LEADING_SIDE,
     MATRICES_PER_CALL,
-    SHARES,
+    are_few,
 )
 
 # FLOP of a decomposition of a matrix, per element and row or column of the smaller side, by the time of a product of
@@ -91,8 +90,7 @@ def orthogonal_flops(plan: Plan) -> float:
     whole = sum(expert.kind != "adapter" for expert in plan.experts)
     for name in decomposed(plan):
         shape, rank = plan.base_header.tensors[name].shape, sum(ranks(plan, name))
-        smaller, larger, each = min(shape), max(shape), max(ranks(plan, name), default=0)
-        few = smaller >= LEADING_SIDE and each <= min(SHARES[0] * smaller, SHARES[1] * larger)
+        few, smaller = are_few(max(ranks(plan, name), default=0), shape), min(shape)
         total += whole * (LEADING_FLOPS if few else SVD_FLOPS) * math.prod(shape) * smaller
         if plan.orthogonal:
             isometry = ISOMETRY_FLOPS if min(rank, smaller) >= ISOMETRY_SIDE else SVD_FLOPS
