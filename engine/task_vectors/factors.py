@@ -84,9 +84,7 @@ def project(gradient_mn: Tensor, factors: Factors, edges: tuple[int, ...]) -> Te
         rest_R = ((right_Rn[:, column:] @ gradient_mn[row, column:]) * left_mR[row]).double()
         sums_SR[chunk] -= rest_R
         sums_SR[chunk + 1] += rest_R
-    owned_KR = torch.zeros(len(factors.ranks), sums_SR.shape[1], dtype=torch.float64)
-    for k, (a, b) in enumerate(pairwise(accumulate(factors.ranks, initial=0))):
-        owned_KR[k, a:b] = 1
+    owned_KR = torch.from_numpy(np.repeat(np.eye(len(factors.ranks)), factors.ranks, axis=1))
     return owned_KR.to(sums_SR.device) @ sums_SR.T
 
 
