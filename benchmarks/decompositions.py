@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from report import Report, Target, print_table
+from report import Report, Target, json_option, print_table
 from torch import Tensor
 
 from engine.methods.arithmetic.matrices import Parts, leading, leading_of_product
@@ -33,7 +33,7 @@ def timed(decompose: Callable[[], Parts]) -> tuple[float, Tensor]:
 @click.option("--columns", default=2752, show_default=True)
 @click.option("--rank", default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Result file. Default: a temporary folder.")
+@json_option("a temporary folder")
 def main(rows: int, columns: int, rank: int, rounds: int, path: Path | None) -> None:
     """Decompose one adapter in both ways and print seconds, their ratio and distances."""
     torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from typing import Any, get_args
 import click
 import models
 from models import Models
-from report import Report, Target, console, print_table
+from report import Report, Target, console, json_option, print_table
 
 from cluster.session import ENVIRONMENT
 from engine.config.schema import Use
@@ -124,9 +124,7 @@ def measure(report: Report, made: Models, counts: list[int], rounds: int, folder
 @models.options
 @click.option("--experts", "-k", multiple=True, default=[2, 4, 8, 32], show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 @click.option("--one", hidden=True, nargs=3, type=str, default=None, help="An action, merge.yaml and a way.")
 def main(
     workdir: Path,

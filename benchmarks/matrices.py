@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import click
 import torch
-from report import Report, Target, print_table
+from report import Report, Target, json_option, print_table
 from torch import Tensor
 
 from engine.methods.arithmetic import matrices
@@ -81,7 +81,7 @@ def distance(found: Parts, exact: Parts, count: int) -> float:
 @click.option("--rounds", default=1, show_default=True)
 @click.option("--sampled", default=1, show_default=True, help="Experts that LAPACK decomposes in each round.")
 @click.option("--exact", is_flag=True, help="Decompose all in float64, too, and in float32 by LAPACK.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Result file. Default: a temporary folder.")
+@json_option("a temporary folder")
 def main(rows: int, columns: int, count: int, rounds: int, sampled: int, exact: bool, path: Path | None) -> None:
     """Decompose one matrix of K experts in both ways and print seconds, their ratio and distances."""
     torch.set_num_threads(1)

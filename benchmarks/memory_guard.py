@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import models
 from models import Models
-from report import Report, Target
+from report import Report, Target, json_option
 
 from cluster.session import ENVIRONMENT
 
@@ -65,9 +65,7 @@ def shard(config: Path) -> int:
 
 @click.command(help=__doc__)
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 @click.option(
     "--one", hidden=True, nargs=2, type=str, default=None, help="Measure one role and merge.yaml in this process."
 )

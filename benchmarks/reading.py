@@ -23,7 +23,7 @@ from pathlib import Path
 import click
 import models
 from models import Models
-from report import Report, Target, print_table
+from report import Report, Target, json_option, print_table
 
 from actors.expert import Expert
 from actors.shard import Shard
@@ -130,7 +130,7 @@ def measured(config: Path, whose: str, act: Callable[[Plan, Turns, Path], None])
 @click.command(help=__doc__)
 @models.options
 @click.option("--experts", "-k", default=4, show_default=True, type=click.IntRange(min=2))
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Result file. Default: a temporary folder.")
+@json_option("a temporary folder")
 def main(workdir: Path, size: str, dtype: str, own_heads: bool, experts: int, path: Path | None) -> None:
     made = Models(workdir.absolute(), size, dtype, own_heads)
     made.base()

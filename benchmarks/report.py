@@ -9,18 +9,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.table import Table
 
 MB = 1e6
 # Without a terminal, as in logs, rich would fold tables to 80 columns.
 console = Console(width=None if Console().is_terminal else 140, highlight=False)
+
+
+def json_option(default: str = "below --workdir") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds --json, the file of a benchmark's result; `default` says where it is otherwise."""
+    return click.option("--json", "path", type=click.Path(path_type=Path), help=f"Result file. Default: {default}.")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import merges
 import models
 import yaml
 from models import Models
-from report import Report, Target, console, in_mb, print_table
+from report import Report, Target, console, in_mb, json_option, print_table
 
 from engine.config.reader import load_config
 from engine.planning.costs.rates import GB, Prediction, Site
@@ -154,9 +154,7 @@ def main() -> None:
 
 @main.command()
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 def check(workdir: Path, path: Path | None) -> None:
     """Compare predictions with measured merges."""
     workdir = workdir.absolute()

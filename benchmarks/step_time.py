@@ -27,7 +27,7 @@ import merges
 import models
 import torch
 from models import Models
-from report import Report, Target, console, print_table
+from report import Report, Target, console, json_option, print_table
 from torch import Tensor
 from torch.nn import functional
 from trainer_memory import in_memory
@@ -267,9 +267,7 @@ def _merge(made: Models, path: Path, k: int, samples: int, tokens: int) -> Path:
 )
 @click.option("--set", "overrides", multiple=True, help="Override a key of the config, as with `cli.py merge`.")
 @click.option("--without-memory", is_flag=True, help="Leave out the in-memory implementation.")
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 def main(
     workdir: Path,
     size: str,

@@ -28,7 +28,7 @@ import ray
 from models import Models
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
-from report import Report, Target, console, in_mb, print_table
+from report import Report, Target, console, in_mb, json_option, print_table
 
 import cli
 from engine.planning.schedule import passes
@@ -134,9 +134,7 @@ def target_bytes(made: Models) -> int:
 @click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples per optimiser step.")
 @click.option("--steps", default=2, show_default=True, type=click.IntRange(1), help="Least number of optimiser steps.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens per sample.")
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 def main(
     workdir: Path,
     size: str,

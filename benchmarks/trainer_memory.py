@@ -21,7 +21,7 @@ import merges
 import models
 import ray
 from models import Models
-from report import MB, Report, Target, console, in_mb, print_table
+from report import MB, Report, Target, console, in_mb, json_option, print_table
 
 from cluster import session
 
@@ -149,9 +149,7 @@ def add_targets(report: Report, counts: list[int], idle: int) -> None:
 @click.option("--window", default=8, show_default=True, type=click.IntRange(1), help="Samples per optimiser step.")
 @click.option("--steps", default=4, show_default=True, type=click.IntRange(1), help="Least number of optimiser steps.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(2), help="Tokens per sample.")
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 def main(
     workdir: Path,
     size: str,

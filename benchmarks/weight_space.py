@@ -36,7 +36,7 @@ import merges
 import models
 import yaml
 from models import SIZES, Models, Size
-from report import Report, Target, console, in_mb, print_table
+from report import Report, Target, console, in_mb, json_option, print_table
 from safetensors import safe_open
 
 SHAPES = {
@@ -304,9 +304,7 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--small", is_flag=True, help="A trial of a few minutes: a tiny model, K=2, one round.")
-@click.option(
-    "--json", "path", default=None, type=click.Path(path_type=Path), help="Result file. Default: below --workdir."
-)
+@json_option()
 def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small: bool, path: Path | None) -> None:
     counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
     if len(os.sched_getaffinity(0)) < 2:

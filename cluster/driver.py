@@ -67,7 +67,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         samples = prepare(plan, records, run) if plan.config.learned else []
         # As on GPUs, where stored task vectors take the least. The attempt checks again when it knows the devices.
         least = factored(plan, True, plan.config.cluster.factors)
-        check_disk(disk_needs(plan, [[sample.tokens for sample in of_expert] for of_expert in samples], least), out)
+        tokens = [[sample.tokens for sample in of_expert] for of_expert in samples]
+        check_disk(disk_needs(plan, tokens, least, run.has_task_vectors(plan)), out)
         with (
             connect(address, debug),
             Telemetry(run.name(), plan.config, out) as telemetry,

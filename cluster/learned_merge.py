@@ -30,7 +30,6 @@ from engine.planning.factors import decomposed, directions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import Plan
 from engine.run.run_folder import RunFolder
-from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import PARTS, tensor_groups
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
@@ -116,7 +115,8 @@ class LearnedMerge(Attempt):
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         check_memory(nodes(), self.plan, work, devices)
         tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
-        check_disk(disk_needs(self.plan, tokens, layout.factored), self.folder.out)
+        stored = self.folder.has_task_vectors(self.plan)
+        check_disk(disk_needs(self.plan, tokens, layout.factored, stored), self.folder.out)
         self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
         self.folder.keep_devices(asdict(devices))
         return layout
@@ -153,8 +153,7 @@ class LearnedMerge(Attempt):
         """Return the magnitudes that an earlier start stored, if the orthogonal task vectors are stored, too."""
         shape = (len(self.plan.experts), len(self.plan.merged))
         kept = self.folder.kept("magnitudes", shape, "the weights are read again")
-        orthogonal = {file_name(name) for name in decomposed(self.plan)}
-        return kept if orthogonal <= self.folder.state.names(FOLDER) else None
+        return kept if self.folder.has_task_vectors(self.plan) else None
 
     def _magnitudes(self, crew: Crew, targets: TargetComputation) -> Array:
         """Return sₖ,ₗ = mean |τₖ,ₗ| of the merged tensors, [K, L]; with orthogonal task vectors, compute these first.

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from engine.errors import CheckpointError, DamagedError, OutputError
+from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
 from engine.run.contents import write_manifest
 from engine.run.identity import Identity
@@ -42,7 +43,7 @@ from engine.run.ownership import (
     write_identity,
 )
 from engine.run.place import check_place
-from engine.shards.orthogonal import FOLDER
+from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import SURVEY
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -133,6 +134,10 @@ class RunFolder(KeptState):
             name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', PurePosixPath(self.out).name)}-{uuid.uuid4().hex[:8]}"
             write_sealed(self.state, "name", name.encode())
             return name
+
+    def has_task_vectors(self, plan: Plan) -> bool:
+        """Return whether the task vectors of all matrices that are decomposed are stored."""
+        return {file_name(name) for name in decomposed(plan)} <= self.state.names(FOLDER)
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""

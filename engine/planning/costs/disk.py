@@ -68,13 +68,16 @@ class DiskRoom:
         return cls(shutil.disk_usage(disk).free, held)
 
 
-def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = (), factored: Collection[str] = ()) -> DiskNeeds:
+def disk_needs(
+    plan: Plan, tokens: Sequence[Sequence[int]] = (), factored: Collection[str] = (), stored: bool = False
+) -> DiskNeeds:
     """Return the disk space of a merge.
 
     Args:
         plan: The plan.
         tokens: Numbers of tokens of the samples, given per expert.
         factored: The matrices that are merged through factors.
+        stored: The task vectors are stored already, so that no leading parts are needed.
     """
     tensors = plan.base_header.tensors
     output = sum(tensor.numel * BYTES.get(plan.out_dtype(name), 1) for name, tensor in tensors.items())
@@ -82,7 +85,8 @@ def disk_needs(plan: Plan, tokens: Sequence[Sequence[int]] = (), factored: Colle
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
     targets = _targets(plan, tokens) if plan.config.has_targets else 0
-    return DiskNeeds(output, stored_bytes(plan, factored), targets, 4 * factor_elements(plan, decomposed(plan)))
+    parts = 0 if stored else 4 * factor_elements(plan, decomposed(plan))
+    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts)
 
 
 def check_disk(needs: DiskNeeds, out: str) -> None:

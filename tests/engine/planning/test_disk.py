@@ -63,6 +63,7 @@ def test_needs_of_orthogonal_task_vectors_are_what_is_stored(
     files = list((tmp_path / "state" / FOLDER).iterdir())
     stored = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
     assert disk_needs(plan).orthogonal == stored > 0
+    assert disk_needs(plan).parts > 0 == disk_needs(plan, stored=True).parts, "they are removed when these are stored"
 
 
 def test_a_model_per_expert(llama_merge: Path) -> None:

@@ -50,9 +50,7 @@ def test_merges_and_gradients_are_the_dense_sums(
     factors, numel = made(shape, ranks, seed), shape[0] * shape[1]
     edges = chunk_edges(numel, chunks)
     values = np.random.default_rng(seed).uniform(0, 1, (len(ranks), len(edges) - 1)).astype(np.float32)
-    base, gradient, *_ = made(shape, (1, 1), seed).products()
-    assert base is not None and gradient is not None
-    base_mn, gradient_mn = base.left @ base.right, gradient.left @ gradient.right
+    base_mn, gradient_mn = dense(made(shape, (1, 1), seed))
     out_mn = torch.empty(shape, dtype=F64)
     merge_factors(base_mn, factors, TensorCoefficients(edges, values), out_mn)
     alpha_KN = torch.from_numpy(np.repeat(values.astype(np.float64), np.diff(edges), axis=1))
@@ -66,9 +64,7 @@ def test_merges_and_gradients_are_the_dense_sums(
 def test_the_gradient_is_the_slope_of_the_merge() -> None:
     shape, ranks, edges = (7, 5), (2, 3), chunk_edges(35, 3)
     factors, values = made(shape, ranks), np.full((2, len(edges) - 1), 0.5, np.float32)
-    slope = made(shape, (3,), seed=1).products()[0]
-    assert slope is not None
-    gradient_mn, base_mn = slope.left @ slope.right, torch.zeros(shape, dtype=F64)
+    (gradient_mn,), base_mn = dense(made(shape, (3,), seed=1)), torch.zeros(shape, dtype=F64)
 
     def loss(values: np.ndarray) -> float:
         out_mn = torch.empty(shape, dtype=F64)
@@ -97,9 +93,7 @@ def test_chunks_of_directions_are_the_dense_sums(
     factors = made(shape, ranks, seed)
     edges = chunk_edges(max(1, *ranks) + more, chunks)
     values = np.random.default_rng(seed).uniform(0, 1, (len(ranks), len(edges) - 1)).astype(np.float32)
-    base, gradient, *_ = made(shape, (1, 1), seed).products()
-    assert base is not None and gradient is not None
-    base_mn, gradient_mn = base.left @ base.right, gradient.left @ gradient.right
+    base_mn, gradient_mn = dense(made(shape, (1, 1), seed))
     wanted, slope = base_mn.clone(), np.zeros(values.shape)
     for k, product in enumerate(factors.products()):
         for r in range(ranks[k]):
