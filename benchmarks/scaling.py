@@ -8,7 +8,6 @@ and of a 70B Llama (sparse files, which take no disk space) and prints `cli.py p
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
+import large_models
 import merges
 import models
-import yaml
 from models import Models
 from report import Report, Target, console, in_mb, json_option, print_table
 
@@ -191,14 +190,10 @@ def check(workdir: Path, path: Path | None) -> None:
 )
 def large(cli: Path) -> None:
     """Print the plans of merges of 7B and 70B experts with the default options."""
-    shapes = {
-        "7B": {"hidden": 4096, "layers": 32, "inner": 11008, "kv": 4096, "vocab": 32000},
-        "70B": {"hidden": 8192, "layers": 80, "inner": 28672, "kv": 1024, "vocab": 32000},
-    }
     asked = (("7B", 8, 1), ("7B", 32, 4), ("70B", 100, 16))
     with tempfile.TemporaryDirectory() as folder:
         for size, k, nodes in asked:
-            config = _large_merge(Path(folder) / f"{k}x{size}", k, **shapes[size])
+            config = large_models.write_merge(Path(folder) / f"{k}x{size}", large_models.SHAPES[size], k)
             # Typical rented nodes: 96 cores, 2 TB, 8 GPUs of 80 GB, a network of 100 Gbit/s.
             settings = ["--set", "cluster.rates.network_gbs=12"]
             if size == "70B":
@@ -212,43 +207,6 @@ def large(cli: Path) -> None:
             console.print(
                 f"{k} experts of {size} on {nodes} nodes\n", done.stdout[done.stdout.index("  task vectors") :]
             )
-
-
-def _large_merge(folder: Path, k: int, hidden: int, layers: int, inner: int, kv: int, vocab: int) -> Path:
-    """Write a base with a header and no data, and K experts that are links to it; return the merge.yaml."""
-    block = {
-        **{
-            f"self_attn.{name}_proj": (rows, hidden)
-            for name, rows in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden))
-        },
-        **{f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")},
-        "mlp.down_proj": (hidden, inner),
-    }
-    named = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
-    named |= {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
-    header, end = {}, 0
-    for name, (rows, columns) in named.items():
-        nbytes = 2 * rows * columns
-        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    base = folder / "base"
-    base.mkdir(parents=True)
-    with open(base / "model.safetensors", "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        file.truncate(8 + len(encoded) + end)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "vocab_size": vocab}
-    config |= {"num_hidden_layers": layers, "intermediate_size": inner}
-    (base / "config.json").write_text(json.dumps(config))
-    (folder / "samples.jsonl").write_text((json.dumps({"input_ids": [1] * 512}) + "\n") * 8)
-    entries = []
-    for index in range(k):
-        (folder / f"expert{index}").symlink_to(base, target_is_directory=True)
-        entries.append({"model": f"expert{index}", "name": f"expert{index}", "calibration": "samples.jsonl"})
-    whole = {"merge_method": "expert_merging_pp", "base_model": "base", "models": entries}
-    (folder / "merge.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
-    return folder / "merge.yaml"
 
 
 if __name__ == "__main__":

@@ -191,13 +191,14 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     exchange = (scratch if where == "trainer" else bucket) if dense else 0
     held = factor_bytes(plan, factors) + sum(plan.numels[name] for name in factors) * item
     step = gradient + activations + logits + max((_products(plan, name) for name in factors), default=0)
-    resident = min(held, max(0.0, _trainer_memory(plan, machines) - weights - step)) if on_gpu else 0
+    rest = TRAINER_BYTES + weights + step + exchange
+    resident = min(held, max(0.0, _trainer_memory(plan, machines) - rest)) if on_gpu else 0
     # On a CPU, the threads of a survey decompose matrices in the expert's process.
     survey = 0 if on_gpu else orthogonal_bytes(plan, machines.cpus)
     return MemoryEstimate(
         model=weights + gradient,
         step=step,
-        trainer=TRAINER_BYTES + weights + resident + step + exchange,
+        trainer=rest + resident,
         copied=held - resident if on_gpu else 0,
         expert=TRAINER_BYTES
         + elements * item * (1 if on_gpu else 0)

@@ -87,7 +87,9 @@ def test_factors_that_a_gpu_has_no_room_for_are_copied_in_each_pass(make_merge: 
     room = replace(ONE, gpus=1)
     whole = predict(plan, WORK, room, "trainer")
     held = factor_bytes(plan, plan.orthogonal) + plan.merged_bytes
-    tight = predict(plan, WORK, replace(room, gpu_memory=whole.memory.trainer - held / 2), "trainer")
+    small = replace(room, gpu_memory=whole.memory.trainer - held / 2)
+    tight = predict(plan, WORK, small, "trainer")
+    assert shortages(plan, tight, small) == []
     assert whole.memory.copied == 0 < tight.memory.copied < held
     assert tight.memory.trainer == pytest.approx(whole.memory.trainer - tight.memory.copied)
     assert tight.step.compute - whole.step.compute == pytest.approx(2 * tight.memory.copied / PINNED)
