@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -45,6 +46,11 @@ class Factors:
         edges = pairwise(accumulate(self.ranks, initial=0))
         return [Product(self.left_mR[:, a:b], self.right_Rn[a:b]) if a < b else None for a, b in edges]
 
+    @cached_property
+    def owners_R(self) -> Tensor:
+        """The expert of each rank, [R] int64, on the device of the factors. It is sent there once."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.ranks)), self.ranks)).to(self.left_mR.device)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return the factors on a device, in a dtype."""
         left_mR, right_Rn = (factor.to(device, dtype, non_blocking=True) for factor in (self.left_mR, self.right_Rn))
@@ -56,17 +62,19 @@ def merge_factors(base_mn: Tensor, factors: Factors, wanted: TensorCoefficients,
     left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, base_mn.shape[1]
     if wanted.spectral:
         alpha_R = [wanted.of_directions(k, rank) for k, rank in enumerate(factors.ranks)]
-        scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR)
-        out_mn.copy_(torch.addmm(base_mn, scaled_mR, right_Rn))
+        scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR.device)
+        out_mn.copy_(torch.addmm(base_mn, scaled_mR.to(left_mR), right_Rn))
         return
-    alpha_SR = _spread(wanted, factors).to(left_mR)
+    # In float32: rounded to bfloat16, a coefficient would be off by as much in all elements.
+    alpha_SR = torch.from_numpy(wanted.values.T.copy()).to(left_mR.device)[:, factors.owners_R]
     # The coefficient of a row is that of its first element; the rest of a row with a chunk's edge in it follows.
-    rows = _first_chunks(wanted.edges, base_mn.shape, left_mR.device)
-    scaled_mR = left_mR * (alpha_SR[rows] if len(alpha_SR) > 1 else alpha_SR)
-    merged_mn = torch.addmm(base_mn, scaled_mR, right_Rn)
+    rows = [b - a for a, b in pairwise(_first_rows(wanted.edges, columns))]
+    of_rows = [alpha_R.expand(count, -1) for alpha_R, count in zip(alpha_SR, rows, strict=True)]
+    scaled_mR = left_mR * (torch.cat(of_rows) if len(rows) > 1 else alpha_SR)
+    merged_mn = torch.addmm(base_mn, scaled_mR.to(left_mR), right_Rn)
     for chunk, row, column in _inside_rows(wanted.edges, columns):
         change_R = left_mR[row] * (alpha_SR[chunk + 1] - alpha_SR[chunk])
-        merged_mn[row, column:] += change_R @ right_Rn[:, column:]
+        merged_mn[row, column:] += change_R.to(left_mR) @ right_Rn[:, column:]
     out_mn.copy_(merged_mn)
 
 
@@ -77,15 +85,14 @@ def project(gradient_mn: Tensor, factors: Factors, edges: tuple[int, ...]) -> Te
     """
     left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, gradient_mn.shape[1]
     products_mR = (gradient_mn @ right_Rn.T).mul_(left_mR)
-    # The first row that starts in each chunk.
-    starts = [-(-edge // columns) for edge in edges]
-    sums_SR = torch.stack([products_mR[a:b].sum(dim=0, dtype=torch.float64) for a, b in pairwise(starts)])
+    starts = pairwise(_first_rows(edges, columns))
+    sums_SR = torch.stack([products_mR[a:b].sum(dim=0, dtype=torch.float64) for a, b in starts])
     for chunk, row, column in _inside_rows(edges, columns):
         rest_R = ((right_Rn[:, column:] @ gradient_mn[row, column:]) * left_mR[row]).double()
         sums_SR[chunk] -= rest_R
         sums_SR[chunk + 1] += rest_R
-    owned_KR = torch.from_numpy(np.repeat(np.eye(len(factors.ranks)), factors.ranks, axis=1))
-    return owned_KR.to(sums_SR.device) @ sums_SR.T
+    experts_K1 = torch.arange(len(factors.ranks), device=sums_SR.device)[:, None]
+    return (factors.owners_R == experts_K1).to(sums_SR) @ sums_SR.T
 
 
 def project_directions(gradient_mn: Tensor, factors: Factors) -> Tensor:
@@ -114,15 +121,9 @@ def scaled_products(task_vectors: Sequence[TaskVector | None], wanted: TensorCoe
     return scaled
 
 
-def _spread(wanted: TensorCoefficients, factors: Factors) -> Tensor:
-    """Return the coefficient of each chunk and rank, [S, R] float32."""
-    return torch.from_numpy(np.repeat(wanted.values, factors.ranks, axis=0).T.copy())
-
-
-def _first_chunks(edges: tuple[int, ...], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return the chunk of the first element of each row, [m]."""
-    firsts = np.arange(shape[0]) * shape[1]
-    return torch.from_numpy(np.searchsorted(edges, firsts, side="right") - 1).to(device)
+def _first_rows(edges: tuple[int, ...], columns: int) -> list[int]:
+    """Return the first row that starts in each chunk, followed by the number of rows."""
+    return [-(-edge // columns) for edge in edges]
 
 
 def _inside_rows(edges: tuple[int, ...], columns: int) -> Iterator[tuple[int, int, int]]:
