@@ -65,8 +65,9 @@ def merge_factors(base_mn: Tensor, factors: Factors, wanted: TensorCoefficients,
         scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR.device)
         out_mn.copy_(torch.addmm(base_mn, scaled_mR.to(left_mR), right_Rn))
         return
-    # In float32: rounded to bfloat16, a coefficient would be off by as much in all elements.
-    alpha_SR = torch.from_numpy(wanted.values.T.copy()).to(left_mR.device)[:, factors.owners_R]
+    # In float32 at least: rounded to bfloat16, a coefficient would be off by as much in all elements.
+    wide = torch.promote_types(left_mR.dtype, torch.float32)
+    alpha_SR = torch.from_numpy(wanted.values.T.copy()).to(left_mR.device, wide)[:, factors.owners_R]
     # The coefficient of a row is that of its first element; the rest of a row with a chunk's edge in it follows.
     rows = [b - a for a, b in pairwise(_first_rows(wanted.edges, columns))]
     of_rows = [alpha_R.expand(count, -1) for alpha_R, count in zip(alpha_SR, rows, strict=True)]
