@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.targets import load_target, save_target
 from engine.machine import usable_cpus
+from engine.models.devices import Room
 from engine.planning.plan import Plan
 from engine.shards.parts import Surveyed
 from engine.shards.survey import Survey
@@ -18,11 +20,11 @@ from engine.storage.folder import Folder
 class Expert:
     """Surveys experts and computes targets with the expert of each sample. A restart loses nothing that is needed.
 
-    `index` is the actor's own number; `threads`: see `ActorProcess`.
+    `index` is the actor's own number; `threads` and `gpus`: see `ActorProcess`.
     """
 
-    def __init__(self, plan: Plan, index: int, threads: int | None = None) -> None:
-        self._process = ActorProcess(f"expert {index}", threads)
+    def __init__(self, plan: Plan, index: int, threads: int | None = None, gpus: Gpus = NO_GPUS) -> None:
+        self._process = ActorProcess(f"expert {index}", threads, gpus)
         self._plan, self._forwards, self._by_lapack = plan, 0, 0
         self._held: tuple[int, FrozenExpert] | None = None
         self._survey: Survey | None = None
@@ -66,5 +68,6 @@ class Expert:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         if self._held is None or self._held[0] != index:
             self._held = None  # freed first, so that memory never holds two experts
-            self._held = index, FrozenExpert(self._plan, index, self._process.device)
+            device, *others = self._process.devices
+            self._held = index, FrozenExpert(self._plan, index, device, Room(tuple(others)))
         return self._held[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
@@ -42,10 +43,13 @@ def _digest(file: str) -> str:
 
 
 class Shard:
-    """Merges, inner products and output files of the tensors that a call names, on the CPU."""
+    """Merges, inner products and output files of the tensors that a call names, on the CPU.
 
-    def __init__(self, plan: Plan, index: int, state: Folder | None = None) -> None:
-        self._process = ActorProcess(f"shard {index}")
+    `gpus`: see `ActorProcess`.
+    """
+
+    def __init__(self, plan: Plan, index: int, state: Folder | None = None, gpus: Gpus = NO_GPUS) -> None:
+        self._process = ActorProcess(f"shard {index}", gpus=gpus)
         self._plan, self._state, self._by_lapack = plan, state, 0
 
     def check_base(self, files: Sequence[str]) -> dict[str, str]:
@@ -62,7 +66,7 @@ class Shard:
         return {file: sha256.result() for file, sha256 in hashes.items()}
 
     def orthogonalise(self, names: Sequence[str], factored: Collection[str] = ()) -> dict[str, Inspection]:
-        """Store the orthogonal task vectors of matrices and return their magnitudes. A GPU is used if there is one.
+        """Store the orthogonal task vectors of matrices and return their magnitudes, on a GPU if the seat has one.
 
         Those of matrices in `factored` are stored as factors.
         """

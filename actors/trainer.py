@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report
 from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
 from engine.learning.learner import Learner, LearnerState, Stage
 from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
+from engine.models.devices import Room
 from engine.planning.plan import Plan
 from engine.planning.schedule import passes
 from engine.shards.protocol import Shards
@@ -54,13 +56,18 @@ class Trainer:
     Args:
         shards: The task vectors, in this process or in shard actors.
         pull: Fetches the tensors of a target by its reference.
-        threads: See `ActorProcess`.
+        threads, gpus: See `ActorProcess`.
     """
 
     def __init__(
-        self, plan: Plan, shards: Shards, pull: Callable[[Any], Mapping[str, Packed]], threads: int | None = None
+        self,
+        plan: Plan,
+        shards: Shards,
+        pull: Callable[[Any], Mapping[str, Packed]],
+        threads: int | None = None,
+        gpus: Gpus = NO_GPUS,
     ) -> None:
-        self._process = ActorProcess("trainer", threads)
+        self._process = ActorProcess("trainer", threads, gpus)
         self._plan, self._shards, self._pull = plan, shards, pull
         self._merged: Coefficients | None = None
 
@@ -143,7 +150,8 @@ class Trainer:
     @cached_property
     def _student(self) -> Student:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
-        return Student(self._plan, self._process.device)
+        device, *others = self._process.devices
+        return Student(self._plan, device, Room(tuple(others)))
 
     def _weighted(self, item: WindowSample, share: float) -> tuple[Target, float]:
         """Return a sample's target and the weight of its losses: βₖ times its share of the window."""

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import ray
-import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from actors.expert import Expert
+from actors.gpus import Gpus
 from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.placement import Seat, Seating
@@ -98,9 +98,10 @@ class Crew:
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
         threads, factored, room = self.layout.threads, self.layout.factored, self.layout.room
+        on_gpu = self.layout.trainer.gpus > 0
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
-            return plan, _trainer_shards(plan, state, names, factored, room), ray.get, threads
+            return plan, _trainer_shards(plan, state, names, factored, room, on_gpu), ray.get, threads
 
         return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
 
@@ -123,7 +124,7 @@ class Crew:
             where: Any = NodeAffinitySchedulingStrategy(seat.node, soft=False)
         else:
             where = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=place)
-        remote = ray.remote(_planned(kind)).options(
+        remote = ray.remote(_planned(kind, seat.gpus)).options(
             num_cpus=seat.cpus,
             num_gpus=seat.gpus,
             max_restarts=RESTARTS,
@@ -137,31 +138,34 @@ class Crew:
         return actor
 
 
-def _planned(kind: type) -> type:
-    """Return the actor class with an `__init__` that loads the plan on the actor's own node.
+def _planned(kind: type, gpus: float) -> type:
+    """Return the actor class with an `__init__` that loads the plan on the actor's own node, for a seat with GPUs.
 
     A plan is too large for the arguments of an actor: Ray would put it into the object store, where a restarted actor
     may not find it.
     """
 
     def start(self: Any, state: Folder, digest: str, arguments: Arguments) -> None:
-        kind.__init__(self, *arguments(load_plan(state, digest), state))  # type: ignore[misc]
+        assigned = Gpus(gpus, tuple(ray.get_gpu_ids()))
+        kind.__init__(self, *arguments(load_plan(state, digest), state), gpus=assigned)  # type: ignore[misc]
 
     return type(kind.__name__, (kind,), {"__init__": start})
 
 
-def _trainer_shards(plan: Plan, state: Folder, names: Sequence[str], factored: Sequence[str], room: float) -> Shards:
+def _trainer_shards(
+    plan: Plan, state: Folder, names: Sequence[str], factored: Sequence[str], room: float, on_gpu: bool
+) -> Shards:
     """Return the trainer's shards: factors of the matrices `factored`, and for all other tensors the shard actors.
 
     Without `names` of shard actors, the other tensors are streamed within this process, too. `room`: see
-    `FactorShards`.
+    `FactorShards`; `on_gpu`: the trainer computes on a GPU.
     """
     others = plan.merged_set.difference(factored)
     rest: Shards
     if names:
         rest = RemoteShards(plan, [ray.get_actor(name) for name in names], others)
     else:
-        rest = LocalShards(plan, usable_cpus(), torch.cuda.is_available(), state, others)
+        rest = LocalShards(plan, usable_cpus(), on_gpu, state, others)
     return FactorShards(plan, factored, rest, state, room) if factored else rest
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from actors.gpus import Gpus
 from cluster.placement import Node
 from cluster.progress import Progress
 from cluster.session import connect, nodes
@@ -23,6 +24,7 @@ from engine.evaluation.measure import Evaluation
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options, Reader, Subject
 from engine.machine import usable_cpus
+from engine.models.devices import Room
 from engine.models.loading import check_tokenizer, load_tokenizer
 
 MORE = "give the model more GPUs with --num-gpus, or larger ones"
@@ -101,26 +103,26 @@ def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, nu
         alone = len(jobs) == 1 and torch.cuda.device_count() < 2
         if alone and num_gpus is None and not (address or os.environ.get("RAY_ADDRESS")):
             progress.phase("evaluating", _parts(jobs[0]))
-            return _run(jobs[0], lambda done: progress.advance("evaluating", done))
+            seat = Gpus(int(torch.cuda.is_available()))
+            return _run(jobs[0], seat, lambda done: progress.advance("evaluating", done))
         with connect(address, debug):
             gpus = num_gpus if num_gpus is not None else int(any(node.gpus for node in nodes()))
             return _on_ray(spread(jobs, gpus, nodes()), gpus, progress)
 
 
-def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> list[Row]:
+def _run(job: EvaluationJob, seat: Gpus, done: Callable[[int], None] = lambda _: None) -> list[Row]:
     """Run one job in this process. `done` is called with the number of completed parts (see `_parts`)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject, rows = Subject(job.model, job.options), list[Row]()
-    _load(subject, device, job.name)
+    devices, subject, rows = seat.devices(), Subject(job.model, job.options), list[Row]()
+    _load(subject, devices, job.name)
     try:
-        evaluation, expert, loaded = Evaluation(subject, device), None, None
+        evaluation, expert, loaded = Evaluation(subject, devices[0]), None, None
         for number, one in enumerate(job.data, start=1):
             wanted = one.expert if one.kind == "text" else None
             if wanted is not None and wanted != loaded:
                 # Free the previous expert before the next is loaded.
                 expert = None
                 expert, loaded = Subject(wanted, job.options), wanted
-                _load(expert, device, wanted)
+                _load(expert, devices, wanted)
             rows += evaluation.measure(job.name, one, expert if wanted else None)
             done(number)
         if job.tasks.names:
@@ -136,10 +138,10 @@ def _run(job: EvaluationJob, done: Callable[[int], None] = lambda _: None) -> li
     return rows
 
 
-def _load(subject: Subject, device: torch.device, name: str) -> None:
+def _load(subject: Subject, devices: Sequence[torch.device], name: str) -> None:
     """Load the weights of a model, which is `name` in the error."""
     try:
-        subject.load(device)
+        subject.load(devices[0], Room(tuple(devices[1:])))
     except torch.OutOfMemoryError as error:
         raise RunError(f"the GPU memory does not suffice for the weights of {name}", do=MORE) from error
 
@@ -165,7 +167,7 @@ def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> lis
     """Run each job as a Ray task, and return the rows in the order of the jobs."""
     cpus = task_cpus(nodes(), gpus, len(jobs))
     task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
-    ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place])  # noqa: E731
+    ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place], gpus)  # noqa: E731
     results: dict[int, list[Row]] = {}
     watch = Watch(progress.say)
     progress.phase("evaluating", len(jobs))
@@ -181,11 +183,11 @@ def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> lis
     return [row for place in range(len(jobs)) for row in results[place]]
 
 
-def _task(job: EvaluationJob) -> list[Row]:
-    """Run a job in a Ray worker, with as many threads as Ray assigned CPUs."""
+def _task(job: EvaluationJob, gpus: int) -> list[Row]:
+    """Run a job in a Ray worker, with the GPUs and as many threads as CPUs that Ray assigned."""
     given = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     torch.set_num_threads(max(1, min(int(given), usable_cpus())))
-    return _run(job)
+    return _run(job, Gpus(gpus, tuple(ray.get_gpu_ids())))
 
 
 def task_cpus(nodes: Sequence[Node], gpus: int, tasks: int) -> int:

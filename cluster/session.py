@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
     "TOKENIZERS_PARALLELISM": "false",
+    # Hides the GPUs from actors that request none. A cluster that runs already need not heed it.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
 }
 TOKEN = "check that the head is running; if it requires a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here too"
 SHORT = "set RAY_TMPDIR to an existing folder with a path of at most 35 characters"

@@ -29,6 +29,7 @@ FOLLOWED = {
     ),
     "test_advice_on_clusters": ("cluster/placement", "cluster/telemetry", "cluster/watch"),
     "test_advice_on_merges": (
+        "actors/",
         "engine/learning",
         "engine/methods",
         "engine/models/devices",

@@ -19,6 +19,7 @@ from engine.checkpoints.headers import main_dtype, read_model_header
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
+from engine.models.devices import ONE_DEVICE, Room
 from engine.models.forward import language_model
 from engine.models.loading import load_model_config, load_tokenizer
 from engine.models.names import positions_of
@@ -86,10 +87,10 @@ class Subject:
             own, other = (f"{tokens} tokens, {blocks} blocks, {width} features" for tokens, blocks, width in sizes)
             raise CheckpointError(f"the expert has {other}", str(expert.folder), f"{own}, as in {self.folder}")
 
-    def load(self, device: torch.device) -> None:
-        """Load the weights onto the device, or over all visible GPUs."""
+    def load(self, device: torch.device, room: Room = ONE_DEVICE) -> None:
+        """Load the weights onto the device and the other GPUs of `room`."""
         checkpoint = Checkpoint(self.folder, self.header.tensors)
-        load_weights(self.model, self._places, self._dtype, device, self.folder, checkpoint.read)
+        load_weights(self.model, self._places, self._dtype, device, self.folder, checkpoint.read, room)
 
 
 class Reader:

@@ -17,6 +17,7 @@ from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import Checkpoint
 from engine.errors import CheckpointError
 from engine.learning.targets import Target, loss_index
+from engine.models.devices import ONE_DEVICE, Room
 from engine.models.forward import arguments, head_names, language_model, rebuild_logits, written
 from engine.models.loading import computes_alike, load_config_like, load_generation_config
 from engine.models.names import Places
@@ -48,9 +49,9 @@ def check_models(plan: Plan) -> None:
 
 
 class FrozenExpert:
-    """Expert `index` of the plan, with its weights on a device."""
+    """Expert `index` of the plan, with its weights on a device, and on the other GPUs of `room`."""
 
-    def __init__(self, plan: Plan, index: int, device: torch.device) -> None:
+    def __init__(self, plan: Plan, index: int, device: torch.device, room: Room = ONE_DEVICE) -> None:
         expert, base = plan.experts[index], open_base(plan)
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         folder = base.folder
@@ -62,7 +63,8 @@ class FrozenExpert:
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)
         self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
-        load_weights(self.model, places, self.dtype, device, base.folder, lambda name: _weight(base, source, name))
+        read = lambda name: _weight(base, source, name)  # noqa: E731
+        load_weights(self.model, places, self.dtype, device, base.folder, read, room)
         self._base_gives_logits = alike and self._head_equals_base(base, source, places)
 
     def _head_equals_base(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:

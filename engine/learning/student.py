@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from engine.errors import RunError
 from engine.learning.losses import entropy_loss, hidden_loss, logit_loss, relative_hidden_loss
 from engine.learning.targets import Target
+from engine.models.devices import ONE_DEVICE, Room
 from engine.models.forward import arguments, blocks_of, decode, language_model, rebuild_logits
 from engine.models.skeleton import build_skeleton, load_weights, part_of
 from engine.planning.open_models import load_base_config, open_base
@@ -50,7 +51,7 @@ class Student:
     the first pass.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, room: Room = ONE_DEVICE) -> None:
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
         config = load_base_config(plan)
@@ -59,7 +60,7 @@ class Student:
         def weight(name: str) -> Tensor | None:
             return None if name in plan.merged_set else base.read(name)
 
-        load_weights(self.model, places, self.dtype, device, base.folder, weight)
+        load_weights(self.model, places, self.dtype, device, base.folder, weight, room)
         named = dict(self.model.named_parameters())
         # Parameter → names of the merged tensors that it consists of.
         self._parts: dict[str, list[str]] = {}

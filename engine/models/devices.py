@@ -1,7 +1,8 @@
-"""Placement of a model on the GPUs that the process sees, module by module, with accelerate."""
+"""Placement of a model on the GPUs of its process's seat, module by module, with accelerate."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import accelerate
@@ -14,24 +15,35 @@ from engine.errors import RunError
 DeviceMap = dict[str, torch.device]
 
 
-def device_map(model: Any, dtype: torch.dtype, device: torch.device) -> DeviceMap:
+@dataclass(frozen=True)
+class Room:
+    """The GPUs, `others`, over which a model may be spread besides its first device."""
+
+    others: tuple[torch.device, ...] = ()
+
+
+ONE_DEVICE = Room()
+
+
+def device_map(model: Any, dtype: torch.dtype, device: torch.device, room: Room = ONE_DEVICE) -> DeviceMap:
     """Return the devices of the modules of a model without weights.
 
-    On the CPU, or with one visible GPU, all modules are placed on `device`. Otherwise they are balanced over all
-    visible GPUs by bytes, and no block is split.
+    With one device, all modules are placed on it. Otherwise they are balanced over all of the devices by bytes, and no
+    block is split.
 
     Raises:
-        RunError: The model does not fit on the visible GPUs.
+        RunError: The model does not fit on the GPUs.
     """
-    if device.type == "cpu" or torch.cuda.device_count() < 2:
+    if not room.others:
         return {"": device}
-    blocks = model._no_split_modules
-    memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=blocks)
+    blocks, gpus = model._no_split_modules, (device, *room.others)
+    free = {gpu.index: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
+    memory = get_balanced_memory(model, free | {"cpu": 0}, dtype=dtype, no_split_module_classes=blocks)
     placement = accelerate.infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=blocks)
     if any(not isinstance(place, int) for place in placement.values()):
         narrower = ", or use bfloat16" if dtype is torch.float32 else ""
         raise RunError(
-            f"the model does not fit on the {torch.cuda.device_count()} GPUs of its process",
+            f"the model does not fit on the {len(gpus)} GPUs of its process",
             do="raise `cluster.trainer.num_gpus` and `cluster.expert.num_gpus` (of evaluate: --num-gpus)"
             f"{narrower}; run a merge with --fresh",
         )
@@ -52,4 +64,5 @@ def dispatch(model: Any, devices: DeviceMap) -> None:
     else:
         # Without force_hooks, accelerate adds none if all entries name one device, as in the tests.
         skipped = model._skip_keys_device_placement
-        accelerate.dispatch_model(model, devices, skip_keys=skipped, force_hooks=True)
+        first = next(iter(devices.values()))
+        accelerate.dispatch_model(model, devices, main_device=first, skip_keys=skipped, force_hooks=True)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from engine.checkpoints.headers import TEXT_SECTIONS, TensorHeader
 from engine.checkpoints.structure import Place
-from engine.models.devices import DeviceMap, device_map, device_of, dispatch
+from engine.models.devices import ONE_DEVICE, DeviceMap, Room, device_map, device_of, dispatch
 from engine.models.forward import language_model
 from engine.models.internvl import set_image_token
 from engine.models.loading import greedy, is_remote, load_generation_config, reading
@@ -76,8 +76,9 @@ def load_weights(
     device: torch.device,
     tokenizer_folder: Path,
     read: Callable[[str], Tensor | None],
+    room: Room = ONE_DEVICE,
 ) -> None:
-    """Fill a skeleton with weights, on `device` or over all GPUs that the process sees, ready to run forward.
+    """Fill a skeleton with weights, on `device` and the other GPUs of `room`, ready to run forward.
 
     Args:
         read: Returns the tensor of a name in the files, or None for a float tensor that is filled in later. Floats are
@@ -93,7 +94,7 @@ def load_weights(
         tensor = read(name)
         return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
-    fill(model, places, device_map(model, dtype, device), dtype, weight)
+    fill(model, places, device_map(model, dtype, device, room), dtype, weight)
     set_image_token(model, tokenizer_folder)
 
 

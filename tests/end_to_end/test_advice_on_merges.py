@@ -14,12 +14,15 @@ import transformers
 import yaml
 from advice import Advice, begins, found, refusal
 from conftest import plan_of
+from fake_gpus import FakeGpus
 from plain import Plain
 from recorded_merges import learned
 from weight_space import Tensors, entries, ours, read, write_arrays, write_checkpoint, write_config
 
+from actors.gpus import Gpus
+from cluster.placement import Devices, Node
 from engine.learning.frozen_expert import check_models
-from engine.models.devices import device_map
+from engine.models.devices import Room, device_map
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import load_base_config, open_base
 from engine.planning.plan import Plan
@@ -196,29 +199,39 @@ def test_a_model_without_a_linear_head_merges_by_a_weight_space_method(tmp_path:
     assert is_near(ours(config), read(tmp_path / "expert0"))
 
 
+@ADVICE.followed("an actor has {wanted} GPUs of Ray")
+def test_torch_for_cuda_is_installed_or_no_gpu_is_requested(monkeypatch: pytest.MonkeyPatch, llama_merge: Path) -> None:
+    FakeGpus(monkeypatch, 0)
+    error = refusal(Gpus(1).devices)
+    assert "install a torch for CUDA" in error.do
+    keys = re.findall(r"`(cluster\..+?)`", error.do)
+    config = plan_of(llama_merge, *(f"{key}.num_gpus={found('to ([0-9])', error)[1]}" for key in keys)).config
+    seats = Devices.of([Node(8, 4)], config)
+    assert {Gpus(number).devices() for number in (seats.trainer, seats.expert)} == {(torch.device("cpu"),)}
+    FakeGpus(monkeypatch, 1)
+    assert Gpus(1).devices() == (torch.device("cuda", 0),)
+    slice_of_mig = refusal(Gpus(2).devices)
+    assert Gpus(int(found("to ([0-9])", slice_of_mig)[1])).devices() == (torch.device("cuda", 0),)
+    assert "--num-gpus" in slice_of_mig.do, "a node that declares more GPUs than it has"
+
+
 @ADVICE.followed("the model does not fit on the")
 def test_a_model_that_is_too_large_fits_on_more_gpus_or_in_bfloat16(
     llama_merge: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """GPUs of 60 kB each, of which two hold the model of 129 kB in bfloat16 alone."""
+    FakeGpus(monkeypatch, 8, free=60_000)
 
-    def gpus(count: int) -> None:
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        memory = {**dict.fromkeys(range(count), 60_000), "cpu": 10**9}
-        monkeypatch.setattr("engine.models.devices.get_balanced_memory", lambda *args, **options: memory)
-
-    def places(*overrides: str) -> None:
+    def places(count: int, *overrides: str) -> None:
         plan = plan_of(llama_merge, *overrides)
         dtype, folder = getattr(torch, plan.dtype), open_base(plan).folder
         model, _ = build_skeleton(load_base_config(plan), plan.base_header.tensors, dtype, folder)
-        assert {place.type for place in device_map(model, dtype, torch.device("cuda")).values()} == {"cuda"}
+        first, *others = (torch.device("cuda", place) for place in range(count))
+        assert {place.type for place in device_map(model, dtype, first, Room(tuple(others))).values()} == {"cuda"}
 
-    gpus(2)
-    error = refusal(places)
+    error = refusal(lambda: places(2))
     keys = re.findall(r"`(cluster\..+?)`", error.do)
     plan = plan_of(llama_merge, *(f"{key}=6" for key in keys))
     assert plan.config.cluster.trainer.num_gpus == plan.config.cluster.expert.num_gpus == 6
-    gpus(6)
-    places()
-    gpus(2)
-    places(f"dtype={found('use (.+?);', error)[1]}")
+    places(6)
+    places(2, f"dtype={found('use (.+?);', error)[1]}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import plan_of
 from errors import refused
+from fake_gpus import FakeGpus
 
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.samples import Sample
@@ -16,7 +17,7 @@ from engine.codec import pack_all
 from engine.errors import RunError
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.learner import first_stage
-from engine.models.devices import device_map, device_of
+from engine.models.devices import Room, device_map, device_of
 from engine.models.loading import load_model_config
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import open_base
@@ -39,23 +40,32 @@ def test_with_one_device_the_map_has_one_entry(plan: Plan) -> None:
     assert device_map(model, torch.float32, CPU) == {"": CPU}
 
 
-def test_two_gpus_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_of_a_seat_get_whole_blocks_each(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     model, places = build_skeleton(
         load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
     )
     partners = [place.parameter for place in places.values()]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    memory = {0: 80_000, 1: 120_000, "cpu": 0}
-    monkeypatch.setattr("engine.models.devices.get_balanced_memory", lambda *args, **kwargs: memory)
-    devices = device_map(model, torch.float32, torch.device("cuda"))
-    used = {device_of(partner, devices) for partner in partners}
-    assert used == {torch.device("cuda", 0), torch.device("cuda", 1)}
+    gpus = FakeGpus(monkeypatch, 8, free=100_000)
+    seat = torch.device("cuda", 2), torch.device("cuda", 5)
+    devices = device_map(model, torch.float32, seat[0], Room(seat[1:]))
+    assert {device_of(partner, devices) for partner in partners} == {*seat}
+    assert device_of("model.embed_tokens.weight", devices) == seat[0]
     for block in range(3):
         inside = [p for p in partners if p.startswith(f"model.layers.{block}.")]
         assert len({device_of(partner, devices) for partner in inside}) == 1
-    memory |= {0: 100, 1: 100, "cpu": 10**9}
+    gpus.free[2] = gpus.free[5] = 100
     with refused(RunError, do="`cluster.trainer.num_gpus`", facts=["2 GPUs"]):
-        device_map(model, torch.float32, torch.device("cuda"))
+        device_map(model, torch.float32, seat[0], Room(seat[1:]))
+
+
+def test_a_model_of_one_device_stays_there_whatever_else_is_visible(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeGpus(monkeypatch, 8)
+    model, _ = build_skeleton(
+        load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
+    )
+    assert device_map(model, torch.float32, torch.device("cuda", 3)) == {"": torch.device("cuda", 3)}
 
 
 def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

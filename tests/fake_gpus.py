@@ -1,0 +1,31 @@
+"""Stand-ins for the functions of torch.cuda on a machine without GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+
+class FakeGpus:
+    """GPUs as torch.cuda shows them to a process.
+
+    Attributes:
+        free: Free bytes of each, which a test may change.
+        current: The position of the default device; None if nobody has set it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int, free: float = 80e9) -> None:
+        self.free: list[int] = [int(free)] * count
+        self.current: int | None = None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", self._set)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", self._memory)
+
+    def _set(self, device: torch.device) -> None:
+        self.current = device.index
+
+    def _memory(self, device: Any) -> tuple[int, int]:
+        return self.free[torch.device("cuda", device).index if isinstance(device, int) else device.index], int(80e9)
