@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.gpus import NO_GPUS, Gpus
-from actors.process import ActorProcess, Report
+from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.targets import load_target, save_target
@@ -29,6 +29,7 @@ class Expert:
         self._held: tuple[int, FrozenExpert] | None = None
         self._survey: Survey | None = None
 
+    @guarded
     def survey(self, index: int, groups: Sequence[int], folder: Folder) -> dict[int, Surveyed]:
         """Read these groups of an expert's tensors once, store what they give in the state, and return it by group.
 
@@ -43,6 +44,7 @@ class Expert:
         self._by_lapack += len(self._survey.by_lapack) - before
         return surveyed
 
+    @guarded
     def target(self, sample: Sample, folder: Folder, name: str, inputs: str | None = None) -> int:
         """Compute the target of a sample and store it, unless an earlier attempt at the same call has stored it.
 
@@ -63,6 +65,10 @@ class Expert:
     def report(self) -> Report:
         """Return the memory figures, the forward passes, and the number of decompositions that LAPACK had to make."""
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
+
+    def forget(self) -> None:
+        """Drop the expert that is held, and its survey."""
+        self._held = self._survey = None
 
     def _expert(self, index: int) -> FrozenExpert:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -12,15 +15,23 @@ from actors.gpus import NO_GPUS, Gpus
 from actors.memory import PeakMemory
 from engine.machine import usable_cpus
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of an actor for merge/memory.json; `counts` are those of its role, such as forward passes."""
+    """Figures of an actor for merge/memory.json.
+
+    `counts` are those of its role, such as forward passes; `not_deterministic` is an operation for which the process
+    gave up that repeated runs have the same bits, or empty.
+    """
 
     role: str
     pid: int
     peak_anonymous_bytes: int
     counts: dict[str, int]
+    not_deterministic: str = ""
 
 
 class ActorProcess:
@@ -31,7 +42,7 @@ class ActorProcess:
     """
 
     def __init__(self, role: str, threads: int | None = None, gpus: Gpus = NO_GPUS) -> None:
-        self.role, self._gpus = role, gpus
+        self.role, self.not_deterministic, self._gpus = role, "", gpus
         self.memory = PeakMemory()
         # Ray sets the number of threads to that of the reserved CPUs, which depends on the placement. Sums inside an
         # operation depend on the number of threads, and results must not depend on the placement.
@@ -54,6 +65,11 @@ class ActorProcess:
         devices = self._gpus.devices()
         if devices[0].type == "cuda":
             torch.cuda.set_device(devices[0])
+            # Some operations, such as the backward passes of attention, use their deterministic kernel only without
+            # warn_only. The same precision in all actors: a trainer rebuilds an expert's logits bit for bit.
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return devices
 
     @property
@@ -63,4 +79,44 @@ class ActorProcess:
 
     def report(self, **counts: int) -> Report:
         """Return the figures of this process so far."""
-        return Report(self.role, self.memory.pid, self.memory.peak, counts)
+        return Report(self.role, self.memory.pid, self.memory.peak, counts, self.not_deterministic)
+
+    def allow(self, error: RuntimeError) -> bool:
+        """Allow operations without a deterministic implementation if an error is of such a one; return whether."""
+        refused = re.match(r"(.+?) does not have a deterministic implementation", str(error))
+        if refused is None or torch.is_deterministic_algorithms_warn_only_enabled():
+            return False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        self.not_deterministic = refused[1]
+        return True
+
+
+class OnDevices(Protocol):
+    """An actor that computes on the devices of its process."""
+
+    _process: ActorProcess
+
+    def forget(self) -> None:
+        """Drop models and half-done work, so that a call that failed can be repeated."""
+
+
+Actor = TypeVar("Actor", bound=OnDevices)
+
+
+def guarded(
+    call: Callable[Concatenate[Actor, Arguments], Result],
+) -> Callable[Concatenate[Actor, Arguments], Result]:
+    """Return a method that is repeated once if an operation in it has no deterministic implementation."""
+
+    @wraps(call)
+    def on_devices(self: Actor, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return call(self, *args, **kwargs)
+        except RuntimeError as error:
+            if not self._process.allow(error):
+                raise
+        # Outside the handler, whose error holds the tensors of the failed call.
+        self.forget()
+        return call(self, *args, **kwargs)
+
+    return on_devices

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from actors.gpus import NO_GPUS, Gpus
-from actors.process import ActorProcess, Report
+from actors.process import ActorProcess, Report, guarded
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
 from engine.learning.targets import is_damaged, load_target
@@ -65,6 +65,7 @@ class Shard:
         self._models.over([]).inspect(names)
         return {file: sha256.result() for file, sha256 in hashes.items()}
 
+    @guarded
     def orthogonalise(self, names: Sequence[str], factored: Collection[str] = ()) -> dict[str, Inspection]:
         """Store the orthogonal task vectors of matrices and return their magnitudes, on a GPU if the seat has one.
 
@@ -140,6 +141,9 @@ class Shard:
         """
         parts = (counts(self._weight_space.tensor(name), high) for name in names)
         return sum(parts, start=np.zeros((), dtype=np.int64))
+
+    def forget(self) -> None:
+        """Do nothing: a shard holds no model."""
 
     def report(self) -> Report:
         """Return the memory figures of the process, and the number of decompositions that LAPACK had to make."""

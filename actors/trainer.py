@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from actors.gpus import NO_GPUS, Gpus
-from actors.process import ActorProcess, Report
+from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
 from engine.codec import Packed, unpack_all
 from engine.learning.learner import Learner, LearnerState, Stage
@@ -71,6 +71,7 @@ class Trainer:
         self._plan, self._shards, self._pull = plan, shards, pull
         self._merged: Coefficients | None = None
 
+    @guarded
     def step(self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample]) -> Step:
         """Take optimiser step `number` of a stage on one window.
 
@@ -117,6 +118,7 @@ class Trainer:
         ]
         return Step(rows, learner.state(), self._shards.traffic())
 
+    @guarded
     def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> float:
         """Return Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients, without a step."""
         self._set(coefficients)
@@ -131,6 +133,11 @@ class Trainer:
     def report(self) -> Report:
         """Return the memory figures of the process, and the bytes sent to and received from the shards."""
         return self._process.report(**self._shards.traffic())
+
+    def forget(self) -> None:
+        """Drop the model with all gradients. It is loaded again by the next call."""
+        self.__dict__.pop("_student", None)
+        self._merged = None
 
     def _set(self, coefficients: Coefficients) -> Coefficients:
         """Start to merge with these coefficients, unless the model holds their merge already.

@@ -119,6 +119,15 @@ class Attempt:
         write_report([str(self.folder.composed)], self.folder.composed / "merge" / "report.html")
         self.folder.finish()
 
+    def _not_deterministic(self) -> list[str]:
+        """Return the operations for which an actor gave up that repeated runs have the same bits, and say so."""
+        found = sorted({report.not_deterministic for report in self.reports if report.not_deterministic})
+        if found:
+            self.progress.say(
+                f"not deterministic on these GPUs: {', '.join(found)}; another run may differ in the last bits"
+            )
+        return found
+
     def _memory(self, **more: int) -> dict[str, Any]:
         """Return the contents of merge/memory.json: memory by actor, bytes moved, forward passes, seconds by phase."""
         reports = [self.process.report(), *self.reports]
@@ -134,6 +143,7 @@ class Attempt:
             "bytes_targets": counts["target_bytes"],
             "expert_forwards": counts["forwards"],
             "decompositions_by_lapack": counts["by_lapack"],
+            "not_deterministic": self._not_deterministic(),
             "seconds": self.progress.seconds,
         }
 
