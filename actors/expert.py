@@ -10,7 +10,7 @@ from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.targets import load_target, save_target
 from engine.machine import usable_cpus
-from engine.models.devices import Room
+from engine.models.devices import Room, give_back, release
 from engine.planning.plan import Plan
 from engine.shards.parts import Surveyed
 from engine.shards.survey import Survey
@@ -37,7 +37,7 @@ class Expert:
             CheckpointError: a weight is not finite.
         """
         if self._survey is None or self._survey.index != index:
-            self._held = None
+            self.forget()
             self._survey = Survey(self._plan, index, self._process.device, usable_cpus())
         before = len(self._survey.by_lapack)
         surveyed = self._survey.read(groups, folder)
@@ -67,13 +67,16 @@ class Expert:
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
 
     def forget(self) -> None:
-        """Drop the expert that is held, and its survey."""
+        """Drop the expert that is held, and its survey, and free their memory."""
+        if self._held is not None:
+            release(self._held[1].model)
         self._held = self._survey = None
+        give_back()
 
     def _expert(self, index: int) -> FrozenExpert:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         if self._held is None or self._held[0] != index:
-            self._held = None  # freed first, so that memory never holds two experts
+            self.forget()  # first, so that memory never holds two experts
             device, *others = self._process.devices
             self._held = index, FrozenExpert(self._plan, index, device, Room(tuple(others)))
         return self._held[1]

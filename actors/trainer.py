@@ -17,7 +17,7 @@ from engine.codec import Packed, unpack_all
 from engine.learning.learner import Learner, LearnerState, Stage
 from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
-from engine.models.devices import Room
+from engine.models.devices import Room, give_back, release
 from engine.planning.plan import Plan
 from engine.planning.schedule import passes
 from engine.shards.protocol import Shards
@@ -135,9 +135,12 @@ class Trainer:
         return self._process.report(**self._shards.traffic())
 
     def forget(self) -> None:
-        """Drop the model with all gradients. It is loaded again by the next call."""
-        self.__dict__.pop("_student", None)
-        self._merged = None
+        """Drop the model with all gradients, and free their memory. The next call loads it again."""
+        student, self._merged = self.__dict__.pop("_student", None), None
+        if student is not None:
+            release(student.model)
+            del student
+        give_back()
 
     def _set(self, coefficients: Coefficients) -> Coefficients:
         """Start to merge with these coefficients, unless the model holds their merge already.

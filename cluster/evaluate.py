@@ -24,7 +24,7 @@ from engine.evaluation.measure import Evaluation
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options, Reader, Subject
 from engine.machine import usable_cpus
-from engine.models.devices import Room
+from engine.models.devices import Room, give_back, release
 from engine.models.loading import check_tokenizer, load_tokenizer
 
 MORE = "give the model more GPUs with --num-gpus, or larger ones"
@@ -120,7 +120,10 @@ def _run(job: EvaluationJob, seat: Gpus, done: Callable[[int], None] = lambda _:
             wanted = one.expert if one.kind == "text" else None
             if wanted is not None and wanted != loaded:
                 # Free the previous expert before the next is loaded.
+                if expert is not None:
+                    release(expert.model)
                 expert = None
+                give_back()
                 expert, loaded = Subject(wanted, job.options), wanted
                 _load(expert, devices, wanted)
             rows += evaluation.measure(job.name, one, expert if wanted else None)

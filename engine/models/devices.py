@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
 import accelerate
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import get_balanced_memory
 
 from engine.errors import RunError
@@ -66,3 +68,21 @@ def dispatch(model: Any, devices: DeviceMap) -> None:
         skipped = model._skip_keys_device_placement
         first = next(iter(devices.values()))
         accelerate.dispatch_model(model, devices, main_device=first, skip_keys=skipped, force_hooks=True)
+
+
+def release(model: Any) -> None:
+    """Take a model apart that is no longer used, so that its memory is free when the last reference to it goes.
+
+    The hooks of several devices refer to the modules that they are on, and would keep their weights until Python
+    collects such cycles.
+    """
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
+def give_back() -> None:
+    """Free what is no longer referenced, and give torch's unused GPU memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

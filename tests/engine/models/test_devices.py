@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -11,18 +14,22 @@ from conftest import plan_of
 from errors import refused
 from fake_gpus import FakeGpus
 
+from actors.expert import Expert
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
 from engine.errors import RunError
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.learner import first_stage
-from engine.models.devices import Room, device_map, device_of
+from engine.learning.targets import load_target
+from engine.models import skeleton
+from engine.models.devices import DeviceMap, Room, device_map, device_of
 from engine.models.loading import load_model_config
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import open_base
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
+from engine.storage.local_folder import LocalFolder
 
 CPU = torch.device("cpu")
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb")
@@ -66,6 +73,41 @@ def test_a_model_of_one_device_stays_there_whatever_else_is_visible(
         load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
     )
     assert device_map(model, torch.float32, torch.device("cuda", 3)) == {"": torch.device("cuda", 3)}
+
+
+@pytest.mark.parametrize("parts", [None, dict.fromkeys((*PARTS, "lm_head"), CPU)], ids=["one", "several"])
+def test_an_expert_is_freed_when_the_next_one_is_loaded(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, parts: DeviceMap | None
+) -> None:
+    """At once, and not when Python collects cycles: memory never holds two experts."""
+    if parts is not None:
+        monkeypatch.setattr("engine.models.skeleton.device_map", lambda *args: parts)
+    expert, folder = Expert(plan, 0), LocalFolder(tmp_path)
+    expert.target(Sample(0, 0, (5, 9, 11, 3), "here"), folder, "0")
+    assert expert._held is not None
+    weights = [weakref.ref(parameter) for parameter in expert._held[1].model.parameters()]
+    load, alive = skeleton.load_weights, []
+
+    def watched(*args: Any) -> None:
+        alive.append(sum(weight() is not None for weight in weights))
+        load(*args)
+
+    monkeypatch.setattr("engine.learning.frozen_expert.load_weights", watched)
+    monkeypatch.setattr(gc, "collect", lambda: 0)
+    expert.target(Sample(1, 0, (5, 9, 11, 3), "here"), folder, "1")
+    assert alive == [0]
+    again = FrozenExpert(plan, 1, CPU).target(Sample(1, 0, (5, 9, 11, 3), "here"))
+    assert torch.equal(load_target(folder, "1").input_ids_T, again.input_ids_T)
+
+
+def test_unused_gpu_memory_is_given_back(plan: Plan, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    FakeGpus(monkeypatch, 1)
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    expert = Expert(plan, 0)
+    for k in range(2):
+        expert.target(Sample(k, 0, (5, 9, 11, 3), "here"), LocalFolder(tmp_path), str(k))
+    assert len(emptied) == 2, "before each of the experts"
 
 
 def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
