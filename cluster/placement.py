@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.config.schema import Config, Use
+from engine.config.schema import GPU_PART, Config, Use
 from engine.errors import ClusterError
 from engine.planning.costs.rates import GB, Site
 from engine.planning.costs.scaling import Machines, Work, choose
@@ -175,9 +176,12 @@ def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices
 
 
 def machines(nodes: Sequence[Node], config: Config, devices: Devices) -> Machines:
-    """Return the input of the scaling model: the smallest node, multiplied by the number of nodes with CPUs."""
+    """Return the input of the scaling model: the smallest node, multiplied by the number of nodes with CPUs.
+
+    The GPUs are those of all nodes, in equal parts.
+    """
     usable = useful(nodes, config)
-    gpus = max((node.gpus for node in usable), default=0.0) if devices.trainer else 0.0
+    gpus = sum(node.gpus for node in usable) / max(1, len(usable)) if devices.trainer else 0.0
     memory = min((node.memory for node in usable), default=0.0)
     return Machines(max(1, len(usable)), min((node.cpus for node in usable), default=1.0), gpus, memory or None)
 
@@ -209,7 +213,7 @@ def lay_out(
     home = max(homes, key=lambda node: len(_places(usable, config, devices, node)))
     places = _places(usable, config, devices, home)
     beside = bool(places)
-    places = (places or [home] * int(home.gpus // devices.expert))[: len(plan.experts)]
+    places = (places or [home] * _fitting(home.gpus, devices.expert))[: len(plan.experts)]
     on = Counter(node.id for node in places)
     trainer = Seat(home.id, _share(home, 1), devices.trainer)
     if beside:
@@ -221,7 +225,7 @@ def lay_out(
         reserved = Seat(
             home.id,
             max(trainer.cpus, sum(seat.cpus for seat in experts)),
-            max(devices.trainer, devices.expert * len(places)),
+            max(devices.trainer, _holding(devices.expert, len(places))),
         )
     within = config.cluster.shards == 0 or where == "trainer"
     return Seating(
@@ -259,10 +263,29 @@ def _places(usable: Sequence[Node], config: Config, devices: Devices, home: Node
     others = [node for node in nodes if node.id != home.id]
     if not devices.expert:
         return others or nodes
-    left = {node.id: node.gpus - (devices.trainer if node.id == home.id else 0) for node in nodes}
+    fitting = {
+        node.id: _fitting(node.gpus, devices.expert, devices.trainer if node.id == home.id else 0) for node in nodes
+    }
     order = [*others, *(node for node in nodes if node.id == home.id)]
-    rounds = max((int(gpus // devices.expert) for gpus in left.values()), default=0)
-    return [node for turn in range(rounds) for node in order if left[node.id] // devices.expert > turn]
+    return [node for turn in range(max(fitting.values(), default=0)) for node in order if fitting[node.id] > turn]
+
+
+def _fitting(gpus: float, each: float, taken: float = 0) -> int:
+    """Return how many actors of `each` GPUs fit on a node beside one that has `taken`.
+
+    As Ray counts: in whole numbers of `GPU_PART`, of which 1 / 0.1 is 10, and a fraction is a part of a single GPU.
+    """
+    part, used = round(each / GPU_PART), round(taken / GPU_PART)
+    one = round(1 / GPU_PART)
+    whole = int(gpus) - math.ceil(taken)
+    if each >= 1:
+        return max(0, whole // int(each))
+    return max(0, whole * (one // part) + ((one - used) // part if 0 < used < one else 0))
+
+
+def _holding(each: float, count: int) -> float:
+    """Return the GPUs that hold so many actors of `each`: whole ones, but for a single actor."""
+    return each if count <= 1 or not each else math.ceil(count / max(1, _fitting(1, each))) * max(1.0, each)
 
 
 def _shards(usable: Sequence[Node], plan: Plan, count: int | None) -> tuple[Seat, ...]:

@@ -1,4 +1,4 @@
-"""Resources of this machine that this process may use: CPUs and memory, within the limits of a container."""
+"""Resources of this machine that this process may use: CPUs, memory and GPUs, within the limits of a container."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from resource import RLIM_INFINITY, RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_NOFILE, RLIM
 from engine.errors import MergeError
 
 GROUPS, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+DEVICES = Path("/dev")
 
 
 def usable_cpus(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
@@ -41,6 +42,23 @@ def usable_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
         for name in ("memory.max", "memory.limit_in_bytes"):
             most = min([most, *(limit for limit in _numbers(folder / name) if limit > 0)])
     return most
+
+
+def usable_gpus(devices: Path = DEVICES) -> int:
+    """Return the number of NVIDIA GPUs, or MIG slices of them, that this process may use.
+
+    Those of `devices`, the folder of device files, unless CUDA_VISIBLE_DEVICES lists fewer, or slices.
+    """
+    there = len([path for path in devices.glob("nvidia*") if path.name[6:].isdecimal()])
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not there:
+        return there
+    listed = [entry.strip() for entry in visible.split(",")]
+    if listed[0].startswith("MIG-"):
+        return len(listed)
+    # CUDA stops at the first entry that names no GPU, such as -1.
+    valid = [entry.startswith("GPU-") or (entry.isdecimal() and int(entry) < there) for entry in listed]
+    return valid.index(False) if False in valid else len(valid)
 
 
 def check_home(error_type: type[MergeError], *others: str) -> None:

@@ -125,6 +125,30 @@ def test_gpus_given_by_the_config_are_asked_for(
     assert (layout.trainer.gpus, layout.home.gpus) == (trainer, home)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "expert", "trainer", "at_a_time", "home"),
+    [
+        (1, 0.1, 0.5, 5, 0.5),
+        (2, 0.1, 1, 10, 1),
+        (3, 0.3, 0.7, 7, 0.7),
+        (2, 0.6, 0.25, 2, 0.25),
+        (2, 0.6, 2, 2, 2),
+        (1, 0.2, 1, 5, 1),
+        (2, 0.5, 0.6, 2, 0.6),
+        (1, 0.6, 0.5, 1, 0.6),
+    ],
+)
+def test_fractions_of_gpus_fit_as_ray_counts_them(
+    plan: Plan, gpus: int, expert: float, trainer: float, at_a_time: int, home: float
+) -> None:
+    """In parts of single GPUs: 0.1 ten times, 0.6 once each."""
+    layout = laid_out(
+        plan, cluster_of((16, gpus)), 20, expert={"num_gpus": expert}, trainer={"num_gpus": trainer}, shards=1
+    )
+    assert layout.home is not None
+    assert (len(layout.experts), layout.home.gpus) == (at_a_time, home)
+
+
 def test_several_gpus_an_actor_are_those_of_one_node(plan: Plan) -> None:
     nodes = cluster_of((8, 1), (8, 4), (8, 2))
     layout = laid_out(plan, nodes, 5, expert={"num_gpus": 2}, trainer={"num_gpus": 2})

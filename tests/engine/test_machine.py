@@ -14,7 +14,7 @@ import engine.machine
 from cluster.session import connect
 from engine.checkpoints.find import find_model
 from engine.errors import CheckpointError, ClusterError, InputError
-from engine.machine import check_home, usable_cpus, usable_memory
+from engine.machine import check_home, usable_cpus, usable_gpus, usable_memory
 from engine.planning.costs.scaling import Machines
 from engine.storage.cache import cache_folder
 
@@ -176,3 +176,32 @@ def test_a_small_shared_memory_is_mentioned(
     with connect(None):
         pass
     assert ("/dev/shm" in capsys.readouterr().err) == said
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        (None, 4),
+        ("0,1", 2),
+        ("", 0),
+        ("-1", 0),
+        ("2, 3,7,0", 2),
+        ("GPU-8a2c,GPU-11f0", 2),
+        ("MIG-1,MIG-2,MIG-3,MIG-4,MIG-5", 5),
+    ],
+)
+def test_gpus_that_are_hidden_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, gpus: int
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert usable_gpus(tmp_path) == gpus
+
+
+def test_a_machine_without_gpus_has_none_whatever_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert usable_gpus(tmp_path) == 0

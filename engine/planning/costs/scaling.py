@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
-from engine.machine import usable_cpus, usable_memory
+from engine.machine import usable_cpus, usable_gpus, usable_memory
 from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.costs.rates import (
     CPU_FLOPS,
@@ -71,8 +70,7 @@ class Machines:
     @classmethod
     def here(cls) -> Machines:
         """Return this machine as a cluster of one node."""
-        gpus = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdecimal()])
-        return cls(1, usable_cpus(), gpus, usable_memory())
+        return cls(1, usable_cpus(), usable_gpus(), usable_memory())
 
 
 @dataclass(frozen=True)

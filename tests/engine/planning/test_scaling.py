@@ -186,9 +186,15 @@ def test_shards_on_one_node_share_a_third_of_it(make_merge: Callable[..., Path])
     assert sum(seat.cpus for seat in layout.shards) <= 8 / 3
 
 
+def test_a_cluster_has_no_more_gpus_than_its_nodes(plans: list[Plan]) -> None:
+    nodes = [Node(8, 8, 10 * GB), *(Node(8, 0, 10 * GB) for _ in range(3))]
+    estimated = machines(nodes, plans[0].config, Devices(1, 1))
+    assert estimated.gpus * estimated.nodes == 8
+
+
 def test_a_cluster_is_its_smallest_node_as_often_as_there_are_nodes(plans: list[Plan]) -> None:
     nodes = [Node(8, 1, 10 * GB), Node(4, 0, 5 * GB), Node(0, 0, 1 * GB)]
-    assert machines(nodes, plans[0].config, Devices(1, 1)) == Machines(2, 4, 1, 5 * GB)
+    assert machines(nodes, plans[0].config, Devices(1, 1)) == Machines(2, 4, 0.5, 5 * GB)
     assert machines(nodes, plans[0].config, NO_GPUS) == Machines(2, 4, 0, 5 * GB)
 
 
