@@ -63,7 +63,7 @@ def unpack_all(packed: Mapping[Key, Packed]) -> dict[Key, Tensor]:
 def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
     """Start a copy of the tensor to the CPU, and return a function that waits for it and returns it.
 
-    The function may be called from any thread. From a GPU, the copy is queued on the current stream: the caller's
+    The function may be called from any thread. From a GPU, the copy is queued on its current stream: the caller's
     computation goes on meanwhile, and later work on that stream may overwrite the tensor. A tensor on the CPU is
     returned as it is.
     """
@@ -71,8 +71,9 @@ def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
+    # On the stream of the tensor's own device, which need not be the current one; a thread that waits leaves its core.
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
         copied.synchronize()

@@ -6,6 +6,7 @@ others are still being computed. The number of bytes in flight is bounded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from functools import cached_property
@@ -86,14 +87,17 @@ class _LocalGradients:
         self._parts: list[tuple[str, Future[Array]]] = []
         self._held: list[tuple[str, Callable[[], Tensor]]] = []
         self._bytes = 0
+        # The backward pass of a model on several GPUs sends from a thread of each.
+        self._lock = threading.Lock()
 
     def send(self, name: str, gradient: Tensor) -> None:
-        if self._bytes and self._bytes + gradient.nbytes > WINDOW_BYTES:
-            self._finish()
-        self._bytes += gradient.nbytes
-        self._held.append((name, to_cpu(gradient)))
-        if self._overlap:
-            self._start()
+        with self._lock:
+            if self._bytes and self._bytes + gradient.nbytes > WINDOW_BYTES:
+                self._finish()
+            self._bytes += gradient.nbytes
+            self._held.append((name, to_cpu(gradient)))
+            if self._overlap:
+                self._start()
 
     def collect(self) -> Array:
         self._finish()

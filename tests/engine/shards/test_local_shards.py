@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -25,7 +26,7 @@ import engine.shards.local_shards
 from engine.errors import CheckpointError
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.local_shards import LocalShards
-from engine.shards.protocol import InFlightLimit, coefficient_gradient
+from engine.shards.protocol import Gradients, InFlightLimit, coefficient_gradient
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 
@@ -209,6 +210,32 @@ def test_send_blocks_until_the_limit_admits_the_gradient(
     go.set()
     second.result(LONG)
     assert leaving.collect().any()
+
+
+@both
+def test_several_threads_may_send(llama_merge: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    """The backward pass of a model on several GPUs has a thread for each."""
+    plan = plan_of(llama_merge)
+    layout, slopes = table_of(plan).layout, slopes_of(plan)
+    shards = LocalShards(plan, 2, overlap)
+    wanted = collected(shards, layout, slopes)
+    before = sys.getswitchinterval()
+    monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", 3 * max(plan.numels.values()) * 4)
+    try:
+        sys.setswitchinterval(1e-6)
+        for _ in range(20):
+            leaving, together = shards.gradients(layout), threading.Barrier(2)
+
+            def send(names: tuple[str, ...], leaving: Gradients = leaving, begin: threading.Barrier = together) -> None:
+                begin.wait(LONG)
+                for name in names:
+                    leaving.send(name, slopes[name])
+
+            for sending in [begun(lambda half=half: send(plan.merged[half::2])) for half in range(2)]:
+                sending.result(LONG)
+            np.testing.assert_array_equal(leaving.collect(), wanted)
+    finally:
+        sys.setswitchinterval(before)
 
 
 @both
