@@ -1,4 +1,4 @@
-"""Peak anonymous memory of this process. File-mapped pages do not count, since the kernel can reclaim them.
+"""Peak anonymous and pinned memory of this process. File-mapped pages do not count: the kernel can reclaim them.
 
 A thread reads RssAnon of /proc/self/status many times a second. Anonymous of smaps_rollup is the same figure, but
 reading it walks the page tables and blocks allocations of other threads meanwhile.
@@ -10,6 +10,8 @@ import os
 import threading
 import weakref
 from pathlib import Path
+
+import torch
 
 STATUS = Path("/proc/self/status")
 
@@ -56,3 +58,10 @@ def anonymous_bytes() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def peak_pinned_bytes() -> int:
+    """Return the peak of the memory that torch pins for copies to and from GPUs; it is not anonymous memory."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.host_memory_stats()["allocated_bytes.peak"])

@@ -12,7 +12,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 from actors.gpus import NO_GPUS, Gpus
-from actors.memory import PeakMemory
+from actors.memory import PeakMemory, peak_pinned_bytes
 from engine.machine import usable_cpus
 
 Arguments = ParamSpec("Arguments")
@@ -32,6 +32,7 @@ class Report:
     peak_anonymous_bytes: int
     counts: dict[str, int]
     not_deterministic: str = ""
+    peak_pinned_bytes: int = 0
 
 
 class ActorProcess:
@@ -79,7 +80,7 @@ class ActorProcess:
 
     def report(self, **counts: int) -> Report:
         """Return the figures of this process so far."""
-        return Report(self.role, self.memory.pid, self.memory.peak, counts, self.not_deterministic)
+        return Report(self.role, self.memory.pid, self.memory.peak, counts, self.not_deterministic, peak_pinned_bytes())
 
     def allow(self, error: RuntimeError) -> bool:
         """Allow operations without a deterministic implementation if an error is of such a one; return whether."""

@@ -134,7 +134,12 @@ class Attempt:
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
         return {
             "actors": [
-                {"role": report.role, "pid": report.pid, "peak_anonymous_bytes": report.peak_anonymous_bytes}
+                {
+                    "role": report.role,
+                    "pid": report.pid,
+                    "peak_anonymous_bytes": report.peak_anonymous_bytes,
+                    "peak_pinned_bytes": report.peak_pinned_bytes,
+                }
                 for report in reports
             ],
             "bytes_trainer_to_shards": counts["bytes_to_shards"],

@@ -7,7 +7,7 @@ store holds a few buckets at a time, not a model. A separate thread communicates
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import Any
@@ -16,12 +16,13 @@ import ray
 from torch import Tensor
 
 from engine.checkpoints.headers import BYTES, SAFETENSORS
-from engine.codec import Packed, pack_all, to_cpu, unpack_all
+from engine.codec import Packed, pack_all, unpack_all
 from engine.planning.plan import Plan, in_order_of_use, slices
 from engine.shards.protocol import Arrivals, Gradients, InFlightLimit, PieceSink, coefficient_gradient
 from engine.sizes import IN_FLIGHT, WINDOW_BYTES, bucket_bytes
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
+from engine.transfers import Fetch, on_gpu, to_cpu
 
 Bucket = tuple[Piece, ...]
 
@@ -60,8 +61,10 @@ class RemoteShards:
             self.received += sum(one.nbytes for one in packed.values())
             for piece, tensor in unpack_all(packed).items():
                 buffer = model.buffer(piece)
-                buffer.copy_(tensor)
-                model.put(piece, buffer)
+                try:
+                    buffer.copy_(tensor)
+                finally:
+                    model.put(piece, buffer)
 
         arrivals = defaultdict(list)
         for number, (_, bucket) in enumerate(self._merged):
@@ -104,7 +107,7 @@ class _RemoteGradients:
     def send(self, name: str, gradient: Tensor) -> None:
         nbytes = gradient.nbytes
         self._window.enter(nbytes)
-        posted = self._shards.thread.submit(self._post, name, to_cpu(gradient))
+        posted = self._shards.thread.submit(self._post, name, to_cpu(gradient), nbytes, on_gpu(gradient))
         posted.add_done_callback(lambda _: self._window.leave(nbytes))
         self._posted.append(posted)
 
@@ -118,18 +121,18 @@ class _RemoteGradients:
         parts = ((piece.name, part) for request in requests for piece, part in ray.get(request).items())
         return coefficient_gradient(self._layout, self._shards.experts, parts)
 
-    def _post(self, name: str, fetch: Callable[[], Tensor]) -> None:
-        gradient_N, shard = fetch().reshape(-1), self._shards.owner[name]
-        limit = self._shards.bucket_bytes
+    def _post(self, name: str, fetch: Fetch, nbytes: int, lent: bool) -> None:
+        shard, limit = self._shards.owner[name], self._shards.bucket_bytes
         for piece in self._shards.pieces[name]:
-            part_N = gradient_N[piece.start : piece.stop]
-            if (
-                piece in self._open[shard]
-                or sum(one.nbytes for one in self._open[shard].values()) + part_N.nbytes > limit
-            ):
-                self._ship(shard)
-            self._open[shard][piece] = part_N
-        if gradient_N.nbytes > limit:
+            with fetch(piece.start, piece.stop) as part_N:
+                if (
+                    piece in self._open[shard]
+                    or sum(one.nbytes for one in self._open[shard].values()) + part_N.nbytes > limit
+                ):
+                    self._ship(shard)
+                # A buffer that was lent for a copy from a GPU is needed again before the bucket is full.
+                self._open[shard][piece] = part_N.clone() if lent else part_N
+        if nbytes > limit:
             # The rest is a view, which would keep the whole gradient in memory until the next tensor arrives.
             self._ship(shard)
 

@@ -7,7 +7,7 @@ array of bytes is sent without a copy and read in place. Every tensor that cross
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,25 +58,3 @@ def pack_all(tensors: Mapping[Key, Tensor]) -> dict[Key, Packed]:
 def unpack_all(packed: Mapping[Key, Packed]) -> dict[Key, Tensor]:
     """Return several tensors unpacked by `unpack`, under the same keys and in the same order."""
     return {key: unpack(value) for key, value in packed.items()}
-
-
-def to_cpu(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start a copy of the tensor to the CPU, and return a function that waits for it and returns it.
-
-    The function may be called from any thread. From a GPU, the copy is queued on its current stream: the caller's
-    computation goes on meanwhile, and later work on that stream may overwrite the tensor. A tensor on the CPU is
-    returned as it is.
-    """
-    if not tensor.is_cuda:
-        return lambda: tensor
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    # On the stream of the tensor's own device, which need not be the current one; a thread that waits leaves its core.
-    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(tensor.device))
-
-    def wait() -> Tensor:
-        copied.synchronize()
-        return copy
-
-    return wait

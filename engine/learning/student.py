@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from engine.planning.plan import Plan
 from engine.shards.protocol import Arrivals, Gradients
 from engine.sizes import LOGIT_BYTES
 from engine.task_vectors.pieces import Piece
+from engine.transfers import RING, computed, on_gpu, start_copy
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ class Student:
         self._parameters = {parameter: named[parameter].requires_grad_() for parameter in self._parts}
         self._places = places
         self._arriving: dict[str, Sequence[Future[None]]] = {}
+        # On GPUs: events of the copies of merged pieces by tensor, and of the last pass by GPU.
+        self._copies: dict[str, list[Any]] = {name: [] for name in plan.merged}
+        self._passed: dict[torch.device, Any] = {}
         self._leaving: Gradients | None = None
         self._watch_blocks()
         self._watch_gradients()
+        self._note_pass()
 
     def _watch_blocks(self) -> None:
         """Make each block wait for its own weights before it runs, and apply gradient checkpointing if configured."""
@@ -94,14 +100,17 @@ class Student:
 
     def buffer(self, piece: Piece) -> Tensor:
         """See `PieceSink.buffer`: the model's own memory on a CPU, pinned memory for a copy to a GPU."""
-        if self._slot(piece).is_cuda:
-            return torch.empty(piece.numel, dtype=self.dtype, pin_memory=True)
-        return self._slot(piece)
+        slot_N = self._slot(piece)
+        return RING.take(piece.numel, self.dtype) if on_gpu(slot_N) else slot_N
 
     def put(self, piece: Piece, merged_N: Tensor) -> None:
         """See `PieceSink.put`."""
-        if self._slot(piece).is_cuda:
-            self._slot(piece).copy_(merged_N, non_blocking=True)
+        slot_N = self._slot(piece)
+        if on_gpu(slot_N):
+            # The last pass still reads the weights that are overwritten here.
+            copied = start_copy(slot_N, merged_N, self._passed[slot_N.device])
+            self._copies[piece.name].append(copied)
+            RING.give(merged_N, copied)
 
     def whole(self, name: str) -> Tensor:
         """See `PieceSink.whole`."""
@@ -137,6 +146,7 @@ class Student:
             roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
             losses.append(loss)
         self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
+        self._note_pass()
         return losses
 
     @torch.no_grad()
@@ -147,10 +157,12 @@ class Student:
             RunError: A loss is not finite.
         """
         last_BTH, layers = self._forward(targets)
-        return [
+        losses = [
             self._sample_losses(last_BTH, layers, (row, _counted(target)), target, 0.0)[0]
             for row, target in enumerate(targets)
         ]
+        self._note_pass()
+        return losses
 
     def _forward(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the last hidden state and those of all layers, after all announced weights have arrived."""
@@ -261,6 +273,14 @@ class Student:
         for name in names:
             for arrival in self._arriving.pop(name, ()):
                 arrival.result()
+            copies, self._copies[name] = self._copies[name], []
+            for copied in copies:
+                copied.wait(torch.cuda.current_stream(self.whole(name).device))
+
+    def _note_pass(self) -> None:
+        """Note how far the streams of the GPUs must be before merged tensors may be overwritten."""
+        on = {parameter.device for parameter in self._parameters.values() if on_gpu(parameter)}
+        self._passed = {device: computed(device) for device in on}
 
     def _leave(self, parameter: str) -> None:
         if self._leaving is None:

@@ -7,13 +7,12 @@ others are still being computed. The number of bytes in flight is bounded.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from concurrent.futures import Future, wait
 from functools import cached_property
 
 from torch import Tensor
 
-from engine.codec import to_cpu
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.orthogonal import with_orthogonal
@@ -23,6 +22,7 @@ from engine.storage.folder import Folder
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.streams import TaskVectors
+from engine.transfers import Fetch, to_cpu
 
 
 class LocalShards:
@@ -54,8 +54,11 @@ class LocalShards:
 
         def merge_into_model(piece: Piece) -> None:
             buffer_N = model.buffer(piece)
-            streams.merge(piece, coefficients.of(piece.name), buffer_N)
-            model.put(piece, buffer_N)
+            try:
+                streams.merge(piece, coefficients.of(piece.name), buffer_N)
+            finally:
+                # Also after an error, which the future raises: others may wait for the buffer.
+                model.put(piece, buffer_N)
 
         arrivals = {
             name: [
@@ -85,7 +88,7 @@ class _LocalGradients:
     def __init__(self, task_vectors: TaskVectors, layout: ChunkLayout, overlap: bool) -> None:
         self._streams, self._layout, self._overlap = task_vectors, layout, overlap
         self._parts: list[tuple[str, Future[Array]]] = []
-        self._held: list[tuple[str, Callable[[], Tensor]]] = []
+        self._held: list[tuple[str, Fetch]] = []
         self._bytes = 0
         # The backward pass of a model on several GPUs sends from a thread of each.
         self._lock = threading.Lock()
@@ -115,6 +118,6 @@ class _LocalGradients:
         wait(future for _, future in self._parts)
         self._bytes = 0
 
-    def _gradient(self, piece: Piece, fetch: Callable[[], Tensor]) -> Array:
-        gradient_N = fetch().reshape(-1)[piece.start : piece.stop]
-        return self._streams.gradients(piece, gradient_N, self._layout.edges_of[piece.name])
+    def _gradient(self, piece: Piece, fetch: Fetch) -> Array:
+        with fetch(piece.start, piece.stop) as gradient_N:
+            return self._streams.gradients(piece, gradient_N, self._layout.edges_of[piece.name])

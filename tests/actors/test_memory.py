@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import actors.memory
-from actors.memory import PeakMemory, anonymous_bytes
+from actors.memory import PeakMemory, anonymous_bytes, peak_pinned_bytes
+from actors.process import ActorProcess
 
 MIB = 1 << 20
 
@@ -90,3 +92,10 @@ def test_a_system_without_the_figure_gives_zero(
     sampler = PeakMemory()
     assert sampler.peak == 0
     sampler.close()
+
+
+def test_pinned_memory_is_reported_once_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_pinned_bytes() == ActorProcess("trainer").report().peak_pinned_bytes == 0
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 7 * MIB})
+    assert peak_pinned_bytes() == ActorProcess("trainer").report().peak_pinned_bytes == 7 * MIB

@@ -227,6 +227,7 @@ def test_figures_hold_the_laws(config: Path, merged: Path) -> None:
         "shard 0",
     ], "a single process for both experts"
     assert all(actor["peak_anonymous_bytes"] > 0 for actor in figures["actors"])
+    assert all(actor["peak_pinned_bytes"] == 0 for actor in figures["actors"]), "no GPU"
     assert not merged.with_name("merged.run").exists(), "removed at the end of the merge"
 
 

@@ -23,6 +23,7 @@ import pytest
 import tiny
 import torch
 from conftest import LONG, begun, cut_small, plan_of
+from fake_cuda import fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import Plain, Received
@@ -33,7 +34,7 @@ import engine.sizes
 from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from cluster.remote_shards import IN_FLIGHT, RemoteShards
-from engine.codec import Packed, pack, pack_all, unpack_all
+from engine.codec import Packed, pack, pack_all, unpack, unpack_all
 from engine.learning.learner import first_stage
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan, in_order_of_use, slices
@@ -41,6 +42,7 @@ from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Shards
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
+from engine.transfers import Fetch, to_cpu
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"float32": 4, "bfloat16": 2}
@@ -143,6 +145,10 @@ def zeros(dtype: torch.dtype = torch.float32) -> Callable[..., dict[Piece, Packe
 
 def ones(bucket: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]) -> dict[Piece, np.ndarray]:
     return {piece: np.ones((1, len(edges[piece.name]) - 1)) for piece in bucket}
+
+
+def sums(bucket: Mapping[Piece, Packed], edges: Mapping[str, tuple[int, ...]]) -> dict[Piece, np.ndarray]:
+    return {piece: np.full((1, len(edges[piece.name]) - 1), unpack(bucket[piece]).sum().item()) for piece in bucket}
 
 
 def layout_of(plan: Any, chunks: int = 1) -> ChunkLayout:
@@ -270,10 +276,10 @@ def test_a_gradient_waits_at_the_trainer_while_the_shards_have_enough_to_do(
             leaving.send(name, torch.ones(10))
             sent.append(name)
 
-    def to_cpu(gradient: Tensor) -> Callable[[], Tensor]:
-        return lambda: fetched.append(gradient) or gradient
+    def fetching(gradient: Tensor) -> Fetch:
+        return lambda start, stop: fetched.append(gradient) or to_cpu(gradient)(start, stop)
 
-    monkeypatch.setattr(cluster.remote_shards, "to_cpu", to_cpu)
+    monkeypatch.setattr(cluster.remote_shards, "to_cpu", fetching)
 
     sending = begun(send_all)
     deadline = time.monotonic() + LONG
@@ -475,6 +481,18 @@ def test_a_gradient_that_cannot_be_fetched_is_an_error_and_takes_no_room(
     begun(send_all).result(LONG)
     with pytest.raises(ConnectionError):
         leaving.collect()
+
+
+def test_gradients_on_a_gpu_need_few_buffers(monkeypatch: pytest.MonkeyPatch, line: Line) -> None:
+    """A bucket has more tensors than there are buffers."""
+    confine(monkeypatch, 400, shards=1, piece=20)
+    plan = plan_like([3, 131, 5, *[1] * 30])
+    slopes = [(name, torch.arange(1.0, numel + 1)) for name, numel in plan.numels.items()]
+    wanted = collected(RemoteShards(plan, line.handles(1, zeros(), sums)), layout_of(plan), slopes)
+    cuda = fake_cuda(monkeypatch, buffers=1)
+    remote = RemoteShards(plan, line.handles(1, zeros(), sums))
+    np.testing.assert_array_equal(collected(remote, layout_of(plan), slopes), wanted)
+    assert len(cuda.pinned) == 1 and wanted.all()
 
 
 def test_packed_pieces_of_a_shard_are_the_streams_own(plans: dict[str, Plan]) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from engine.codec import Packed, pack, pack_all, to_cpu, unpack, unpack_all
+from engine.codec import Packed, pack, pack_all, unpack, unpack_all
 from engine.task_vectors.pieces import Piece
 
 DTYPES = [
@@ -138,46 +137,3 @@ def test_pieces_of_tensors_keep_their_keys_and_share_their_memory() -> None:
     arrived = unpack_all({piece: travelled(value) for piece, value in packed.items()})
     assert list(arrived) == [Piece("w", 40, 80), Piece("w", 0, 40)]
     assert all(same_bytes(arrived[piece], part) for piece, part in parts.items())
-
-
-def test_a_tensor_on_the_cpu_is_returned_without_a_copy() -> None:
-    tensor = numbers((3, 4), torch.bfloat16)
-    assert to_cpu(tensor)() is tensor
-
-
-class OnGpu(Tensor):
-    """A tensor that says that it is on the second GPU."""
-
-    is_cuda = True
-    device = torch.device("cuda", 1)
-
-
-def test_a_copy_from_a_gpu_is_waited_for_on_the_stream_of_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-
-    class Event:
-        def __init__(self, blocking: bool = False) -> None:
-            calls.append(blocking)
-
-        def record(self, stream: object = "of the current GPU") -> None:
-            calls.append(stream)
-
-        def synchronize(self) -> None:
-            calls.append("waited")
-
-    empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
-    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
-    tensor = numbers((3, 4), torch.bfloat16)
-    fetch = to_cpu(tensor.as_subclass(OnGpu))
-    assert calls == [True, "of cuda:1"], "a thread that waits sleeps"
-    assert same_bytes(fetch().as_subclass(Tensor), tensor) and calls[2:] == ["waited"]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_copy_from_a_gpu_has_the_values_of_the_time_of_the_call() -> None:
-    tensor = numbers((1000, 1000), torch.float32).cuda()
-    before, fetch = tensor.cpu(), to_cpu(tensor)
-    tensor.zero_()
-    assert same_bytes(fetch(), before) and fetch().is_pinned()

@@ -18,6 +18,7 @@ import tiny
 import torch
 from conftest import LONG, cut_small, plan_of
 from errors import refused
+from fake_cuda import fake_cuda
 from plain import Plain
 from reference import Reference
 from reference import pieces as reference_pieces
@@ -435,6 +436,82 @@ def test_weights_of_blocks_that_are_never_called_are_waited_for(
     student.expect(late.come(student, ORDERS["as-used"](list(late.content)), before))
     assert student.accumulate([(targets[0, 0], 1.0)]) == wanted
     assert_same_bits(take_gradients(student), slopes)
+
+
+# Copies to and from a GPU.
+
+
+@pytest.mark.parametrize("buffers", [1, 6])
+def test_copies_beside_the_computation_change_no_bit(setup, monkeypatch: pytest.MonkeyPatch, buffers: int) -> None:
+    """Weights arrive in buffers and gradients leave in them, both later than the calls that ask for it."""
+    _, plan, targets, coefficients = setup
+    cut_small(monkeypatch, block=100, piece=300)
+    moved = Coefficients(coefficients.layout, coefficients.values[::-1].copy())
+
+    def steps() -> list[tuple[list[Losses], np.ndarray]]:
+        student, shards, found = Student(plan, CPU), LocalShards(plan, 2, overlap=True), []
+        spoil(student)
+        for table in (coefficients, moved, coefficients):
+            student.expect(shards.merge(table, student))
+            leaving = shards.gradients(table.layout)
+            losses = student.accumulate([(targets[0, 0], 0.5), (targets[1, 0], 0.5)], leaving)
+            found.append((losses, leaving.collect()))
+        return found
+
+    wanted = steps()
+    cuda = fake_cuda(monkeypatch, buffers)
+    for (losses, gradient), (ours, slope) in zip(wanted, steps(), strict=True):
+        assert ours == losses
+        np.testing.assert_array_equal(slope, gradient)
+    assert 1 <= len(cuda.pinned) <= buffers
+    assert sum(len(stream.work) for stream in cuda.copies.values()) > 2 * 300, "a copy and what it waits for"
+
+
+def test_weights_are_overwritten_after_the_last_pass_alone(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, targets, coefficients = setup
+    fake_cuda(monkeypatch)
+    noted, waited = [], []
+    computed, start_copy = engine.learning.student.computed, engine.learning.student.start_copy
+    monkeypatch.setattr(engine.learning.student, "computed", lambda device: noted.append(computed(device)) or noted[-1])
+
+    def copying(target: Tensor, source: Tensor, after: object) -> object:
+        waited.append(after)
+        return start_copy(target, source, after)
+
+    monkeypatch.setattr(engine.learning.student, "start_copy", copying)
+    student, shards = Student(plan, CPU), LocalShards(plan, 1, overlap=False)
+    for use in (lambda: student.accumulate([(targets[0, 0], 1.0)]), lambda: student.measure([targets[0, 0]])):
+        waited.clear()
+        last = noted[-1]
+        student.expect(shards.merge(coefficients, student))
+        use()
+        assert waited and set(waited) == {last} and noted[-1] is not last
+
+
+def test_a_merge_that_fails_gives_its_buffer_back(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, plan, targets, coefficients = setup
+    fake_cuda(monkeypatch, buffers=1)
+    student, shards = Student(plan, CPU), LocalShards(plan, 2, overlap=True)
+    streams = shards._task_vectors
+    first, merge = in_order_of_use(plan.merged)[0], streams.merge
+
+    def failing(piece: Piece, *rest: Any) -> None:
+        if piece.name == first:
+            raise OSError("the file is gone")
+        merge(piece, *rest)
+
+    monkeypatch.setattr(streams, "merge", failing)
+    arrivals = shards.merge(coefficients, student)
+    for name, futures in arrivals.items():
+        for future in futures:
+            if name == first:
+                with pytest.raises(OSError, match="gone"):
+                    future.result(LONG)
+            else:
+                future.result(LONG)
+    student.expect(arrivals)
+    with pytest.raises(OSError, match="gone"):
+        student.accumulate([(targets[0, 0], 1.0)])
 
 
 # Gradients that leave.

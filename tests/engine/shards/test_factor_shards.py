@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import plan_of
 from errors import refused
+from fake_cuda import Cuda, fake_cuda
 from peft_adapters import adapters
 from plain import Plain, Received, task_vectors
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, ChunkLayout, Coefficients
 from engine.task_vectors.kinds import Product
+from engine.transfers import DoubleBuffer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it
 KINDS = ("orthogonal", "adapters")
@@ -125,7 +127,7 @@ def test_factors_that_fit_stay_on_the_device_and_others_are_copied_for_each_use(
 ) -> None:
     """The device is torch's `meta`, which has no memory and no values; the rest is as on a GPU."""
     plan, device = plan_of(make_merge(experts=2), "parameters.task_vectors=orthogonal"), torch.device("meta")
-    ours = shards(plan, tmp_path, "always")
+    ours, cuda = shards(plan, tmp_path, "always"), fake_cuda(monkeypatch)
     assert isinstance(ours, FactorShards)
     pinned: list[int] = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor.nbytes) or tensor)
@@ -134,7 +136,9 @@ def test_factors_that_fit_stay_on_the_device_and_others_are_copied_for_each_use(
     def size(name: str) -> int:
         return factor_bytes(plan, [name]) + 4 * plan.numels[name]
 
-    free = [10_000_000 + size(first)]
+    # What is copied for each use has two places on the device, each for the largest with its parts aligned.
+    places = 2 * (max(map(size, plan.merged)) + 3 * 256)
+    free = [10_000_000 + size(first) + places]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free[0], 80_000_000_000))
     ours.room = 10_000_000
     for name in (first, first, *others, *others):
@@ -145,8 +149,51 @@ def test_factors_that_fit_stay_on_the_device_and_others_are_copied_for_each_use(
     assert sum(pinned) == sum(map(size, others)), "each was pinned once, at its first use"
     received = Received(plan)
     received.tensors = {name: tensor.to(device) for name, tensor in received.tensors.items()}
+    before = len(cuda.copies[device].work)
     ours.merge(table_of(plan), received)
     assert sum(pinned) == sum(map(size, others))
+    assert len(cuda.copies[device].work) - before == 2 * 3 * len(others), "each is copied once, after what it waits for"
+
+
+class Multiplied:
+    """The work that a buffer's groups are for: a product that is computed when its stream gets to it."""
+
+    def __init__(self, buffer: DoubleBuffer, cuda: Cuda) -> None:
+        self.buffer, self.found = buffer, list[float]()
+        self.stream = cuda.late_stream(torch.device("cpu"))
+
+    def queue(self, key: int, group: list[Tensor], following: tuple[int, list[Tensor]]) -> None:
+        one, other = self.buffer.get(key, group, following)
+        self.stream.add(lambda: self.found.append(float((one * other).sum())))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 3, 2, 1, 0] * 2, [0, 2, 1, 3, 0, 0, 1], [3] * 4], ids=str)
+def test_the_next_group_is_copied_while_a_product_reads_another(
+    monkeypatch: pytest.MonkeyPatch, order: list[int]
+) -> None:
+    cuda = fake_cuda(monkeypatch)
+    groups = [[torch.full((3, 2), float(number + 1)), torch.ones(3, 2)] for number in range(4)]
+    products = Multiplied(DoubleBuffer(torch.device("cpu"), DoubleBuffer.nbytes([24, 24])), cuda)
+    for number, key in enumerate(order):
+        following = min(key + 1, 3) if number < len(order) // 2 else max(key - 1, 0)
+        products.queue(key, groups[key], (following, groups[following]))
+    copies = cuda.copies[torch.device("cpu")]
+    assert not products.found, "nothing has waited"
+    products.stream.run(len(products.stream.work))
+    copies.run(len(copies.work))
+    assert products.found == [6.0 * (key + 1) for key in order]
+
+
+def test_in_the_order_of_use_a_product_waits_for_no_later_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = fake_cuda(monkeypatch)
+    groups = [[torch.full((3, 2), float(number + 1)), torch.ones(3, 2)] for number in range(4)]
+    products = Multiplied(DoubleBuffer(torch.device("cpu"), DoubleBuffer.nbytes([24, 24])), cuda)
+    copies = cuda.copies
+    for key in range(3):
+        products.queue(key, groups[key], (key + 1, groups[key + 1]))
+        products.stream.run(len(products.stream.work))
+        (stream,) = copies.values()
+        assert products.found[-1] == 6.0 * (key + 1) and stream.left() == 2 * 2, "the next copies are under way"
 
 
 @pytest.fixture(params=[(kind, dtype) for kind in KINDS for dtype in ("float32", "bfloat16")], ids="-".join)

@@ -6,8 +6,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import wait
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from engine.shards.local_shards import LocalShards
 from engine.shards.protocol import Gradients, InFlightLimit, coefficient_gradient
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 from engine.task_vectors.pieces import Piece, pieces
+from engine.transfers import Fetch, to_cpu
 
 
 @pytest.fixture(params=["float32", "bfloat16"])
@@ -177,7 +179,7 @@ def test_an_error_of_a_merge_or_a_gradient_is_raised(
     with pytest.raises(KeyError, match=plan.merged[4]):
         received.all_of(shards.merge(table, received))
 
-    def fetch() -> Tensor:
+    def fetch(start: int, stop: int) -> AbstractContextManager[Tensor]:
         raise RuntimeError("lost")
 
     leaving = shards.gradients(table.layout)
@@ -196,10 +198,10 @@ def test_send_blocks_until_the_limit_admits_the_gradient(
     monkeypatch.setattr(engine.shards.local_shards, "WINDOW_BYTES", sum(nbytes) - 1)
     leaving, go = LocalShards(plan, 2, overlap).gradients(table_of(plan).layout), threading.Event()
 
-    def arriving(gradient: Tensor) -> Callable[[], Tensor]:
-        def fetch() -> Tensor:
+    def arriving(gradient: Tensor) -> Fetch:
+        def fetch(start: int, stop: int) -> AbstractContextManager[Tensor]:
             assert go.wait(LONG)
-            return gradient
+            return to_cpu(gradient)(start, stop)
 
         return fetch
 
