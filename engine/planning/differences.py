@@ -150,8 +150,15 @@ def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) ->
 
 
 def remarks_on(config: Config, base: Path, experts: Sequence[ExpertPlan]) -> tuple[tuple[str, str], ...]:
-    """Return what a user should know about chat templates and the experts' responses, as lines with their subject."""
+    """Return what a user should know about dtype, chat templates and responses, as lines with their subject."""
     remarks = []
+    if config.learned and config.dtype == "float16":
+        remarks.append(
+            (
+                "dtype",
+                "in float16, small gradients become 0; `dtype: bfloat16` with `out_dtype: float16` learns without this",
+            )
+        )
     folders = {expert.name: expert.header.folder for expert in experts}
     with_template = [name for name, folder in folders.items() if has_chat_template(folder)]
     if config.tokenizer_source is None and with_template and not has_chat_template(base):

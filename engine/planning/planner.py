@@ -76,7 +76,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
         experts=experts,
         merged=merged,
-        dtype=config.dtype or main_dtype(base),
+        dtype=config.dtype or _dtype(config, base),
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
@@ -84,6 +84,12 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     )
     check_directions(plan)
     return plan
+
+
+def _dtype(config: Config, base: ModelHeader) -> str:
+    """Return the dtype of the computation: the base's, or bfloat16 for float16, where small gradients become 0."""
+    own = main_dtype(base)
+    return "bfloat16" if config.learned and own == "float16" else own
 
 
 def _check_names(base: ModelHeader, structure: Structure) -> None:

@@ -61,6 +61,20 @@ def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent
     assert np.linalg.norm(gradient[0] - offline) < 0.01 * np.linalg.norm(offline)
 
 
+def test_a_float16_base_learns_from_gradients_that_are_zero_in_float16(
+    make_merge: Callable[..., Path], tmp_path: Path, gradient: list[np.ndarray]
+) -> None:
+    """A small loss weight stands for the small gradients of a large model."""
+    config = make_merge(dtype=torch.float16, parameters={"weight": 0.3, "loss_weight": 1e-6})
+    for dtype in ("float32", "float16", None):
+        merge = Plain(plan_of(config, *([f"dtype={dtype}"] if dtype else [])), tmp_path / str(dtype))
+        window = [WindowSample(merge.samples[k][0], merge.targets[k, 0]) for k in range(2)]
+        merge.trainer.step(first_stage(merge.plan), None, 0, window)
+    exact, float16, default = gradient
+    assert np.linalg.norm(default - exact) < 0.05 * np.linalg.norm(exact)
+    assert np.linalg.norm(float16 - exact) > 0.2 * np.linalg.norm(exact), "the case is not one of underflow"
+
+
 def float64_gradient(merge: Plain, window: list[WindowSample]) -> np.ndarray:
     """Return ∂L/∂α of the same weights and targets in float64, by autograd through the model."""
     plan, base = merge.plan, open_base(merge.plan)

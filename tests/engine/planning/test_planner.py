@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.checkpoints.headers import ModelHeader, TensorHeader
 from engine.config.schema import Config
 from engine.errors import CalibrationError, CheckpointError, ConfigError, MergeError
+from engine.planning.factors import stored_dtype
 from engine.planning.plan import ModelPlan, Plan, in_order_of_use, slices
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -112,13 +113,25 @@ def test_excludes_that_leave_nothing_are_a_fault(llama_merge: Path) -> None:
         plan_of(llama_merge, "exclude=['.*weight', '.*bias']")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_is_by_default_the_base_checkpoints(tmp_path: Path, dtype: str) -> None:
-    config = tiny.make_merge(tmp_path / "merge", experts=1, dtype=getattr(torch, dtype))
-    plan = plan_of(config)
-    code = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
-    assert (plan.dtype, plan.out_dtype(Q)) == (dtype, code)
+@pytest.mark.parametrize(
+    ("stored", "dtype", "out"),
+    # Small gradients become 0 in float16.
+    [("float32", "float32", "F32"), ("bfloat16", "bfloat16", "BF16"), ("float16", "bfloat16", "F16")],
+)
+def test_the_dtype_is_by_default_the_base_checkpoints(tmp_path: Path, stored: str, dtype: str, out: str) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1, dtype=getattr(torch, stored)))
+    assert (plan.dtype, plan.out_dtype(Q), stored_dtype(plan)) == (dtype, out, "F32" if dtype == "float32" else "BF16")
     assert plan.merged_bytes == sum(plan.numels.values()) * getattr(torch, dtype).itemsize
+
+
+def test_float16_is_computed_in_where_the_config_says_so_with_a_remark(tmp_path: Path) -> None:
+    config = tiny.make_merge(tmp_path / "merge", experts=1, dtype=torch.float16)
+    plan = plan_of(config, "dtype=float16")
+    assert (plan.dtype, plan.out_dtype(Q)) == ("float16", "F16")
+    ((_, remark),) = plan.remarks
+    assert "`dtype: bfloat16`" in remark and "`out_dtype: float16`" in remark
+    advised = plan_of(config, "dtype=bfloat16", "out_dtype=float16")
+    assert (advised.dtype, advised.out_dtype(Q), advised.remarks) == ("bfloat16", "F16", ())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +152,7 @@ def test_the_dtype_is_the_one_of_most_bytes(config: Path) -> None:
     assert plan_of(config).dtype == "float32"
     edit_tensors(config.parent / "base", lambda t: t.update({n: x.half() for n, x in t.items() if "layers" in n}))
     plan = plan_of(config)
-    assert (plan.dtype, plan.out_dtype(Q), plan.out_dtype("lm_head.weight")) == ("float16", "F16", "F32")
+    assert (plan.dtype, plan.out_dtype(Q), plan.out_dtype("lm_head.weight")) == ("bfloat16", "F16", "F32")
 
 
 def test_a_base_without_floats_is_a_fault(config: Path) -> None:
