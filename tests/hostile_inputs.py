@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from slow import as_slow
 from torch import Tensor
 
 Spoil = Callable[[Path], Any]
@@ -31,10 +32,12 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = ("base", "expert0", "expert1")
 
 
-def cases(**kinds: Cases) -> pytest.MarkDecorator:
-    """Parametrise a test by cases, with "kind, name" as ids."""
-    named = {f"{kind}, {name}": case for kind, cases in kinds.items() for name, case in cases.items()}
-    return pytest.mark.parametrize(("spoil", "facts"), named.values(), ids=list(named))
+def cases(slow: Collection[str] = (), **kinds: Cases) -> pytest.MarkDecorator:
+    """Parametrise a test by cases, with "kind, name" as ids; those whose names are in `slow` are marked as slow."""
+    named = {f"{kind}, {name}": (name, case) for kind, cases in kinds.items() for name, case in cases.items()}
+    assert set(slow) <= {name for name, _ in named.values()}
+    values = [as_slow(case) if name in slow else case for name, case in named.values()]
+    return pytest.mark.parametrize(("spoil", "facts"), values, ids=list(named))
 
 
 def put(folder: Path, name: str, content: str | bytes) -> None:

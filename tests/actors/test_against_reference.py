@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,19 @@ import torch
 from conftest import cut_small, plan_of
 from plain import Plain
 from reference import Reference, Result
+from slow import as_slow, slow_but
 
 from engine.task_vectors.coefficients import Coefficients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Both sides compute in float32; the optimiser's normalised steps scale up the rounding of a gradient.
 TOLERANCE = 1e-4
+# How a gradient is held: options by ids of tests.
+HELD: dict[str, Any] = {
+    "stream": {"gradients": "stream"},
+    "checkpointing": as_slow({"gradient_checkpointing": True}),
+    "both-with-all-merged": {"gradients": "stream", "gradient_checkpointing": True, "exclude": []},
+}
 
 
 def largest_difference(stages: list[Coefficients], reference: Result) -> float:
@@ -29,8 +38,12 @@ def largest_difference(stages: list[Coefficients], reference: Result) -> float:
     return float(max(differences))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    slow_but(
+        [("llama", False), ("gemma3", True), ("qwen3_moe", False)], itertools.product(tiny.FAMILIES, [False, True])
+    ),
+)
 def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: Path, family: str, tied: bool) -> None:
     # One family repeats its samples; for the others, the architecture is the point.
     parameters = {"epochs": 2 if family == "llama" else 1, "budget": 1.5}
@@ -62,13 +75,13 @@ def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: P
     ids=["start-and-fixed-at-stage-1", "logits-only", "layers-and-kappa"],
 )
 def test_options_mean_what_the_method_says(tmp_path: Path, parameters: dict[str, object]) -> None:
-    config = tiny.make_merge(tmp_path / "merge", experts=3, parameters={"epochs": 2, **parameters})
+    config = tiny.make_merge(tmp_path / "merge", experts=3, parameters=parameters)
     stages = Plain(plan_of(config), tmp_path).run()
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
 
 
 def test_an_expert_s_own_weight_and_loss_weight_are_used(tmp_path: Path) -> None:
-    config = tiny.make_merge(tmp_path / "merge", parameters={"loss_weight": 0.5, "epochs": 2})
+    config = tiny.make_merge(tmp_path / "merge", parameters={"loss_weight": 0.5})
     text = config.read_text().replace("weight: 0.2\n", "weight: 0.2\n    loss_weight: 3.0\n")
     config.write_text(text)
     assert "loss_weight: 3.0" in text
@@ -76,24 +89,15 @@ def test_an_expert_s_own_weight_and_loss_weight_are_used(tmp_path: Path) -> None
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradients": "stream"},
-        {"gradient_checkpointing": True},
-        {"gradients": "stream", "gradient_checkpointing": True, "exclude": []},
-    ],
-    ids=["stream", "checkpointing", "both-with-all-merged"],
-)
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("gemma3", True)])
+@pytest.mark.parametrize("options", HELD.values(), ids=list(HELD))
+@pytest.mark.parametrize(("family", "tied"), slow_but([("gemma3", True)], [("llama", False), ("gemma3", True)]))
 def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, options: dict[str, object]
 ) -> None:
     # Small limits, so that tensors and logits are cut into several blocks and pieces as in real models.
     cut_small(monkeypatch, block=200, piece=500)
     monkeypatch.setattr("engine.learning.student.LOGIT_BYTES", 4 * 4 * tiny.VOCAB)
-    parameters = {"epochs": 2, "budget": 1.5}
-    config = tiny.make_merge(tmp_path / "merge", family, tied=tied, parameters=parameters, **options)
+    config = tiny.make_merge(tmp_path / "merge", family, tied=tied, parameters={"budget": 1.5}, **options)
     stages = Plain(plan_of(config), tmp_path).run()
     assert largest_difference(stages, Reference(config).run()) < TOLERANCE
 
@@ -116,9 +120,13 @@ def move_heads(folder: Path, experts: int = 2) -> None:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("gradients", ["accumulate", "stream"])
-@pytest.mark.parametrize("exclude", [[], ["model.layers.*"]], ids=["all-merged", "only-outside-the-blocks"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "exclude", "gradients"),
+    slow_but(
+        [(True, [], "accumulate"), (False, ["model.layers.*"], "stream")],
+        itertools.product([False, True], [[], ["model.layers.*"]], ["accumulate", "stream"]),
+    ),
+)
 def test_head_and_embedding_may_be_merged_some_tokens_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, exclude: list[str], gradients: str
 ) -> None:

@@ -14,6 +14,7 @@ from conftest import plan_of
 from image_inputs import inputs_of
 from plain import Plain
 from reference import Reference, Result
+from slow import slow_but
 from torch.func import functional_call
 from torch.nn.functional import pad
 
@@ -23,7 +24,7 @@ from engine.run.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The same as for language models.
 TOLERANCE = 1e-4
-each_family = pytest.mark.parametrize("family", [*tiny_images.FAMILIES, tiny_images.CHAT])
+each_family = pytest.mark.parametrize("family", slow_but(["qwen2_vl"], [*tiny_images.FAMILIES, tiny_images.CHAT]))
 
 
 def largest_difference(plain: Plain, reference: Result) -> float:
@@ -69,7 +70,7 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
 
 
 @pytest.mark.parametrize("loss_tokens", ["text", "response"])
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", tiny_images.CHAT])
+@pytest.mark.parametrize("family", slow_but(["qwen2_vl"], ["qwen2_vl", "gemma3", tiny_images.CHAT]))
 @pytest.mark.parametrize("method", ["expert_merging_pp", "adamerging"])
 def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
     """Gemma 3's head is merged here, so that its targets hold logits."""

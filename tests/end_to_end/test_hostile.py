@@ -304,7 +304,13 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(model=MODELS, index=INDICES, header=HEADERS, adapter=ADAPTERS)
+@cases(
+    slow=["100,000 files", "100,000 tensors", "pattern that never ends"],
+    model=MODELS,
+    index=INDICES,
+    header=HEADERS,
+    adapter=ADAPTERS,
+)
 def test_hostile_models_are_refused_by_a_plan(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)

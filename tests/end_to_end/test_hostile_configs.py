@@ -183,7 +183,17 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(config=CONFIGS)
+@cases(
+    slow=[
+        "1 MB name",
+        "10,000 faults",
+        "100,000 models",
+        "20,000 patterns",
+        "method of 4,000 letters",
+        "pattern that never ends",
+    ],
+    config=CONFIGS,
+)
 def test_hostile_configs_are_refused_by_a_plan(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)

@@ -231,7 +231,18 @@ def test_invalid_paths_of_images_are_refused_by_a_plan(
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
-@cases(image=IMAGES)
+@cases(
+    slow=[
+        "100 Mpx",
+        "100 MB of words",
+        "15 million marks",
+        "5 million pieces",
+        "50,000 passes",
+        "60 MB of nothing",
+        "options of a gigantic size",
+    ],
+    image=IMAGES,
+)
 def test_hostile_images_are_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

@@ -286,13 +286,21 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(record=RECORDS, table=TABLES)
+@cases(slow=["10 million lines", "20 GB in a kilobyte"], record=RECORDS, table=TABLES)
 def test_hostile_records_are_refused_by_a_plan(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
-@cases(prepared=PREPARED)
+@cases(
+    slow=[
+        "kind that writes nothing",
+        "labels beyond all bounds",
+        "template of 50 MB",
+        "template that never ends",
+    ],
+    prepared=PREPARED,
+)
 def test_input_that_transformers_rejects_is_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

@@ -10,6 +10,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from slow import as_slow
 
 from engine.calibration.images import BYTES, CHUNKS, KNOWN, SCANS, SIDE, read_image
 from engine.errors import CalibrationError
@@ -280,83 +282,90 @@ def test_a_truncated_picture_is_refused(tmp_path: Path, form: str, part: float) 
     assert error.expected == KNOWN
 
 
-@pytest.mark.parametrize(
-    ("content", "fact"),
-    [
-        (png((100_000, 100_000), rows=100), "10000000000 pixels"),
-        (png((10_000, 10_000)), "10,000 x 10,000 pixels"),
-        (png((1, SIDE + 1)), "1 x 65,536 pixels"),
-        (png((SIDE + 1, 1)), "65,536 x 1 pixels"),
-        (png((2**31 - 1, 2**31 - 1), rows=0), "pixels"),
-        (gif((65_535, 65_535)), "pixels"),
-        (gif((10_000, 10_000)), "pixels"),
-        (bmp(100_000, 100_000), "pixels"),
-        (bmp(10_000, -10_000), "pixels"),
-        (bmp(2**31 - 1, 2**31 - 1), "pixels"),
-        (grey_tiff(100_000, 100_000), "pixels"),
-        (grey_tiff(2**32 - 1, 2**32 - 1), "pixels"),
-        (webp(2**24, 255), ""),
-        (webp(16_383, 16_383), ""),
-        (webp_lossless(16_383, 16_383), "pixels"),
-        (saved(Image.new("L", (10_000, 6_000)), "JPEG"), "10,000 x 6,000 pixels"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else f"{value[:4]!r}",
-)
-def test_a_small_file_of_a_gigantic_picture_is_refused(tmp_path: Path, content: bytes, fact: str) -> None:
+# Made when a test runs, as some of them take long to make.
+GIGANTIC: dict[str, tuple[Callable[[], bytes], str]] = {
+    "PNG of 10 Gpx": (lambda: png((100_000, 100_000), rows=100), "10000000000 pixels"),
+    "PNG of 100 Mpx": as_slow((lambda: png((10_000, 10_000)), "10,000 x 10,000 pixels")),
+    "PNG too high": (lambda: png((1, SIDE + 1)), "1 x 65,536 pixels"),
+    "PNG too wide": (lambda: png((SIDE + 1, 1)), "65,536 x 1 pixels"),
+    "PNG of the largest sides": (lambda: png((2**31 - 1, 2**31 - 1), rows=0), "pixels"),
+    "GIF of 4 Gpx": (lambda: gif((65_535, 65_535)), "pixels"),
+    "GIF of 100 Mpx": (lambda: gif((10_000, 10_000)), "pixels"),
+    "BMP of 10 Gpx": (lambda: bmp(100_000, 100_000), "pixels"),
+    "BMP of 100 Mpx": (lambda: bmp(10_000, -10_000), "pixels"),
+    "BMP of the largest sides": (lambda: bmp(2**31 - 1, 2**31 - 1), "pixels"),
+    "TIFF of 10 Gpx": (lambda: grey_tiff(100_000, 100_000), "pixels"),
+    "TIFF of the largest sides": (lambda: grey_tiff(2**32 - 1, 2**32 - 1), "pixels"),
+    "WEBP too wide": (lambda: webp(2**24, 255), ""),
+    "WEBP of 268 Mpx": (lambda: webp(16_383, 16_383), ""),
+    "WEBP of 268 Mpx, lossless": (lambda: webp_lossless(16_383, 16_383), "pixels"),
+    "JPEG of 60 Mpx": (lambda: saved(Image.new("L", (10_000, 6_000)), "JPEG"), "10,000 x 6,000 pixels"),
+}
+
+
+@pytest.mark.parametrize(("make", "fact"), GIGANTIC.values(), ids=list(GIGANTIC))
+def test_a_small_file_of_a_gigantic_picture_is_refused(tmp_path: Path, make: Callable[[], bytes], fact: str) -> None:
+    content = make()
     assert len(content) < 1 << 20
     check_content_refused(tmp_path, content, fact)
 
 
+@cache
 def bomb() -> bytes:
     return zlib.compress(bytes(100 << 20), 9)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: png((8, 8), chunk(b"zTXt", b"a\0\0" + bomb())),
-        lambda: png((8, 8), chunk(b"iTXt", b"a\0\1\0\0\0" + bomb())),
-        lambda: png((8, 8), chunk(b"iCCP", b"a\0\0" + bomb())),
-        lambda: png((8, 8), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 20), 9))] * 200),
-        lambda: png((8, 8), chunk(b"prIv") * (CHUNKS + 1)),
-        lambda: png((8, 8), last=chunk(b"prIv") * (CHUNKS + 1)),
-        lambda: png((8, 8), last=chunk(b"IDAT") * (CHUNKS + 1)),
-        lambda: png((8, 8), chunk(b"tEXt", b"a\0b") * 4_000_000),
-        lambda: png((0, 8)),
-        lambda: png((8, 0)),
-        lambda: gif((0, 0)),
-        lambda: bmp(0, 8),
-        lambda: bmp(8, 0),
-        lambda: grey_tiff(0, 8),
-        lambda: grey_tiff(8, 0),
-        lambda: jpeg(b"\xff" * 50_000_000),
-        lambda: jpeg(b"\xff\xe9\0\2" * 12_000_000),
-        lambda: scans(SCANS + 1),
-        lambda: gif((8, 8), b"!\xfe" + b"\1a" * 25_000_000 + b"\0"),
-        lambda: grey_tiff(8, 8, (322, 4, 60_000), (323, 4, 60_000), (324, 4, 200), (325, 4, 64)),
-        lambda: tiff(following=8),
-    ],
-    ids="text,international text,profile,texts,chunks,chunks behind,empty pixels,short texts,PNG 0 x 8,PNG 8 x 0,GIF 0,"
-    "BMP 0 x 8,BMP 8 x 0,TIFF 0 x 8,TIFF 8 x 0,fill,markers,scans,comments,tile,directories".split(","),
-)
+# Some of these take seconds to make and to read.
+LONG: dict[str, Callable[[], bytes]] = {
+    "text": lambda: png((8, 8), chunk(b"zTXt", b"a\0\0" + bomb())),
+    "international text": as_slow(lambda: png((8, 8), chunk(b"iTXt", b"a\0\1\0\0\0" + bomb()))),
+    "profile": as_slow(lambda: png((8, 8), chunk(b"iCCP", b"a\0\0" + bomb()))),
+    "texts": lambda: png((8, 8), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 20), 9))] * 200),
+    "chunks": lambda: png((8, 8), chunk(b"prIv") * (CHUNKS + 1)),
+    "chunks behind": lambda: png((8, 8), last=chunk(b"prIv") * (CHUNKS + 1)),
+    "empty pixels": lambda: png((8, 8), last=chunk(b"IDAT") * (CHUNKS + 1)),
+    "short texts": as_slow(lambda: png((8, 8), chunk(b"tEXt", b"a\0b") * 4_000_000)),
+    "PNG 0 x 8": lambda: png((0, 8)),
+    "PNG 8 x 0": lambda: png((8, 0)),
+    "GIF 0": lambda: gif((0, 0)),
+    "BMP 0 x 8": lambda: bmp(0, 8),
+    "BMP 8 x 0": lambda: bmp(8, 0),
+    "TIFF 0 x 8": lambda: grey_tiff(0, 8),
+    "TIFF 8 x 0": lambda: grey_tiff(8, 0),
+    "fill": as_slow(lambda: jpeg(b"\xff" * 50_000_000)),
+    "markers": as_slow(lambda: jpeg(b"\xff\xe9\0\2" * 12_000_000)),
+    "scans": lambda: scans(SCANS + 1),
+    "comments": as_slow(lambda: gif((8, 8), b"!\xfe" + b"\1a" * 25_000_000 + b"\0")),
+    "tile": lambda: grey_tiff(8, 8, (322, 4, 60_000), (323, 4, 60_000), (324, 4, 200), (325, 4, 64)),
+    "directories": lambda: tiff(following=8),
+}
+
+
+@pytest.mark.parametrize("make", LONG.values(), ids=list(LONG))
 def test_a_picture_that_would_take_long_or_much_memory_is_refused(tmp_path: Path, make: Callable[[], bytes]) -> None:
     check_content_refused(tmp_path, make())
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        grey_tiff(8, 8, following=8),
-        scans(SCANS),
-        png((8, 8), chunk(b"prIv") * (CHUNKS // 2)),
-        jpeg(b"\xff\xe9\0\2" * 1000),
-        saved(Image.new("P", (900, 900)), "GIF", save_all=True, append_images=[Image.new("P", (900, 900), 1)] * 300),
-        saved(Image.new("RGB", (900, 900)), "PNG", save_all=True, append_images=[Image.new("RGB", (900, 900), 1)] * 99),
-        saved(Image.new("RGB", (64, 64)), "JPEG") + os.urandom(1 << 20),
-    ],
-    ids="endless directories,as many scans as may be,chunks,markers,GIF of frames,PNG of frames,film behind".split(","),
-)
-def test_what_stands_beside_the_first_frame_costs_nothing(tmp_path: Path, content: bytes) -> None:
+def frames(mode: str, form: str, count: int) -> bytes:
+    """Return an animation of `count` frames."""
+    first, second = (Image.new(mode, (900, 900), colour) for colour in (0, 1))
+    return saved(first, form, save_all=True, append_images=[second] * (count - 1))
+
+
+BESIDE: dict[str, Callable[[], bytes]] = {
+    "endless directories": lambda: grey_tiff(8, 8, following=8),
+    "as many scans as may be": lambda: scans(SCANS),
+    "chunks": lambda: png((8, 8), chunk(b"prIv") * (CHUNKS // 2)),
+    "markers": lambda: jpeg(b"\xff\xe9\0\2" * 1000),
+    "GIF of frames": lambda: frames("P", "GIF", 301),
+    "PNG of frames": as_slow(lambda: frames("RGB", "PNG", 100)),
+    "film behind": lambda: saved(Image.new("RGB", (64, 64)), "JPEG") + os.urandom(1 << 20),
+}
+
+
+@pytest.mark.parametrize("make", BESIDE.values(), ids=list(BESIDE))
+def test_what_stands_beside_the_first_frame_costs_nothing(tmp_path: Path, make: Callable[[], bytes]) -> None:
+    content = make()
     began = time.process_time()
     assert read(tmp_path, content).mode == "RGB"
     assert time.process_time() - began < SECONDS
@@ -369,6 +378,7 @@ def test_a_picture_of_a_large_camera_is_read(tmp_path: Path) -> None:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MEMORY
 
 
+@cache
 def small() -> list[bytes]:
     """Return a few images of each format, with metadata and further frames."""
     made, exif = [], Image.Exif()
@@ -390,9 +400,6 @@ def small() -> list[bytes]:
     return made
 
 
-SMALL = small()
-
-
 def is_picture_or_refused(folder: Path, content: bytes) -> bool:
     try:
         image = read(folder, content)
@@ -402,8 +409,8 @@ def is_picture_or_refused(folder: Path, content: bytes) -> bool:
 
 
 def test_small_pictures_are_read(tmp_path: Path) -> None:
-    assert len(SMALL) > 30
-    assert {read(tmp_path, content).size for content in SMALL} == {(24, 18), (18, 24)}
+    assert len(small()) > 30
+    assert {read(tmp_path, content).size for content in small()} == {(24, 18), (18, 24)}
 
 
 @FUZZ
@@ -411,7 +418,7 @@ def test_small_pictures_are_read(tmp_path: Path) -> None:
 def test_a_spoilt_picture_is_a_picture_or_a_calibration_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    content = data.draw(st.sampled_from(SMALL))
+    content = data.draw(st.sampled_from(small()))
     for _ in range(data.draw(st.integers(1, 4))):
         start = data.draw(st.integers(0, len(content)))
         stop = data.draw(st.integers(start, min(len(content), start + 8)) | st.just(len(content)))
@@ -423,7 +430,9 @@ def test_a_spoilt_picture_is_a_picture_or_a_calibration_error(
 
 
 @FUZZ
-@given(content=st.binary(max_size=200), start=st.sampled_from([content[:40] for content in SMALL]))
+@given(
+    content=st.binary(max_size=200), start=st.deferred(lambda: st.sampled_from([content[:40] for content in small()]))
+)
 @example(content=b"", start=b"")
 def test_the_beginning_of_a_picture_and_random_bytes_are_refused_or_read(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, start: bytes
