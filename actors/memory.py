@@ -62,6 +62,6 @@ def anonymous_bytes() -> int:
 
 def peak_pinned_bytes() -> int:
     """Return the peak of the memory that torch pins for copies to and from GPUs; it is not anonymous memory."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 0
     return int(torch.cuda.host_memory_stats()["allocated_bytes.peak"])

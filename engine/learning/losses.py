@@ -60,7 +60,7 @@ def relative_hidden_loss(student: Mapping[int, Tensor], expert: Mapping[int, Ten
         spread = _squares(target_TH - ordered_sum(target_TH) / len(target_TH))
         error = _squares(student[i].float() - target_TH)
         # A single token has no variance, so its error is relative to its own square.
-        losses.append(error / (spread if spread > 0 else _squares(target_TH).clamp_min(1e-12)))
+        losses.append(error / torch.where(spread > 0, spread, _squares(target_TH).clamp_min(1e-12)))
     return _mean(losses)
 
 

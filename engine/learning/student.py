@@ -9,6 +9,7 @@ features, V vocabulary, N elements of a piece.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -140,14 +141,13 @@ class Student:
         slope_BTH = torch.zeros_like(last_BTH)
         roots, losses = [(last_BTH, slope_BTH)], []
         for row, (target, weight) in enumerate(samples):
-            index = row, _counted(target)
-            loss, hidden, slope_CH = self._sample_losses(last_BTH, layers, index, target, weight)
-            slope_BTH[index] = slope_CH
+            loss, hidden, slope_CH = self._sample_losses(last_BTH, layers, row, target, weight)
+            slope_BTH[row, _index(target, slope_BTH.device)] = slope_CH
             roots.append((hidden, torch.full_like(hidden, weight * self.plan.config.parameters.hidden_weight)))
-            losses.append(loss)
+            losses.append((loss, hidden))
         self._backward([(root, slope) for root, slope in roots if root.requires_grad], leaving)
         self._note_pass()
-        return losses
+        return self._read(losses, [target for target, _ in samples])
 
     @torch.no_grad()
     def measure(self, targets: Sequence[Target]) -> list[Losses]:
@@ -157,12 +157,19 @@ class Student:
             RunError: A loss is not finite.
         """
         last_BTH, layers = self._forward(targets)
-        losses = [
-            self._sample_losses(last_BTH, layers, (row, _counted(target)), target, 0.0)[0]
-            for row, target in enumerate(targets)
-        ]
+        each = [self._sample_losses(last_BTH, layers, row, target, 0.0) for row, target in enumerate(targets)]
         self._note_pass()
-        return losses
+        return self._read([(loss, hidden) for loss, hidden, _ in each], targets)
+
+    def _read(self, losses: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target]) -> list[Losses]:
+        """Return the losses of a pass as numbers. Outside of the model's code, this alone waits for a GPU."""
+        device = losses[-1][0].device
+        flat = [one.detach().to(device, non_blocking=True) for pair in losses for one in pair]
+        numbers = torch.stack(flat).tolist()
+        if not all(map(math.isfinite, numbers)):
+            raise not_finite("loss of the merged model", self.dtype)
+        pairs = zip(numbers[::2], numbers[1::2], targets, strict=True)
+        return [Losses(one, hid) if target.has_expert else Losses(0.0, hid, one) for one, hid, target in pairs]
 
     def _forward(self, targets: Sequence[Target]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the last hidden state and those of all layers, after all announced weights have arrived."""
@@ -175,23 +182,15 @@ class Student:
         return states
 
     def _sample_losses(
-        self,
-        last_BTH: Tensor,
-        layers: tuple[Tensor, ...],
-        index: tuple[int, slice | Tensor],
-        target: Target,
-        scale: float,
-    ) -> tuple[Losses, Tensor, Tensor]:
-        """Return a sample's losses, L_hid with its graph, and `scale` times the gradient [C, H] of the other loss.
+        self, last_BTH: Tensor, layers: tuple[Tensor, ...], row: int, target: Target, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the losses of the sample in a row of the pass, and a gradient.
 
-        `index` selects the sample's row of the batch and the positions that count in its losses.
+        These are L_logit or the mean entropy, L_hid with its graph, and `scale` times the gradient [C, H] of the first.
         """
-        loss, slope_CH = self._logit_loss(last_BTH[index], target, scale)
-        hidden = self._hidden_loss({layer: layers[layer][index] for layer in target.hidden_CH}, target)
-        if not (loss.isfinite() and hidden.isfinite()):
-            raise not_finite("loss of the merged model", self.dtype)
-        kl, entropy = (loss.item(), None) if target.has_expert else (0.0, loss.item())
-        return Losses(kl, hidden.item(), entropy), hidden, slope_CH
+        loss, slope_CH = self._logit_loss(last_BTH[row, _index(target, last_BTH.device)], target, scale)
+        states = {layer: layers[layer][row, _index(target, layers[layer].device)] for layer in target.hidden_CH}
+        return loss, self._hidden_loss(states, target), slope_CH
 
     def _backward(self, roots: Sequence[tuple[Tensor, Tensor]], leaving: Gradients | None) -> None:
         # Set only here: the gradients that `_logit_loss` adds to a merged head are not final before this pass.
@@ -212,7 +211,7 @@ class Student:
         assert len(targets) == 1 or not any(target.inputs for target in targets)
         ids_BT = pad_sequence([target.input_ids_T for target in targets], batch_first=True)
         mask_BT = pad_sequence([torch.ones_like(target.input_ids_T) for target in targets], batch_first=True)
-        ids_BT, mask_BT = ids_BT.to(self.device), mask_BT.to(self.device)
+        ids_BT, mask_BT = (tensor.to(self.device, non_blocking=True) for tensor in (ids_BT, mask_BT))
         return decode(self.model, arguments(ids_BT, mask_BT, targets[0].inputs))
 
     def _hidden_loss(self, student_CH: dict[int, Tensor], target: Target) -> Tensor:
@@ -299,6 +298,7 @@ def not_finite(what: str, dtype: torch.dtype) -> RunError:
     return RunError(f"the {what} is not finite", do=f"lower `learning_rate` or `weight`{wider}, and run with --fresh")
 
 
-def _counted(target: Target) -> slice | Tensor:
+def _index(target: Target, device: torch.device) -> slice | Tensor:
     """Return the positions of a sample that count in its losses. Padding never counts."""
-    return slice(len(target.input_ids_T)) if target.counted_C is None else target.counted_C
+    counted = target.counted_C
+    return slice(len(target.input_ids_T)) if counted is None else counted.to(device, non_blocking=True)

@@ -39,7 +39,7 @@ def arguments(ids_BT: Tensor, mask_BT: Tensor, inputs: Mapping[str, Tensor]) -> 
     0 (text) to T tokens, because tokens that an expert generated after its prompt are text.
     """
     device, length = ids_BT.device, ids_BT.shape[1]
-    others = {name: tensor.to(device) for name, tensor in inputs.items()}
+    others = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
     for name, tensor in others.items():
         if name.endswith("token_type_ids"):
             others[name] = torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))

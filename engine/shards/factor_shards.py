@@ -6,6 +6,7 @@ Matrices have factors if they are orthogonal task vectors stored as such, or if 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -168,9 +169,21 @@ class _FactorGradients:
     def collect(self) -> Array:
         gradient = self._rest.collect()
         columns = self._layout.columns
-        for name in self._sums:
-            sums = self._sums[name].cpu().numpy()
+        for name, sums in self._read().items():
             if name in self._layout.spectral:
                 sums = sum_directions(sums, self._ranks[name], self._layout.edges_of[name])
             gradient[:, columns[name]] = sums
         return np.asarray(gradient)
+
+    def _read(self) -> dict[str, Array]:
+        """Return the sums of each matrix, waiting once for each GPU."""
+        found: dict[str, Array] = {}
+        on = defaultdict[torch.device, list[str]](list)
+        for name, sums in self._sums.items():
+            on[sums.device].append(name)
+        for names in on.values():
+            numbers = torch.cat([self._sums[name].flatten() for name in names]).cpu().numpy()
+            ends = np.cumsum([self._sums[name].numel() for name in names])[:-1]
+            parts = zip(names, np.split(numbers, ends), strict=True)
+            found |= {name: part.reshape(self._sums[name].shape) for name, part in parts}
+        return found

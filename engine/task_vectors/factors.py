@@ -59,21 +59,21 @@ class Factors:
 
 def merge_factors(base_mn: Tensor, factors: Factors, wanted: TensorCoefficients, out_mn: Tensor) -> None:
     """Write θ = θ₀ + (L∘α)·V to `out_mn`, rounded to its dtype; all other tensors have the dtype of the computation."""
-    left_mR, right_Rn, columns = factors.left_mR, factors.right_Rn, base_mn.shape[1]
+    left_mR, right_Rn, owners_R = factors.left_mR, factors.right_Rn, factors.owners_R
     if wanted.spectral:
         alpha_R = [wanted.of_directions(k, rank) for k, rank in enumerate(factors.ranks)]
-        scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR.device)
+        scaled_mR = left_mR * torch.from_numpy(np.concatenate(alpha_R)).to(left_mR.device, non_blocking=True)
         out_mn.copy_(torch.addmm(base_mn, scaled_mR.to(left_mR), right_Rn))
         return
     # In float32 at least: rounded to bfloat16, a coefficient would be off by as much in all elements.
     wide = torch.promote_types(left_mR.dtype, torch.float32)
-    alpha_SR = torch.from_numpy(wanted.values.T.copy()).to(left_mR.device, wide)[:, factors.owners_R]
+    alpha_SR = torch.from_numpy(wanted.values.T.copy()).to(left_mR.device, wide, non_blocking=True)[:, owners_R]
     # The coefficient of a row is that of its first element; the rest of a row with a chunk's edge in it follows.
-    rows = [b - a for a, b in pairwise(_first_rows(wanted.edges, columns))]
+    rows = [b - a for a, b in pairwise(_first_rows(wanted.edges, base_mn.shape[1]))]
     of_rows = [alpha_R.expand(count, -1) for alpha_R, count in zip(alpha_SR, rows, strict=True)]
     scaled_mR = left_mR * (torch.cat(of_rows) if len(rows) > 1 else alpha_SR)
     merged_mn = torch.addmm(base_mn, scaled_mR.to(left_mR), right_Rn)
-    for chunk, row, column in _inside_rows(wanted.edges, columns):
+    for chunk, row, column in _inside_rows(wanted.edges, base_mn.shape[1]):
         change_R = left_mR[row] * (alpha_SR[chunk + 1] - alpha_SR[chunk])
         merged_mn[row, column:] += change_R.to(left_mR) @ right_Rn[:, column:]
     out_mn.copy_(merged_mn)

@@ -34,7 +34,7 @@ from engine.errors import RunError
 from engine.learning.losses import entropy_loss, logit_loss
 from engine.learning.student import Losses, Student
 from engine.learning.targets import Target
-from engine.models.forward import blocks_of
+from engine.models.forward import blocks_of, decode
 from engine.planning.plan import Plan, in_order_of_use
 from engine.shards.local_shards import LocalShards
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
@@ -283,6 +283,46 @@ def test_a_loss_that_is_not_finite_is_an_error(setup, convert: Callable[[Target]
     spoil(student)
     with refused(RunError, do="`learning_rate`", facts=["not finite"]):
         student.accumulate([(convert(targets[0, 0]), 1.0)])
+
+
+class Looks(TorchDispatchMode):
+    """Counts the times that our code looks at a tensor's values, for which it would wait for a GPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count, self.inside, tolist = 0, False, Tensor.tolist
+        monkeypatch.setattr(Tensor, "tolist", lambda tensor: (self.look(), tolist(tensor))[1])
+
+    def decode(self, *given: Any) -> Any:
+        """Run the model's own code, which looks at the mask."""
+        self.inside = True
+        states = decode(*given)
+        self.inside = False
+        return states
+
+    def look(self) -> None:
+        self.count += not self.inside
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            self.look()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hidden_loss", ["mse", "relative"])
+def test_a_pass_looks_at_its_losses_once(setup, monkeypatch: pytest.MonkeyPatch, hidden_loss: str) -> None:
+    config, _, targets, _ = setup
+    student = filled(plan_of(config, f"parameters.hidden_loss={hidden_loss}"))
+    alike = [target for target in targets.values() if len(target.input_ids_T) == 10]
+    samples = [(target, 0.5) for target in (*alike, *list(targets.values())[:2], tokens_only(alike[0]))]
+    wanted = [student.accumulate([sample])[0] for sample in samples]
+    for call in (lambda: student.accumulate(samples), lambda: student.measure([target for target, _ in samples])):
+        with Looks(monkeypatch) as looks:
+            monkeypatch.setattr(engine.learning.student, "decode", looks.decode)
+            found = call()
+        assert looks.count == 1
+        for one, other in zip(found, wanted, strict=True):
+            assert (one.kl, one.hidden) == pytest.approx((other.kl, other.hidden), rel=1e-4)
 
 
 def test_the_buffer_of_a_piece_is_the_model_s_own_memory(setup, monkeypatch: pytest.MonkeyPatch) -> None:

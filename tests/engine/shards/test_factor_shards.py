@@ -93,6 +93,13 @@ def test_merges_and_gradients_are_those_of_dense_task_vectors(plan: Plan, tmp_pa
     assert np.linalg.norm(found - exact) <= error * np.linalg.norm(exact)
 
 
+def test_sums_of_all_matrices_are_read_at_once(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, moved, cpu = shards(plan, tmp_path, "always"), [], Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: (moved.append(tensor.shape), cpu(tensor))[1])
+    assert gradient(ours, plan, table_of(plan).layout).any()
+    assert len(moved) == 1
+
+
 def test_gradients_sent_several_times_add_up(plan: Plan, tmp_path: Path) -> None:
     layout, ours = table_of(plan).layout, shards(plan, tmp_path, "always")
     generator, leaving = torch.Generator().manual_seed(0), ours.gradients(layout)
