@@ -19,7 +19,7 @@ from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
 from engine.models.devices import Room, give_back, release
 from engine.planning.plan import Plan
-from engine.planning.schedule import passes
+from engine.planning.schedule import pass_limit, passes
 from engine.shards.protocol import Shards
 from engine.task_vectors.coefficients import Coefficients
 
@@ -57,6 +57,8 @@ class Trainer:
         shards: The task vectors, in this process or in shard actors.
         pull: Fetches the tensors of a target by its reference.
         threads, gpus: See `ActorProcess`.
+        batch_tokens: Tokens of a pass at most; None: those of a CPU.
+        logit_bytes: See `Student`.
     """
 
     def __init__(
@@ -65,10 +67,14 @@ class Trainer:
         shards: Shards,
         pull: Callable[[Any], Mapping[str, Packed]],
         threads: int | None = None,
+        batch_tokens: int | None = None,
+        logit_bytes: int | None = None,
         gpus: Gpus = NO_GPUS,
     ) -> None:
         self._process = ActorProcess("trainer", threads, gpus)
         self._plan, self._shards, self._pull = plan, shards, pull
+        self._batch_tokens = batch_tokens or pass_limit(plan.config.batch_tokens, on_gpu=False)
+        self._logit_bytes = logit_bytes
         self._merged: Coefficients | None = None
 
     @guarded
@@ -155,13 +161,13 @@ class Trainer:
     def _passes(self, window: Sequence[WindowSample]) -> Sequence[Sequence[int]]:
         """Return the positions in the window of the samples of each pass."""
         alone = {place for place, item in enumerate(window) if item.sample.inputs}
-        return passes([item.sample.tokens for item in window], self._plan.config.batch_tokens, alone)
+        return passes([item.sample.tokens for item in window], self._batch_tokens, alone)
 
     @cached_property
     def _student(self) -> Student:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         device, *others = self._process.devices
-        return Student(self._plan, device, Room(tuple(others)))
+        return Student(self._plan, device, Room(tuple(others)), self._logit_bytes)
 
     def _weighted(self, item: WindowSample, share: float) -> tuple[Target, float]:
         """Return a sample's target and the weight of its losses: βₖ times its share of the window."""

@@ -18,13 +18,13 @@ from typing import Any
 import click
 import pyarrow.parquet
 
-from engine.config.schema import Config
+from engine.planning.schedule import CPU_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Merges start a Ray of their own even if the shell names a cluster. Models are folders, so no hub is needed.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
 # Default number of tokens per pass.
-BATCH_TOKENS: int = Config.model_fields["batch_tokens"].default
+BATCH_TOKENS = CPU_TOKENS
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from engine.machine import usable_cpus
 from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
-from engine.planning.schedule import passes
+from engine.planning.schedule import pass_limit, passes
 from engine.shards.local_shards import LocalShards
 from engine.sizes import BLOCK
 from engine.storage.paths import open_folder
@@ -173,7 +173,7 @@ def beside_plain(
         reader.through_map()
         rows: dict[str, list[float]] = {}
         for _ in range(rounds):
-            limits = {"plain": 1, "plain, shared": benches[low].plan.config.batch_tokens}
+            limits = {"plain": 1, "plain, shared": pass_limit(benches[low].plan.config.batch_tokens, on_gpu=False)}
             plain = {name: seconds(partial(benches[low].plain, limit)) for name, limit in limits.items()}
             steps = {k: seconds(benches[k].step) for k in counts}
             measured = {f"{name} s": took for name, took in plain.items()}

@@ -98,10 +98,10 @@ class Crew:
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if self.layout.within_trainer else self._shard_names
         threads, factored, room = self.layout.threads, self.layout.factored, self.layout.room
-        on_gpu = self.layout.trainer.gpus > 0
+        on_gpu, limits = self.layout.trainer.gpus > 0, (self.layout.batch_tokens, self.layout.logit_bytes)
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
-            return plan, _trainer_shards(plan, state, names, factored, room, on_gpu), ray.get, threads
+            return plan, _trainer_shards(plan, state, names, factored, room, on_gpu), ray.get, threads, *limits
 
         return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
 

@@ -6,7 +6,7 @@ Source: Expert Merging, arXiv 2509.25712. AdaMerging (arXiv 2310.02575) minimise
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class LearnedMerge(Attempt):
 
     def _resumed(self) -> str:
         """Return what this attempt goes on from: the stage and its step, and the targets and files that are kept."""
-        work = Work.of(self.plan.config, [[len(sample.input_ids) for sample in mine] for mine in self.samples])
+        work = self._work(on_gpu=False)  # the steps are the same on a GPU
         number, state = 1, self.folder.load_stage(1)
         if state is not None and state.steps == work.steps and self.plan.config.stages == 2:
             number, state = 2, self.folder.load_stage(2)
@@ -105,21 +105,25 @@ class LearnedMerge(Attempt):
     def _layout(self) -> Seating:
         """Return seats on the nodes that are alive, or that join within `cluster.wait` seconds."""
         config, kept = self.plan.config, self.folder.load_devices()
-        work = Work.of(config, [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples])
 
         def find() -> tuple[Devices, Seating]:
             alive = nodes()
             devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
-            return devices, arrange(devices.among(alive), self.plan, work, devices)
+            return devices, arrange(devices.among(alive), self.plan, self._work(devices.trainer > 0), devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
+        work = self._work(devices.trainer > 0)
         check_memory(nodes(), self.plan, work, devices)
         tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
         stored = self.folder.has_task_vectors(self.plan)
         check_disk(disk_needs(self.plan, tokens, layout.factored, stored), self.folder.out)
         self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
-        self.folder.keep_devices(asdict(devices))
+        self.folder.keep_devices(asdict(replace(devices, logit_bytes=layout.logit_bytes)))
         return layout
+
+    def _work(self, on_gpu: bool) -> Work:
+        lengths = [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples]
+        return Work.of(self.plan.config, lengths, on_gpu)
 
     def _experts(self, crew: Crew, survey: bool) -> TargetComputation:
         """Start the experts whose targets are not stored yet, or, with `survey`, that are not wholly surveyed yet.

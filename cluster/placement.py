@@ -13,6 +13,8 @@ from engine.planning.costs.rates import GB, Site
 from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.factors import factored
 from engine.planning.plan import Plan, slices
+from engine.planning.schedule import CPU_TOKENS, pass_limit
+from engine.sizes import LOGIT_BYTES
 
 Bundle = dict[str, float]
 # Ray's label for the type of a node's accelerators.
@@ -65,6 +67,8 @@ class Seating:
         threads: The CPU threads of the operations of trainer and experts.
         factored: The matrices that the trainer merges through factors, in its own process.
         room: Bytes of the trainer's device that an optimiser step needs besides weights and factors.
+        batch_tokens: Tokens of a pass of the trainer at most.
+        logit_bytes: Bytes of logits that the trainer has in memory at a time.
     """
 
     shards: tuple[Seat, ...]
@@ -77,6 +81,8 @@ class Seating:
     threads: int = 1
     factored: tuple[str, ...] = ()
     room: float = 0
+    batch_tokens: int = CPU_TOKENS
+    logit_bytes: int = LOGIT_BYTES
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
@@ -100,6 +106,8 @@ class Devices:
         threads: The CPU threads of the operations of each: the CPUs of most nodes.
         kinds: The types of the GPUs.
         factors: `cluster.factors`, which with the trainer's device decides which matrices are merged through factors.
+        batch_tokens: Tokens of a pass of the trainer at most.
+        logit_bytes: Bytes of logits that the trainer has in memory at a time; 0 until the layout is known.
     """
 
     trainer: float
@@ -107,6 +115,8 @@ class Devices:
     threads: int = 1
     kinds: tuple[str, ...] = ()
     factors: Use = "auto"
+    batch_tokens: int = CPU_TOKENS
+    logit_bytes: int = 0
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
@@ -115,12 +125,14 @@ class Devices:
         auto = float(min(1.0, sum(node.gpus for node in usable)))
         trainer, expert = config.cluster.trainer.num_gpus, config.cluster.expert.num_gpus
         counts = Counter(max(1, int(node.cpus)) for node in usable)
+        trainer = auto if trainer == "auto" else trainer
         return cls(
-            auto if trainer == "auto" else trainer,
+            trainer,
             auto if expert == "auto" else expert,
             max(counts, key=lambda cpus: (counts[cpus], cpus), default=1),
             tuple(sorted({node.kind for node in usable if node.gpus})),
             config.cluster.factors,
+            pass_limit(config.batch_tokens, trainer > 0),
         )
 
     def factored(self, plan: Plan) -> tuple[str, ...]:
@@ -152,7 +164,9 @@ def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> 
         ClusterError: no node fits the trainer or an expert.
     """
     fastest = choose(plan, work, machines(nodes, plan.config, devices))
-    return replace(lay_out(nodes, plan, devices, fastest.where, fastest.shards), room=fastest.memory.step)
+    layout = lay_out(nodes, plan, devices, fastest.where, fastest.shards)
+    logit_bytes = devices.logit_bytes or fastest.memory.logits
+    return replace(layout, room=fastest.memory.step, batch_tokens=devices.batch_tokens, logit_bytes=logit_bytes)
 
 
 def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> None:

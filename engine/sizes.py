@@ -21,8 +21,9 @@ ROOM, SMALLEST_BLOCK = 1 << 20, 1 << 12
 WINDOW_BYTES = 128 << 20
 IN_FLIGHT = 2
 
-# Bytes of float32 logits in memory at a time. The logits of all tokens would be the trainer's largest tensor.
-LOGIT_BYTES = 32 << 20
+# Bytes of float32 logits in memory at a time, and at most on a GPU. The logits of all tokens would be the trainer's
+# largest tensor; on a GPU, the calls for many small parts take longer than their products.
+LOGIT_BYTES, GPU_LOGIT_BYTES = 32 << 20, 1 << 30
 
 # Smaller side of matrices that are decomposed by matrix products: for leading parts, and for nearest isometries. LAPACK
 # is as quick for smaller ones (measured on two kinds of matrices, one thread).
@@ -45,6 +46,14 @@ def are_few(rank: int, shape: Sequence[int], side: int = LEADING_SIDE) -> bool:
     """
     smaller, larger = min(shape), max(shape)
     return smaller >= side and rank <= min(0.3 * smaller, (0.2 if smaller >= ISOMETRY_SIDE else 0.15) * larger)
+
+
+def gpu_logit_bytes(room: float) -> int:
+    """Return the bytes of logits at a time on a GPU, where `room` bytes are free for them."""
+    limit = GPU_LOGIT_BYTES
+    while limit > max(room, LOGIT_BYTES):
+        limit //= 2
+    return limit
 
 
 def bucket_bytes(shards: int, item: int) -> int:

@@ -38,6 +38,7 @@ UNIONS: dict[int | str, str] = {
     "weight": "a number, or auto",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": f"auto, 0, a fraction of at least {GPU_PART} and below 1, or a whole number of at most {GPUS:,}",
+    "batch_tokens": f"auto, or a whole number from 1 to {TOKENS:,}",
     "shards": f"auto, or a whole number from 0 to {SHARDS:,}",
     "hang": f"auto, or a number of seconds above 0 and of at most {WAIT:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
@@ -276,7 +277,7 @@ class Config(Section):
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # These three are not in `cluster`, because they may change the last bits of a result and so are part of its
     # identity.
-    batch_tokens: Annotated[Int, Field(ge=1, le=TOKENS)] = 192
+    batch_tokens: Annotated[Int, Field(ge=1, le=TOKENS)] | Literal["auto"] = "auto"
     gradients: Literal["accumulate", "stream"] = "accumulate"
     gradient_checkpointing: bool = False
     # Allows Python code in a model's folder to run.

@@ -51,10 +51,13 @@ class Student:
     """The model that is being merged, and the `PieceSink` of its merged tensors.
 
     Merged tensors are not initialised: they must be written with `buffer` and `put`, or announced with `expect`, before
-    the first pass.
+    the first pass. `logit_bytes`: bytes of logits in memory at a time; None: `LOGIT_BYTES`.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, room: Room = ONE_DEVICE) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, room: Room = ONE_DEVICE, logit_bytes: int | None = None
+    ) -> None:
+        self._logit_bytes = logit_bytes
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         base = open_base(plan)
         config = load_base_config(plan)
@@ -231,10 +234,10 @@ class Student:
         """Return L_logit of a sample (its mean entropy without an expert's outputs), and a gradient [C, H].
 
         The gradient is that of `scale` · loss in the last hidden state; a merged head accumulates its gradient itself.
-        The logits are computed in parts of at most `LOGIT_BYTES`.
+        The logits are computed in parts of at most `logit_bytes`.
         """
         temperature, tokens = self.plan.config.parameters.temperature, last_CH.shape[0]
-        rows = max(1, LOGIT_BYTES // (4 * self._vocabulary))
+        rows = max(1, (self._logit_bytes or LOGIT_BYTES) // (4 * self._vocabulary))
         mean, slope_CH = torch.zeros((), device=last_CH.device), torch.zeros_like(last_CH)
         for start in range(0, tokens, rows):
             part = slice(start, min(start + rows, tokens))

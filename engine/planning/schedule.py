@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Literal
+
+# Tokens of a pass for `batch_tokens: auto`. More gain little on a CPU; a GPU reads all weights, and adds up the whole
+# gradient, once a pass.
+CPU_TOKENS, GPU_TOKENS = 192, 4096
 
 
 def training_order(counts: Sequence[int], epochs: int) -> list[tuple[int, int]]:
@@ -24,6 +29,13 @@ def windows(order: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def pass_limit(batch_tokens: int | Literal["auto"], on_gpu: bool) -> int:
+    """Return the tokens of a pass at most, from `batch_tokens` of the config and the trainer's device."""
+    if batch_tokens == "auto":
+        return GPU_TOKENS if on_gpu else CPU_TOKENS
+    return batch_tokens
+
+
 def passes(tokens: Sequence[int], limit: int, alone: Collection[int] = ()) -> list[list[int]]:
     """Divide the samples of a window into forward passes.
 
@@ -32,7 +44,7 @@ def passes(tokens: Sequence[int], limit: int, alone: Collection[int] = ()) -> li
 
     Args:
         tokens: Number of tokens of each sample of the window.
-        limit: `batch_tokens` of the config.
+        limit: See `pass_limit`.
         alone: Samples that get a pass of their own: those with pixel inputs, which each model family batches in its own
             way.
 

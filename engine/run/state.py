@@ -135,7 +135,7 @@ def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
 
 
 def decode_devices(content: bytes, where: str) -> dict[str, Any]:
-    """Return the devices of a run: GPUs of trainer and expert, CPU threads, types of GPUs, and the use of factors.
+    """Return the devices of a run: GPUs of trainer and expert, CPU threads, types of GPUs, and what follows from them.
 
     Raises:
         DamagedError: the content cannot be these.
@@ -145,10 +145,11 @@ def decode_devices(content: bytes, where: str) -> dict[str, Any]:
         trainer, expert, threads, kinds = (raw[key] for key in ("trainer", "expert", "threads", "kinds"))
         if not (0 <= trainer < math.inf and 0 <= expert < math.inf and 0 < threads <= MOST_THREADS):
             raise ValueError
-        if raw["factors"] not in get_args(Use):
+        limits = {name: raw[name] for name in ("batch_tokens", "logit_bytes")}
+        if raw["factors"] not in get_args(Use) or not all(type(most) is int and most > 0 for most in limits.values()):
             raise ValueError
         given = {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
-        return given | {"factors": raw["factors"]}
+        return given | {"factors": raw["factors"]} | limits
 
 
 def encode_stage(state: StageState) -> bytes:

@@ -64,7 +64,9 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
     assert written["parameters"]["weight"] == "auto"
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
-    assert written["record"]["devices"] == {"trainer": 0, "expert": 0, "threads": 2, "kinds": [], "factors": "auto"}
+    limits = {"batch_tokens": 192, "logit_bytes": 32 << 20}
+    devices = {"trainer": 0, "expert": 0, "threads": 2, "kinds": [], "factors": "auto"} | limits
+    assert written["record"]["devices"] == devices
 
 
 def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Path) -> None:

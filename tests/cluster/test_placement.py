@@ -255,7 +255,7 @@ def test_any_cluster_gets_a_layout_that_it_can_hold_or_the_reason_why_not(
 
 def test_a_run_keeps_its_kind_of_device_when_the_gpus_are_gone(plan: Plan) -> None:
     before = Devices.of(cluster_of((8, 1)), plan.config)
-    assert before == Devices(1, 1, threads=8, kinds=("",))
+    assert before == Devices(1, 1, threads=8, kinds=("",), batch_tokens=4096)
     assert Devices.of(cluster_of((8, 0)), plan.config) == Devices(0, 0, threads=8)
     with refused(ClusterError, facts=["trainer", "1 GPU"]):
         arrange(cluster_of((8, 0)), plan, WORK, before)
@@ -267,7 +267,7 @@ def test_a_run_keeps_its_type_of_gpu_and_its_threads(plan: Plan) -> None:
 
     began = [node(0, 4, 0, ""), node(1, 64, 8, "H100"), node(2, 64, 8, "H100")]
     devices = Devices.of(began, plan.config)
-    assert devices == Devices(1, 1, threads=64, kinds=("H100",))
+    assert devices == Devices(1, 1, threads=64, kinds=("H100",), batch_tokens=4096)
     later = [node(3, 32, 8, "A100"), *began[:2]]
     assert {seat.node for seat in arrange(devices.among(later), plan, WORK, devices).experts} == {"n1"}
     assert Devices.of(later, plan.config).kinds == ("A100", "H100")
@@ -276,6 +276,20 @@ def test_a_run_keeps_its_type_of_gpu_and_its_threads(plan: Plan) -> None:
         devices.among(later[:1])
     on_cpus = Devices.of(began[:1], plan.config)
     assert on_cpus.threads == 4 and {node.id for node in on_cpus.among(later)} == {node.id for node in later}
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_run_keeps_the_sizes_of_its_passes(llama_merge: Path, gpus: int) -> None:
+    nodes = cluster_of((8, gpus))
+    for limit, tokens in (("auto", 4096 if gpus else 192), ("100", 100)):
+        plan = plan_of(llama_merge, f"batch_tokens={limit}")
+        devices = Devices.of(nodes, plan.config)
+        layout = arrange(nodes, plan, WORK, devices)
+        assert layout.batch_tokens == devices.batch_tokens == tokens
+        assert layout.logit_bytes == (1 << 30 if gpus else 32 << 20)
+        kept = replace(devices, batch_tokens=17, logit_bytes=3 << 20)
+        again = arrange(nodes, plan, WORK, kept)
+        assert (again.batch_tokens, again.logit_bytes) == (17, 3 << 20)
 
 
 def test_a_trainer_that_no_node_holds_is_told_so(plan: Plan) -> None:

@@ -36,13 +36,15 @@ Site = Literal["trainer", "node", "nodes"]
 class MemoryEstimate:
     """Estimated bytes of memory.
 
-    `model` is the trainer's weights and gradient alone; `step` is what an optimiser step adds to weights and factors;
+    `model` is the trainer's weights and gradient alone; `logits` are at most in its memory at a time, in one copy;
+    `step` is what an optimiser step adds to weights and factors;
     `copied` are the base's matrices and factors that the trainer's GPU has no room for, copied to it in each pass;
     `trainer`, `expert` and `shard` are whole processes; `store` is Ray's object store; `page_cache` is that of a node
     which caches all that a pass reads.
     """
 
     model: float
+    logits: int
     step: float
     copied: float
     trainer: float

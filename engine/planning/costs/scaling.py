@@ -35,8 +35,8 @@ from engine.planning.costs.rates import (
 )
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
 from engine.planning.plan import ExpertPlan, Plan
-from engine.planning.schedule import passes, training_order, windows
-from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes
+from engine.planning.schedule import pass_limit, passes, training_order, windows
+from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes, gpu_logit_bytes
 
 # Anonymous memory of a process before it loads a model: torch, transformers, Ray, compiled kernels.
 TRAINER_BYTES, SHARD_BYTES = 360 * MB, 300 * MB
@@ -88,13 +88,13 @@ class Work:
     pass_tokens: int
 
     @classmethod
-    def of(cls, config: Config, tokens: Sequence[Sequence[int]]) -> Work:
-        """Return the work for samples with these numbers of tokens, given per expert."""
+    def of(cls, config: Config, tokens: Sequence[Sequence[int]], on_gpu: bool) -> Work:
+        """Return the work of a trainer on a GPU or a CPU for samples with these numbers of tokens, given per expert."""
         counts = [count for of_expert in tokens for count in of_expert]
         order = training_order([len(of_expert) for of_expert in tokens], epochs=1)
-        window = config.parameters.gradient_accumulation
+        window, limit = config.parameters.gradient_accumulation, pass_limit(config.batch_tokens, on_gpu)
         together = [
-            [max(some[index] for index in indices) * len(indices) for indices in passes(some, config.batch_tokens)]
+            [max(some[index] for index in indices) * len(indices) for indices in passes(some, limit)]
             for some in ([tokens[k][i] for k, i in part] for part in windows(order, window))
         ]
         return cls(
@@ -182,7 +182,9 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     bucket = bucket_bytes(shards, item)
     gradient = min(plan.merged_bytes, WINDOW_BYTES) if plan.config.gradients == "stream" else plan.merged_bytes
     activations = work.pass_tokens * kept_elements(plan) * (4 if item == 4 else 2)
-    logits = min(LOGIT_BYTES, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
+    free = _trainer_memory(plan, machines) - weights - gradient - activations
+    limit = gpu_logit_bytes(free / LOGIT_COPIES) if on_gpu else LOGIT_BYTES
+    logits = min(limit, 4 * work.tokens * (header.vocab_size or 0)) * LOGIT_COPIES
     scratch = 4 * BLOCK * (3 + GROUP) * machines.cpus
     factors = _factored(plan, machines)
     dense = len(factors) < len(plan.merged)
@@ -195,6 +197,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     survey = 0 if on_gpu else orthogonal_bytes(plan, machines.cpus)
     return MemoryEstimate(
         model=weights + gradient,
+        logits=limit,
         step=step,
         trainer=rest + resident,
         copied=held - resident if on_gpu else 0,
@@ -212,7 +215,7 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
 
 
 def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int, copied: float) -> StepEstimate:
-    rates, samples = plan.config.cluster.rates, _window(plan)
+    rates, samples = plan.config.cluster.rates, plan.config.parameters.gradient_accumulation
     flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
     # Memory traffic that does not depend on the tokens: a pass reads the weights twice and writes their gradient. With
     # `accumulate`, all but the first pass also add the gradient to the sum: two reads and a write.
@@ -338,10 +341,6 @@ def _item(plan: Plan) -> int:
 def _streams(plan: Plan, work: Work) -> float:
     """Return the passes over the experts per step: one for the merge, and one per gradient sent."""
     return 1 + (work.passes if plan.config.gradients == "stream" else 1)
-
-
-def _window(plan: Plan) -> int:
-    return plan.config.parameters.gradient_accumulation
 
 
 def _mapped(plan: Plan, name: str) -> bool:

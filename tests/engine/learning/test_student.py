@@ -625,6 +625,22 @@ def test_gradients_stay_without_a_receiver(setup) -> None:
 # Logits in pieces.
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(1, 10), (4, 3), (10, 1), (1000, 1)])
+def test_logits_are_computed_in_parts_of_the_given_size(
+    setup, monkeypatch: pytest.MonkeyPatch, rows: int, parts: int
+) -> None:
+    _, plan, targets, coefficients = setup
+    student, calls = Student(plan, CPU, rows * 4 * tiny.VOCAB), []
+    student.expect(LocalShards(plan, 1, overlap=False).merge(coefficients, student))
+    target = next(target for target in targets.values() if len(target.input_ids_T) == 10)
+    rebuild = engine.learning.student.rebuild_logits
+    monkeypatch.setattr(
+        engine.learning.student, "rebuild_logits", lambda *given: calls.append(given) or rebuild(*given)
+    )
+    student.measure([target])
+    assert len(calls) == 2 * parts, "those of the student and of the expert"
+
+
 class Shapes(TorchDispatchMode):
     """Records the shapes of the float32 tensors that are created in its context."""
 

@@ -18,6 +18,7 @@ from engine.planning.costs.rates import CORE_FLOPS, DISK, GB, GPU_DECOMPOSING, P
 from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
 from engine.planning.factors import factor_bytes
 from engine.planning.plan import Plan
+from engine.sizes import gpu_logit_bytes
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
 NO_GPUS = Devices(0, 0)
@@ -139,6 +140,20 @@ def test_rates_are_the_users(make_merge: Callable[..., Path]) -> None:
         assert getattr(slow, part) == pytest.approx(2 * getattr(quick, part))
 
 
+@pytest.mark.parametrize(("room", "wanted"), [(9e99, 1024), (1 << 30, 1024), ((1 << 30) - 1, 512), (1, 32), (-5, 32)])
+def test_parts_of_logits_on_a_gpu_are_as_large_as_fits(room: float, wanted: int) -> None:
+    assert gpu_logit_bytes(room) == wanted << 20
+
+
+def test_parts_of_logits_depend_on_the_trainer_s_memory(make_merge: Callable[..., Path]) -> None:
+    plan, node = plan_of(make_merge()), Machines(nodes=1, cpus=2, gpus=1)
+    sizes = [
+        predict(plan, WORK, replace(node, gpus=gpus, gpu_memory=memory), "trainer").memory.logits >> 20
+        for gpus, memory in ((0, None), (1, None), (1, 80 * GB), (1, 2 * GB), (1, GB / 100))
+    ]
+    assert sizes == [32, 1024, 1024, 256, 32]
+
+
 RATES = ("compute_tflops", "memory_gbs", "stream_gbs", "exchange_gbs")
 
 
@@ -147,7 +162,11 @@ def test_work_is_counted_as_the_trainer_goes_through_it(make_merge: Callable[...
         make_merge(), "batch_tokens=100", "parameters.gradient_accumulation=4", "parameters.epochs=3"
     ).config
     # Windows of one epoch: 50 30 40 30 and 30 30; passes 50+40, 30+30 and 30+30.
-    assert Work.of(config, [[50, 40, 30], [30]]) == Work(tokens=37.5, samples=4, steps=5, passes=1.5, pass_tokens=100)
+    lengths, counted = [[50, 40, 30], [30]], Work(tokens=37.5, samples=4, steps=5, passes=1.5, pass_tokens=100)
+    assert Work.of(config, lengths, on_gpu=False) == Work.of(config, lengths, on_gpu=True) == counted
+    auto = config.model_copy(update={"batch_tokens": "auto"})
+    longer = [[10 * length for length in lengths[0]], [300]]
+    assert [Work.of(auto, longer, on_gpu).passes for on_gpu in (False, True)] == [3, 1]
 
 
 def test_samples_that_share_a_pass_share_its_cost_and_not_their_activations(plans: list[Plan]) -> None:

@@ -167,6 +167,7 @@ def test_samples_without_their_pixel_inputs_are_prepared_again(run: Any, llama_m
 
 
 DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"], "factors": "auto"}
+DEVICES |= {"batch_tokens": 4096, "logit_bytes": 1 << 30}
 
 
 def test_devices_are_kept(run: Any) -> None:
@@ -184,6 +185,7 @@ def test_devices_are_kept(run: Any) -> None:
         DEVICES | {"threads": math.nan},
         DEVICES | {"kinds": 3},
         DEVICES | {"factors": "some"},
+        *(DEVICES | {key: value} for key in ("batch_tokens", "logit_bytes") for value in (0, -1, 1.5, True, None)),
     ],
 )
 def test_devices_that_no_run_has_are_refused(run: Any, given: Any) -> None:
