@@ -16,7 +16,7 @@ from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
-from engine.learning.targets import is_damaged, load_target
+from engine.learning.targets import is_damaged
 from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
@@ -89,15 +89,6 @@ class Shard:
     ) -> dict[Piece, Array]:
         """Return the parts of ∂L/∂α, [K, m], that pieces of weight gradients contribute to their tensors."""
         return self._task_vectors.gradients_all(unpack_all(weight_gradients), edges)
-
-    def target(self, folder: Folder, *names: str) -> dict[str, Packed]:
-        """Return the tensors of stored files: a target, preceded by the sample's pixel inputs if it has any.
-
-        Raises:
-            DamagedError: A file is damaged.
-        """
-        files = [load_target(folder, name, self._plan.base_header.vocab_size).tensors() for name in names]
-        return pack_all({name: tensor for tensors in files for name, tensor in tensors.items()})
 
     def damaged(self, folder: Folder, names: Sequence[str]) -> dict[str, bool]:
         """Return whether these stored files are damaged, by name."""

@@ -13,7 +13,8 @@ import numpy as np
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
-from engine.codec import Packed, unpack_all
+from engine.codec import Packed
+from engine.learning.held_targets import HeldTargets
 from engine.learning.learner import Learner, LearnerState, Stage
 from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
@@ -26,7 +27,7 @@ from engine.task_vectors.coefficients import Coefficients
 
 @dataclass(frozen=True)
 class WindowSample:
-    """A sample of a window, and the reference from which its target is fetched."""
+    """A sample of a window, and the reference by which its target is fetched."""
 
     sample: Sample
     target: Any
@@ -78,8 +79,15 @@ class Trainer:
         self._merged: Coefficients | None = None
 
     @guarded
-    def step(self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample]) -> Step:
-        """Take optimiser step `number` of a stage on one window.
+    def step(
+        self,
+        stage: Stage,
+        state: LearnerState | None,
+        number: int,
+        window: Sequence[WindowSample],
+        ahead: Sequence[WindowSample] = (),
+    ) -> Step:
+        """Take optimiser step `number` of a stage on one window, and fetch the targets of the window `ahead` meanwhile.
 
         Merged tensors arrive during the forward pass of the window's first pass. Their gradient leaves during the
         backward pass of the last one (with `gradients: stream`: of each one).
@@ -98,6 +106,8 @@ class Trainer:
         for places in batches:
             final = places is batches[-1] or self._plan.config.gradients == "stream"
             targets = [self._weighted(window[place], 1 / len(window)) for place in places]
+            if places is batches[0]:  # its own targets were needed first
+                self._targets.prepare({_key(item): item.target for item in ahead})
             losses |= zip(places, self._student.accumulate(targets, leaving if final else None), strict=True)
         self._merged = coefficients
         gradient = leaving.collect()
@@ -164,6 +174,10 @@ class Trainer:
         return passes([item.sample.tokens for item in window], self._batch_tokens, alone)
 
     @cached_property
+    def _targets(self) -> HeldTargets:
+        return HeldTargets(self._pull, self._process.device)
+
+    @cached_property
     def _student(self) -> Student:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         device, *others = self._process.devices
@@ -171,6 +185,8 @@ class Trainer:
 
     def _weighted(self, item: WindowSample, share: float) -> tuple[Target, float]:
         """Return a sample's target and the weight of its losses: βₖ times its share of the window."""
-        # Cloned: the alignment of a received buffer varies, and the last bit of a matrix product depends on it.
-        tensors = {name: tensor.clone() for name, tensor in unpack_all(self._pull(item.target)).items()}
-        return Target.from_tensors(tensors), item.sample.loss_weight * share
+        return self._targets.get(_key(item), item.target), item.sample.loss_weight * share
+
+
+def _key(item: WindowSample) -> tuple[int, int]:
+    return item.sample.expert, item.sample.index

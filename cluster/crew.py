@@ -6,7 +6,7 @@ No actor depends on state from an earlier call, so Ray may restart any of them a
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +21,8 @@ from cluster.placement import Seat, Seating
 from cluster.remote_shards import RemoteShards
 from cluster.session import reserved
 from cluster.watch import Watch
+from engine.codec import Packed, pack_all
+from engine.learning.targets import load_tensors
 from engine.machine import usable_cpus
 from engine.planning.plan import Plan
 from engine.run.state import load_plan, plan_digest
@@ -101,7 +103,8 @@ class Crew:
         on_gpu, limits = self.layout.trainer.gpus > 0, (self.layout.batch_tokens, self.layout.logit_bytes)
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
-            return plan, _trainer_shards(plan, state, names, factored, room, on_gpu), ray.get, threads, *limits
+            shards = _trainer_shards(plan, state, names, factored, room, on_gpu)
+            return plan, shards, _puller(plan, state), threads, *limits
 
         return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
 
@@ -167,6 +170,18 @@ def _trainer_shards(
     else:
         rest = LocalShards(plan, usable_cpus(), on_gpu, state, others)
     return FactorShards(plan, factored, rest, state, room) if factored else rest
+
+
+def _puller(plan: Plan, state: Folder) -> Callable[[Any], Mapping[str, Packed]]:
+    """Return a function that fetches a target by its reference: the names of its files, or the target itself."""
+
+    def pull(reference: Any) -> Mapping[str, Packed]:
+        if isinstance(reference, tuple):
+            return pack_all(load_tensors(state, reference, plan.base_header.vocab_size))
+        packed: Mapping[str, Packed] = reference
+        return packed
+
+    return pull
 
 
 def _shard(index: int) -> Arguments:

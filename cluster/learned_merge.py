@@ -60,7 +60,7 @@ class LearnedMerge(Attempt):
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
             trainer = trainer or crew.trainer()
-            training = Stages(self, self.samples, crew, trainer, targets)
+            training = Stages(self, self.samples, trainer, targets)
             self.plan = training.find_prior()
             stages = [training.stage(first_stage(self.plan))]
             importance = None

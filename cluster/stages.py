@@ -1,7 +1,7 @@
 """The training: the search for the prior (`weight: auto`) and the optimiser steps of a stage, on the trainer actor.
 
 The trainer is called with one window of samples at a time, as soon as the targets of the window are stored. The state
-is stored after every call, so that a restarted run resumes there.
+is stored after every call, so that a restarted run resumes there; meanwhile, the trainer takes the next step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ray
 
 from actors.trainer import WindowSample
 from cluster.attempt import Attempt
-from cluster.crew import Crew
 from cluster.targets import TargetComputation
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
@@ -33,7 +32,6 @@ class Stages:
 
     attempt: Attempt
     samples: Sequence[Sequence[Sample]]
-    crew: Crew
     trainer: Any
     targets: TargetComputation
 
@@ -65,10 +63,19 @@ class Stages:
         phase = f"stage {stage.number}"
         self.attempt.progress.phase(phase, len(steps), state.steps)
         reference = ray.put(stage)
+
+        def begin(number: int) -> Any:
+            ahead = steps[number + 1 : number + 2]
+            ahead = [window for window in ahead if self.targets.has(window)]
+            windows = [self._window(window) for window in (steps[number], *ahead)]
+            return self.trainer.step.remote(reference, state.learner, number, *windows)
+
+        taken = None
         for number in range(state.steps, len(steps)):
-            taken = self.trainer.step.remote(reference, state.learner, number, self._window(steps[number]))
-            step = self.attempt.watch.answer(taken, "taking a step")
-            state = StageState(number + 1, step.state)
+            step = self.attempt.watch.answer(taken or begin(number), "taking a step")
+            state, following = StageState(number + 1, step.state), steps[number + 1 : number + 2]
+            # Before the state is on the disk: a run that stops meanwhile takes the step again, with the same result.
+            taken = begin(number + 1) if following and self.targets.has(following[0]) else None
             self.attempt.folder.save_stage(stage.number, state, step.rows)
             self.attempt.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
         learner = Learner(parameters, stage)
@@ -91,15 +98,14 @@ class Stages:
         return state
 
     def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
-        """Wait until the targets of a window are stored, and return its samples with references to the targets."""
+        """Wait until the targets of a window are stored, and return its samples with references to the targets.
+
+        A reference is the names of the target's files or, if it has none, the target itself.
+        """
         self.targets.stored(places)
         return [WindowSample(self.samples[k][i], self._target(self.samples[k][i])) for k, i in places]
 
     def _target(self, sample: Sample) -> Any:
-        """Return a reference to a target. If a node is lost, Ray can read it again from its file."""
         files = [self.attempt.folder.inputs(sample)] if sample.inputs else []
         files += [self.attempt.folder.target(sample)] if self.attempt.plan.config.has_targets else []
-        if not files:
-            return ray.put(pack_all(without_targets(sample).tensors()))
-        shard = self.crew.shards[(sample.expert + sample.index) % len(self.crew.shards)]
-        return shard.target.remote(self.attempt.folder.state, *files)
+        return tuple(files) or pack_all(without_targets(sample).tensors())

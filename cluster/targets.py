@@ -71,7 +71,11 @@ class TargetComputation:
 
     def stored(self, samples: Sequence[tuple[int, int]]) -> None:
         """Wait until the targets of these samples, given as (expert, index), are stored."""
-        self._watch.until(lambda: self._missing.isdisjoint(samples), TARGETS)
+        self._watch.until(lambda: self.has(samples), TARGETS)
+
+    def has(self, samples: Sequence[tuple[int, int]]) -> bool:
+        """Return whether the targets of these samples are known to be stored."""
+        return self._missing.isdisjoint(samples)
 
     def all_stored(self) -> None:
         """Wait until every target is stored and every expert actor is dismissed."""

@@ -58,8 +58,9 @@ class Ring:
             self._changed.notify()
 
 
-# A buffer for each thread of a pool that merges pieces, and some for copies that are under way.
-RING = Ring(usable_cpus() + 4, 4 * PIECE)
+# Bytes of a buffer: those of a piece. There is one for each thread that merges pieces, and some for copies under way.
+BUFFER = 4 * PIECE
+RING = Ring(usable_cpus() + 4, BUFFER)
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -98,6 +99,27 @@ def start_copy(target: Tensor, source: Tensor, after: Any = None) -> Any:
 def copy(target: Tensor, source: Tensor) -> None:
     """Queue a copy on the current stream."""
     target.copy_(source, non_blocking=True)
+
+
+def to_gpu(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a GPU, rounded to `dtype` if one is given, when it is there.
+
+    Any thread may call it, and others compute meanwhile.
+    """
+    dtype = dtype or tensor.dtype
+    target = torch.empty(tensor.shape, dtype=dtype, device=device)
+    # Memory that work still uses may be given out again for work behind it on the same stream.
+    copied = after = computed(device)
+    target_N, source_N, step = target.view(-1), tensor.reshape(-1), BUFFER // dtype.itemsize
+    for start in range(0, len(target_N), step):
+        part_N = target_N[start : start + step]
+        buffer_N = RING.take(len(part_N), dtype)
+        try:
+            copied = start_copy(part_N, buffer_N.copy_(source_N[start : start + step]), after)
+        finally:
+            RING.give(buffer_N, copied)
+    copied.synchronize()
+    return target
 
 
 def to_cpu(tensor: Tensor) -> Fetch:

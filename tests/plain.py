@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from actors.expert import Expert
-from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.codec import pack_all
 from engine.config.schema import Use
@@ -24,7 +23,7 @@ from engine.learning.learner import (
     second_stage,
     with_prior,
 )
-from engine.learning.targets import without_targets
+from engine.learning.targets import load_tensors, without_targets
 from engine.planning.factors import decomposed, directions, factored
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan
@@ -75,7 +74,7 @@ class Plain:
 
     def __init__(self, plan: Plan, scratch: Path, factors: Use = "auto") -> None:
         self.plan, streams = plan, task_vectors(plan)
-        run, shard = RunFolder(str(scratch / "plain")), Shard(plan, 0)
+        run = RunFolder(str(scratch / "plain"))
         plan, records = check_inputs(plan)
         self.samples, self.targets = prepare(plan, records, run), {}
         for k, mine in enumerate(self.samples):
@@ -85,8 +84,8 @@ class Plain:
                 if plan.config.has_targets:
                     expert.target(sample, run.state, run.target(sample), *files)
                     files.append(run.target(sample))
-                said = shard.target(run.state, *files) if files else pack_all(without_targets(sample).tensors())
-                self.targets[k, sample.index] = said
+                tensors = load_tensors(run.state, files) if files else without_targets(sample).tensors()
+                self.targets[k, sample.index] = pack_all(tensors)
         through = factored(plan, on_gpu=False, use=factors)
         orthogonalise(plan, streams, run.state, decomposed(plan), through)
         inspected = with_orthogonal(plan, streams, run.state).inspect(plan.merged)

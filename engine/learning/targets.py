@@ -5,7 +5,7 @@ Letters in tensor names: T tokens, C tokens that count in the losses, H hidden f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -125,6 +125,16 @@ def load_target(folder: Folder, name: str, vocabulary: int | None = None) -> Tar
     if not target.is_plausible(vocabulary):
         refuse(where)
     return target
+
+
+def load_tensors(folder: Folder, names: Sequence[str], vocabulary: int | None = None) -> dict[str, Tensor]:
+    """Return the tensors of stored files: a target, preceded by the sample's pixel inputs if it has any.
+
+    Raises:
+        DamagedError: see `load_target`.
+    """
+    files = [load_target(folder, name, vocabulary).tensors() for name in names]
+    return {name: tensor for tensors in files for name, tensor in tensors.items()}
 
 
 def is_damaged(folder: Folder, name: str, vocabulary: int | None = None) -> bool:

@@ -12,8 +12,7 @@ import actors.shard
 from actors.expert import Expert
 from actors.shard import Shard
 from engine.calibration.samples import Sample
-from engine.codec import unpack_all
-from engine.learning.targets import load_target
+from engine.learning.targets import load_target, load_tensors
 from engine.output.model_folder import output_files
 from engine.storage.local_folder import LocalFolder
 from engine.storage.paths import open_folder
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLE, NAME = Sample(0, 0, (5, 9, 33, 12), "here"), "targets/0-0.safetensors"
 
 
-def test_a_target_is_stored_once_and_read_by_any_shard(llama_merge: Path, tmp_path: Path) -> None:
+def test_a_target_is_stored_once(llama_merge: Path, tmp_path: Path) -> None:
     plan, folder = plan_of(llama_merge), LocalFolder(tmp_path)
     expert = Expert(plan, 0)
     nbytes = expert.target(SAMPLE, folder, NAME)
@@ -36,13 +35,13 @@ def test_a_target_is_stored_once_and_read_by_any_shard(llama_merge: Path, tmp_pa
     assert again._held is None
 
     wanted = load_target(folder, NAME).tensors()
-    found = unpack_all(Shard(plan, 0).target(folder, NAME))
+    found = load_tensors(folder, [NAME])
     assert found.keys() == wanted.keys() and wanted["input_ids"].tolist() == list(SAMPLE.input_ids)
     assert all(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in wanted.items()
     )
     with pytest.raises(FileNotFoundError):
-        Shard(plan, 0).target(folder, "targets/none")
+        load_tensors(folder, ["targets/none"])
 
 
 @pytest.mark.parametrize("learned", [True, False])

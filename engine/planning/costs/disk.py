@@ -84,7 +84,7 @@ def disk_needs(
     method = NATIVE.get(plan.config.merge_method)
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
-    targets = _targets(plan, tokens) if plan.config.has_targets else 0
+    targets = target_bytes(plan, sum(map(sum, tokens)))
     parts = 0 if stored else 4 * factor_elements(plan, decomposed(plan))
     return DiskNeeds(output, stored_bytes(plan, factored), targets, parts)
 
@@ -112,12 +112,15 @@ def shortage(needs: DiskNeeds, room: DiskRoom) -> str:
     )
 
 
-def _targets(plan: Plan, tokens: Sequence[Sequence[int]]) -> int:
-    """Return the bytes of the targets: per token the hidden states and, with a merged head, the logits."""
+def target_bytes(plan: Plan, tokens: float) -> int:
+    """Return the bytes of the targets of all samples: per token the hidden states and, with a merged head, the logits.
+
+    `tokens` are those of all samples; 0 without targets.
+    """
     header = plan.base_header
     hidden = int(header.text_config.get("hidden_size") or 0)
     # Without a merged head, the last hidden state replaces the logits unless the expert's head differs. That needs
     # a look at the weights, so the smaller of the two counts here.
     last = (header.vocab_size or 0) if any(header.roles.get(name) is Role.HEAD for name in plan.merged) else hidden
     each = (len(plan.hidden_layers) * hidden + last) * BYTES[SAFETENSORS[plan.dtype]]
-    return each * sum(map(sum, tokens))
+    return int(each * tokens) if plan.config.has_targets else 0

@@ -14,6 +14,7 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_gpus, usable_memory
+from engine.planning.costs.disk import target_bytes
 from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
 from engine.planning.costs.rates import (
     CPU_FLOPS,
@@ -36,7 +37,7 @@ from engine.planning.costs.rates import (
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
 from engine.planning.plan import ExpertPlan, Plan
 from engine.planning.schedule import pass_limit, passes, training_order, windows
-from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, WINDOW_BYTES, bucket_bytes, gpu_logit_bytes
+from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, TARGET_BYTES, WINDOW_BYTES, bucket_bytes, gpu_logit_bytes
 
 # Anonymous memory of a process before it loads a model: torch, transformers, Ray, compiled kernels.
 TRAINER_BYTES, SHARD_BYTES = 360 * MB, 300 * MB
@@ -190,7 +191,8 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     dense = len(factors) < len(plan.merged)
     exchange = (scratch if where == "trainer" else bucket) if dense else 0
     held = factor_bytes(plan, factors) + sum(plan.numels[name] for name in factors) * item
-    step = gradient + activations + logits + max((_products(plan, name) for name in factors), default=0)
+    targets = min(TARGET_BYTES, target_bytes(plan, work.tokens * work.samples)) if on_gpu else 0
+    step = gradient + activations + logits + targets + max((_products(plan, name) for name in factors), default=0)
     rest = TRAINER_BYTES + weights + step + exchange
     resident = min(held, max(0.0, _trainer_memory(plan, machines) - rest)) if on_gpu else 0
     # On a CPU, the threads of a survey decompose matrices in the expert's process.
@@ -261,8 +263,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> floa
         len(plan.experts) * whole / disk
         + work.samples * sample_flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
     ) / slots
-    if not plan.config.has_targets:
-        targets = 0.0
+    targets *= plan.config.has_targets
     orthogonal = orthogonal_flops(plan) / (decomposing_rate(machines.cpus, machines.gpus) * machines.nodes)
     orthogonal += stored_bytes(plan, _factored(plan, machines)) / disk
     stages = plan.config.stages * work.steps * step.total
