@@ -20,6 +20,7 @@ from engine.learning.targets import is_damaged
 from engine.machine import usable_cpus
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.arithmetic.sparse import counts
+from engine.output.survival import keep_survival, load_survival
 from engine.planning.open_models import base_folder, open_task_vectors, weight_files
 from engine.planning.plan import Plan
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
@@ -31,7 +32,8 @@ from engine.storage.paths import is_uri
 from engine.storage.sealed import has_digest, keep_digest
 from engine.task_vectors.coefficients import Array, TensorCoefficients
 from engine.task_vectors.pieces import Piece, pieces
-from engine.task_vectors.pipeline import TensorJob, copy_of, stream
+from engine.task_vectors.pipeline import Fill, TensorJob, copy_of, stream
+from engine.task_vectors.rounding import Rounding, Survival
 from engine.task_vectors.streams import Inspection, TaskVectors
 
 # Subfolder of the checksums of the output's files.
@@ -98,7 +100,10 @@ class Shard:
         """Return whether these files of the output are not as they were written, by name. Reads each of them once."""
         state = self._state
         assert state is not None
-        return {name: not has_digest(state, f"{OUTPUT}/{name}", folder, name) for name in names}
+        return {
+            name: load_survival(state, name) is None or not has_digest(state, f"{OUTPUT}/{name}", folder, name)
+            for name in names
+        }
 
     def write(self, folder: Folder, file: OutputFile, coefficients: Mapping[str, TensorCoefficients]) -> None:
         """Write one file of the output: a tensor is merged if it has coefficients, and copied from the base if not."""
@@ -106,13 +111,13 @@ class Shard:
         def job(entry: OutputTensor) -> TensorJob:
             streams = self._task_vectors
             base = streams.base.read(entry.name)
-            dtype = torch_dtype(entry.dtype) or base.dtype
-            if entry.name not in coefficients:
-                return TensorJob(entry.name, entry.shape, dtype, lambda: copy_of(base))
-            wanted = coefficients[entry.name]
-            return TensorJob(
-                entry.name, entry.shape, dtype, lambda: lambda piece, out_N: streams.merge(piece, wanted, out_N)
-            )
+            name, dtype = entry.name, torch_dtype(entry.dtype) or base.dtype
+            if name not in coefficients:
+                return TensorJob(name, entry.shape, dtype, lambda: copy_of(base))
+            wanted, config = coefficients[name], self._plan.config
+            rounding = Rounding.of(name, base, config.rounding, config.seed)
+            fill: Fill = lambda piece, out_N: streams.merge(piece, wanted, out_N)  # noqa: E731
+            return TensorJob(name, entry.shape, dtype, lambda: fill, rounding)
 
         self._write(folder, file, job)
 
@@ -141,12 +146,15 @@ class Shard:
         return self._process.report(by_lapack=self._by_lapack)
 
     def _write(self, folder: Folder, file: OutputFile, job: Callable[[OutputTensor], TensorJob]) -> None:
-        if folder.exists(file.name):
+        state = self._state
+        if folder.exists(file.name) and (state is None or load_survival(state, file.name) is not None):
             return  # written by an earlier attempt at the same call
-        parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads)
+        survived: dict[str, Survival] = {}
+        parts = stream([job(entry) for entry in file.tensors], self._models.pool, self._models.threads, survived)
         sha256 = write_file(folder, file, lambda entry: islice(parts, len(list(pieces(entry.name, entry.shape)))))
-        if self._state is not None:
-            keep_digest(self._state, f"{OUTPUT}/{file.name}", sha256)
+        if state is not None:
+            keep_survival(state, file.name, survived)
+            keep_digest(state, f"{OUTPUT}/{file.name}", sha256)
 
     @cached_property
     def _models(self) -> TaskVectors:

@@ -15,6 +15,7 @@ from engine.checkpoints.writer import OutputFile
 from engine.methods.registry import get_method
 from engine.output.merge_record import input_files
 from engine.output.model_folder import output_files, write_companions, write_json
+from engine.output.survival import low_survival, survival_record, survived_of
 from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.report.page import write_report
@@ -114,9 +115,13 @@ class Attempt:
         self.reports.append(self.watch.answer(actor.report.remote(), "asking for memory figures"))
 
     def finish(self, **more: int) -> None:
-        """Write merge/memory.json and merge/report.html, and complete the output; `more` adds to the counts."""
-        write_json(self.folder.composed / "merge" / "memory.json", self._memory(**more))
-        write_report([str(self.folder.composed)], self.folder.composed / "merge" / "report.html")
+        """Write the last figures and the report into `merge/`, and complete the output; `more` adds to the counts."""
+        record, survived = self.folder.composed / "merge", survived_of(self.folder.state, self.weight_files())
+        write_json(record / "rounding.json", survival_record(self.plan, survived))
+        if low := low_survival(self.plan, survived):
+            self.progress.say(low)
+        write_json(record / "memory.json", self._memory(**more))
+        write_report([str(self.folder.composed)], record / "report.html")
         self.folder.finish()
 
     def _not_deterministic(self) -> list[str]:

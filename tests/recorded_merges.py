@@ -33,6 +33,9 @@ MEMORY: dict[str, Any] = {
 }
 
 
+SURVIVED = {"rounding": "nearest", "survived": 0.6712, "tensors": {"model.layers.0.mlp.up_proj.weight": 0.6}}
+
+
 def learned(plan: Plan, budget: float = 3.0, seed: int = 0) -> tuple[list[Coefficients], Any]:
     """Return coefficients of both stages, near the priors, and the importance that stage 2 is based on."""
     generator = np.random.default_rng(seed)
@@ -64,4 +67,5 @@ def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0) -> Pat
     stages, importance = learned(plan, seed=seed)
     write_record(out, plan, b"identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))
     (out / "merge" / "memory.json").write_text(json.dumps(MEMORY))
+    (out / "merge" / "rounding.json").write_text(json.dumps(SURVIVED))
     return out

@@ -266,6 +266,8 @@ class Config(Section):
     calibration: Calibration = Calibration()
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
+    # How merged weights are rounded to the output's dtype.
+    rounding: Literal["nearest", "stochastic"] = "nearest"
     # Maximum bytes of an output file, unless a single tensor is larger.
     max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
     # The model that provides the output's tokenizer. None: the base, unchecked.

@@ -22,8 +22,11 @@ from engine.planning.plan import ModelPlan, Plan
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
-# Files that are written after all others: the record itself, the list of files, the memory figures and the report.
-LAST_FILES = ("merge/config.yaml", "merge/files.json", "merge/identity.json", "merge/memory.json", "merge/report.html")
+# Files that are written after all others: the record itself, the list of files, figures and the report.
+LAST_FILES = tuple(
+    f"merge/{name}"
+    for name in ("config.yaml", "files.json", "identity.json", "memory.json", "report.html", "rounding.json")
+)
 METRICS = pa.schema(
     [
         ("stage", pa.int8()),
@@ -66,7 +69,7 @@ def write_record(
     weights: Sequence[str] = (),
     devices: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model card and all files of `merge/` except memory.json and report.html.
+    """Write the model card and all files of `merge/` except memory.json, rounding.json and report.html.
 
     Args:
         folder: The output folder.

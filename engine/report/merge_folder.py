@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,11 @@ from engine.storage.paths import as_path, is_uri
 from engine.task_vectors.coefficients import Array, Coefficients, read_coefficients
 from engine.untrusted import FAULTS, JSON_BYTES, check_regular, read_text, shown
 
-FILES = ("config.yaml", "memory.json", "coefficients.parquet", "importance.parquet", "metrics.parquet")
+T = TypeVar("T")
+FILES = (
+    *("config.yaml", "memory.json", "rounding.json"),
+    *("coefficients.parquet", "importance.parquet", "metrics.parquet"),
+)
 EVALUATION = "evaluation.parquet"
 # Columns of merge/metrics.parquet with the losses of a method.
 LOSSES = ("kl", "hidden", "entropy")
@@ -76,6 +80,15 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Survived:
+    """The contents of merge/rounding.json: the share of the change that is left, of the merge and of each tensor."""
+
+    rounding: str
+    survived: float | None
+    tensors: dict[str, float | None]
+
+
+@dataclass(frozen=True)
 class Importance:
     """The columns of merge/importance.parquet: elements, importance and chunks of each merged tensor."""
 
@@ -104,6 +117,7 @@ class Merged:
     config: Config
     record: Provenance
     memory: Memory | None
+    survived: Survived | None
     stages: dict[int, Coefficients]
     importance: Importance | None
     metrics: pa.Table | None
@@ -124,12 +138,13 @@ class Merged:
         if not os.path.isfile(path / FILES[0]):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])
-        memory, coefficients, importance, metrics = (path / name for name in FILES[1:])
+        memory, rounding, coefficients, importance, metrics = (path / name for name in FILES[1:])
         return cls(
             where,
             config,
             record,
-            _memory(memory) if os.path.lexists(memory) else None,
+            _json(memory, Memory) if os.path.lexists(memory) else None,
+            _json(rounding, Survived) if os.path.lexists(rounding) else None,
             _stages(coefficients, config, record) if os.path.lexists(coefficients) else {},
             _importance(importance) if os.path.lexists(importance) else None,
             _metrics(metrics) if os.path.lexists(metrics) else None,
@@ -225,10 +240,11 @@ def _config(path: Path) -> tuple[Config, Provenance]:
         return public_config(parse_config(raw, path)), record
 
 
-def _memory(path: Path) -> Memory:
+def _json(path: Path, kind: type[T]) -> T:
+    """Return the contents of a JSON file, which must be those of a dataclass."""
     text = read_text(path, JSON_BYTES, ConfigError)
     with _reading(path):
-        return pydantic.TypeAdapter(Memory).validate_json(text)
+        return pydantic.TypeAdapter(kind).validate_json(text)
 
 
 def _stages(path: Path, config: Config, record: Provenance) -> dict[int, Coefficients]:

@@ -86,6 +86,8 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
     if losses := merge.losses():
         steps = ((stage, len(merge.mean_curve(stage, of[0]).steps)) for stage, of in losses.items() if of)
         yield "optimiser steps", ", ".join(f"{count:,} in stage {stage}" for stage, count in steps)
+    if merge.survived is not None and merge.survived.survived is not None:
+        yield "change left by rounding", f"{merge.survived.survived:.1%}, {merge.survived.rounding}"
     if memory is not None:
         yield "largest process", decimal(max(actor.peak_anonymous_bytes for actor in memory.actors))
         yield "time", f"{sum(memory.seconds.values()):,.1f} s, sum of all phases"

@@ -26,9 +26,13 @@ REWRITTEN = {"merge/report.html", "merge/evaluation.parquet"}
 _STATE = re.compile(
     r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices)\.json|name|writing"
     r"|(magnitudes|prior|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
-    r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json|(digests|output|replaced)/.+"
+    r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
+    r"|rounding/.+\.json|(digests|output|replaced)/.+"
 )
-_FOLDERS = {"targets", "inputs", "orthogonal", "parts", "survey", "metrics", "digests", "output", "replaced"}
+_FOLDERS = {
+    *("targets", "inputs", "orthogonal", "parts", "survey", "metrics"),
+    *("rounding", "digests", "output", "replaced"),
+}
 # Maximum bytes of a file about an output, and of a file in object storage whose content is compared.
 _BYTES, _SMALL = 32 << 20, 1 << 20
 

@@ -17,6 +17,7 @@ from engine.methods.options import Option, Settings, Value
 from engine.methods.registry import NATIVE, get_method, preparation
 from engine.planning.plan import Plan
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
+from engine.task_vectors.rounding import Rounding
 from engine.task_vectors.streams import TaskVectors
 
 
@@ -73,15 +74,18 @@ class WeightSpace:
 
         See `tensor` for `thresholds` and `only`.
         """
-        name = entry.name
+        name, config = entry.name, self._plan.config
+        base = self._streams.base.read(name)
+        merged = name in self._plan.merged_set
 
         def prepare() -> Fill:
-            if name in self._plan.merged_set:
+            if merged:
                 return self._prepare(self.tensor(name, thresholds, only))
             self._check_buffer(name)
-            return copy_of(self._streams.base.read(name))
+            return copy_of(base)
 
-        return TensorJob(name, entry.shape, dtype or self._streams.base.read(name).dtype, prepare)
+        rounding = Rounding.of(name, base, config.rounding, config.seed) if merged else None
+        return TensorJob(name, entry.shape, dtype or base.dtype, prepare, rounding)
 
     def _check_buffer(self, name: str) -> None:
         """Check that a parameter that is not of a float dtype is equal in base and experts, since it cannot be merged.

@@ -17,22 +17,35 @@ import torch
 from torch import Tensor
 
 from engine.errors import RunError
+from engine.task_vectors.buffers import ThreadMemory
 from engine.task_vectors.pieces import Piece, pieces
+from engine.task_vectors.rounding import Rounding, Survival, add_survivals
 
 T = TypeVar("T")
-# Computes a piece of a merged tensor and writes it to a tensor [N] of the output's dtype.
+# Computes a piece of a tensor and writes it to a tensor [N]: float32 with a `Rounding`, else the output's dtype.
 Fill = Callable[[Piece, Tensor], None]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+_memory = ThreadMemory()
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """A tensor to compute: its shape, its output dtype, and the function that returns its `Fill`."""
+    """A tensor to compute.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        dtype: Its output dtype.
+        prepare: Returns its `Fill`.
+        rounding: How a merged tensor is rounded; None for a copy, of which no survival is measured.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     prepare: Callable[[], Fill]
+    rounding: Rounding | None = None
 
 
 def copy_of(tensor: Tensor) -> Fill:
@@ -62,8 +75,12 @@ def in_order(calls: Iterable[Callable[[], T]], pool: Executor, ahead: int) -> It
         yield pending.popleft().result()
 
 
-def stream(jobs: Sequence[TensorJob], pool: Executor, threads: int) -> Iterator[Tensor]:
+def stream(
+    jobs: Sequence[TensorJob], pool: Executor, threads: int, survived: dict[str, Survival] | None = None
+) -> Iterator[Tensor]:
     """Yield the pieces [N] of all jobs in order, computed by the `threads` threads of `pool`.
+
+    What rounding leaves of the change of each merged tensor is added to `survived`, by name.
 
     Raises:
         RunError: a piece has an element that is NaN or infinite; `where` is the tensor's name.
@@ -74,20 +91,31 @@ def stream(jobs: Sequence[TensorJob], pool: Executor, threads: int) -> Iterator[
         prepared: deque[Future[Fill]] = deque()
         todo = iter(jobs)
 
-        def calls() -> Iterator[Callable[[], Tensor]]:
+        def calls() -> Iterator[Callable[[], tuple[Tensor, dict[str, Survival]]]]:
             for job in jobs:
                 while len(prepared) < threads + 1 and (ahead := next(todo, None)) is not None:
                     prepared.append(conductors.submit(ahead.prepare))
                 fill = prepared.popleft().result()
                 for piece in pieces(job.name, job.shape):
-                    yield partial(_computed, fill, piece, job.dtype)
+                    yield partial(_computed, fill, piece, job.dtype, job.rounding)
 
-        yield from in_order(calls(), pool, threads)
+        for out_N, of_piece in in_order(calls(), pool, threads):
+            if survived is not None:
+                add_survivals(survived, of_piece)
+            yield out_N
 
 
-def _computed(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
-    out_N = torch.empty(piece.numel, dtype=dtype)
-    fill(piece, out_N)
+def _computed(
+    fill: Fill, piece: Piece, dtype: torch.dtype, rounding: Rounding | None
+) -> tuple[Tensor, dict[str, Survival]]:
+    survived: dict[str, Survival] = {}
+    if rounding is None:
+        out_N = torch.empty(piece.numel, dtype=dtype)
+        fill(piece, out_N)
+    else:
+        exact_N = torch.empty(piece.numel) if dtype == torch.float32 else _memory.take(piece.numel)
+        fill(piece, exact_N)
+        out_N, survived[piece.name] = rounding.round(piece, exact_N, dtype)
     if dtype in FLOATS and not all_finite(out_N):
         wider = "" if dtype is torch.float32 else ", or set `out_dtype: float32`"
         raise RunError(
@@ -95,4 +123,4 @@ def _computed(fill: Fill, piece: Piece, dtype: torch.dtype) -> Tensor:
             piece.name,
             do=f"check the models' weights, lower `weight`{wider}, and run with --fresh",
         )
-    return out_N
+    return out_N, survived

@@ -76,6 +76,11 @@ def test_a_damaged_output_file_is_found(
     for content in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
         folder.write(file.name, content)
         assert shard.incomplete(folder, [file.name]) == {file.name: True}
+    folder.write(file.name, whole)
+    for content in (b"", b"{}"):
+        # What survived of its tensors is written with the file.
+        shard._state.write(f"rounding/{file.name}.json", content)
+        assert shard.incomplete(folder, [file.name]) == {file.name: True}
     folder.remove(file.name)
     assert shard.incomplete(folder, [file.name]) == {file.name: True}
     folder.write("other.safetensors", whole)

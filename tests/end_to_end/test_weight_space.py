@@ -38,6 +38,7 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
 ) -> None:
     out = tmp_path / "merged"
     ties = ("--set", "merge_method=ties", "--set", "parameters.density=0.4")
+    ties += ("--set", "out_dtype=bfloat16", "--set", "rounding=stochastic")
     done = cli("merge", llama_merge, *ties, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "ties: " in done.stdout and "hidden_layers" in done.stdout
@@ -67,6 +68,9 @@ def test_the_same_config_merges_by_another_method_and_its_record_merges_again(
     repeated, first = weights(spread), weights(out)
     assert repeated.keys() == first.keys()
     assert all(torch.equal(repeated[name], first[name]) for name in first)
+    survived = [json.loads((folder / "merge" / "rounding.json").read_text()) for folder in (out, spread)]
+    assert survived[0]["tensors"] == survived[1]["tensors"] and survived[0]["rounding"] == "stochastic"
+    assert survived[0]["survived"] == pytest.approx(1, abs=0.1)
 
     # --fresh replaces exactly what the record lists, and nothing else.
     (spread / "merge" / "evaluation.parquet").write_text("scores")

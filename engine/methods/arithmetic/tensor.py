@@ -7,7 +7,6 @@ Letters: N elements of a piece, B of a block, K experts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from engine.task_vectors.coefficients import TensorCoefficients
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import Fill, all_finite, in_order
+from engine.task_vectors.rounding import seed_of
 from engine.task_vectors.sums import merge_piece, whole
 
 T = TypeVar("T")
@@ -109,11 +109,11 @@ class MergeTensor:
 
     def seeds(self) -> list[int]:
         """Return a 64-bit seed per expert, which depends on the run's seed, the tensor and the expert's name alone."""
-        return [_hash(f"{self.seed}\0{self.name}\0{model}") for model in self.models]
+        return [seed_of(f"{self.seed}\0{self.name}\0{model}") for model in self.models]
 
     def tensor_seed(self) -> int:
         """Return a 64-bit seed, which depends on the run's seed and the tensor alone."""
-        return _hash(f"{self.seed}\0{self.name}")
+        return seed_of(f"{self.seed}\0{self.name}")
 
     def each(self, of: Callable[[Piece], T]) -> Iterator[T]:
         """Yield the results of `of` for all pieces in order, with a bounded number in flight on `pool`."""
@@ -257,7 +257,3 @@ def _float32(factors: Iterable[float]) -> list[np.float32]:
     """Round to float32. A factor that overflows becomes infinite, and the check of the result then names the tensor."""
     with np.errstate(over="ignore"):
         return [np.float32(factor) for factor in factors]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

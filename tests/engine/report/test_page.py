@@ -27,7 +27,7 @@ from engine.report.charts import Blocks, ends, labels
 from engine.report.comparison import comparison
 from engine.report.merge_folder import Merged
 from engine.report.page import report_html
-from engine.report.sections import ReportSection, coefficient_charts, sections_of
+from engine.report.sections import ReportSection, coefficient_charts, key_figures, sections_of
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import (
     SPECTRAL,
@@ -148,6 +148,8 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
         assert importance.data[0].z[cell] == pytest.approx(share, rel=1e-6) and chunks.data[0].z[cell] == count
     assert list(top.data[0].x) == pytest.approx(sorted((100 * s for s in table["importance"]), reverse=True)[:20])
 
+    figures = dict(key_figures(merge))
+    assert figures["change left by rounding"] == "67.1%, nearest"
     memory, seconds = charts_of(sections, "Memory and traffic")
     assert dict(zip(memory.data[0].y, memory.data[0].x, strict=True)) == {
         actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]

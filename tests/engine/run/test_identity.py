@@ -98,6 +98,11 @@ def test_a_changed_input_is_named(folder: Path, kind: str) -> None:
     assert str(folder / name) in difference
 
 
+def test_the_rounding_decides(folder: Path) -> None:
+    (difference,) = identity(plan_in(folder)).differences(identity(plan_in(folder, "rounding=stochastic")))
+    assert "rounding" in difference
+
+
 def test_an_adapter_s_config_decides(folder: Path) -> None:
     hostile_inputs.adapter(folder)
     before = identity(plan_in(folder))

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.errors import ConfigError, RunError
 from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of, stream
+from engine.task_vectors.rounding import Rounding, Survival
 
 SHAPES = {"a": (7, 5), "scalar": (), "b": (300,), "none": (0, 4), "c": (11, 13)}
 
@@ -70,6 +71,29 @@ def test_no_more_is_computed_than_a_few_pieces_ahead(pool: ThreadPoolExecutor, t
             assert filled <= taken + threads + 1
             assert prepared <= filled / each + threads + 3
     assert (filled, prepared) == (20 * each, 20)
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic"])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_merged_tensor_has_the_same_bits_and_survives_alike_for_any_number_of_threads(
+    pool: ThreadPoolExecutor, how: str
+) -> None:
+    base = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    exact = {name: one + 0.003 * torch.randn(one.shape) for name, one in base.items()}
+    jobs = [
+        TensorJob(name, SHAPES[name], torch.bfloat16, lambda t=t: copy_of(t), Rounding.of(name, base[name], how, 1))
+        for name, t in exact.items()
+    ]
+    jobs.append(TensorJob("copied", (50,), torch.bfloat16, lambda: copy_of(torch.ones(50))))
+    found = []
+    for threads in (1, 3):
+        survived: dict[str, Survival] = {}
+        found.append((torch.cat(list(stream(jobs, pool, threads, survived))), survived))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert found[0][1].keys() == SHAPES.keys() - {"none"}
+    written = found[0][0][:35].double()
+    change = exact["a"].flatten().double() - 1
+    assert found[0][1]["a"].share == pytest.approx(float((written - 1) @ change / change.square().sum()))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
