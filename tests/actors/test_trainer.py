@@ -41,7 +41,7 @@ def test_a_pass_has_at_most_its_tokens(
         return accumulate(student, samples, leaving)
 
     monkeypatch.setattr(Student, "accumulate", counting)
-    monkeypatch.setattr(actors.trainer, "Student", lambda *given: sizes.append(given[2]) or make(*given))
+    monkeypatch.setattr(actors.trainer, "Student", lambda *given: sizes.append(given[3]) or make(*given))
     trainer = Trainer(plain.plan, plain.shards, lambda target: target, None, limit, 4 * 4 * tiny.VOCAB)
     trainer.step(first_stage(plain.plan), None, 0, window_of(plain))
     assert found == wanted and sizes == [4 * 4 * tiny.VOCAB]

@@ -630,7 +630,7 @@ def test_logits_are_computed_in_parts_of_the_given_size(
     setup, monkeypatch: pytest.MonkeyPatch, rows: int, parts: int
 ) -> None:
     _, plan, targets, coefficients = setup
-    student, calls = Student(plan, CPU, rows * 4 * tiny.VOCAB), []
+    student, calls = Student(plan, CPU, logit_bytes=rows * 4 * tiny.VOCAB), []
     student.expect(LocalShards(plan, 1, overlap=False).merge(coefficients, student))
     target = next(target for target in targets.values() if len(target.input_ids_T) == 10)
     rebuild = engine.learning.student.rebuild_logits
