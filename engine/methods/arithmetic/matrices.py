@@ -94,7 +94,7 @@ def leading(tau: Tensor, rank: int, by_lapack: Callable[[], None] | None = None)
         parts = leading_parts_by_products(tau, rank)
         if parts is None and by_lapack is not None:
             by_lapack()
-    u, s, vt = torch.linalg.svd(tau, full_matrices=False) if parts is None else parts
+    u, s, vt = _by_lapack(tau) if parts is None else parts
     rank = _rank_of(s, rank, tau.shape)
     return u[:, :rank], s[:rank], vt[:rank]
 
@@ -145,8 +145,22 @@ def _nearest_orthogonal(matrix: Tensor, by_lapack: Callable[[], None] | None) ->
             return found if wide else found.T
         if by_lapack is not None:
             by_lapack()
-    p, d, qt = torch.linalg.svd(matrix, full_matrices=False)
+    p, d, qt = _by_lapack(matrix)
     rank = int((d > NULL * d[:1]).sum())
     # Without null directions, the whole factors: a product of slices may have other bits.
     nearest: Tensor = p @ qt if rank == len(d) else p[:, :rank] @ qt[:rank]
     return nearest
+
+
+def _by_lapack(matrix: Tensor) -> Parts:
+    """Return all singular parts of a float32 matrix. One for which LAPACK does not converge is decomposed in float64.
+
+    Raises:
+        torch.linalg.LinAlgError: The matrix is not finite.
+    """
+    try:
+        parts: Parts = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return u.to(matrix), s.to(matrix), vt.to(matrix)
+    return parts

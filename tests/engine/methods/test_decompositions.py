@@ -231,3 +231,31 @@ def test_equal_experts_share_their_directions() -> None:
     assert not lapack, "null directions are few beside the probes"
     for mine in (slice(RANK), slice(RANK, None)):
         assert apart(cut((left[:, mine], values[mine], right[mine])), cut(exact(tau, RANK)) / 2) < LARGEST_ERROR
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)], ids=str)
+def test_a_matrix_for_which_lapack_does_not_converge_is_decomposed_in_float64(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(matrices, "LEADING_SIDE", 1 << 30)
+    monkeypatch.setattr(matrices, "ISOMETRY_SIDE", 1 << 30)
+    taus = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def parts() -> list[Tensor]:
+        left, values, right = matrices.orthogonal_parts([matrices.leading(tau, 20) for tau in taus])
+        return [left * values @ right, values]
+
+    wanted, svd = parts(), torch.linalg.svd
+
+    def failing(matrix: Tensor, full_matrices: bool) -> tuple[Tensor, Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return svd(matrix, full_matrices=full_matrices)
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    for found, one in zip(parts(), wanted, strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-4)
+    monkeypatch.undo()
+    with pytest.raises(torch.linalg.LinAlgError):
+        matrices.leading(torch.full(shape, torch.nan), 20)
