@@ -68,6 +68,11 @@ def on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Return whether a device is a GPU."""
+    return device.type == "cuda"
+
+
 def pinned(nbytes: int) -> Tensor:
     """Return new pinned memory, uint8."""
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -120,6 +125,14 @@ def to_gpu(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = Non
             RING.give(buffer_N, copied)
     copied.synchronize()
     return target
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on a device, a float one in `dtype`; it is not copied if it is so already."""
+    wanted = dtype if tensor.is_floating_point() else tensor.dtype
+    if not is_gpu(device) or on_gpu(tensor):
+        return tensor.to(device, wanted)
+    return to_gpu(tensor, device, wanted)
 
 
 def to_cpu(tensor: Tensor) -> Fetch:

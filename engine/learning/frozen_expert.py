@@ -5,7 +5,7 @@ Letters in tensor names: B batch (1), T tokens, C tokens that count in the losse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from engine.models.skeleton import build_generation_skeleton, build_skeleton, lo
 from engine.planning.open_models import base_folder, load_base_config, open_base, open_expert
 from engine.planning.plan import ExpertPlan, Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
+from engine.task_vectors.kinds import Product
 from engine.task_vectors.pieces import blocks
+from engine.transfers import is_gpu, moved
 
 
 def check_models(plan: Plan) -> None:
@@ -63,9 +65,24 @@ class FrozenExpert:
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)
         self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
-        read = lambda name: _weight(base, source, name)  # noqa: E731
-        load_weights(self.model, places, self.dtype, device, base.folder, read, room)
+        load_weights(self.model, places, self.dtype, device, base.folder, self._read(base, source), room)
         self._base_gives_logits = alike and self._head_equals_base(base, source, places)
+
+    def _read(self, base: Checkpoint, source: ExpertWeights) -> Callable[[str], Tensor]:
+        """Return a function that returns θₖ of a tensor; for a GPU, factors of an adapter are multiplied there."""
+
+        def read(name: str) -> Tensor:
+            adapted = is_gpu(self.device) and not isinstance(source, FullExpert)
+            task_vector = source.task_vector(name) if adapted else None
+            if not isinstance(task_vector, Product):
+                return _weight(base, source, name)
+            weight, left, right = (
+                moved(tensor, self.device, torch.float32)
+                for tensor in (base.read(name), task_vector.left, task_vector.right)
+            )
+            return torch.addmm(weight, left, right)
+
+        return read
 
     def _head_equals_base(self, base: Checkpoint, source: ExpertWeights, places: Places) -> bool:
         """Return whether the trainer's head is bit for bit the expert's: equal to the base's, and not merged."""

@@ -93,7 +93,8 @@ class Student:
             outside.difference_update(names)
             block.register_forward_pre_hook(lambda *_, names=names: self._await(names))
             if self.plan.config.gradient_checkpointing:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                # Nothing in a model in evaluation mode is random.
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         self._outside_blocks = sorted(outside)
         self._vocabulary = language_model(self.model).get_output_embeddings().weight.shape[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from engine.models.forward import language_model
 from engine.models.internvl import set_image_token
 from engine.models.loading import greedy, is_remote, load_generation_config, reading
 from engine.models.names import Places, check_filled, match_names, tied_weights
+from engine.transfers import is_gpu, moved
+
+# Threads that read weights and copy them to GPUs.
+READERS = 8
 
 
 def build_skeleton(
@@ -81,48 +86,50 @@ def load_weights(
     """Fill a skeleton with weights, on `device` and the other GPUs of `room`, ready to run forward.
 
     Args:
-        read: Returns the tensor of a name in the files, or None for a float tensor that is filled in later. Floats are
-            converted to `dtype`; a tensor that needs no conversion is not copied.
+        read: See `fill`.
         tokenizer_folder: Folder of the tokenizer that gives an original InternVL model the id of its image token.
 
     Raises:
         RunError: The model does not fit on the GPUs.
         CheckpointError: See `set_image_token`.
     """
-
-    def weight(name: str) -> Tensor | None:
-        tensor = read(name)
-        return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
-
-    fill(model, places, device_map(model, dtype, device, room), dtype, weight)
+    fill(model, places, device_map(model, dtype, device, room), dtype, read)
     set_image_token(model, tokenizer_folder)
 
 
 def fill(
-    model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, weight: Callable[[str], Tensor | None]
+    model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, read: Callable[[str], Tensor | None]
 ) -> None:
     """Set the parameters and buffers of a module, without a copy where none is needed.
 
-    `weight` returns the tensor of a name in the files, floats in `dtype`, or None for a float tensor that is filled in
-    later. Parameters require no gradient afterwards.
+    `read` returns the tensor of a name in the files, or None for a float tensor that is filled in later. Floats are
+    converted to `dtype`. For GPUs, several threads call it and copy at a time. Parameters require no gradient
+    afterwards.
     """
     state, parts = model.state_dict(), defaultdict[str, list[str]](list)
     for name, place in places.items():
         parts[place.parameter].append(name)
-    tensors = {}
-    for parameter, names in parts.items():
+
+    def filled(parameter: str) -> Tensor:
         device, empty = device_of(parameter, devices), state[parameter]
-        weights = {name: weight(name) for name in names}
+        names = parts[parameter]
+        weights = {name: read(name) for name in names}
         only = weights[names[0]]
         if only is not None and only.shape == empty.shape:
-            tensors[parameter] = only.to(device)
-            continue
+            return moved(only, device, dtype)
         # Not `empty.dtype`: a model's own code may build a part of the module in another dtype than the run's.
         whole = torch.empty(empty.shape, dtype=dtype, device=device)
         for name, tensor in weights.items():
             if tensor is not None:
-                part_of(whole, places[name], tensor.shape).copy_(tensor)
-        tensors[parameter] = whole
+                part_of(whole, places[name], tensor.shape).copy_(moved(tensor, device, dtype))
+        return whole
+
+    if any(is_gpu(device) for device in devices.values()):
+        # A copy from a file waits for its pages, thread by thread.
+        with ThreadPoolExecutor(READERS, "weights", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tensors = dict(zip(parts, pool.map(filled, parts), strict=True))
+    else:
+        tensors = {parameter: filled(parameter) for parameter in parts}
     model.load_state_dict(tensors, strict=False, assign=True)
     if tied_weights(model):
         model.tie_weights()

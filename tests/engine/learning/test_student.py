@@ -625,6 +625,16 @@ def test_gradients_stay_without_a_receiver(setup) -> None:
 # Logits in pieces.
 
 
+def test_checkpointing_does_not_copy_the_state_of_random_numbers(setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would wait for it, in every block."""
+    config, _, targets, coefficients = setup
+    plan = plan_of(config, "gradient_checkpointing=true")
+    student = filled(plan, coefficients)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("nothing in the model is random"))
+    student.accumulate([(targets[0, 0], 1.0)])
+    assert take_gradients(student)
+
+
 @pytest.mark.parametrize(("rows", "parts"), [(1, 10), (4, 3), (10, 1), (1000, 1)])
 def test_logits_are_computed_in_parts_of_the_given_size(
     setup, monkeypatch: pytest.MonkeyPatch, rows: int, parts: int

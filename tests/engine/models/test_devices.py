@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
+import tiny
 import torch
 from conftest import plan_of
 from errors import refused
+from fake_cuda import Cuda, fake_cuda
 from fake_gpus import FakeGpus
+from peft_adapters import adapters
 
 from actors.expert import Expert
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.samples import Sample
+from engine.checkpoints.adapters import AdapterHeader
 from engine.codec import pack_all
 from engine.errors import RunError
 from engine.learning.frozen_expert import FrozenExpert
@@ -25,7 +30,7 @@ from engine.learning.targets import load_target
 from engine.models import skeleton
 from engine.models.devices import DeviceMap, Room, device_map, device_of
 from engine.models.loading import load_model_config
-from engine.models.skeleton import build_skeleton
+from engine.models.skeleton import build_skeleton, load_weights
 from engine.planning.open_models import open_base
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
@@ -108,6 +113,62 @@ def test_unused_gpu_memory_is_given_back(plan: Plan, monkeypatch: pytest.MonkeyP
     for k in range(2):
         expert.target(Sample(k, 0, (5, 9, 11, 3), "here"), LocalFolder(tmp_path), str(k))
     assert len(emptied) == 2, "before each of the experts"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    """The CPU is taken for a GPU that weights are copied to."""
+    cuda = fake_cuda(monkeypatch, buffers=3, nbytes=64)
+    monkeypatch.setattr("engine.transfers.BUFFER", 64)
+    monkeypatch.setattr("engine.transfers.on_gpu", lambda tensor: False)
+    for module in ("engine.transfers", "engine.models.skeleton", "engine.learning.frozen_expert"):
+        monkeypatch.setattr(f"{module}.is_gpu", lambda device: True)
+    return cuda
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_several_threads_read_the_weights_for_a_gpu(
+    tmp_path: Path, request: pytest.FixtureRequest, family: str, dtype: torch.dtype
+) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family))
+    base, readers = open_base(plan), set[str]()
+
+    def read(name: str) -> torch.Tensor:
+        readers.add(threading.current_thread().name.partition("_")[0])
+        return base.read(name)
+
+    def loaded() -> dict[str, torch.Tensor]:
+        config = load_model_config(base.folder)
+        model, places = build_skeleton(config, plan.base_header.tensors, dtype, base.folder)
+        load_weights(model, places, dtype, CPU, base.folder, read)
+        return dict(model.state_dict())
+
+    wanted = loaded()
+    assert readers == {threading.current_thread().name}
+    readers.clear()
+    cuda: Cuda = request.getfixturevalue("gpu")
+    found = loaded()
+    assert readers == {"weights"} and len(cuda.pinned) <= 3
+    assert found.keys() == wanted.keys()
+    assert all(found[name].dtype == one.dtype and torch.equal(found[name], one) for name, one in wanted.items())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads it
+def test_an_adapter_s_factors_are_multiplied_on_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    config = tiny.make_merge(tmp_path / "merge")
+    adapters(config, 2)
+    plan, products, addmm = plan_of(config), [], torch.addmm
+    wanted = FrozenExpert(plan, 0, CPU).model.state_dict()
+    request.getfixturevalue("gpu")
+    monkeypatch.setattr(torch, "addmm", lambda *given: products.append(given) or addmm(*given))
+    found = FrozenExpert(plan, 0, CPU).model.state_dict()
+    header = plan.experts[0].header
+    assert isinstance(header, AdapterHeader) and len(products) == len(header.pairs) > 0
+    for name, one in wanted.items():
+        torch.testing.assert_close(found[name], one, rtol=1e-5, atol=1e-6)
 
 
 def test_several_devices_give_the_same_target_and_the_same_step(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
