@@ -1,10 +1,15 @@
 # All targets run in .venv next to this file; `make install` creates it and does nothing if it is up to date.
 PYTHON ?= python3
 BIN := .venv/bin
-# Test processes at a time. A file of tests stays in one process, so that its fixtures are made once. The files are
-# tested in their order: by default, those with the fewest tests would be last, which take longest.
+# Test processes at a time. Slow tests wait for Ray most of the time, so that two cores serve more of them.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+SLOW_WORKERS ?= 4
+# A file of tests stays in one process, so that its fixtures are made once. The files are tested in their order: by
+# default, those with the fewest tests would be last, which take longest. Compiled modules are kept even where the
+# environment says otherwise, as tests start many processes.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+# The files with slow tests, those that start Ray first. Each process would collect all other files in vain.
+SLOW_FILES = $(shell grep -rl --include='test_*.py' slow tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.py)
 STAMP := .venv/.installed
 
 .PHONY: install demo test test-slow chaos bench quality check clean
@@ -22,10 +27,10 @@ demo: install
 	$(BIN)/python examples/quickstart/demo.py
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow"
 
 test-slow: install
-	$(PYTEST) -m slow
+	$(PYTEST) -n $(SLOW_WORKERS) -m slow $(SLOW_FILES)
 
 # Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
 chaos: install
@@ -51,7 +56,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(MAKE) test test-slow
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

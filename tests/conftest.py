@@ -131,9 +131,9 @@ def small_ray(warm: None) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """URL of an S3 server, shared by the tests of a module."""
+    """URL of an S3 server, shared by all tests of a process."""
     with object_store.serving() as url:
         yield url
 

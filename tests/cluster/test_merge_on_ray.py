@@ -22,6 +22,7 @@ from conftest import plan_of
 from errors import refused
 from peft_adapters import adapters
 from plain import Plain, Received
+from slow import as_slow
 from transformers import AutoModelForCausalLM
 
 from engine.config.schema import Use
@@ -69,6 +70,7 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     assert written["record"]["devices"] == devices
 
 
+@pytest.mark.slow
 def test_an_input_that_changes_during_a_merge_ends_it(config: Path, tmp_path: Path) -> None:
     """The experts are mapped into memory by their file, so the replaced one is what the learning used."""
     folder = shutil.copytree(config.parent, tmp_path / "in")
@@ -98,6 +100,7 @@ def orthogonal(small_ray: None, config: Path, factors: Use, tmp_path_factory: py
     return run_merge(plan_of(config, *settings), tmp_path_factory.mktemp("out") / "merged")
 
 
+@pytest.mark.slow
 def test_orthogonal_task_vectors_are_learned_over_and_written(
     config: Path, orthogonal: Path, factors: Use, tmp_path: Path
 ) -> None:
@@ -119,6 +122,7 @@ def test_orthogonal_task_vectors_are_learned_over_and_written(
     assert (moved == 0) == (factors == "always"), "factors are on the trainer's device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factors", ["always"], indirect=True, scope="module")
 @pytest.mark.parametrize("phase", ["reading the experts", "orthogonal task vectors", "stage 1"])
 def test_a_stop_between_readings_and_damage_give_the_same_bits(
@@ -162,7 +166,8 @@ def test_a_stop_between_readings_and_damage_give_the_same_bits(
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
 @pytest.mark.parametrize(
-    ("task_vectors", "chunks"), [("orthogonal", "spectral"), ("orthogonal", "direction"), ("whole", "spectral")]
+    ("task_vectors", "chunks"),
+    [("orthogonal", "spectral"), as_slow(("orthogonal", "direction")), as_slow(("whole", "spectral"))],
 )
 def test_coefficients_of_directions_are_learned_and_written(
     config: Path, tmp_path: Path, task_vectors: str, chunks: str
@@ -314,6 +319,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(config: Path, merged:
     assert one.equals(other)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_computed_again_with_the_same_bits(
     config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

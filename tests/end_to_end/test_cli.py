@@ -106,6 +106,7 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
     assert other.returncode == 2 and str(out) in other.stderr and "--fresh" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_not_finite_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     expert = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert1")
@@ -119,6 +120,7 @@ def test_a_weight_that_is_not_finite_is_found_and_nothing_is_left(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merge"]
 
 
+@pytest.mark.slow
 def test_missing_resources_are_reported_with_numbers(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     wanted = ("--set", "cluster.trainer.num_gpus=4", "--set", "cluster.wait=2")

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +30,7 @@ from hostile import Server, refused
 from image_inputs import from_chat, from_processor
 from reference import to_module
 from safetensors.torch import load_file
+from slow import as_slow, slow_but
 from test_cli import cli
 from torch import Tensor
 
@@ -97,17 +98,8 @@ class Made:
         return logits
 
 
-def late(families: Sequence[str]) -> list[Any]:
-    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
-
-
-# A merge takes a quarter of a minute to start its processes. Only the two most special families run in the fast tests.
-FIRST = (tiny_images.CHAT, MIXTURES[0])
-
-
-@pytest.fixture(
-    scope="module", params=[*FIRST, *late([f for f in (*BY_COMMAND, *OTHERS, *MIXTURES) if f not in FIRST])]
-)
+# A merge takes a quarter of a minute to start its processes. Only the most special family is in the fast set.
+@pytest.fixture(scope="module", params=slow_but([tiny_images.CHAT], (*BY_COMMAND, *OTHERS, *MIXTURES)))
 def made(request: pytest.FixtureRequest, warm: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A merge of each family; read-only."""
     family = request.param
@@ -241,6 +233,7 @@ def moved_away(folder: Path) -> Iterator[None]:
         away.rename(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [tiny_images.CHAT], indirect=True)
 def test_its_code_is_its_own_when_the_inputs_are_gone(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -257,7 +250,7 @@ def test_its_code_is_its_own_when_the_inputs_are_gone(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("made", late(["internvl"]), indirect=True)
+@pytest.mark.parametrize("made", [as_slow("internvl")], indirect=True)
 def test_tasks_of_one_expert_and_the_config_of_the_output(made: Made, tmp_path: Path) -> None:
     rows = pyarrow.parquet.read_table(made.out / "merge" / "metrics.parquet").to_pylist()
     seen = {(row["model"], row["sample"]) for row in rows}

@@ -413,6 +413,7 @@ def test_small_pictures_are_read(tmp_path: Path) -> None:
     assert {read(tmp_path, content).size for content in small()} == {(24, 18), (18, 24)}
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_spoilt_picture_is_a_picture_or_a_calibration_error(

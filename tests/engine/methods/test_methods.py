@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import cut_small, plan_of
 from errors import refused
+from slow import as_slow, slow_but
 from tolerance import unit
 from torch import Tensor
 from weight_space import (
@@ -170,7 +171,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("dtypes", slow_but(["mixed"], DTYPES))
 @each_case
 def test_matrices_and_others(case: str, dtypes: str, tmp_path: Path) -> None:
     method, options, of = CASES[case]
@@ -391,7 +392,9 @@ def test_a_mask_does_not_depend_on_the_other_experts(ones: Path) -> None:
     assert all(torch.equal(mask, alone[name]) for name, mask in turned.items())
 
 
-@pytest.mark.parametrize(("block", "piece", "room"), [(400, 1200, 512), (37, 999, 64), (1 << 18, 1 << 22, 1 << 20)])
+@pytest.mark.parametrize(
+    ("block", "piece", "room"), [(400, 1200, 512), as_slow((37, 999, 64)), (1 << 18, 1 << 22, 1 << 20)]
+)
 def test_a_mask_does_not_depend_on_blocks_and_pieces(
     block: int, piece: int, room: int, ones: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -458,7 +461,7 @@ NATIVE = [
 
 
 @pytest.mark.parametrize("name", ["layers.0.wide.weight", "layers.0.norm.weight"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), as_slow(float("inf")), as_slow(float("-inf"))])
 @pytest.mark.parametrize(("method", "parameters"), NATIVE, ids=str)
 def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(
     method: str, parameters: dict[str, Any], value: float, name: str, tmp_path: Path

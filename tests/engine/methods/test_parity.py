@@ -15,6 +15,7 @@ import torch
 from conftest import cut_small, plan_of
 from errors import refused
 from peft_adapters import build
+from slow import as_slow, slow_but
 from torch import Tensor
 from weight_space import (
     Tensors,
@@ -162,7 +163,11 @@ TIES_CASES: list[tuple[tuple[float, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("weights", "top"), TIES_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("weights", "top"),
+    slow_but([(POSITIVE, {"density": 0.3}), (MIXED, {"density": 0.5}), TIES_CASES[-2]], TIES_CASES),
+    ids=str,
+)
 def test_ties(weights: tuple[float, ...], top: dict[str, Any], models: Path, record: Record) -> None:
     config = write_config(
         models,
@@ -286,7 +291,7 @@ def test_dare(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("depth", ["models", "one_layer"])
+@pytest.mark.parametrize("depth", ["models", as_slow("one_layer")])
 def test_settings_of_layers_and_names(
     top: dict[str, Any], depth: str, request: pytest.FixtureRequest, record: Record
 ) -> None:
@@ -330,12 +335,12 @@ def test_slices_of_linear_without_a_base(models: Path, record: Record) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        {"family": "llama", "tied": True},
-        {"family": "llama", "sharded": True},
-        {"family": "qwen2"},
+        as_slow({"family": "llama", "tied": True}),
+        as_slow({"family": "llama", "sharded": True}),
+        as_slow({"family": "qwen2"}),
         {"family": "qwen2", "tied": True, "sharded": True},
-        {"family": "gemma2", "tied": True},
-        {"family": "qwen3"},
+        as_slow({"family": "gemma2", "tied": True}),
+        as_slow({"family": "qwen3"}),
     ],
     ids=str,
 )
@@ -367,11 +372,11 @@ def test_an_expert_with_a_tied_head_of_a_base_without(
 @pytest.mark.parametrize(
     ("source", "out"),
     [
-        ("models", "bfloat16"),
+        as_slow(("models", "bfloat16")),
         ("models", "float16"),
         ("halves", "bfloat16"),
-        ("halves", "float16"),
-        ("halves", "float32"),
+        as_slow(("halves", "float16")),
+        as_slow(("halves", "float32")),
     ],
 )
 def test_output_dtypes(method: str, source: str, out: str, request: pytest.FixtureRequest, record: Record) -> None:
@@ -488,7 +493,7 @@ LIBRARY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LIBRARY)
+@pytest.mark.parametrize("case", slow_but([case for case in LIBRARY if "-" not in case], LIBRARY))
 def test_methods_of_mergekits_library(case: str, models: Path, record: Record) -> None:
     method, keys = LIBRARY[case]
     keys = {"base_model": "base"} | keys

@@ -18,6 +18,7 @@ import transformers
 import yaml
 from conftest import plan_of
 from errors import refused
+from slow import slow_but
 from torch import Tensor
 from weight_space import combine, ours, read
 
@@ -73,7 +74,9 @@ def check_merged(folder: Path, base: dict[str, Tensor], tuned: dict[str, Tensor]
 
 
 @pytest.mark.parametrize("own_names", ["base", "tuned"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
+@pytest.mark.parametrize(
+    "family", slow_but(["gemma3", "internvl"], ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
+)
 def test_names_of_the_hub_and_of_the_modules_are_the_same_parameters(
     tmp_path: Path, family: str, own_names: str
 ) -> None:

@@ -184,6 +184,7 @@ identities = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(identities)
 def test_an_identity_is_what_its_encoding_says(one: Identity) -> None:
     again = decode(one.encode(), "here")

@@ -19,6 +19,7 @@ import torch
 from conftest import plan_of
 from errors import refused
 from identities import merge_of, record_of
+from slow import as_slow
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
@@ -62,7 +63,8 @@ class Place:
         return self.parent.names() == set(names) and folders <= {name.partition("/")[0] for name in names}
 
 
-@pytest.fixture(params=["disk", "objects"])
+# In the fast set, the tests with the fixture `objects` are those of object storage.
+@pytest.fixture(params=["disk", as_slow("objects")])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     parent = tmp_path / "parent"
     parent.mkdir()

@@ -109,7 +109,10 @@ def model_set(model_sets: dict[torch.dtype, ModelSet]) -> ModelSet:
 
 
 # Elements of a block and of a piece: a piece of one block, of several, and of several with a partial one.
-@pytest.fixture(params=[(4, 4), (13, 30), (48, 100), None], ids=lambda size: f"block-{size[0] if size else 'whole'}")
+@pytest.fixture(
+    params=[(4, 4), (13, 30), pytest.param((48, 100), marks=pytest.mark.slow), None],
+    ids=lambda size: f"block-{size[0] if size else 'whole'}",
+)
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks and pieces, so that tensors have several; None keeps the default sizes."""
     if request.param is not None:
