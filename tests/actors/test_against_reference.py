@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 # How a gradient is held: options by ids of tests.
 HELD: dict[str, Any] = {
-    "stream": {"gradients": "stream"},
+    "stream": as_slow({"gradients": "stream"}),
     "checkpointing": as_slow({"gradient_checkpointing": True}),
     "both-with-all-merged": {"gradients": "stream", "gradient_checkpointing": True, "exclude": []},
 }
@@ -69,7 +69,7 @@ def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: P
     "parameters",
     [
         {"start": "stage1", "fixed": "stage1", "budget": 0.9},
-        {"temperature": 2.0, "hidden_layers": [], "regularization": 0.0},
+        as_slow({"temperature": 2.0, "hidden_layers": [], "regularization": 0.0}),
         {"hidden_layers": [0, 3], "hidden_weight": 0.3, "kappa": 0.5, "budget": 2.5, "gradient_accumulation": 8},
     ],
     ids=["start-and-fixed-at-stage-1", "logits-only", "layers-and-kappa"],

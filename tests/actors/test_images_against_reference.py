@@ -14,7 +14,7 @@ from conftest import plan_of
 from image_inputs import inputs_of
 from plain import Plain
 from reference import Reference, Result
-from slow import slow_but
+from slow import as_slow, slow_but
 from torch.func import functional_call
 from torch.nn.functional import pad
 
@@ -71,7 +71,7 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
 
 @pytest.mark.parametrize("loss_tokens", ["text", "response"])
 @pytest.mark.parametrize("family", slow_but(["qwen2_vl"], ["qwen2_vl", "gemma3", tiny_images.CHAT]))
-@pytest.mark.parametrize("method", ["expert_merging_pp", "adamerging"])
+@pytest.mark.parametrize("method", ["expert_merging_pp", as_slow("adamerging")])
 def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
     """Gemma 3's head is merged here, so that its targets hold logits."""
     parameters = {"loss_tokens": loss_tokens}

@@ -216,6 +216,24 @@ IMAGES: Cases = {
     ),
 }
 
+QUICK = {
+    "10 Gpx",
+    "100 MB",
+    "a line",
+    "empty",
+    "more places",
+    "no processor",
+    "no template",
+    "one token more",
+    "options of no size",
+    "options unknown",
+    "processor of code",
+    "processor that is text",
+    "template without places",
+    "too long",
+    "truncated",
+}
+
 
 def edit_max_length(folder: Path) -> None:
     expert(folder, calibration="x.jsonl")
@@ -231,18 +249,7 @@ def test_invalid_paths_of_images_are_refused_by_a_plan(
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
-@cases(
-    slow=[
-        "100 Mpx",
-        "100 MB of words",
-        "15 million marks",
-        "5 million pieces",
-        "50,000 passes",
-        "60 MB of nothing",
-        "options of a gigantic size",
-    ],
-    image=IMAGES,
-)
+@cases(slow=IMAGES.keys() - QUICK, image=IMAGES)
 def test_hostile_images_are_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

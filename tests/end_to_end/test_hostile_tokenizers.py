@@ -155,6 +155,18 @@ TOKENIZERS: Cases = {
         [*TEMPLATE, "memory"],
     ),
 }
+QUICK = {
+    "added token below 0",
+    "empty",
+    "id below 0",
+    "length that is text",
+    "link out",
+    "merge of unknown tokens",
+    "normalizers in each other",
+    "pipe that a class opens",
+    "table of 4 GiB",
+    "template that doubles",
+}
 
 SCORED = '{"question": "w1", "response": "w2"}\n'
 EVALUATED: Cases = {
@@ -178,7 +190,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(tokenizer=TOKENIZERS)
+@cases(slow=TOKENIZERS.keys() - QUICK, tokenizer=TOKENIZERS)
 def test_a_hostile_tokenizer_is_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

@@ -86,6 +86,7 @@ def on_heatmaps(figures: list[Any], names: list[str], blocks: Blocks) -> dict[tu
     return found
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 14), st.integers(1, 16), st.integers(0, 2), st.data())
 def test_the_heatmaps_show_every_coefficient_in_its_cell(
