@@ -20,6 +20,7 @@ from actors.trainer import Trainer
 from cluster.placement import Seat, Seating
 from cluster.remote_shards import RemoteShards
 from cluster.session import reserved
+from cluster.trainer_seats import reserved_place
 from cluster.watch import Watch
 from engine.codec import Packed, pack_all
 from engine.learning.targets import load_tensors
@@ -94,19 +95,22 @@ class Crew:
                 started.remove(calls[call])
         return started
 
-    def trainer(self) -> Any:
-        """Start the trainer in its home. The shards must be running."""
-        assert self.layout.trainer is not None
+    def trainer(self, index: int = 0) -> Any:
+        """Start a trainer, the first one in its home. The shards must be running, and for the others no expert."""
+        layout = self.layout
+        assert layout.trainer is not None
+        seat = layout.others[index - 1] if index else layout.trainer
+        place = reserved_place(layout, index - 1) if index else len(layout.shards)
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
-        names = [] if self.layout.within_trainer else self._shard_names
-        threads, factored, room = self.layout.threads, self.layout.factored, self.layout.room
-        on_gpu, limits = self.layout.trainer.gpus > 0, (self.layout.batch_tokens, self.layout.logit_bytes)
+        names = [] if layout.within_trainer else self._shard_names
+        threads, factored, room, stream = layout.threads, layout.factored, layout.room, layout.gradients == "stream"
+        on_gpu, limits = seat.gpus > 0, (layout.batch_tokens, layout.logit_bytes)
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
             shards = _trainer_shards(plan, state, names, factored, room, on_gpu)
-            return plan, shards, _puller(plan, state), threads, *limits
+            return plan, shards, _puller(plan, state), ray.get, threads, index, stream, *limits
 
-        return self._spawn(Trainer, "the trainer", self.layout.trainer, len(self.layout.shards), arguments)
+        return self._spawn(Trainer, f"trainer {index}" if index else "the trainer", seat, place, arguments)
 
     def dismiss(self, actor: Any) -> None:
         """Kill an actor. The driver owns the objects that its methods returned, so they outlive it."""

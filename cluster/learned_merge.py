@@ -13,11 +13,13 @@ import numpy as np
 
 from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.placement import Devices, Seating, arrange, check_memory, machines
+from cluster.placement import Devices, Seating, check_memory, machines
 from cluster.progress import Progress
 from cluster.session import await_layout, nodes
 from cluster.stages import Stages
 from cluster.targets import SURVEY, TargetComputation
+from cluster.trainer_seats import arrange_trainers
+from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
 from engine.learning.importance import stage_2_layout
@@ -26,6 +28,7 @@ from engine.output.merge_record import write_record
 from engine.planning.costs.disk import check_disk, disk_needs
 from engine.planning.costs.patience import patience
 from engine.planning.costs.scaling import Work
+from engine.planning.costs.trainers import with_gradients
 from engine.planning.factors import decomposed, directions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import Plan
@@ -59,8 +62,8 @@ class LearnedMerge(Attempt):
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
-            trainer = trainer or crew.trainer()
-            training = Stages(self, self.samples, trainer, targets)
+            trainers = Trainers(self, crew, targets, trainer or crew.trainer())
+            training = Stages(self, self.samples, trainers, targets)
             self.plan = training.find_prior()
             stages = [training.stage(first_stage(self.plan))]
             importance = None
@@ -71,8 +74,7 @@ class LearnedMerge(Attempt):
                 layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa, along, each)
                 self.progress.advance("importance", 1)
                 stages.append(training.stage(second_stage(self.plan, layout, stages[0])))
-            self.report(trainer)
-            crew.dismiss(trainer)
+            trainers.end()
             self._write(crew, stages[-1])
             for shard in crew.shards:
                 self.report(shard)
@@ -109,16 +111,23 @@ class LearnedMerge(Attempt):
         def find() -> tuple[Devices, Seating]:
             alive = nodes()
             devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
-            return devices, arrange(devices.among(alive), self.plan, self._work(devices.trainer > 0), devices)
+            work = self._work(devices.trainer > 0)
+            return devices, arrange_trainers(devices.among(alive), self.plan, work, devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
-        work = self._work(devices.trainer > 0)
-        check_memory(nodes(), self.plan, work, devices)
+        devices = replace(devices, gradients=layout.gradients, logit_bytes=layout.logit_bytes)
+        plan, work = with_gradients(self.plan, layout.gradients), self._work(devices.trainer > 0)
+        asked, trainers = config.cluster.trainers, 1 + len(layout.others)
+        if asked != "auto" and asked > trainers:
+            self.progress.say(
+                f"of {asked} trainers, {trainers} have a seat and passes (`gradients: {plan.config.gradients}`)"
+            )
+        check_memory(nodes(), plan, work, devices)
         tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
         stored = self.folder.has_task_vectors(self.plan)
         check_disk(disk_needs(self.plan, tokens, layout.factored, stored), self.folder.out)
-        self.bound(patience(self.plan, machines(nodes(), config, devices), len(layout.shards), work))
-        self.folder.keep_devices(asdict(replace(devices, logit_bytes=layout.logit_bytes)))
+        self.bound(patience(plan, machines(nodes(), config, devices), len(layout.shards), work))
+        self.folder.keep_devices(asdict(devices))
         return layout
 
     def _work(self, on_gpu: bool) -> Work:

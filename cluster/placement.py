@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from engine.config.schema import GPU_PART, Config, Use
+from engine.config.schema import GPU_PART, Config, GradientUse, Use
 from engine.errors import ClusterError
 from engine.planning.costs.rates import GB, Site
 from engine.planning.costs.scaling import Machines, Work, choose
@@ -57,7 +57,7 @@ class Seating:
 
     Attributes:
         shards: The seats of the shards.
-        trainer: The seat of the trainer; None for a weight-space method.
+        trainer: The seat of the first trainer; None for a weight-space method.
         experts: The seats of the experts that can run at the same time.
         home: The reserved seat in which the trainer runs.
         beside: Experts have seats besides the trainer's. Else they run within `home`, which is large enough for
@@ -69,6 +69,8 @@ class Seating:
         room: Bytes of the trainer's device that an optimiser step needs besides weights and factors.
         batch_tokens: Tokens of a pass of the trainer at most.
         logit_bytes: Bytes of logits that the trainer has in memory at a time.
+        others: The seats of the other trainers, which start when all experts have ended. They request no CPUs.
+        gradients: `gradients` of the config; of a merge with learned coefficients, accumulate or stream.
     """
 
     shards: tuple[Seat, ...]
@@ -83,6 +85,8 @@ class Seating:
     room: float = 0
     batch_tokens: int = CPU_TOKENS
     logit_bytes: int = LOGIT_BYTES
+    others: tuple[Seat, ...] = ()
+    gradients: GradientUse = "accumulate"
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
@@ -108,6 +112,7 @@ class Devices:
         factors: `cluster.factors`, which with the trainer's device decides which matrices are merged through factors.
         batch_tokens: Tokens of a pass of the trainer at most.
         logit_bytes: Bytes of logits that the trainer has in memory at a time; 0 until the layout is known.
+        gradients: `gradients`; `auto` until the first layout decides it.
     """
 
     trainer: float
@@ -117,6 +122,7 @@ class Devices:
     factors: Use = "auto"
     batch_tokens: int = CPU_TOKENS
     logit_bytes: int = 0
+    gradients: GradientUse = "auto"
 
     @classmethod
     def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
@@ -133,6 +139,7 @@ class Devices:
             tuple(sorted({node.kind for node in usable if node.gpus})),
             config.cluster.factors,
             pass_limit(config.batch_tokens, trainer > 0),
+            gradients=config.gradients,
         )
 
     def factored(self, plan: Plan) -> tuple[str, ...]:
@@ -157,13 +164,15 @@ class Devices:
         return fitting
 
 
-def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> Seating:
+def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices, trainers: int = 1) -> Seating:
     """Return the seats of the layout that the scaling model estimates to be the fastest (docs/scaling.md).
+
+    `trainers` is the number of trainers; only the first one has a seat (`cluster.trainer_seats`).
 
     Raises:
         ClusterError: no node fits the trainer or an expert.
     """
-    fastest = choose(plan, work, machines(nodes, plan.config, devices))
+    fastest = choose(plan, work, replace(machines(nodes, plan.config, devices), trainers=trainers))
     layout = lay_out(nodes, plan, devices, fastest.where, fastest.shards)
     logit_bytes = devices.logit_bytes or fastest.memory.logits
     return replace(layout, room=fastest.memory.step, batch_tokens=devices.batch_tokens, logit_bytes=logit_bytes)
@@ -221,9 +230,9 @@ def lay_out(
     config = plan.config
     usable = useful(nodes, config)
     for role, gpus in (("trainer", devices.trainer), ("expert", devices.expert)):
-        if not _candidates(usable, config, role, gpus):
+        if not candidates(usable, config, role, gpus):
             raise _shortage(nodes, config, role, gpus)
-    homes = _candidates(usable, config, "trainer", devices.trainer)
+    homes = candidates(usable, config, "trainer", devices.trainer)
     home = max(homes, key=lambda node: len(_places(usable, config, devices, node)))
     places = _places(usable, config, devices, home)
     beside = bool(places)
@@ -273,7 +282,7 @@ def _places(usable: Sequence[Node], config: Config, devices: Devices, home: Node
 
     The nodes take turns; the trainer's own comes last in each turn.
     """
-    nodes = _candidates(usable, config, "expert", devices.expert)
+    nodes = candidates(usable, config, "expert", devices.expert)
     others = [node for node in nodes if node.id != home.id]
     if not devices.expert:
         return others or nodes
@@ -317,7 +326,8 @@ def _shards(usable: Sequence[Node], plan: Plan, count: int | None) -> tuple[Seat
     return tuple(Seat(owner[index].id, _share(owner[index], on[owner[index].id])) for index in range(count))
 
 
-def _candidates(usable: Sequence[Node], config: Config, role: str, gpus: float) -> list[Node]:
+def candidates(usable: Sequence[Node], config: Config, role: str, gpus: float) -> list[Node]:
+    """Return the nodes that fit an actor of a role with that many GPUs."""
     return [node for node in usable if node.gpus >= gpus and _has(node, _labels(config, role))]
 
 

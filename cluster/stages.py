@@ -1,7 +1,7 @@
-"""The training: the search for the prior (`weight: auto`) and the optimiser steps of a stage, on the trainer actor.
+"""The training: the search for the prior (`weight: auto`) and the optimiser steps of a stage, on the trainer actors.
 
-The trainer is called with one window of samples at a time, as soon as the targets of the window are stored. The state
-is stored after every call, so that a restarted run resumes there; meanwhile, the trainer takes the next step.
+The trainers are called with one window of samples at a time, as soon as the targets of the window are stored. The state
+is stored after every call, so that a restarted run resumes there; meanwhile, the trainers take the next step.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import ray
 from actors.trainer import WindowSample
 from cluster.attempt import Attempt
 from cluster.targets import TargetComputation
+from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
 from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_prior, with_prior
@@ -28,11 +29,11 @@ from engine.task_vectors.coefficients import Coefficients
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of one attempt at a merge, on its trainer and with its targets."""
+    """The stages of one attempt at a merge, on its trainers and with its targets."""
 
     attempt: Attempt
     samples: Sequence[Sequence[Sample]]
-    trainer: Any
+    trainers: Trainers
     targets: TargetComputation
 
     def find_prior(self) -> Plan:
@@ -48,7 +49,9 @@ class Stages:
         self.attempt.progress.phase("prior", len(PRIORS), len(losses))
         for weight in PRIORS[len(losses) :]:
             coefficients = ray.put(common_prior(self.attempt.plan, weight))
-            measured = [self.trainer.measure.remote(coefficients, self._window(window)) for window in once]
+            measured = [
+                self.trainers.measure(coefficients, number, self._window(window)) for number, window in enumerate(once)
+            ]
             losses.append(sum(self.attempt.watch.answer(loss, "measuring a prior") for loss in measured))
             self.attempt.folder.keep("prior", np.array(losses))
             self.attempt.progress.advance("prior", len(losses))
@@ -68,7 +71,7 @@ class Stages:
             ahead = steps[number + 1 : number + 2]
             ahead = [window for window in ahead if self.targets.has(window)]
             windows = [self._window(window) for window in (steps[number], *ahead)]
-            return self.trainer.step.remote(reference, state.learner, number, *windows)
+            return self.trainers.step(reference, state.learner, number, *windows)
 
         taken = None
         for number in range(state.steps, len(steps)):

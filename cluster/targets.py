@@ -79,7 +79,12 @@ class TargetComputation:
 
     def all_stored(self) -> None:
         """Wait until every target is stored and every expert actor is dismissed."""
-        self._watch.until(lambda: not self._missing and not self._unread and not self._open, TARGETS)
+        self._watch.until(lambda: self.ended, TARGETS)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every target is stored, every expert surveyed, and every expert actor dismissed."""
+        return not (self._missing or self._unread or self._open)
 
     def _arrived(self, actor: Any, _: Report) -> None:
         del self._coming[actor]

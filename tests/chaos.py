@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ ROLES = ("Expert", "Trainer", "Shard")
 LIVES = {"Expert": PHASES[:2], "Trainer": PHASES[:-1], "Shard": PHASES}
 CELLS = [(victim, phase) for role in ROLES for victim in (role, f"node of {role}") for phase in LIVES[role]]
 CELLS += [("driver", phase) for phase in PHASES]
+# Merges with two trainers, whose expected output is that of one trainer.
+TWO = "one of 2 "
+SEVERAL, ALONE = (("gradients=stream", f"cluster.trainers={count}") for count in (2, 1))
+CELLS += [
+    (f"{kind}{TWO}Trainers", phase) for kind in ("", "node of ") for phase in ("stage 1", "importance", "stage 2")
+]
 LINE = re.compile(r"\[ *[\d.]+ s\] ([a-z][a-z0-9 ]*?)(?:: (\d+)| (\d+)/(\d+))(?: |$)")
 LIMIT = 300.0
 TRIES = 4
@@ -81,23 +88,30 @@ class Outcome:
     log: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Given:
     """What the cells share.
 
     Attributes:
         nodes: The cluster.
         config: The config of the merge.
-        expected: The files of an undisturbed run's output, see `cluster_helpers.result`.
-        seconds: The duration of the undisturbed run.
+        folder: For the outputs of undisturbed runs.
         environment: The environment of a driver.
     """
 
     nodes: Nodes
     config: Path
-    expected: dict[str, bytes]
-    seconds: float
+    folder: Path
     environment: dict[str, str]
+
+    @cache  # noqa: B019 - there is one of this class
+    def undisturbed(self, options: tuple[str, ...] = ()) -> tuple[dict[str, bytes], float]:
+        """The files of an undisturbed run's output, see `cluster_helpers.result`, and the run's duration."""
+        self.nodes.mend()
+        began, out = time.monotonic(), self.folder / "-".join(("undisturbed", *options))
+        driver = Driver(self.config, out, self.nodes.cluster.address, self.environment, options)
+        assert driver.end() == 0, "".join(driver.lines)
+        return result(out), time.monotonic() - began
 
 
 class Nodes:
@@ -135,8 +149,11 @@ class Nodes:
 class Driver:
     """A merge started through the command line, whose output is read line by line."""
 
-    def __init__(self, config: Path, out: Path, address: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, config: Path, out: Path, address: str, environment: dict[str, str], options: Iterable[str] = ()
+    ) -> None:
         command = [sys.executable, ROOT / "cli.py", "merge", config, "--out", out, "--address", address]
+        command += [word for option in options for word in ("--set", option)]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=config.parent
         )
@@ -180,11 +197,9 @@ def merges(folder: Path) -> Iterator[Given]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in conftest
     nodes = Nodes()
     try:
-        began = time.monotonic()
-        undisturbed = Driver(config, folder / "undisturbed", nodes.cluster.address, environment)
-        assert undisturbed.end() == 0, "".join(undisturbed.lines)
-        seconds = time.monotonic() - began
-        yield Given(nodes, config, result(folder / "undisturbed"), seconds, environment)
+        given = Given(nodes, config, folder, environment)
+        given.undisturbed()
+        yield given
     finally:
         nodes.cluster.shutdown()
 
@@ -194,7 +209,7 @@ def strike(nodes: Nodes, victim: str, driver: Driver, random_: random.Random) ->
     if victim == "driver":
         driver.kill()
         return f"pid {driver.process.pid}"
-    there = nodes.workers(victim.removeprefix("node of "))
+    there = nodes.workers(victim.removeprefix("node of ").removeprefix(TWO).removesuffix("s"))
     if not there:
         return ""
     worker = random_.choice(there)
@@ -207,12 +222,14 @@ def strike(nodes: Nodes, victim: str, driver: Driver, random_: random.Random) ->
 def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Outcome:
     """Run one cell; if the victim has already exited at the moment of the kill, try again at another moment."""
     nodes, config, environment = given.nodes, given.config, given.environment
+    options = SEVERAL if TWO in victim else ()
+    expected, seconds = given.undisturbed(ALONE if options else ())
     random_ = random.Random(f"{seed} {victim} {phase}")
     for attempt in range(TRIES):
         nodes.mend()
         target = out / f"{victim} {phase} {attempt}".replace(" ", "-")
         began = time.monotonic()
-        driver = Driver(config, target, nodes.cluster.address, environment)
+        driver = Driver(config, target, nodes.cluster.address, environment, options)
         struck, moment, recovery = "", None, 0.0
         seen: set[tuple[str, int]] = set()
         when = 0.0
@@ -237,8 +254,8 @@ def run_cell(given: Given, victim: str, phase: str, seed: int, out: Path) -> Out
                     recovery = time.monotonic() - when
             code, log = again.end(), log + "".join(again.lines)
         if struck and (victim != "driver" or recovery):
-            same = code == 0 and result(target) == given.expected
-            return Outcome(struck, same, code, recovery, time.monotonic() - began - given.seconds, log)
+            same = code == 0 and result(target) == expected
+            return Outcome(struck, same, code, recovery, time.monotonic() - began - seconds, log)
     raise AssertionError(f"{victim} had exited before it could be killed in {phase}, {TRIES} times:\n{log}")
 
 
@@ -260,7 +277,8 @@ def main(seed: int, cells: str | None, json_path: Path | None) -> None:
                 f"{outcome.longer:+.0f} s in total",
                 flush=True,
             )
-    title = f"seconds from the kill to new progress (and added to the run of {given.seconds:.0f} s); seed {seed}"
+    seconds = given.undisturbed()[1]
+    title = f"seconds from the kill to new progress (and added to the run of {seconds:.0f} s); seed {seed}"
     table = rich.table.Table("killed", *PHASES, title=title)
     for victim in dict.fromkeys(victim for victim, _ in outcomes):
         row = [outcomes.get((victim, phase)) for phase in PHASES]

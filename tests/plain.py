@@ -94,7 +94,13 @@ class Plain:
         self.shards: Shards = LocalShards(plan, threads=1, overlap=False, state=run.state, names=others)
         if through:
             self.shards = FactorShards(plan, through, self.shards, run.state)
-        self.trainer = Trainer(plan, self.shards, lambda target: target)
+        self.start(trainers=1)
+
+    def start(self, trainers: int) -> None:
+        """Start with new trainers, as many as given, and without rows."""
+        self.trainer, *self.others = (
+            Trainer(self.plan, self.shards, lambda target: target, index=index) for index in range(trainers)
+        )
         self.rows: list[dict[str, object]] = []
 
     def learn(self, stage: Stage) -> Coefficients:
@@ -103,7 +109,11 @@ class Plain:
         state = None
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
             samples = [WindowSample(self.samples[k][i], self.targets[k, i]) for k, i in window]
-            step = self.trainer.step(stage, state, number, samples)
+            count = 1 + len(self.others)
+            shares = [
+                trainer.share(stage, state, samples, index, count) for index, trainer in enumerate(self.others, start=1)
+            ]
+            step = self.trainer.step(stage, state, number, samples, shares)
             state, self.rows = step.state, [*self.rows, *step.rows]
         learner = Learner(parameters, stage)
         assert state is not None

@@ -40,6 +40,7 @@ UNIONS: dict[int | str, str] = {
     "num_gpus": f"auto, 0, a fraction of at least {GPU_PART} and below 1, or a whole number of at most {GPUS:,}",
     "batch_tokens": f"auto, or a whole number from 1 to {TOKENS:,}",
     "shards": f"auto, or a whole number from 0 to {SHARDS:,}",
+    "trainers": f"auto, or a whole number from 1 to {GPUS:,}",
     "hang": f"auto, or a number of seconds above 0 and of at most {WAIT:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
@@ -173,6 +174,8 @@ class ActorResources(Section):
     labels: dict[str, str] = Field(default_factory=dict)
 
 
+# How the passes of a window become one gradient: weight gradients are summed, or each pass has one of the coefficients.
+GradientUse = Literal["auto", "accumulate", "stream"]
 # Whether factors of task vectors are used: where they are faster, for every matrix that has them, or not at all.
 Use = Literal["auto", "always", "never"]
 Rate = Annotated[Float, Field(ge=SLOWEST, le=FASTEST)]
@@ -205,7 +208,9 @@ class Cluster(Section):
 
     Attributes:
         expert: Resources of an expert actor.
-        trainer: Resources of the trainer.
+        trainer: Resources of each trainer.
+        trainers: Number of trainers, which compute the passes of a window at the same time. `auto`: as many as the
+            scaling model estimates to be fastest; on a CPU one.
         shards: Number of shard actors. 0: the trainer streams the task vectors in its own process.
         labels: Labels of the Ray nodes that the merge may use.
         factors: Merge matrices through factors of their task vectors, which the trainer holds on its own device (see
@@ -218,6 +223,7 @@ class Cluster(Section):
 
     expert: ActorResources = ActorResources()
     trainer: ActorResources = ActorResources()
+    trainers: Literal["auto"] | Annotated[Int, Field(ge=1, le=GPUS)] = "auto"
     shards: Literal["auto"] | Annotated[Int, Field(ge=0, le=SHARDS)] = "auto"
     labels: dict[str, str] = Field(default_factory=dict)
     factors: Use = "auto"
@@ -280,7 +286,7 @@ class Config(Section):
     # These three are not in `cluster`, because they may change the last bits of a result and so are part of its
     # identity.
     batch_tokens: Annotated[Int, Field(ge=1, le=TOKENS)] | Literal["auto"] = "auto"
-    gradients: Literal["accumulate", "stream"] = "accumulate"
+    gradients: GradientUse = "auto"
     gradient_checkpointing: bool = False
     # Allows Python code in a model's folder to run.
     trust_remote_code: bool = False

@@ -22,6 +22,7 @@ from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
+from engine.planning.costs.trainers import check_trainers
 from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.factors import check_directions
 from engine.planning.matching import match
@@ -44,6 +45,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         CalibrationError: A calibration file is missing.
         ConfigError: An option does not fit the models.
     """
+    check_trainers(config)
     config = _located(config, config_folder)
     base_folder = find_model(config.base_model, config_folder)
     if is_adapter(base_folder):

@@ -60,3 +60,15 @@ def passes(tokens: Sequence[int], limit: int, alone: Collection[int] = ()) -> li
         else:
             together.append([index])
     return [[index] for index in sorted(alone)] + together
+
+
+def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Deal items with these costs to `count` trainers; return the indices of each, ascending.
+
+    The numbers of items differ by at most one. The most expensive items are dealt first, back and forth.
+    """
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for turn, index in enumerate(sorted(range(len(costs)), key=lambda index: -costs[index])):
+        rounds, place = divmod(turn, count)
+        dealt[place if rounds % 2 == 0 else count - 1 - place].append(index)
+    return [sorted(some) for some in dealt]

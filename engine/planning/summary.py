@@ -14,6 +14,7 @@ from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
 from engine.planning.costs.patience import patience
 from engine.planning.costs.rates import GB, Prediction, Site
 from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
+from engine.planning.costs.trainers import settled
 from engine.planning.differences import left_out, left_out_lines
 from engine.planning.factors import directions, factored
 from engine.planning.plan import Plan
@@ -36,6 +37,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     work = Work.of(plan.config, tokens, machines.gpus > 0)
+    plan, machines = settled(plan, work, machines)
     through = factored(plan, machines.gpus > 0, plan.config.cluster.factors)
     needs, room = disk_needs(plan, tokens, through), DiskRoom.of(out)
     console.print(_facts(plan, work, needs, room))
@@ -51,6 +53,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
         f"{_gigabytes(machines.memory)}, per GPU: {_gigabytes(machines.gpu_memory)}; "
         f"about {work.tokens:.0f} tokens per sample. Times are estimates, see docs/scaling.md and `cluster.rates`"
     )
+    console.print(f"trainers: {machines.trainers}, with `gradients: {plan.config.gradients}`")
     hang = patience(plan, machines, chosen.shards, work)
     console.print(f"hangs: all actors are replaced after {hang:.0f} s without a result, see `cluster.hang`")
     for line in [*shortages(plan, chosen, machines), *_disk_shortages(needs, room)]:

@@ -146,10 +146,12 @@ def decode_devices(content: bytes, where: str) -> dict[str, Any]:
         if not (0 <= trainer < math.inf and 0 <= expert < math.inf and 0 < threads <= MOST_THREADS):
             raise ValueError
         limits = {name: raw[name] for name in ("batch_tokens", "logit_bytes")}
-        if raw["factors"] not in get_args(Use) or not all(type(most) is int and most > 0 for most in limits.values()):
+        if not all(type(most) is int and most > 0 for most in limits.values()):
+            raise ValueError
+        if raw["factors"] not in get_args(Use) or raw["gradients"] not in ("accumulate", "stream"):
             raise ValueError
         given = {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
-        return given | {"factors": raw["factors"]} | limits
+        return given | {name: raw[name] for name in ("factors", "gradients")} | limits
 
 
 def encode_stage(state: StageState) -> bytes:

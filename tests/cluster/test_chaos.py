@@ -21,6 +21,8 @@ CELLS = [
     ("node of Shard", "orthogonal task vectors"),
     ("Trainer", "stage 1"),
     ("node of Trainer", "stage 2"),
+    ("one of 2 Trainers", "stage 2"),
+    ("node of one of 2 Trainers", "stage 1"),
     ("Shard", "importance"),
     ("node of Shard", "writing"),
     ("driver", "stage 1"),

@@ -66,7 +66,14 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     assert written["parameters"]["weight"] == "auto"
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
     limits = {"batch_tokens": 192, "logit_bytes": 32 << 20}
-    devices = {"trainer": 0, "expert": 0, "threads": 2, "kinds": [], "factors": "auto"} | limits
+    devices = {
+        "trainer": 0,
+        "expert": 0,
+        "threads": 2,
+        "kinds": [],
+        "factors": "auto",
+        "gradients": "accumulate",
+    } | limits
     assert written["record"]["devices"] == devices
 
 

@@ -478,6 +478,12 @@ ROWS = (
         (lambda f, _: edit(f, parameters={"chunks": "contiguous"}),),
         template="{set `chunks: contiguous` |",
     ),
+    # Trainers
+    Row(
+        "set `gradients: stream`, or leave out `cluster.trainers`",
+        lambda f: edit(f, gradients="accumulate", cluster={"trainers": 2}),
+        (lambda f, _: edit(f, gradients="stream"), lambda f, _: edit(f, cluster={})),
+    ),
 )
 
 

@@ -10,8 +10,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from engine.checkpoints.adapters import AdapterHeader
-from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
+from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS
 from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_gpus, usable_memory
 from engine.planning.costs.disk import target_bytes
@@ -34,8 +33,9 @@ from engine.planning.costs.rates import (
     StepEstimate,
     decomposing_rate,
 )
+from engine.planning.costs.reading import read_bytes, streamed
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
-from engine.planning.plan import ExpertPlan, Plan
+from engine.planning.plan import Plan
 from engine.planning.schedule import pass_limit, passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, TARGET_BYTES, WINDOW_BYTES, bucket_bytes, gpu_logit_bytes
 
@@ -60,6 +60,7 @@ class Machines:
     """A cluster of equal nodes.
 
     `cpus`, `gpus` and `memory` (in bytes) are those of a node, `gpu_memory` (in bytes) that of a GPU; None: unknown.
+    `trainers` compute the passes of a window at the same time.
     """
 
     nodes: int
@@ -67,6 +68,7 @@ class Machines:
     gpus: float
     memory: float | None = None
     gpu_memory: float | None = None
+    trainers: int = 1
 
     @classmethod
     def here(cls) -> Machines:
@@ -116,7 +118,7 @@ def predict(plan: Plan, work: Work, machines: Machines, where: Site) -> Predicti
         where,
         shards,
         memory,
-        0 if where == "trainer" else _streams(plan, work) * _moved(plan, factors),
+        0 if where == "trainer" else _streams(plan, work.passes, machines.trainers) * _moved(plan, factors),
         step,
         _run(plan, work, machines, step),
     )
@@ -211,43 +213,46 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
         + scratch
         + max(0 if where == "trainer" else 2 * bucket, orthogonal_bytes(plan, machines.cpus)),
         store=0 if where == "trainer" else IN_FLIGHT * shards * bucket,
-        page_cache=(_read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1) if dense else 0)
+        page_cache=(read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1) if dense else 0)
         + (0 if on_gpu else held),
     )
 
 
 def _step(plan: Plan, work: Work, machines: Machines, where: Site, shards: int, copied: float) -> StepEstimate:
-    rates, samples = plan.config.cluster.rates, plan.config.parameters.gradient_accumulation
+    rates, share = plan.config.cluster.rates, _largest_share(work, machines)
+    samples, passes = plan.config.parameters.gradient_accumulation * share, work.passes * share
     flops, (forward, backward) = _flop_rate(plan, machines), sample_flops(plan, work.tokens)
     # Memory traffic that does not depend on the tokens: a pass reads the weights twice and writes their gradient. With
     # `accumulate`, all but the first pass also add the gradient to the sum: two reads and a write.
     weights = _item(plan) * sum(tensor.numel for tensor in plan.base_header.tensors.values())
     memory = rates.memory_gbs * GB if rates.memory_gbs else (GPU_MEMORY if machines.gpus else CPU_MEMORY)
-    added = 0 if plan.config.gradients == "stream" else work.passes - 1
-    moved = work.passes * (2 * weights + plan.merged_bytes) + added * 3 * plan.merged_bytes
-    streams, factors = _streams(plan, work), _factored(plan, machines)
+    added = 0 if plan.config.gradients == "stream" else passes - 1
+    moved = passes * (2 * weights + plan.merged_bytes) + added * 3 * plan.merged_bytes
+    streams, factors = _streams(plan, passes), _factored(plan, machines)
     moved += streams * factor_bytes(plan, factors)
-    called = STEP_SECONDS + work.passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
+    called = STEP_SECONDS + passes * LAYER_SECONDS * (plan.base_header.num_layers or 0)
     products = streams * factor_flops(plan, factors)
     compute = (samples * (forward + backward) + products) / flops + moved / memory + called + streams * copied / PINNED
     nodes = machines.nodes if where == "nodes" else 1
     processes = 1 if where == "trainer" else max(1, shards / nodes)
     # The cores of a node stream in parallel up to the limit of their interpreters. Nodes always stream in parallel.
     rate = min(machines.cpus * _stream_rate(plan), processes * _interpreter_rate(plan)) * nodes
-    if machines.memory is not None and _read_bytes(plan) / nodes > machines.memory:
+    if machines.memory is not None and read_bytes(plan) / nodes > machines.memory:
         rate = min(rate, (rates.disk_gbs or DISK / GB) * GB * nodes)
     dense = plan.merged_set.difference(factors)
     opened = len(plan.experts) * len(dense) / (processes * nodes)
-    stream = streams * (_streamed(plan, dense) / rate + opened * OPEN_SECONDS)
+    # Several trainers stream and move over the same shards, each of them its own passes.
+    served = _streams(plan, work.passes, machines.trainers)
+    stream = served * (streamed(plan, dense) / rate + opened * OPEN_SECONDS)
     link = (rates.network_gbs or NETWORK / GB) if where == "nodes" else (rates.exchange_gbs or EXCHANGE / GB)
-    exchange = 0 if where == "trainer" else streams * _moved(plan, factors) / (link * GB)
+    exchange = 0 if where == "trainer" else served * _moved(plan, factors) / (link * GB)
     # Streaming and moving run in parallel. With a trainer on a GPU they also overlap with the first forward pass and
     # the last backward pass (with `stream`, with each backward pass). On a CPU all three use the same cores.
     if not machines.gpus:
         total = compute + stream + exchange
     else:
-        each, share = max(stream, exchange) / streams, samples / work.passes / flops
-        hidden = min(each, share * forward) + (streams - 1) * min(each, share * backward)
+        each, one = max(stream, exchange) / streams, samples / passes / flops
+        hidden = min(each, one * forward) + (streams - 1) * min(each, one * backward)
         total = compute + streams * each - hidden
     return StepEstimate(compute, stream, exchange, total)
 
@@ -258,7 +263,7 @@ def _run(plan: Plan, work: Work, machines: Machines, step: StepEstimate) -> floa
     disk = (rates.disk_gbs or DISK / GB) * GB
     slots = max(1, min(len(plan.experts), machines.gpus * machines.nodes or machines.nodes))
     whole = sum(tensor.nbytes for tensor in plan.base_header.tensors.values())
-    reading = _read_bytes(plan) / (disk * machines.nodes)
+    reading = read_bytes(plan) / (disk * machines.nodes)
     targets = (
         len(plan.experts) * whole / disk
         + work.samples * sample_flops(plan, work.tokens)[0] / _flop_rate(plan, machines)
@@ -298,32 +303,6 @@ def _products(plan: Plan, name: str) -> int:
     return 4 * (copies * rows * (columns + rank) + (copies - 1) * rank * columns)
 
 
-def _streamed(plan: Plan, names: Collection[str]) -> float:
-    """Return the bytes that a pass over these tensors streams. An adapter counts by the time of its product."""
-    base = sum(plan.base_header.tensors[name].nbytes for name in names)
-    return 2 * base + sum(_expert_bytes(plan, expert, names) for expert in plan.experts)
-
-
-def _expert_bytes(plan: Plan, expert: ExpertPlan, dense: Collection[str]) -> float:
-    if isinstance(expert.header, ModelHeader):
-        tensors, sources = expert.header.tensors, {name: expert.match.names(name) for name in dense}
-        return sum(plan.numels[name] * BYTES[tensors[names[0]].dtype] for name, names in sources.items() if names)
-    # The product of two factors of rank r takes 2r FLOP per element: as long on a core as streaming about 2r/4 bytes.
-    own = {name: expert.header.tensors[pair.a].shape[0] for name, pair in expert.header.pairs.items()}
-    products = sum(plan.numels[name] * 2 * rank / 4 for name, rank in own.items() if name in dense)
-    whole = [expert.header.tensors[own].nbytes for name, own in expert.header.whole.items() if name in dense]
-    return products + sum(whole)
-
-
-def _read_bytes(plan: Plan) -> float:
-    """Return the bytes of all weights of base and experts in their files."""
-    total = 0.0
-    for model in (plan.base, *plan.experts):
-        header: ModelHeader | AdapterHeader = model.header
-        total += sum(tensor.nbytes for tensor in header.tensors.values())
-    return total
-
-
 def _stream_rate(plan: Plan) -> float:
     """Return the bytes/s of checkpoints that one core streams."""
     given = plan.config.cluster.rates.stream_gbs
@@ -339,9 +318,14 @@ def _item(plan: Plan) -> int:
     return BYTES[SAFETENSORS[plan.dtype]]
 
 
-def _streams(plan: Plan, work: Work) -> float:
-    """Return the passes over the experts per step: one for the merge, and one per gradient sent."""
-    return 1 + (work.passes if plan.config.gradients == "stream" else 1)
+def _streams(plan: Plan, passes: float, trainers: int = 1) -> float:
+    """Return the passes over the experts per step: one for the merge of each trainer, and one per gradient sent."""
+    return trainers + (passes if plan.config.gradients == "stream" else 1)
+
+
+def _largest_share(work: Work, machines: Machines) -> float:
+    """Return the share of a window's passes that the slowest trainer computes."""
+    return min(1.0, math.ceil(work.passes / machines.trainers) / work.passes)
 
 
 def _mapped(plan: Plan, name: str) -> bool:

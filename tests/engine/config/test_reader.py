@@ -94,7 +94,7 @@ def test_defaults_are_those_of_the_methods_page(path: Path) -> None:
     assert (config.seed, config.dtype, config.out_dtype) == (0, None, None)
     assert (config.cluster.shards, config.cluster.wait, config.cluster.hang) == ("auto", 600, "auto")
     assert config.cluster.expert.num_gpus == config.cluster.trainer.num_gpus == "auto"
-    assert (config.gradients, config.gradient_checkpointing) == ("accumulate", False)
+    assert (config.gradients, config.gradient_checkpointing) == ("auto", False)
     assert set(config.cluster.rates.model_dump().values()) == {None}
 
 
@@ -197,7 +197,7 @@ def test_hidden_layers_are_a_word_or_indices(path: Path, text: str, value: Any) 
     [
         ("gradients: stream", ("stream", False)),
         ("gradients: accumulate", ("accumulate", False)),
-        ("gradient_checkpointing: true", ("accumulate", True)),
+        ("gradient_checkpointing: true", ("auto", True)),
         ("gradients: stream\ngradient_checkpointing: false", ("stream", False)),
     ],
 )
@@ -209,6 +209,11 @@ def test_how_the_gradient_is_held_may_be_chosen(path: Path, text: str, options: 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0", 0), ("1", 1), ("64", 64)])
 def test_shards_are_auto_or_a_number_that_may_be_none(path: Path, text: str, value: Any) -> None:
     assert load(path, f"{HEAD}{MODELS}cluster: {{shards: {text}}}\n").cluster.shards == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("1", 1), ("64", 64)])
+def test_trainers_are_auto_or_a_number(path: Path, text: str, value: Any) -> None:
+    assert load(path, f"{HEAD}{MODELS}cluster: {{trainers: {text}}}\n").cluster.trainers == value
 
 
 @pytest.mark.parametrize("rate", Rates.model_fields)
@@ -233,6 +238,8 @@ def test_the_rates_are_these() -> None:
         ("gradient_checkpointing: 3", "gradient_checkpointing", ["3", "boolean"]),
         ("cluster: {shards: -1}", "cluster.shards", ["-1", "auto"]),
         ("cluster: {shards: all}", "cluster.shards", ["'all'", "auto"]),
+        ("cluster: {trainers: 0}", "cluster.trainers", ["0", "auto"]),
+        ("cluster: {trainers: all}", "cluster.trainers", ["'all'", "auto"]),
         ("cluster: {rates: {disk_gbs: 0}}", "cluster.rates.disk_gbs", ["0.000000001"]),
         ("cluster: {rates: {network_gbs: fast}}", "cluster.rates.network_gbs", ["'fast'", "number"]),
     ],

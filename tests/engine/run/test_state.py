@@ -166,8 +166,8 @@ def test_samples_without_their_pixel_inputs_are_prepared_again(run: Any, llama_m
     assert run.samples(plan) is None
 
 
-DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"], "factors": "auto"}
-DEVICES |= {"batch_tokens": 4096, "logit_bytes": 1 << 30}
+DEVICES: dict[str, Any] = {"trainer": 1.0, "expert": 0.25, "threads": 8, "kinds": ["H100"]}
+DEVICES |= {"factors": "auto", "gradients": "stream", "batch_tokens": 4096, "logit_bytes": 1 << 30}
 
 
 def test_devices_are_kept(run: Any) -> None:
@@ -186,6 +186,7 @@ def test_devices_are_kept(run: Any) -> None:
         DEVICES | {"kinds": 3},
         DEVICES | {"factors": "some"},
         *(DEVICES | {key: value} for key in ("batch_tokens", "logit_bytes") for value in (0, -1, 1.5, True, None)),
+        DEVICES | {"gradients": "auto"},
     ],
 )
 def test_devices_that_no_run_has_are_refused(run: Any, given: Any) -> None:

@@ -1,0 +1,80 @@
+"""How many trainers a merge has, and whether each pass of a window has a gradient of its own.
+
+The trainers deal the passes of a window among them and send gradients of the coefficients, a few kilobytes. Added in
+the order of the passes, these give the same bits for any number of trainers. A sum of weight gradients over the window
+(`gradients: accumulate`) has other last bits, and is the work of one trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from engine.config.schema import Config, GradientUse
+from engine.errors import ConfigError
+from engine.planning.costs.scaling import Machines, Work, choose
+from engine.planning.plan import Plan
+
+
+def check_trainers(config: Config) -> None:
+    """Check that several trainers have passes to share.
+
+    Raises:
+        ConfigError: several trainers are given, and `gradients: accumulate`.
+    """
+    trainers = config.cluster.trainers
+    if config.learned and config.gradients == "accumulate" and trainers != "auto" and trainers > 1:
+        raise ConfigError(
+            f"with `gradients: accumulate`, one trainer computes all passes of a window, and {trainers} are asked for",
+            "cluster.trainers",
+            "auto or 1",
+            "set `gradients: stream`, or leave out `cluster.trainers`",
+        )
+
+
+def choose_trainers(plan: Plan, work: Work, machines: Machines, seats: int) -> tuple[GradientUse, int]:
+    """Return `gradients`, which is accumulate or stream, and the number of trainers.
+
+    What the config gives is kept. On GPUs, the scaling model decides the rest; on CPUs, a merge has one trainer.
+
+    Args:
+        plan: The plan.
+        work: The calibration work.
+        machines: The machines; their `trainers` are ignored.
+        seats: The number of trainers for which they have room.
+    """
+    asked, gradients = plan.config.cluster.trainers, plan.config.gradients
+    one = asked in ("auto", 1)
+    if gradients == "accumulate" or (one and not machines.gpus):
+        return "stream" if gradients == "stream" else "accumulate", 1
+    most = max(1, min(seats, math.ceil(work.passes)))
+    if asked != "auto":
+        counts = {min(asked, most)}
+    else:
+        # The fewest trainers of which the slowest has a certain number of passes.
+        counts = {math.ceil(work.passes / math.ceil(work.passes / count)) for count in range(1, most + 1)}
+    choices: list[tuple[GradientUse, int]] = [("accumulate", 1)] if gradients == "auto" and one else []
+    choices += [("stream", count) for count in sorted(counts)]
+
+    def seconds(choice: tuple[GradientUse, int]) -> float:
+        held, count = choice
+        return choose(with_gradients(plan, held), work, replace(machines, trainers=count)).step.total
+
+    return min(choices, key=seconds)
+
+
+def settled(plan: Plan, work: Work, machines: Machines) -> tuple[Plan, Machines]:
+    """Return the plan and the machines with the choice of `choose_trainers`, for as many trainers as have room."""
+    cluster = plan.config.cluster
+    each = cluster.trainer.num_gpus if isinstance(cluster.trainer.num_gpus, float) else 1.0
+    if machines.gpus and each:
+        seats = int(machines.gpus // each * machines.nodes)
+    else:
+        seats = 1 if cluster.trainers == "auto" else cluster.trainers
+    gradients, trainers = choose_trainers(plan, work, machines, seats)
+    return with_gradients(plan, gradients), replace(machines, trainers=trainers)
+
+
+def with_gradients(plan: Plan, gradients: GradientUse) -> Plan:
+    """Return the plan with another value of `gradients`."""
+    return replace(plan, config=plan.config.model_copy(update={"gradients": gradients}))
