@@ -113,7 +113,7 @@ class Plain:
             shares = [
                 trainer.share(stage, state, samples, index, count) for index, trainer in enumerate(self.others, start=1)
             ]
-            step = self.trainer.step(stage, state, number, samples, shares)
+            step = self.trainer.step(stage, state, number, samples, others=shares)
             state, self.rows = step.state, [*self.rows, *step.rows]
         learner = Learner(parameters, stage)
         assert state is not None

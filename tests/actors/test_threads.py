@@ -68,7 +68,7 @@ def test_actors_have_the_threads_of_their_run(llama_merge: Path) -> None:
     try:
         Expert(plan, 0, 3)
         assert torch.get_num_threads() == 3
-        Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target, 5)
+        Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target, threads=5)
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(before)

@@ -42,6 +42,8 @@ def test_a_pass_has_at_most_its_tokens(
 
     monkeypatch.setattr(Student, "accumulate", counting)
     monkeypatch.setattr(actors.trainer, "Student", lambda *given: sizes.append(given[3]) or make(*given))
-    trainer = Trainer(plain.plan, plain.shards, lambda target: target, None, limit, 4 * 4 * tiny.VOCAB)
+    trainer = Trainer(
+        plain.plan, plain.shards, lambda target: target, batch_tokens=limit, logit_bytes=4 * 4 * tiny.VOCAB
+    )
     trainer.step(first_stage(plain.plan), None, 0, window_of(plain))
     assert found == wanted and sizes == [4 * 4 * tiny.VOCAB]

@@ -76,8 +76,8 @@ class Run:
             watch=SimpleNamespace(answer=lambda call, what: call()),
         )
         targets: Any = SimpleNamespace(has=self.has, stored=self.wait, nbytes=0)
-        trainer = SimpleNamespace(step=SimpleNamespace(remote=self.begin))
-        stages = Stages(attempt, self.plain.samples, trainer, targets)
+        trainers: Any = SimpleNamespace(step=self.begin)
+        stages = Stages(attempt, self.plain.samples, trainers, targets)
         return stages.stage(first_stage(self.plain.plan)).values
 
 

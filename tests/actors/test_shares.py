@@ -55,7 +55,7 @@ def test_without_stream_the_first_trainer_computes_the_gradient(config: Path, tm
     stage = first_stage(plan)
     shares = [plain.trainer.share(stage, None, window, index, 2) for index in range(2)]
     assert [len(share.gradients) for share in shares] == [1, 0]
-    alone, beside = (plain.trainer.step(stage, None, 0, window, others).state for others in ([], shares[1:]))
+    alone, beside = (plain.trainer.step(stage, None, 0, window, others=others).state for others in ([], shares[1:]))
     assert all(alone[name].equal(beside[name]) for name in alone)
 
 
