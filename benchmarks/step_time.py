@@ -33,16 +33,16 @@ from torch.nn import functional
 from trainer_memory import in_memory
 
 from actors.expert import Expert
-from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.records import read_records
 from engine.calibration.samples import make_samples
 from engine.calibration.text_encoder import TextEncoder
-from engine.codec import unpack_all
+from engine.codec import pack_all, unpack_all
 from engine.config.reader import load_config
 from engine.learning.learner import Learner, first_stage
 from engine.learning.losses import hidden_loss
 from engine.learning.targets import Target as ExpertTarget
+from engine.learning.targets import load_tensors
 from engine.machine import usable_cpus
 from engine.planning.open_models import open_expert
 from engine.planning.plan import Plan
@@ -71,10 +71,10 @@ class Bench:
         self.plan: Plan = make_plan(load_config(config, overrides), config.parent)
         samples = make_samples(read_records(self.plan), TextEncoder(None), self.plan)
         chosen = [mine[i] for i in range(len(samples[0])) for mine in samples][:window]
-        expert, shard, folder = Expert(self.plan, 0), Shard(self.plan, 0), open_folder(scratch)
+        expert, folder = Expert(self.plan, 0), open_folder(scratch)
         for s in sorted(chosen, key=_by_expert):
             expert.target(s, folder, f"{s.expert}-{s.index}")
-        targets = {s: shard.target(folder, f"{s.expert}-{s.index}") for s in chosen}
+        targets = {s: pack_all(load_tensors(folder, [f"{s.expert}-{s.index}"])) for s in chosen}
         self.window = [WindowSample(s, targets[s]) for s in chosen]
         self.trainer = Trainer(self.plan, LocalShards(self.plan, usable_cpus(), overlap=False), lambda target: target)
         self.stage, self.state = first_stage(self.plan), None

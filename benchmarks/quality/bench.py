@@ -46,7 +46,7 @@ from engine.learning.learner import (
     second_stage,
     with_prior,
 )
-from engine.learning.targets import without_targets
+from engine.learning.targets import load_tensors, without_targets
 from engine.methods.learned import SECOND_STAGE
 from engine.output.model_folder import output_files
 from engine.planning.open_models import open_task_vectors
@@ -216,7 +216,7 @@ class Lesson:
 
     def __init__(self, bench: Bench, plan: Plan) -> None:
         self.plan, self.rows = plan, []
-        self._expert, self._shard = Expert(plan, 0), Shard(plan, 0)
+        self._expert = Expert(plan, 0)
         records = read_records(plan)
         self.samples = make_samples(records, encoder(plan, records), plan)
         self._targets = {(s.expert, s.index): self._target(bench.workdir, s) for mine in self.samples for s in mine}
@@ -254,4 +254,4 @@ class Lesson:
         name = f"{plan.experts[sample.expert].name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not (folder / name).exists():
             self._expert.target(sample, open_folder(str(folder)), name)
-        return self._shard.target(open_folder(str(folder)), name)
+        return pack_all(load_tensors(open_folder(str(folder)), [name]))

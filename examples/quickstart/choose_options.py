@@ -17,14 +17,15 @@ from scoring import score
 from skills import SKILLS
 
 from actors.expert import Expert
-from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.records import read_records
 from engine.calibration.samples import make_samples
 from engine.calibration.text_encoder import TextEncoder
+from engine.codec import pack_all
 from engine.config.reader import load_config
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import Learner, first_stage, second_stage
+from engine.learning.targets import load_tensors
 from engine.planning.open_models import open_task_vectors
 from engine.planning.planner import make_plan
 from engine.planning.schedule import training_order, windows
@@ -47,12 +48,12 @@ def main(base_settings: list[str]) -> None:
     plan = make_plan(load_config(CONFIG), CONFIG.parent)
     models = MergedModels(plan)
     samples = make_samples(read_records(plan), TextEncoder(models.tokenizer), plan)
-    targets, expert, shard = {}, Expert(plan, 0), Shard(plan, 0)
+    targets, expert = {}, Expert(plan, 0)
     with tempfile.TemporaryDirectory() as folder:
         for sample in (sample for mine in samples for sample in mine):
             key = sample.expert, sample.index
             expert.target(sample, open_folder(folder), str(key))
-            targets[key] = shard.target(open_folder(folder), str(key))
+            targets[key] = pack_all(load_tensors(open_folder(folder), [str(key)]))
     inspected = open_task_vectors(plan, torch.get_num_threads()).inspect(plan.merged)
     magnitudes = np.stack([inspected[name].magnitudes for name in plan.merged], axis=1)
 
