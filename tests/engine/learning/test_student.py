@@ -22,7 +22,7 @@ from fake_cuda import fake_cuda
 from plain import Plain
 from reference import Reference
 from reference import pieces as reference_pieces
-from slow import slow_but
+from slow import as_slow, slow_but
 from tolerance import bound
 from torch import Tensor
 from torch.func import functional_call
@@ -575,7 +575,10 @@ class Recorder:
         raise AssertionError("the student does not collect")
 
 
-@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("llama", True), ("gemma3", False), ("gemma3", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [("llama", False), as_slow(("llama", True)), as_slow(("gemma3", False)), ("gemma3", True)],
+)
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 def test_gradients_that_leave_equal_those_that_would_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, exclude: list[str] | None

@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
     ),
     "wudi2-mixed": ("wudi2", {"center": True, "start": "mean", "optimizer": "adam", "steps": 50}, wudi2),
 }
-each_case = pytest.mark.parametrize("case", CASES)
+each_case = pytest.mark.parametrize("case", slow_but(["iso", "svd", "wudi", "wudi2"], CASES))
 
 
 def dense(base: Tensors, experts: list[Tensors], scale: float, of: Dense, **options: Any) -> Tensors:

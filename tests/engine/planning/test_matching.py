@@ -233,7 +233,7 @@ def text_of(base: Any, family: str) -> Any:
     return text
 
 
-@pytest.mark.parametrize("family", TEXTS)
+@pytest.mark.parametrize("family", slow_but(["gemma3", "internvl"], TEXTS))
 def test_a_text_model_is_an_expert_of_a_model_with_images(tmp_path: Path, family: str) -> None:
     base = tiny_images.make_model(family)
     tiny_images.save(base, tmp_path / "base", family)
