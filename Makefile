@@ -12,7 +12,7 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-l
 SLOW_FILES = $(shell grep -rl --include='test_*.py' slow tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.py)
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow chaos bench quality check clean
+.PHONY: install demo test test-slow chaos bench gpu-check gpu-check-ray gpu-check-dry quality check clean
 
 install: $(STAMP)
 
@@ -43,6 +43,21 @@ bench: install
 	$(BIN)/python benchmarks/traffic.py
 	$(BIN)/python benchmarks/scaling.py check
 	$(BIN)/python benchmarks/weight_space.py
+
+# On a machine with a GPU, with a Python that has torch for CUDA; no network. Six minutes.
+GPU_PYTHON ?= python3
+CHECK_PATH = PYTHONPATH="$(CURDIR):$(CURDIR)/tests:$(CURDIR)/benchmarks"
+
+gpu-check:
+	$(CHECK_PATH) $(GPU_PYTHON) -m gpu_check
+
+# The part of the checks that needs Ray; two minutes.
+gpu-check-ray:
+	$(CHECK_PATH) $(GPU_PYTHON) -m gpu_check.on_ray
+
+# The same code on a CPU, with small models.
+gpu-check-dry: install
+	$(CHECK_PATH) $(BIN)/python -m gpu_check --device cpu --small
 
 # The comparison of merge quality: hours on two cores; existing results are kept. See benchmarks/quality/README.md.
 quality: install
