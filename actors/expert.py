@@ -30,6 +30,11 @@ class Expert:
         self._survey: Survey | None = None
 
     @guarded
+    def ready(self, wanted: float) -> tuple[int, ...]:
+        """Return the free bytes of each GPU of the seat, as soon as they are `wanted`; see `ActorProcess.free`."""
+        return self._process.free(wanted)
+
+    @guarded
     def survey(self, index: int, groups: Sequence[int], folder: Folder) -> dict[int, Surveyed]:
         """Read these groups of an expert's tensors once, store what they give in the state, and return it by group.
 

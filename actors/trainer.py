@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.learning.held_targets import HeldTargets
 from engine.learning.learner import Learner, LearnerState, Stage
 from engine.learning.student import Losses, Student, not_finite
 from engine.learning.targets import Target
-from engine.models.devices import Room, give_back, release
+from engine.models.devices import ONE_DEVICE, Room, give_back, release
 from engine.planning.plan import Plan
 from engine.planning.schedule import deal, pass_limit, passes
 from engine.shards.protocol import Shards
@@ -83,6 +83,7 @@ class Trainer:
         stream: Whether each pass has a gradient of its own (`gradients: stream`). None: as the config says.
         batch_tokens: Tokens of a pass at most; None: those of a CPU.
         logit_bytes: See `Student`.
+        room: What a step needs of the memory of several GPUs.
     """
 
     def __init__(
@@ -96,14 +97,29 @@ class Trainer:
         stream: bool | None = None,
         batch_tokens: int | None = None,
         logit_bytes: int | None = None,
+        room: Room = ONE_DEVICE,
         gpus: Gpus = NO_GPUS,
     ) -> None:
         self._process = ActorProcess(f"trainer {index}" if index else "trainer", threads, gpus)
         self._plan, self._shards, self._pull, self._gather = plan, shards, pull, gather
         self._stream = plan.config.gradients == "stream" if stream is None else stream
         self._batch_tokens = batch_tokens or pass_limit(plan.config.batch_tokens, on_gpu=False)
-        self._logit_bytes = logit_bytes
+        self._logit_bytes, self._room = logit_bytes, room
         self._merged: Coefficients | None = None
+
+    @guarded
+    def ready(self, wanted: float) -> tuple[int, ...]:
+        """Allocate the model if its GPUs have the `wanted` bytes, and return the bytes that were free before.
+
+        None without GPUs; see `ActorProcess.free`.
+
+        Raises:
+            ClusterError: The model does not fit on the GPUs.
+        """
+        free = self._process.free(wanted)
+        if free and sum(free) >= wanted:
+            _ = self._student
+        return free
 
     @guarded
     def step(
@@ -272,7 +288,7 @@ class Trainer:
     def _student(self) -> Student:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         device, *others = self._process.devices
-        return Student(self._plan, device, Room(tuple(others)), self._logit_bytes)
+        return Student(self._plan, device, replace(self._room, others=tuple(others)), self._logit_bytes)
 
     def _weighted(self, item: WindowSample, share: float) -> tuple[Target, float]:
         """Return a sample's target and the weight of its losses: βₖ times its share of the window."""

@@ -16,8 +16,9 @@ import large_models
 from report import print_table
 
 from engine.config.reader import load_config
+from engine.planning.costs.fitting import shortages
 from engine.planning.costs.rates import GB
-from engine.planning.costs.scaling import Machines, Work, choose, shortages
+from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 
@@ -56,7 +57,7 @@ def main(experts: int) -> None:
             kind = "LoRA" if adapters else "full"
             path = large_models.write_merge(Path(folder) / f"{size}-{kind}", shape, experts, adapters)
             plan = make_plan(load_config(path), path.parent)
-            work = Work.of(plan.config, [[large_models.TOKENS] * large_models.SAMPLES] * experts)
+            work = Work.of(plan.config, [[large_models.TOKENS] * large_models.SAMPLES] * experts, on_gpu=True)
             rows[f"{size}, {kind}"] = [cell(plan, work, gpus, memory) for gpus, memory in GPUS]
     print_table(f"{experts} experts, bfloat16", [f"{gpus} x {memory} GB" for gpus, memory in GPUS], rows)
 

@@ -138,15 +138,7 @@ class Attempt:
         reports = [self.process.report(), *self.reports]
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
         return {
-            "actors": [
-                {
-                    "role": report.role,
-                    "pid": report.pid,
-                    "peak_anonymous_bytes": report.peak_anonymous_bytes,
-                    "peak_pinned_bytes": report.peak_pinned_bytes,
-                }
-                for report in reports
-            ],
+            "actors": [_figures(report) for report in reports],
             "bytes_trainer_to_shards": counts["bytes_to_shards"],
             "bytes_shards_to_trainer": counts["bytes_from_shards"],
             "bytes_merged": self.plan.merged_bytes,
@@ -172,6 +164,21 @@ class Attempt:
             answers.append(answer)
             self.progress.advance(phase, done_before + len(answers))
         return answers
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    """Return the figures of a process in merge/memory.json."""
+    figures = {
+        "role": report.role,
+        "pid": report.pid,
+        "peak_anonymous_bytes": report.peak_anonymous_bytes,
+        "peak_pinned_bytes": report.peak_pinned_bytes,
+    }
+    gpus = [
+        {"name": gpu.name, "peak_allocated_bytes": gpu.allocated, "peak_reserved_bytes": gpu.reserved}
+        for gpu in report.gpus
+    ]
+    return figures | ({"gpus": gpus} if gpus else {})
 
 
 def named(model: str, file: OutputFile) -> OutputFile:

@@ -25,6 +25,7 @@ from cluster.watch import Watch
 from engine.codec import Packed, pack_all
 from engine.learning.targets import load_tensors
 from engine.machine import usable_cpus
+from engine.models.devices import Room
 from engine.planning.plan import Plan
 from engine.run.state import load_plan, plan_digest
 from engine.shards.factor_shards import FactorShards
@@ -105,10 +106,11 @@ class Crew:
         names = [] if layout.within_trainer else self._shard_names
         threads, factored, room, stream = layout.threads, layout.factored, layout.room, layout.gradients == "stream"
         on_gpu, limits = seat.gpus > 0, (layout.batch_tokens, layout.logit_bytes)
+        of_step = Room(activations=layout.activations, logits=layout.logits)
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
             shards = _trainer_shards(plan, state, names, factored, room, on_gpu)
-            return plan, shards, _puller(plan, state), ray.get, threads, index, stream, *limits
+            return plan, shards, _puller(plan, state), ray.get, threads, index, stream, *limits, of_step
 
         return self._spawn(Trainer, f"trainer {index}" if index else "the trainer", seat, place, arguments)
 

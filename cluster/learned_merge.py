@@ -5,7 +5,7 @@ Source: Expert Merging, arXiv 2509.25712. AdaMerging (arXiv 2310.02575) minimise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from cluster.attempt import Attempt
 from cluster.crew import Crew
 from cluster.placement import Devices, Seating, check_memory, machines
 from cluster.progress import Progress
+from cluster.readiness import Readiness
 from cluster.session import await_layout, nodes
 from cluster.stages import Stages
 from cluster.targets import SURVEY, TargetComputation
@@ -22,6 +23,7 @@ from cluster.trainer_seats import arrange_trainers
 from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
+from engine.errors import GpuMemoryError
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
 from engine.output.merge_record import write_record
@@ -53,16 +55,30 @@ class LearnedMerge(Attempt):
             self.progress.say(f"{s.where}: cut to max_length {len(s.input_ids)}, {s.cut} tokens left out")
         if self.folder.computed():
             self.progress.say(self._resumed())
-        with Crew(self.plan, self.folder.state, self._layout(), self.watch) as crew:
+        seats = self._layout()
+        try:
+            self._merge(seats)
+        except GpuMemoryError as error:
+            raise self._readiness.advised(error) from error
+
+    def _merge(self, seats: Seating) -> None:
+        """Compute and write the result with actors in these seats."""
+        with Crew(self.plan, self.folder.state, seats, self.watch) as crew:
             trainer = crew.trainer() if crew.layout.beside else None
+            asked = self._ask(trainer)
             kept = self._kept_magnitudes()
             targets = self._experts(crew, survey=kept is None)
+            self._check(asked)
+            targets.begin()
             magnitudes = self._magnitudes(crew, targets) if kept is None else kept
             digests = self.digests(crew.shards)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
-            trainers = Trainers(self, crew, targets, trainer or crew.trainer())
+            if trainer is None:
+                trainer = crew.trainer()
+                self._check(self._ask(trainer))
+            trainers = Trainers(self, crew, targets, trainer)
             training = Stages(self, self.samples, trainers, targets)
             self.plan = training.find_prior()
             stages = [training.stage(first_stage(self.plan))]
@@ -126,13 +142,38 @@ class LearnedMerge(Attempt):
         tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
         stored = self.folder.has_task_vectors(self.plan)
         check_disk(disk_needs(self.plan, tokens, layout.factored, stored), self.folder.out)
-        self.bound(patience(plan, machines(nodes(), config, devices), len(layout.shards), work))
-        self.folder.keep_devices(asdict(devices))
+        alive = machines(nodes(), config, devices)
+        self.bound(patience(plan, alive, len(layout.shards), work))
+        keep: Callable[[Devices], None] = lambda devices: self.folder.keep_devices(asdict(devices))  # noqa: E731
+        keep(devices)
+        there, begun = devices.among(nodes()), self.folder.computed()
+        self._readiness = Readiness(plan, work, alive, there, devices, keep, begun)
+        self._in_turns = not layout.beside
         return layout
 
     def _work(self, on_gpu: bool) -> Work:
         lengths = [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples]
         return Work.of(self.plan.config, lengths, on_gpu)
+
+    def _ask(self, trainer: Any) -> Any:
+        """Ask the trainer, if there is one with GPUs, whether these have the memory that it needs; see `_check`."""
+        asked = trainer is not None and self._readiness.devices.trainer > 0
+        return trainer.ready.remote(self._readiness.wanted("trainer")) if asked else None
+
+    def _check(self, asked: Any) -> None:
+        """Check the answer of the trainer.
+
+        Raises:
+            MoreGpus, ClusterError: See `Readiness.check`.
+        """
+        if asked is not None:
+            self._readiness.check("trainer", self.watch.answer(asked, "starting the trainer"))
+
+    def _check_expert(self, free: Sequence[int]) -> None:
+        """Check that an expert fits its GPUs, and the trainer too if it starts on these after the experts."""
+        self._readiness.check("expert", free)
+        if self._in_turns:
+            self._readiness.check("trainer", free)
 
     def _experts(self, crew: Crew, survey: bool) -> TargetComputation:
         """Start the experts whose targets are not stored yet, or, with `survey`, that are not wholly surveyed yet.
@@ -148,7 +189,8 @@ class LearnedMerge(Attempt):
         if survey:
             self.progress.phase(SURVEY, len(groups) * len(unread), len(surveyed))
         self.progress.phase("targets", sum(map(len, wanted)), len(stored))
-        targets = TargetComputation(self, crew, missing, len(stored), unread, surveyed)
+        needed = self._readiness.wanted("expert")
+        targets = TargetComputation(self, crew, missing, len(stored), unread, surveyed, needed, self._check_expert)
         targets.nbytes += sum(map(self.folder.state.size, stored))
         return targets
 

@@ -68,9 +68,10 @@ class Seating:
         factored: The matrices that the trainer merges through factors, in its own process.
         room: Bytes of the trainer's device that an optimiser step needs besides weights and factors.
         batch_tokens: Tokens of a pass of the trainer at most.
-        logit_bytes: Bytes of logits that the trainer has in memory at a time.
+        logit_bytes: Bytes of logits that the trainer has in memory at a time, in one copy.
         others: The seats of the other trainers, which start when all experts have ended. They request no CPUs.
         gradients: `gradients` of the config; of a merge with learned coefficients, accumulate or stream.
+        activations, logits: Bytes of a step's activations, and of all copies of its logits.
     """
 
     shards: tuple[Seat, ...]
@@ -87,6 +88,8 @@ class Seating:
     logit_bytes: int = LOGIT_BYTES
     others: tuple[Seat, ...] = ()
     gradients: GradientUse = "accumulate"
+    activations: float = 0
+    logits: float = 0
 
     @property
     def reserved(self) -> tuple[Seat, ...]:
@@ -173,9 +176,15 @@ def arrange(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices, tra
         ClusterError: no node fits the trainer or an expert.
     """
     fastest = choose(plan, work, replace(machines(nodes, plan.config, devices), trainers=trainers))
-    layout = lay_out(nodes, plan, devices, fastest.where, fastest.shards)
-    logit_bytes = devices.logit_bytes or fastest.memory.logits
-    return replace(layout, room=fastest.memory.step, batch_tokens=devices.batch_tokens, logit_bytes=logit_bytes)
+    seats, memory = lay_out(nodes, plan, devices, fastest.where, fastest.shards), fastest.memory
+    return replace(
+        seats,
+        room=memory.step,
+        batch_tokens=devices.batch_tokens,
+        logit_bytes=devices.logit_bytes or memory.logit_bytes,
+        activations=memory.activations,
+        logits=memory.logits,
+    )
 
 
 def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices) -> None:
@@ -298,8 +307,7 @@ def _fitting(gpus: float, each: float, taken: float = 0) -> int:
 
     As Ray counts: in whole numbers of `GPU_PART`, of which 1 / 0.1 is 10, and a fraction is a part of a single GPU.
     """
-    part, used = round(each / GPU_PART), round(taken / GPU_PART)
-    one = round(1 / GPU_PART)
+    part, used, one = (round(gpu / GPU_PART) for gpu in (each, taken, 1))
     whole = int(gpus) - math.ceil(taken)
     if each >= 1:
         return max(0, whole // int(each))
@@ -329,6 +337,11 @@ def _shards(usable: Sequence[Node], plan: Plan, count: int | None) -> tuple[Seat
 def candidates(usable: Sequence[Node], config: Config, role: str, gpus: float) -> list[Node]:
     """Return the nodes that fit an actor of a role with that many GPUs."""
     return [node for node in usable if node.gpus >= gpus and _has(node, _labels(config, role))]
+
+
+def most_gpus(nodes: Sequence[Node], config: Config, role: str) -> float:
+    """Return the most GPUs of a node that may hold the trainer or an expert (`role`)."""
+    return max((node.gpus for node in candidates(useful(nodes, config), config, role, 0)), default=0.0)
 
 
 def _labels(config: Config, role: str) -> Mapping[str, str]:

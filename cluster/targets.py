@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ class TargetComputation:
         before: The number of targets that an earlier start of the run stored.
         groups: The groups of tensors of each expert that are not surveyed; none if nothing must be known of weights.
         surveyed: What the surveys of an earlier start found, by expert and group.
+        needed: Bytes of memory that an expert needs on its GPUs.
+        check: Called with the free bytes of each GPU of an actor before it gets work; raises if they are too few.
 
     Attributes:
         nbytes: The bytes of the stored targets.
@@ -44,7 +46,10 @@ class TargetComputation:
         before: int,
         groups: Sequence[Sequence[int]] = (),
         surveyed: Mapping[tuple[int, int], Surveyed] | None = None,
+        needed: float = 0,
+        check: Callable[[Sequence[int]], None] = lambda _: None,
     ) -> None:
+        self._check = check
         self._crew, self._watch, self._folder = crew, attempt.watch, attempt.folder
         self._advance = attempt.progress.advance
         experts = range(max(len(wanted), len(groups)))
@@ -61,8 +66,12 @@ class TargetComputation:
         for seat in range(min(len(self._waiting), crew.seats)):
             actor = crew.expert(seat)
             # The actor gets work after it has started: a seat that another job still occupies must delay nothing.
-            self._coming[actor] = actor.report.remote()
-            self._watch.later(self._coming[actor], partial(self._arrived, actor), "starting an expert", unseated=actor)
+            self._coming[actor] = actor.ready.remote(needed)
+
+    def begin(self) -> None:
+        """Give the actors work as they become ready."""
+        for actor, ready in self._coming.items():
+            self._watch.later(ready, partial(self._arrived, actor), "starting an expert", unseated=actor)
 
     def surveyed(self) -> dict[tuple[int, int], Surveyed]:
         """Wait until every expert is surveyed, and return what the surveys found, by expert and group of tensors."""
@@ -86,7 +95,8 @@ class TargetComputation:
         """Whether every target is stored, every expert surveyed, and every expert actor dismissed."""
         return not (self._missing or self._unread or self._open)
 
-    def _arrived(self, actor: Any, _: Report) -> None:
+    def _arrived(self, actor: Any, free: Sequence[int]) -> None:
+        self._check(free)
         del self._coming[actor]
         self._open[actor] = 0
         self._next(actor)

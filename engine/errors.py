@@ -73,6 +73,10 @@ class ClusterError(MergeError):
     exit_code = 3
 
 
+class GpuMemoryError(ClusterError):
+    """A GPU ran out of memory. The driver adds the remedy, which depends on the other settings of the merge."""
+
+
 class RunError(MergeError):
     """The run failed (exit code 4)."""
 

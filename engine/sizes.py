@@ -41,6 +41,9 @@ GROUPS_PER_CALL = 4
 # Bytes that the decompositions of a process hold at a time, if one matrix does not take more.
 DECOMPOSING_BYTES = 8 << 30
 
+# Of the free memory of each of several GPUs, what a model fills: blocks are whole, and an allocator leaves gaps.
+FILLED = 0.95
+
 
 def are_few(rank: int, shape: Sequence[int], side: int = LEADING_SIDE) -> bool:
     """Return whether matrix products find so many leading parts of a matrix in less time than LAPACK finds all.

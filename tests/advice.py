@@ -27,7 +27,7 @@ FOLLOWED = {
         "engine/planning",
         "engine/run/preparation",
     ),
-    "test_advice_on_clusters": ("cluster/placement", "cluster/telemetry", "cluster/watch"),
+    "test_advice_on_clusters": ("cluster/placement", "cluster/readiness", "cluster/telemetry", "cluster/watch"),
     "test_advice_on_merges": (
         "actors/",
         "engine/learning",

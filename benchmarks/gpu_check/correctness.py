@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tiny
 import torch
-from actors.gpus import Gpus
 from models import Size
 
 import engine.models.skeleton
 from actors.expert import Expert
+from actors.gpus import Gpus
 from actors.process import ActorProcess
 from engine.errors import MergeError
 from engine.learning.frozen_expert import FrozenExpert

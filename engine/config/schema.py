@@ -166,7 +166,7 @@ class ActorResources(Section):
     """Resources that an actor requests.
 
     Attributes:
-        num_gpus: Number of GPUs. `auto`: one if the cluster has GPUs.
+        num_gpus: Number of GPUs. `auto`: one if the cluster has GPUs, and more if the actor needs their memory.
         labels: Labels of the Ray nodes on which the actor may run.
     """
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +62,9 @@ class Student:
         base = open_base(plan)
         config = load_base_config(plan)
         self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, base.folder)
+
+        if plan.config.gradients == "accumulate":
+            room = replace(room, gradients=frozenset(places[name].parameter for name in plan.merged))
 
         def weight(name: str) -> Tensor | None:
             return None if name in plan.merged_set else base.read(name)

@@ -11,17 +11,31 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import get_balanced_memory
 
-from engine.errors import RunError
+from engine.errors import ClusterError
+from engine.sizes import FILLED
 
 # Module name → device of the module and of its submodules.
 DeviceMap = dict[str, torch.device]
 
 
+DOUBLE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+
 @dataclass(frozen=True)
 class Room:
-    """The GPUs, `others`, over which a model may be spread besides its first device."""
+    """The GPUs over which a model may be spread, and what takes memory there besides its weights.
+
+    Attributes:
+        others: The GPUs besides the model's first device.
+        gradients: The parameters that have a gradient for as long as a step takes.
+        activations: Bytes that the passes need on all GPUs together.
+        logits: Bytes that the logits need on the GPU of the head.
+    """
 
     others: tuple[torch.device, ...] = ()
+    gradients: frozenset[str] = frozenset()
+    activations: float = 0
+    logits: float = 0
 
 
 ONE_DEVICE = Room()
@@ -30,21 +44,30 @@ ONE_DEVICE = Room()
 def device_map(model: Any, dtype: torch.dtype, device: torch.device, room: Room = ONE_DEVICE) -> DeviceMap:
     """Return the devices of the modules of a model without weights.
 
-    With one device, all modules are placed on it. Otherwise they are balanced over all of the devices by bytes, and no
-    block is split.
+    With one device, all modules are placed on it. Otherwise they are balanced over all of the devices by the bytes of
+    weights and gradients, and no block is split.
 
     Raises:
-        RunError: The model does not fit on the GPUs.
+        ClusterError: The model does not fit on the GPUs.
     """
     if not room.others:
         return {"": device}
-    blocks, gpus = model._no_split_modules, (device, *room.others)
-    free = {gpu.index: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
-    memory = get_balanced_memory(model, free | {"cpu": 0}, dtype=dtype, no_split_module_classes=blocks)
-    placement = accelerate.infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=blocks)
+    gpus = device, *room.others
+    free: dict[int | str, int] = {
+        gpu.index: max(0, int(FILLED * torch.cuda.mem_get_info(gpu)[0] - room.activations / len(gpus))) for gpu in gpus
+    }
+    free[gpus[-1].index] = max(0, int(free[gpus[-1].index] - room.logits))
+    # A weight with a gradient of the same size counts as one in a dtype of twice the size.
+    sizes = {
+        "dtype": dtype,
+        "special_dtypes": dict.fromkeys(room.gradients, DOUBLE[dtype]),
+        "no_split_module_classes": model._no_split_modules,
+    }
+    memory = get_balanced_memory(model, free | {"cpu": 0}, **sizes)
+    placement = accelerate.infer_auto_device_map(model, max_memory=memory, **sizes)
     if any(not isinstance(place, int) for place in placement.values()):
         narrower = ", or use bfloat16" if dtype is torch.float32 else ""
-        raise RunError(
+        raise ClusterError(
             f"the model does not fit on the {len(gpus)} GPUs of its process",
             do="raise `cluster.trainer.num_gpus` and `cluster.expert.num_gpus` (of evaluate: --num-gpus)"
             f"{narrower}; run a merge with --fresh",

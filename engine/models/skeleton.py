@@ -90,7 +90,7 @@ def load_weights(
         tokenizer_folder: Folder of the tokenizer that gives an original InternVL model the id of its image token.
 
     Raises:
-        RunError: The model does not fit on the GPUs.
+        ClusterError: The model does not fit on the GPUs.
         CheckpointError: See `set_image_token`.
     """
     fill(model, places, device_map(model, dtype, device, room), dtype, read)

@@ -11,9 +11,10 @@ import rich.filesize
 import rich.table
 
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
+from engine.planning.costs.fitting import shortages
 from engine.planning.costs.patience import patience
 from engine.planning.costs.rates import GB, Prediction, Site
-from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
+from engine.planning.costs.scaling import Machines, Work, choose, predict
 from engine.planning.costs.trainers import settled
 from engine.planning.differences import left_out, left_out_lines
 from engine.planning.factors import directions, factored

@@ -58,12 +58,22 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class UsedGpu:
+    """A GPU of a process in merge/memory.json."""
+
+    name: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+
+
+@dataclass(frozen=True)
 class Actor:
-    """One process in merge/memory.json."""
+    """One process in merge/memory.json, and the GPUs that it used."""
 
     role: str
     pid: int
     peak_anonymous_bytes: int
+    gpus: tuple[UsedGpu, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ class Memory:
     bytes_targets: int
     expert_forwards: int
     seconds: dict[str, float]
+    not_deterministic: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,12 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
         yield "change left by rounding", f"{merge.survived.survived:.1%}, {merge.survived.rounding}"
     if memory is not None:
         yield "largest process", decimal(max(actor.peak_anonymous_bytes for actor in memory.actors))
+        used = [(gpu.peak_allocated_bytes, actor.role, gpu.name) for actor in memory.actors for gpu in actor.gpus]
+        if used:
+            peak, role, name = max(used)
+            yield "fullest GPU", f"{decimal(peak)}, {role} on {name}"
+        if memory.not_deterministic:
+            yield "not deterministic", ", ".join(memory.not_deterministic)
         yield "time", f"{sum(memory.seconds.values()):,.1f} s, sum of all phases"
     if merge.record.date:
         yield "written", merge.record.date

@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import ray
 import torch
+import yaml
 from cluster_helpers import run_merge
 from conftest import plan_of
 from errors import refused
 
+import cluster.crew
 import cluster.session
+from actors.expert import Expert
 from actors.gpus import Gpus
+from actors.process import guarded
+from actors.shard import Shard
+from actors.trainer import Trainer
 from cluster.crew import Crew
 from cluster.placement import Seat, Seating
 from cluster.watch import Watch
@@ -125,3 +131,73 @@ def test_a_merge_whose_gpus_torch_does_not_see_ends_before_it_computes(llama_mer
     with refused(ClusterError, do="num_gpus", facts=[torch.__version__]):
         run_merge(plan_of(llama_merge), tmp_path / "merged")
     assert not (tmp_path / "merged.run").exists(), "nothing was computed"
+
+
+# Merges whose actors have GPUs of Ray and compute on the CPU.
+
+
+def on_cpu(kind: type, fails: str = "", error: str = "", share: float = 1.0, once: str = "") -> type:
+    """A class of actors that have `share` of the memory they need on each GPU.
+
+    The method `fails` raises `error`, a class of torch; with a path `once`, only while no file is there.
+    """
+
+    def start(self: Any, *arguments: Any, gpus: Gpus) -> None:
+        self.count = gpus.number
+        kind.__init__(self, *arguments)  # type: ignore[misc]
+
+    def ready(self: Any, wanted: float) -> tuple[int, ...]:
+        return (int(share * wanted) + 1,) * int(self.count)
+
+    def failing(self: Any, *arguments: Any) -> Any:
+        from pathlib import Path
+
+        import torch
+
+        if error and not (once and Path(once).exists()):
+            self._process.settled = True
+            torch.cuda.memory_allocated = lambda device: 0  # type: ignore[assignment]
+            torch.cuda.mem_get_info = lambda device: (0, 0)  # type: ignore[assignment]
+            if once:
+                Path(once).touch()
+            raise getattr(torch, error)("CUDA error: an illegal memory access" if once else "CUDA out of memory.")
+        return getattr(kind, fails).__wrapped__(self, *arguments)
+
+    methods = {"__init__": start, "ready": ready}
+    if fails:
+        methods[fails] = guarded(failing)
+    return type(kind.__name__, (kind,), methods)
+
+
+def test_automatic_actors_get_the_gpus_that_they_need(
+    llama_merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster.crew, "Trainer", on_cpu(Trainer, share=0.6))
+    monkeypatch.setattr(cluster.crew, "Expert", on_cpu(Expert))
+    monkeypatch.setattr(cluster.crew, "Shard", on_cpu(Shard))
+    merged = run_merge(plan_of(llama_merge, "parameters.epochs=1"), tmp_path / "merged")
+    devices = yaml.safe_load((merged / "merge" / "config.yaml").read_text())["record"]["devices"]
+    assert (devices["trainer"], devices["expert"]) == (2, 1)
+    assert "2 GPUs" in "".join(capsys.readouterr())
+
+
+def test_memory_that_runs_out_in_a_step_ends_in_advice(
+    llama_merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster.crew, "Trainer", on_cpu(Trainer, "step", "OutOfMemoryError"))
+    monkeypatch.setattr(cluster.crew, "Expert", on_cpu(Expert))
+    monkeypatch.setattr(cluster.crew, "Shard", on_cpu(Shard))
+    with refused(ClusterError, "trainer", "cluster.trainer.num_gpus", facts=["CUDA"]) as failed:
+        run_merge(plan_of(llama_merge), tmp_path / "merged")
+    assert failed.value.exit_code == 3
+
+
+def test_an_actor_whose_gpu_fails_is_restarted(
+    llama_merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = tmp_path / "failed"
+    monkeypatch.setattr(cluster.crew, "Trainer", on_cpu(Trainer))
+    monkeypatch.setattr(cluster.crew, "Expert", on_cpu(Expert, "target", "AcceleratorError", once=str(failed)))
+    monkeypatch.setattr(cluster.crew, "Shard", on_cpu(Shard))
+    merged = run_merge(plan_of(llama_merge, "parameters.epochs=1"), tmp_path / "merged")
+    assert failed.exists() and (merged / "merge" / "coefficients.parquet").exists()

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from errors import refused
 
 import cluster.watch
 from actors.process import Report
 from cluster.targets import TargetComputation
 from cluster.watch import Watch
 from engine.calibration.samples import Sample
+from engine.errors import ClusterError
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import Surveyed
 from engine.sizes import GROUPS_PER_CALL
@@ -37,14 +39,18 @@ class Machine:
 
     def expert(self, seat: int) -> Any:
         def called(what: str) -> Callable[..., str]:
+            def place(arguments: tuple[Any, ...]) -> Any:
+                """What is read or computed; None for a question to the actor."""
+                return {"survey": arguments[:2], "target": arguments[:1] and arguments[0]}.get(what)
+
             def remote(*arguments: Any) -> str:
                 name = f"{what} {seat} {len(self.asked)}"
-                self.asked.append((name, seat, arguments[:2] if what == "survey" else (*arguments, None)[0]))
+                self.asked.append((name, seat, place(arguments)))
                 return name
 
             return remote
 
-        calls = {what: SimpleNamespace(remote=called(what)) for what in ("report", "target", "survey")}
+        calls = {what: SimpleNamespace(remote=called(what)) for what in ("ready", "report", "target", "survey")}
         return _Actor(seat=seat, **calls)
 
     def dismiss(self, actor: _Actor) -> None:
@@ -95,6 +101,8 @@ def start(
         progress=SimpleNamespace(advance=lambda name, done: counts.append(done)),
     )
     waves = TargetComputation(attempt, crew, wanted, 3, **surveys)
+    assert {name.split()[0] for name, *_ in machine.asked} == {"ready"}, "no work before the trainer is ready"
+    waves.begin()
     return machine, waves, counts
 
 
@@ -111,6 +119,16 @@ def test_every_target_is_computed_once_and_everybody_is_let_go(
     assert 1 <= len(waves.reports) <= min(seats, 5)
     assert machine.at_once <= seats
     assert waves.nbytes == 1000
+
+
+def test_an_expert_that_is_not_ready_gets_no_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def check(free: object) -> None:
+        raise ClusterError("too small")
+
+    machine, waves, _ = start(monkeypatch, tmp_path, 2, needed=5.0, check=check)
+    with refused(ClusterError):
+        waves.all_stored()
+    assert machine.computed == []
 
 
 def test_the_first_window_does_not_wait_for_the_last_expert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

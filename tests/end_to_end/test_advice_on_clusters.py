@@ -32,7 +32,11 @@ from engine.planning.plan import Plan
 
 ADVICE = Advice(
     __name__,
-    elsewhere={"Ray cannot build a runtime environment": "test_what_makes_ray_build_an_environment_is_unset"},
+    elsewhere={
+        "Ray cannot build a runtime environment": "test_what_makes_ray_build_an_environment_is_unset",
+        "{self._do(role, min(free))}": "test_every_setting_suffices_alone_or_all_together in test_fitting.py",
+        "{self._do(role, now - 1)}": "test_an_actor_that_ran_out_of_memory_is_told_what_needs_less",
+    },
 )
 WORK = Work(tokens=10, samples=8, steps=4, passes=1, pass_tokens=40)
 

@@ -133,37 +133,6 @@ def choose(plan: Plan, work: Work, machines: Machines) -> Prediction:
     return min((predict(plan, work, machines, where) for where in sites), key=lambda estimate: estimate.step.total)
 
 
-def shortages(plan: Plan, prediction: Prediction, machines: Machines) -> list[str]:
-    """Return a line for each process that does not fit the machines, with advice. Unknown limits are not checked."""
-    memory, lines = prediction.memory, []
-    saves = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
-    saves += [] if plan.config.gradient_checkpointing else ["`gradient_checkpointing: true`"]
-    saves += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
-    kind, limit = ("GPU", machines.gpu_memory) if machines.gpus else ("node", machines.memory)
-    if limit is not None:
-        cluster = plan.config.cluster
-        for role, needed, requested in (
-            ("trainer", memory.trainer, cluster.trainer.num_gpus),
-            ("expert", memory.expert, cluster.expert.num_gpus),
-        ):
-            devices = requested if machines.gpus and requested != "auto" and requested > 1 else 1
-            if needed > limit * devices:
-                advice = [*saves] if role == "trainer" else []
-                advice += [f"more GPUs (`cluster.{role}.num_gpus`)"] if machines.gpus else []
-                have = f"{devices:g} {kind}s have" if devices > 1 else f"a {kind} has"
-                line = f"the {role} needs {needed / GB:.1f} GB, but {have} {limit * devices / GB:.1f} GB"
-                lines.append(f"{line}; use {' or '.join(advice)}" if advice else line)
-    if machines.memory is not None:
-        if memory.shard > machines.memory:
-            lines.append(f"a shard needs {memory.shard / GB:.1f} GB, but a node has {machines.memory / GB:.1f} GB")
-        if memory.page_cache > machines.memory:
-            lines.append(
-                f"each node reads {memory.page_cache / GB:.1f} GB of checkpoints per pass, but has "
-                f"{machines.memory / GB:.1f} GB to cache them, so passes run at the speed of the disk; use more nodes"
-            )
-    return lines
-
-
 def _shards(plan: Plan, machines: Machines, where: Site) -> int:
     shards = plan.config.cluster.shards
     if shards != "auto":
@@ -195,15 +164,18 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
     held = factor_bytes(plan, factors) + sum(plan.numels[name] for name in factors) * item
     targets = min(TARGET_BYTES, target_bytes(plan, work.tokens * work.samples)) if on_gpu else 0
     step = gradient + activations + logits + targets + max((_products(plan, name) for name in factors), default=0)
-    rest = TRAINER_BYTES + weights + step + exchange
-    resident = min(held, max(0.0, _trainer_memory(plan, machines) - rest)) if on_gpu else 0
+    least = TRAINER_BYTES + weights + step + exchange
+    resident = min(held, max(0.0, _trainer_memory(plan, machines) - least)) if on_gpu else 0
     # On a CPU, the threads of a survey decompose matrices in the expert's process.
     survey = 0 if on_gpu else orthogonal_bytes(plan, machines.cpus)
     return MemoryEstimate(
         model=weights + gradient,
-        logits=limit,
+        logit_bytes=limit,
         step=step,
-        trainer=rest + resident,
+        activations=activations,
+        logits=logits,
+        least=least,
+        trainer=least + resident,
         copied=held - resident if on_gpu else 0,
         expert=TRAINER_BYTES
         + elements * item * (1 if on_gpu else 0)

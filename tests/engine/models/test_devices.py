@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from actors.trainer import Trainer, WindowSample
 from engine.calibration.samples import Sample
 from engine.checkpoints.adapters import AdapterHeader
 from engine.codec import pack_all
-from engine.errors import RunError
+from engine.errors import ClusterError
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.learner import first_stage
 from engine.learning.targets import load_target
@@ -34,6 +35,7 @@ from engine.models.skeleton import build_skeleton, load_weights
 from engine.planning.open_models import open_base
 from engine.planning.plan import Plan
 from engine.shards.local_shards import LocalShards
+from engine.sizes import FILLED
 from engine.storage.local_folder import LocalFolder
 
 CPU = torch.device("cpu")
@@ -66,8 +68,34 @@ def test_the_gpus_of_a_seat_get_whole_blocks_each(plan: Plan, monkeypatch: pytes
         inside = [p for p in partners if p.startswith(f"model.layers.{block}.")]
         assert len({device_of(partner, devices) for partner in inside}) == 1
     gpus.free[2] = gpus.free[5] = 100
-    with refused(RunError, do="`cluster.trainer.num_gpus`", facts=["2 GPUs"]):
+    with refused(ClusterError, do="`cluster.trainer.num_gpus`", facts=["2 GPUs"]):
         device_map(model, torch.float32, seat[0], Room(seat[1:]))
+
+
+def test_gradients_activations_and_logits_take_their_room(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, places = build_skeleton(
+        load_model_config(open_base(plan).folder), plan.base_header.tensors, torch.float32, open_base(plan).folder
+    )
+    weights = {place.parameter: plan.base_header.tensors[name].nbytes for name, place in places.items()}
+    gradients = frozenset(places[name].parameter for name in plan.merged)
+    total = sum(nbytes * (2 if name in gradients else 1) for name, nbytes in weights.items())
+    FakeGpus(monkeypatch, 2, free=total)
+    seat = torch.device("cuda", 0), torch.device("cuda", 1)
+    room = Room(seat[1:], gradients)
+
+    def used(room: Room) -> set[torch.device]:
+        devices = device_map(model, torch.float32, seat[0], room)
+        return {device_of(name, devices) for name in weights}
+
+    assert used(room) == {*seat}
+    beyond = (2 * FILLED - 1) * total + 1000
+    for lacking in (replace(room, activations=beyond), replace(room, logits=beyond)):
+        with refused(ClusterError, do="num_gpus"):
+            used(lacking)
+    FakeGpus(monkeypatch, 2, free=(sum(weights.values()) + total) / 4 / FILLED)
+    assert used(replace(room, gradients=frozenset())) == {*seat}
+    with refused(ClusterError, do="num_gpus"):
+        used(room)
 
 
 def test_a_model_of_one_device_stays_there_whatever_else_is_visible(

@@ -13,9 +13,10 @@ from errors import refused
 from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
 from engine.config.schema import Cluster
 from engine.errors import ClusterError
+from engine.planning.costs.fitting import shortages
 from engine.planning.costs.flops import SVD_FLOPS, sample_flops
 from engine.planning.costs.rates import CORE_FLOPS, DISK, GB, GPU_DECOMPOSING, PINNED
-from engine.planning.costs.scaling import Machines, Work, choose, predict, shortages
+from engine.planning.costs.scaling import Machines, Work, choose, predict
 from engine.planning.factors import factor_bytes
 from engine.planning.plan import Plan
 from engine.sizes import gpu_logit_bytes
@@ -148,7 +149,7 @@ def test_parts_of_logits_on_a_gpu_are_as_large_as_fits(room: float, wanted: int)
 def test_parts_of_logits_depend_on_the_trainer_s_memory(make_merge: Callable[..., Path]) -> None:
     plan, node = plan_of(make_merge()), Machines(nodes=1, cpus=2, gpus=1)
     sizes = [
-        predict(plan, WORK, replace(node, gpus=gpus, gpu_memory=memory), "trainer").memory.logits >> 20
+        predict(plan, WORK, replace(node, gpus=gpus, gpu_memory=memory), "trainer").memory.logit_bytes >> 20
         for gpus, memory in ((0, None), (1, None), (1, 80 * GB), (1, 2 * GB), (1, GB / 100))
     ]
     assert sizes == [32, 1024, 1024, 256, 32]

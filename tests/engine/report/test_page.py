@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
+import pydantic
 import pytest
 from click.testing import CliRunner
 from conftest import plan_of
@@ -26,7 +28,7 @@ from engine.evaluation.results import Row, save_results
 from engine.report import sections as report_sections
 from engine.report.charts import Blocks, ends, labels
 from engine.report.comparison import comparison
-from engine.report.merge_folder import Merged
+from engine.report.merge_folder import Memory, Merged
 from engine.report.page import report_html
 from engine.report.sections import ReportSection, coefficient_charts, key_figures, sections_of
 from engine.storage.local_folder import LocalFolder
@@ -157,6 +159,18 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
         actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]
     }
     assert dict(zip(seconds.data[0].y, seconds.data[0].x, strict=True)) == MEMORY["seconds"]
+
+
+def test_the_key_figures_name_the_fullest_gpu(merged: Path) -> None:
+    merge = Merged.read(str(merged))
+    assert "fullest GPU" not in dict(key_figures(merge)) and "not deterministic" not in dict(key_figures(merge))
+    gpus = [{"name": "H200", "peak_allocated_bytes": n, "peak_reserved_bytes": 2 * n} for n in (40 * 10**9, 10**9)]
+    actors = [actor | ({"gpus": gpus} if actor["role"] == "trainer" else {}) for actor in MEMORY["actors"]]
+    content = json.dumps(MEMORY | {"actors": actors, "not_deterministic": ["cumsum"]})
+    memory = pydantic.TypeAdapter(Memory).validate_json(content)
+    shown = dict(key_figures(replace(merge, memory=memory)))
+    assert all(fact in shown["fullest GPU"] for fact in ("40.0 GB", "trainer", "H200"))
+    assert shown["not deterministic"] == "cumsum"
 
 
 def test_losses_by_hand(merged: Path) -> None:
