@@ -241,7 +241,10 @@ class Watch:
             # Ray reports the death of an actor a little earlier than that of its node.
             time.sleep(LOOK_EVERY)
             self._look()
-            raise RunError(f"an actor died while {what}, and again after restarts: {error}") from error
+            raise RunError(
+                f"an actor died while {what}, and again after restarts: {error}",
+                do="run with --debug to see what the actor printed at its end, such as an error of its GPU",
+            ) from error
         raise RunError(f"Ray failed while {what}: {type(error).__name__}: {error}") from error
 
 

@@ -16,9 +16,10 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from advice import Advice, begins, found, refusal
 from click.testing import CliRunner
 from conftest import plan_of
-from ray.exceptions import OutOfDiskError, OutOfMemoryError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
 import cli
+import cluster.session
 import cluster.telemetry
 import cluster.watch
 from cluster.placement import KIND, Devices, Node, arrange, check_memory, lay_out, lay_out_shards, machines
@@ -247,7 +248,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
         def get(reference: str) -> None:
             raise error
 
-        fake = SimpleNamespace(wait=lambda references, **options: (references[:1], []), get=get)
+        fake = SimpleNamespace(wait=lambda references, **options: (references[:1], []), get=get, nodes=list)
         monkeypatch.setattr(cluster.watch, "ray", fake)
         Watch(print).answer("reference", "merging")
 
@@ -264,6 +265,20 @@ def test_with_debug_the_place_in_the_actor_is_shown(failing: Callable[[Exception
     with pytest.raises(MergeError) as shown:
         cli._guarded(run, debug=True)
     assert "File shard.py, line 7" in "".join(traceback.format_exception(shown.value))
+
+
+@ADVICE.followed("an actor died while {what}")
+def test_with_debug_an_actor_prints_to_the_terminal(
+    failing: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    option = found("run with --(debug)", refusal(lambda: failing(ActorDiedError())))[1]
+    shown: list[bool] = []
+    monkeypatch.setattr(cluster.session, "_check_machine", lambda: None)
+    monkeypatch.setattr(cluster.session, "_say_if_slow", lambda: None)
+    monkeypatch.setattr(cluster.session.ray, "init", lambda log_to_driver, **options: shown.append(log_to_driver))
+    with cluster.session.connect(None, **{option: True}):
+        pass
+    assert shown == [True]
 
 
 @ADVICE.followed("the disk to which Ray's object store spills is full")

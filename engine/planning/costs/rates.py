@@ -37,10 +37,11 @@ class MemoryEstimate:
     """Estimated bytes of memory.
 
     `model` is the trainer's weights and gradient alone; `logit_bytes` is the size of the logits that it computes at a
-    time, in one copy; `step` is what an optimiser step adds to weights and factors, of which `activations` and `logits`, in all
-    copies, are parts; `copied` are the base's matrices and factors that the trainer's GPU has no room for, copied to it
-    in each pass; `least` is the trainer without any of these on its GPU; `trainer`, `expert` and `shard` are whole
-    processes; `store` is Ray's object store; `page_cache` is that of a node which caches all that a pass reads.
+    time, in one copy; `step` is what an optimiser step adds to weights and factors, of which `activations` and
+    `logits`, in all copies, are parts; `copied` are the base's matrices and factors that the trainer's GPU has no room
+    for, copied to it in each pass; `least` is the trainer without any of these on its GPU; `trainer`, `expert` and
+    `shard` are whole processes; `store` is Ray's object store; `page_cache` is that of a node which caches all that a
+    pass reads.
     """
 
     model: float
