@@ -100,15 +100,13 @@ class ActorProcess:
 
     def report(self, **counts: int) -> Report:
         """Return the figures of this process so far."""
-        # Not looked up here: the figures of an actor must not fail.
-        gpus = [device for device in self.__dict__.get("devices", ()) if device.type == "cuda"]
         peaks = tuple(
             GpuPeak(
                 torch.cuda.get_device_name(device),
                 torch.cuda.max_memory_allocated(device),
                 torch.cuda.max_memory_reserved(device),
             )
-            for device in gpus
+            for device in self._gpus_in_use()
         )
         memory, failed = self.memory, self.not_deterministic
         return Report(self.role, memory.pid, memory.peak, counts, failed, peak_pinned_bytes(), peaks)
@@ -162,9 +160,13 @@ class ActorProcess:
             self._waits = False
             time.sleep(SETTLING)
 
+    def _gpus_in_use(self) -> list[torch.device]:
+        """Return the GPUs of the seat; none before `devices` was read without an error."""
+        return [device for device in self.__dict__.get("devices", ()) if device.type == "cuda"]
+
     def _lacking(self, error: RuntimeError) -> GpuMemoryError:
-        used = sum(map(torch.cuda.memory_allocated, self.devices)) / GB
-        free = sum(map(_free, self.devices)) / GB
+        gpus = self._gpus_in_use()
+        used, free = (sum(map(of_gpu, gpus)) / GB for of_gpu in (torch.cuda.memory_allocated, _free))
         what = f"ran out of GPU memory with {used:.1f} GB in use and {free:.1f} GB free: {str(error).splitlines()[0]}"
         return GpuMemoryError(what, self.role)
 

@@ -35,6 +35,7 @@ class Actor:
 
     @guarded
     def work(self) -> str:
+        assert self._process.device.type == "cuda"
         if self.raises:
             raise self.raises.pop(0)
         return "done"
@@ -135,6 +136,20 @@ def test_a_gpu_without_room_for_the_state_of_torch_has_none(
     monkeypatch.setattr(torch.cuda, "mem_get_info", full)
     assert ActorProcess("trainer", gpus=Gpus(1)).free(1e9) == (0,)
     assert sum(waited) >= actors.process.SETTLING
+
+
+def test_a_gpu_that_is_full_from_the_start_ends_in_the_same_error(
+    gpus: FakeGpus, waited: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(device: torch.device) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "set_device", full)
+    actor = Actor()
+    actor.work = guarded(lambda self: self._process.device).__get__(actor)  # type: ignore[method-assign]
+    with refused(GpuMemoryError, "trainer"):
+        actor.work()
+    assert waited == [actors.process.SETTLING] and actor._process.report().gpus == ()
 
 
 def test_the_figures_have_the_gpus_of_the_seat(gpus: FakeGpus) -> None:
