@@ -17,8 +17,8 @@ from actors.expert import Expert
 from actors.gpus import Gpus
 from actors.shard import Shard
 from actors.trainer import Trainer
-from cluster.placement import Seat, Seating
 from cluster.remote_shards import RemoteShards
+from cluster.seats import Seat, Seating
 from cluster.session import reserved
 from cluster.trainer_seats import reserved_place
 from cluster.watch import Watch

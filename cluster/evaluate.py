@@ -12,8 +12,8 @@ import ray
 import torch
 
 from actors.gpus import Gpus
-from cluster.placement import Node
 from cluster.progress import Progress
+from cluster.seats import Node
 from cluster.session import connect, nodes
 from cluster.watch import Watch, until_done
 from engine.checkpoints.find import find_model, portable

@@ -13,9 +13,10 @@ import numpy as np
 
 from cluster.attempt import Attempt
 from cluster.crew import Crew
-from cluster.placement import Devices, Seating, check_memory, machines
+from cluster.placement import Devices, check_memory, machines
 from cluster.progress import Progress
 from cluster.readiness import Readiness
+from cluster.seats import Seating
 from cluster.session import await_layout, nodes
 from cluster.stages import Stages
 from cluster.targets import SURVEY, TargetComputation

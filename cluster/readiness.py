@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.placement import Devices, Node, most_gpus
+from cluster.placement import Devices, most_gpus
+from cluster.seats import Node
 from cluster.watch import Lost
 from engine.errors import ClusterError, GpuMemoryError
 from engine.planning.costs.fitting import Role, capacity, enough_gpus, needed, remedies

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from cluster.placement import Node, Seat
+from cluster.seats import Node, Seat
 from cluster.watch import Lost, no_environment
 from engine.errors import ClusterError
 from engine.machine import check_home, limits

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster.placement import Devices, Node, Seat, Seating, arrange, candidates, lay_out, machines, useful
+from cluster.placement import Devices, arrange, candidates, lay_out, machines, useful
+from cluster.seats import Node, Seat, Seating
 from engine.planning.costs.scaling import Work
 from engine.planning.costs.trainers import choose_trainers, with_gradients
 from engine.planning.plan import Plan

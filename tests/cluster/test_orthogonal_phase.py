@@ -13,7 +13,7 @@ from conftest import plan_of
 import cluster.crew
 from cluster.crew import Crew
 from cluster.learned_merge import LearnedMerge
-from cluster.placement import Seat, Seating
+from cluster.seats import Seat, Seating
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import parts_file, tensor_groups
 from engine.sizes import MATRICES_PER_CALL

@@ -15,7 +15,8 @@ from errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.placement import Devices, Node, Seat, Seating, arrange, check_memory, lay_out, lay_out_shards
+from cluster.placement import Devices, arrange, check_memory, lay_out, lay_out_shards
+from cluster.seats import Node, Seat, Seating
 from engine.config.reader import parse_config
 from engine.config.schema import Config
 from engine.errors import ClusterError

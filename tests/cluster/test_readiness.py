@@ -9,8 +9,9 @@ import pytest
 from conftest import plan_of
 from errors import refused
 
-from cluster.placement import Devices, Node, machines
+from cluster.placement import Devices, machines
 from cluster.readiness import MoreGpus, Readiness
+from cluster.seats import Node
 from engine.errors import ClusterError, GpuMemoryError
 from engine.planning.costs.fitting import Role
 from engine.planning.costs.rates import GB

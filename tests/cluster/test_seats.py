@@ -22,7 +22,7 @@ from actors.process import guarded
 from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.crew import Crew
-from cluster.placement import Seat, Seating
+from cluster.seats import Seat, Seating
 from cluster.watch import Watch
 from engine.errors import ClusterError
 from engine.planning.plan import Plan

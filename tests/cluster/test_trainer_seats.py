@@ -11,7 +11,8 @@ import pytest
 from conftest import plan_of
 from test_placement import cluster_of, config
 
-from cluster.placement import Devices, Seating
+from cluster.placement import Devices
+from cluster.seats import Seating
 from cluster.trainer_seats import arrange_trainers, reserved_place
 from engine.config.schema import GradientUse
 from engine.planning.costs.scaling import Work

@@ -22,7 +22,8 @@ import cli
 import cluster.session
 import cluster.telemetry
 import cluster.watch
-from cluster.placement import KIND, Devices, Node, arrange, check_memory, lay_out, lay_out_shards, machines
+from cluster.placement import Devices, arrange, check_memory, lay_out, lay_out_shards, machines
+from cluster.seats import KIND, Node
 from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import Watch, until_done
 from engine.config.schema import TRACKERS, Config

@@ -21,7 +21,8 @@ from slow import as_slow
 from weight_space import Tensors, entries, ours, read, write_arrays, write_checkpoint, write_config
 
 from actors.gpus import Gpus
-from cluster.placement import Devices, Node
+from cluster.placement import Devices
+from cluster.seats import Node
 from engine.learning.frozen_expert import check_models
 from engine.models.devices import Room, device_map
 from engine.models.skeleton import build_skeleton

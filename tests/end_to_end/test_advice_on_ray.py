@@ -25,7 +25,8 @@ from ray.exceptions import RuntimeEnvSetupError
 
 import cli
 import cluster.session
-from cluster.placement import Devices, Node, lay_out
+from cluster.placement import Devices, lay_out
+from cluster.seats import Node
 from cluster.session import connect, reserved
 from engine.checkpoints.find import find_model
 from engine.errors import MergeError

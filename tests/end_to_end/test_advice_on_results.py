@@ -37,7 +37,7 @@ from slow import slow_but
 
 import cli
 from cluster.evaluate import task_cpus
-from cluster.placement import Node
+from cluster.seats import Node
 from engine.errors import MergeError
 from engine.evaluation.lm_eval_harness import Tasks, check_tasks
 from engine.evaluation.measure import Evaluation

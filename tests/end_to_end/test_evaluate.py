@@ -19,7 +19,7 @@ import tiny
 from hostile import Server, refused
 
 from cluster.evaluate import EvaluationJob, spread, task_cpus
-from cluster.placement import Node
+from cluster.seats import Node
 from engine.calibration.records import Record
 from engine.errors import ClusterError
 from engine.evaluation.items import DataSet, make_item

@@ -10,7 +10,8 @@ import pytest
 from conftest import plan_of
 from errors import refused
 
-from cluster.placement import Devices, Node, arrange, check_memory, lay_out, machines
+from cluster.placement import Devices, arrange, check_memory, lay_out, machines
+from cluster.seats import Node
 from engine.config.schema import Cluster
 from engine.errors import ClusterError
 from engine.planning.costs.fitting import shortages
