@@ -123,7 +123,8 @@ class Crew:
     def _in_seat(self, kind: type, label: str, index: int, arguments: Arguments) -> Any:
         layout, home = self.layout, len(self.layout.shards)
         # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
-        place = (home + 1 if index == 0 else None) if layout.beside else home
+        at_home = not layout.beside or index >= len(layout.experts) - layout.at_home
+        place = home if at_home else (home + 1 if index == 0 else None)
         return self._spawn(kind, label, layout.experts[index], place, arguments)
 
     def _spawn(

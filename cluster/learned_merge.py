@@ -65,7 +65,7 @@ class LearnedMerge(Attempt):
     def _merge(self, seats: Seating) -> None:
         """Compute and write the result with actors in these seats."""
         with Crew(self.plan, self.folder.state, seats, self.watch) as crew:
-            trainer = crew.trainer() if crew.layout.beside else None
+            trainer = None if self._in_turns else crew.trainer()
             asked = self._ask(trainer)
             kept = self._kept_magnitudes()
             targets = self._experts(crew, survey=kept is None)
@@ -149,7 +149,7 @@ class LearnedMerge(Attempt):
         keep(devices)
         there, begun = devices.among(nodes()), self.folder.computed()
         self._readiness = Readiness(plan, work, alive, there, devices, keep, begun)
-        self._in_turns = not layout.beside
+        self._in_turns = not layout.beside or layout.at_home > 0
         return layout
 
     def _work(self, on_gpu: bool) -> Work:

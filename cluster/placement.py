@@ -12,7 +12,7 @@ from engine.config.schema import GPU_PART, Config, GradientUse, Use
 from engine.errors import ClusterError
 from engine.planning.costs.rates import GB, Site
 from engine.planning.costs.scaling import Machines, Work, choose
-from engine.planning.factors import factored
+from engine.planning.factors import decomposed, factored
 from engine.planning.plan import Plan, slices
 from engine.planning.schedule import CPU_TOKENS, pass_limit
 
@@ -146,9 +146,10 @@ def lay_out(
 ) -> Seating:
     """Return the seats of trainer, experts and shards.
 
-    The experts that run at the same time are as many as the GPUs besides the trainer's admit or, on the CPU, one per
-    node, because each uses all of its cores. Requested CPUs serve placement only: at most a third of a node's per kind
-    of actor, so that trainer, expert and shards fit on a node with a single CPU.
+    The experts that run at the same time are as many as the GPUs besides the trainer's admit (with decomposed task
+    vectors, the trainer's as well) or, on the CPU, one per node, because each uses all of its cores. Requested CPUs
+    serve placement only: at most a third of a node's per kind of actor, so that trainer, expert and shards fit on a
+    node with a single CPU.
 
     Raises:
         ClusterError: no node fits the trainer or an expert.
@@ -163,11 +164,15 @@ def lay_out(
     places = _places(usable, config, devices, home)
     beside = bool(places)
     places = (places or [home] * _fitting(home.gpus, devices.expert))[: len(plan.experts)]
+    # Decomposed task vectors are learned over when the last expert has ended. Until then the trainer's GPUs are free.
+    free = _fitting(devices.trainer, devices.expert) if beside and devices.expert and decomposed(plan) else 0
+    at_home = min(free, len(plan.experts) - len(places))
     on = Counter(node.id for node in places)
     trainer = Seat(home.id, _share(home, 1), devices.trainer)
     if beside:
         reserved = trainer
         experts = tuple(Seat(node.id, _share(node, on[node.id]), devices.expert) for node in places)
+        experts += (Seat(home.id, int(100 * trainer.cpus / max(1, at_home)) / 100, devices.expert),) * at_home
     else:
         # Experts and trainer take turns in one seat: the larger request of the two, in CPUs as in GPUs.
         experts = tuple(Seat(node.id, _share(node, len(places)), devices.expert) for node in places)
@@ -184,10 +189,11 @@ def lay_out(
         reserved,
         beside,
         # On the CPU they would compete for the same cores; on GPUs each has its own.
-        beside and (devices.trainer > 0 or home.id not in on),
+        beside and not at_home and (devices.trainer > 0 or home.id not in on),
         within,
         devices.threads,
         devices.factored(plan),
+        at_home=at_home,
     )
 
 

@@ -55,6 +55,7 @@ class Seating:
         home: The reserved seat in which the trainer runs.
         beside: Experts have seats besides the trainer's. Else they run within `home`, which is large enough for
             either, and the trainer starts after them.
+        at_home: How many of the last `experts` are within `home` nevertheless; the trainer starts after all experts.
         overlap: The trainer may compute while experts do.
         within_trainer: The trainer computes the sums over task vectors itself; shards only read and write files.
         threads: The CPU threads of the operations of trainer and experts.
@@ -80,6 +81,7 @@ class Seating:
     batch_tokens: int = CPU_TOKENS
     logit_bytes: int = LOGIT_BYTES
     others: tuple[Seat, ...] = ()
+    at_home: int = 0
     gradients: GradientUse = "accumulate"
     activations: float = 0
     logits: float = 0

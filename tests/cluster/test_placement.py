@@ -35,6 +35,7 @@ def plan(llama_merge: Path) -> Plan:
 def config(experts: int = 2, **cluster: Any) -> Config:
     models = [{"model": f"e{k}", "calibration": "x.jsonl"} for k in range(experts)]
     raw = {"merge_method": "expert_merging", "base_model": "base", "models": models, "cluster": cluster}
+    raw["parameters"] = {"task_vectors": "whole"}
     return parse_config(raw, Path("merge.yaml"))
 
 
@@ -148,6 +149,41 @@ def test_fractions_of_gpus_fit_as_ray_counts_them(
     )
     assert layout.home is not None
     assert (len(layout.experts), layout.home.gpus) == (at_a_time, home)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "each", "experts", "at_home"),
+    [
+        ([(16, 8)], (1, 1), 8, 1),
+        ([(16, 8)], (1, 1), 7, 0),
+        ([(16, 8)], (1, 4), 9, 4),
+        ([(16, 8)], (1, 4), 6, 2),
+        ([(8, 2), (8, 2)], (1, 1), 9, 1),
+        ([(8, 2)], (2, 1), 9, 0),
+        ([(8, 1)], (1, 1), 9, 0),
+        ([(8, 0), (8, 0)], (0, 0), 9, 0),
+    ],
+)
+def test_decomposed_task_vectors_lend_the_gpus_of_the_trainer_to_experts(
+    plan: Plan, nodes: list[tuple[float, float]], each: tuple[float, float], experts: int, at_home: int
+) -> None:
+    """Nothing can be learned before the last expert has ended."""
+    given = config(experts, expert={"num_gpus": each[0]}, trainer={"num_gpus": each[1]})
+    layouts = {}
+    for kind in ("whole", "orthogonal"):
+        parameters = given.parameters.model_copy(update={"task_vectors": kind})
+        planned = given.model_copy(update={"parameters": parameters})
+        planned_plan = replace(plan, config=planned, experts=tuple(plan.experts[:1]) * experts)
+        layouts[kind] = lay_out(cluster_of(*nodes), planned_plan, Devices.of(cluster_of(*nodes), planned))
+    whole, layout = layouts["whole"], layouts["orthogonal"]
+    assert layout.at_home == at_home and whole.at_home == 0
+    beside = layout.experts[: len(layout.experts) - at_home]
+    assert beside == whole.experts and layout.reserved == whole.reserved
+    assert layout.home is not None
+    lent = layout.experts[len(beside) :]
+    assert sum(seat.gpus for seat in lent) <= layout.home.gpus and sum(seat.cpus for seat in lent) <= layout.home.cpus
+    assert {seat.node for seat in lent} <= {layout.home.node}
+    assert layout.overlap == (whole.overlap and not at_home)
 
 
 def test_several_gpus_an_actor_are_those_of_one_node(plan: Plan) -> None:
