@@ -103,7 +103,7 @@ class Trainer:
         self._process = ActorProcess(f"trainer {index}" if index else "trainer", threads, gpus)
         self._plan, self._shards, self._pull, self._gather = plan, shards, pull, gather
         self._stream = plan.config.gradients == "stream" if stream is None else stream
-        self._batch_tokens = batch_tokens or pass_limit(plan.config.batch_tokens, on_gpu=False)
+        self._batch_tokens = batch_tokens or pass_limit(plan.config, on_gpu=False)
         self._logit_bytes, self._room = logit_bytes, room
         self._merged: Coefficients | None = None
 

@@ -73,8 +73,10 @@ class Merge:
         config = large_models.write_merge(folder, large_models.SHAPES["7B"], experts)
         plan = make_plan(load_config(config), config.parent)
         there = [Node(96, GPUS, 2000 * GB, f"n{index}") for index in range(nodes)]
-        work = Work.of(plan.config, [[TOKENS] * SAMPLES] * experts)
-        layout = arrange_trainers(there, plan, work, Devices.of(there, plan.config))
+        tokens = [[TOKENS] * SAMPLES] * experts
+        devices = Devices.of(there, plan.config, tokens)
+        work = Work.of(plan.config, tokens, devices.batch_tokens)
+        layout = arrange_trainers(there, plan, work, devices)
         return cls(with_gradients(plan, layout.gradients), there, work, layout)
 
     @property

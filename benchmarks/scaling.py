@@ -106,7 +106,7 @@ class Bench:
             given = [f"cluster.rates.{name}={value}" for name, value in rates.items()]
             plan = make_plan(load_config(config, [*self._settings(run), *given]), config.parent)
         samples = merges.samples_for(run.k, WINDOW, STEPS)
-        work = Work.of(plan.config, [[run.tokens] * samples] * run.k, on_gpu=self.machines.gpus > 0)
+        work = Work.of(plan.config, [[run.tokens] * samples] * run.k, run.batch_tokens)
         where: Site = "node" if run.shards else "trainer"
         return predict(plan, work, self.machines, where)
 

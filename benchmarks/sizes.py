@@ -7,6 +7,7 @@ Models have headers and no data (`large_models.py`), so this runs on any machine
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,8 @@ from report import print_table
 from engine.config.reader import load_config
 from engine.planning.costs.fitting import shortages
 from engine.planning.costs.rates import GB
-from engine.planning.costs.scaling import Machines, Work, choose
+from engine.planning.costs.scaling import Machines, choose
+from engine.planning.costs.trainers import settled
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 
@@ -33,14 +35,15 @@ SETTINGS = (
 )
 
 
-def cell(plan: Plan, work: Work, gpus: int, memory: int) -> str:
+def cell(plan: Plan, tokens: Sequence[Sequence[int]], gpus: int, memory: int) -> str:
     """Return the first settings with which a merge fits GPUs of `memory` GB, with its seconds per step."""
-    node = Machines(1, 96, 8, 2000 * GB, memory * GB)
-    cluster = plan.config.cluster
-    seats = {role: getattr(cluster, role).model_copy(update={"num_gpus": gpus}) for role in ("trainer", "expert")}
+    node, cluster = Machines(1, 96, gpus, 2000 * GB, memory * GB), plan.config.cluster
+    seats = {
+        role: getattr(cluster, role).model_copy(update={"num_gpus": float(gpus)}) for role in ("trainer", "expert")
+    }
     for name, given in SETTINGS:
         changed = {"cluster": cluster.model_copy(update=seats), **given}
-        tried = replace(plan, config=plan.config.model_copy(update=changed))
+        tried, work, _ = settled(replace(plan, config=plan.config.model_copy(update=changed)), tokens, node)
         found = choose(tried, work, node)
         if not shortages(tried, found, node):
             return f"{name or 'default'}: {found.step.total:.1f} s"
@@ -57,8 +60,8 @@ def main(experts: int) -> None:
             kind = "LoRA" if adapters else "full"
             path = large_models.write_merge(Path(folder) / f"{size}-{kind}", shape, experts, adapters)
             plan = make_plan(load_config(path), path.parent)
-            work = Work.of(plan.config, [[large_models.TOKENS] * large_models.SAMPLES] * experts, on_gpu=True)
-            rows[f"{size}, {kind}"] = [cell(plan, work, gpus, memory) for gpus, memory in GPUS]
+            tokens = [[large_models.TOKENS] * large_models.SAMPLES] * experts
+            rows[f"{size}, {kind}"] = [cell(plan, tokens, gpus, memory) for gpus, memory in GPUS]
     print_table(f"{experts} experts, bfloat16", [f"{gpus} x {memory} GB" for gpus, memory in GPUS], rows)
 
 

@@ -173,7 +173,7 @@ def beside_plain(
         reader.through_map()
         rows: dict[str, list[float]] = {}
         for _ in range(rounds):
-            limits = {"plain": 1, "plain, shared": pass_limit(benches[low].plan.config.batch_tokens, on_gpu=False)}
+            limits = {"plain": 1, "plain, shared": pass_limit(benches[low].plan.config, on_gpu=False)}
             plain = {name: seconds(partial(benches[low].plain, limit)) for name, limit in limits.items()}
             steps = {k: seconds(benches[k].step) for k in counts}
             measured = {f"{name} s": took for name, took in plain.items()}

@@ -35,6 +35,7 @@ from engine.planning.costs.trainers import with_gradients
 from engine.planning.factors import decomposed, directions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import Plan
+from engine.planning.schedule import CPU_TOKENS
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import PARTS, tensor_groups
 from engine.task_vectors.coefficients import Array, Coefficients
@@ -109,7 +110,7 @@ class LearnedMerge(Attempt):
 
     def _resumed(self) -> str:
         """Return what this attempt goes on from: the stage and its step, and the targets and files that are kept."""
-        work = self._work(on_gpu=False)  # the steps are the same on a GPU
+        work = Work.of(self.plan.config, self._tokens, CPU_TOKENS)  # any limit: only the number of steps is used
         number, state = 1, self.folder.load_stage(1)
         if state is not None and state.steps == work.steps and self.plan.config.stages == 2:
             number, state = 2, self.folder.load_stage(2)
@@ -127,22 +128,23 @@ class LearnedMerge(Attempt):
 
         def find() -> tuple[Devices, Seating]:
             alive = nodes()
-            devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
-            work = self._work(devices.trainer > 0)
-            return devices, arrange_trainers(devices.among(alive), self.plan, work, devices)
+            if kept is None:
+                devices = Devices.of(alive, config, self._tokens)
+            else:
+                devices = Devices(**kept | {"kinds": tuple(kept["kinds"])})
+            return devices, arrange_trainers(devices.among(alive), self.plan, self._work(devices), devices)
 
         devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
         devices = replace(devices, gradients=layout.gradients, logit_bytes=layout.logit_bytes)
-        plan, work = with_gradients(self.plan, layout.gradients), self._work(devices.trainer > 0)
+        plan, work = with_gradients(self.plan, layout.gradients), self._work(devices)
         asked, trainers = config.cluster.trainers, 1 + len(layout.others)
         if asked != "auto" and asked > trainers:
             self.progress.say(
                 f"of {asked} trainers, {trainers} have a seat and passes (`gradients: {plan.config.gradients}`)"
             )
         check_memory(nodes(), plan, work, devices)
-        tokens = [[sample.tokens for sample in of_expert] for of_expert in self.samples]
         stored = self.folder.has_task_vectors(self.plan)
-        check_disk(disk_needs(self.plan, tokens, layout.factored, stored), self.folder.out)
+        check_disk(disk_needs(self.plan, self._tokens, layout.factored, stored), self.folder.out)
         alive = machines(nodes(), config, devices)
         self.bound(patience(plan, alive, len(layout.shards), work))
         keep: Callable[[Devices], None] = lambda devices: self.folder.keep_devices(asdict(devices))  # noqa: E731
@@ -152,9 +154,12 @@ class LearnedMerge(Attempt):
         self._in_turns = not layout.beside or layout.at_home > 0
         return layout
 
-    def _work(self, on_gpu: bool) -> Work:
-        lengths = [[len(sample.input_ids) for sample in of_expert] for of_expert in self.samples]
-        return Work.of(self.plan.config, lengths, on_gpu)
+    @property
+    def _tokens(self) -> list[list[int]]:
+        return [[sample.tokens for sample in of_expert] for of_expert in self.samples]
+
+    def _work(self, devices: Devices) -> Work:
+        return Work.of(self.plan.config, self._tokens, devices.batch_tokens)
 
     def _ask(self, trainer: Any) -> Any:
         """Ask the trainer, if there is one with GPUs, whether these have the memory that it needs; see `_check`."""

@@ -45,20 +45,24 @@ class Devices:
     gradients: GradientUse = "auto"
 
     @classmethod
-    def of(cls, nodes: Sequence[Node], config: Config) -> Devices:
-        """Return the numbers of the config (`auto` is one GPU if the nodes have any), and what the nodes have."""
+    def of(cls, nodes: Sequence[Node], config: Config, tokens: Sequence[Sequence[int]] = ()) -> Devices:
+        """Return the numbers of the config (`auto` is one GPU if the nodes have any), and what the nodes have.
+
+        `tokens` are those of the samples of each expert.
+        """
         usable = useful(nodes, config)
         auto = float(min(1.0, sum(node.gpus for node in usable)))
         trainer, expert = config.cluster.trainer.num_gpus, config.cluster.expert.num_gpus
         counts = Counter(max(1, int(node.cpus)) for node in usable)
         trainer = auto if trainer == "auto" else trainer
+        seats = sum(_fitting(node.gpus, trainer) for node in usable) if trainer else 1
         return cls(
             trainer,
             auto if expert == "auto" else expert,
             max(counts, key=lambda cpus: (counts[cpus], cpus), default=1),
             tuple(sorted({node.kind for node in usable if node.gpus})),
             config.cluster.factors,
-            pass_limit(config.batch_tokens, trainer > 0),
+            pass_limit(config, trainer > 0, seats, tokens),
             gradients=config.gradients,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from typing import Literal
+
+from engine.config.schema import Config
 
 # Tokens of a pass for `batch_tokens: auto`. More gain little on a CPU; a GPU reads all weights, and adds up the whole
 # gradient, once a pass.
@@ -29,11 +31,30 @@ def windows(order: Sequence[tuple[int, int]], size: int) -> list[Sequence[tuple[
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def pass_limit(batch_tokens: int | Literal["auto"], on_gpu: bool) -> int:
-    """Return the tokens of a pass at most, from `batch_tokens` of the config and the trainer's device."""
-    if batch_tokens == "auto":
-        return GPU_TOKENS if on_gpu else CPU_TOKENS
-    return batch_tokens
+def pass_limit(config: Config, on_gpu: bool, seats: int = 1, tokens: Sequence[Sequence[int]] = ()) -> int:
+    """Return the tokens of a pass at most.
+
+    With `batch_tokens: auto`, on GPUs, a window has a pass for each trainer, if trainers may share it.
+
+    Args:
+        config: The config.
+        on_gpu: Whether trainers compute on GPUs.
+        seats: The number of trainers for which there are GPUs.
+        tokens: The tokens of the samples of each expert.
+    """
+    if config.batch_tokens != "auto":
+        return config.batch_tokens
+    if not on_gpu:
+        return CPU_TOKENS
+    window, asked = config.parameters.gradient_accumulation, config.cluster.trainers
+    # With a sum of dense weight gradients, a pass moves as much as a step does, and one trainer is faster.
+    if config.gradients == "accumulate" or config.parameters.task_vectors == "whole":
+        asked = 1
+    trainers = min(window, seats if asked == "auto" else min(seats, asked))
+    counts = [count for of_expert in tokens for count in of_expert]
+    if trainers < 2 or not counts:
+        return GPU_TOKENS
+    return min(GPU_TOKENS, math.ceil(window / trainers) * math.ceil(sum(counts) / len(counts)))
 
 
 def passes(tokens: Sequence[int], limit: int, alone: Collection[int] = ()) -> list[list[int]]:

@@ -37,8 +37,7 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
         out: The output folder, an absolute path or a URI.
     """
     console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    work = Work.of(plan.config, tokens, machines.gpus > 0)
-    plan, machines = settled(plan, work, machines)
+    plan, work, machines = settled(plan, tokens, machines)
     through = factored(plan, machines.gpus > 0, plan.config.cluster.factors)
     needs, room = disk_needs(plan, tokens, through), DiskRoom.of(out)
     console.print(_facts(plan, work, needs, room))

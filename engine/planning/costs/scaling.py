@@ -36,7 +36,7 @@ from engine.planning.costs.rates import (
 from engine.planning.costs.reading import read_bytes, streamed
 from engine.planning.factors import factor_bytes, factor_flops, factored, ranks, stored_bytes
 from engine.planning.plan import Plan
-from engine.planning.schedule import pass_limit, passes, training_order, windows
+from engine.planning.schedule import passes, training_order, windows
 from engine.sizes import BLOCK, GROUP, IN_FLIGHT, LOGIT_BYTES, TARGET_BYTES, WINDOW_BYTES, bucket_bytes, gpu_logit_bytes
 
 # Anonymous memory of a process before it loads a model: torch, transformers, Ray, compiled kernels.
@@ -91,11 +91,11 @@ class Work:
     pass_tokens: int
 
     @classmethod
-    def of(cls, config: Config, tokens: Sequence[Sequence[int]], on_gpu: bool) -> Work:
-        """Return the work of a trainer on a GPU or a CPU for samples with these numbers of tokens, given per expert."""
+    def of(cls, config: Config, tokens: Sequence[Sequence[int]], limit: int) -> Work:
+        """Return the work for samples with these numbers of tokens, given per expert. `limit`: see `pass_limit`."""
         counts = [count for of_expert in tokens for count in of_expert]
         order = training_order([len(of_expert) for of_expert in tokens], epochs=1)
-        window, limit = config.parameters.gradient_accumulation, pass_limit(config.batch_tokens, on_gpu)
+        window = config.parameters.gradient_accumulation
         together = [
             [max(some[index] for index in indices) * len(indices) for indices in passes(some, limit)]
             for some in ([tokens[k][i] for k, i in part] for part in windows(order, window))

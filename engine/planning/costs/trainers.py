@@ -8,12 +8,14 @@ the order of the passes, these give the same bits for any number of trainers. A 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.config.schema import Config, GradientUse
 from engine.errors import ConfigError
 from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan
+from engine.planning.schedule import pass_limit
 
 
 def check_trainers(config: Config) -> None:
@@ -53,8 +55,9 @@ def choose_trainers(plan: Plan, work: Work, machines: Machines, seats: int) -> t
     else:
         # The fewest trainers of which the slowest has a certain number of passes.
         counts = {math.ceil(work.passes / math.ceil(work.passes / count)) for count in range(1, most + 1)}
-    choices: list[tuple[GradientUse, int]] = [("accumulate", 1)] if gradients == "auto" and one else []
-    choices += [("stream", count) for count in sorted(counts)]
+    choices: list[tuple[GradientUse, int]] = [("stream", count) for count in sorted(counts)]
+    # Last: of equally fast ones, the first is taken, and this one holds the gradient of all weights.
+    choices += [("accumulate", 1)] if gradients == "auto" and one else []
 
     def seconds(choice: tuple[GradientUse, int]) -> float:
         held, count = choice
@@ -63,16 +66,21 @@ def choose_trainers(plan: Plan, work: Work, machines: Machines, seats: int) -> t
     return min(choices, key=seconds)
 
 
-def settled(plan: Plan, work: Work, machines: Machines) -> tuple[Plan, Machines]:
-    """Return the plan and the machines with the choice of `choose_trainers`, for as many trainers as have room."""
+def settled(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> tuple[Plan, Work, Machines]:
+    """Return the plan, its work, and the machines with the choice of `choose_trainers`.
+
+    As many trainers are possible as have room. `tokens` are those of the samples of each expert.
+    """
     cluster = plan.config.cluster
     each = cluster.trainer.num_gpus if isinstance(cluster.trainer.num_gpus, float) else 1.0
-    if machines.gpus and each:
+    on_gpu = bool(machines.gpus and each)
+    if on_gpu:
         seats = int(machines.gpus // each * machines.nodes)
     else:
         seats = 1 if cluster.trainers == "auto" else cluster.trainers
+    work = Work.of(plan.config, tokens, pass_limit(plan.config, on_gpu, seats, tokens))
     gradients, trainers = choose_trainers(plan, work, machines, seats)
-    return with_gradients(plan, gradients), replace(machines, trainers=trainers)
+    return with_gradients(plan, gradients), work, replace(machines, trainers=trainers)
 
 
 def with_gradients(plan: Plan, gradients: GradientUse) -> Plan:

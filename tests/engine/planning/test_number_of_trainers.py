@@ -17,6 +17,7 @@ from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.costs.trainers import choose_trainers, settled, with_gradients
 from engine.planning.plan import Plan
 
+TOKENS = [[512] * 8] * 2
 WORK = Work(tokens=512, samples=16, steps=2, passes=8, pass_tokens=512)
 CPUS, GPUS = Machines(1, 8, 0), Machines(1, 8, 8)
 
@@ -106,6 +107,6 @@ def test_dense_task_vectors_are_streamed_once_more_for_each_trainer(plan: Plan) 
     ("machines", "trainers"), [(GPUS, 8), (replace(GPUS, nodes=2, gpus=2), 4), (CPUS, 1), (replace(GPUS, gpus=1), 1)]
 )
 def test_a_plan_assumes_that_every_gpu_has_a_trainer(plan: Plan, machines: Machines, trainers: int) -> None:
-    chosen, there = settled(plan, WORK, machines)
+    chosen, _, there = settled(plan, TOKENS, machines)
     assert there == replace(machines, trainers=trainers)
     assert chosen.config.gradients == ("stream" if machines.gpus else "accumulate")

@@ -20,6 +20,7 @@ from engine.planning.costs.rates import CORE_FLOPS, DISK, GB, GPU_DECOMPOSING, P
 from engine.planning.costs.scaling import Machines, Work, choose, predict
 from engine.planning.factors import factor_bytes
 from engine.planning.plan import Plan
+from engine.planning.schedule import pass_limit
 from engine.sizes import gpu_logit_bytes
 
 WORK = Work(tokens=64, samples=16, steps=2, passes=2, pass_tokens=256)
@@ -165,10 +166,25 @@ def test_work_is_counted_as_the_trainer_goes_through_it(make_merge: Callable[...
     ).config
     # Windows of one epoch: 50 30 40 30 and 30 30; passes 50+40, 30+30 and 30+30.
     lengths, counted = [[50, 40, 30], [30]], Work(tokens=37.5, samples=4, steps=5, passes=1.5, pass_tokens=100)
-    assert Work.of(config, lengths, on_gpu=False) == Work.of(config, lengths, on_gpu=True) == counted
+    assert {pass_limit(config, on_gpu, 4, lengths) for on_gpu in (False, True)} == {100}
+    assert Work.of(config, lengths, 100) == counted
     auto = config.model_copy(update={"batch_tokens": "auto"})
     longer = [[10 * length for length in lengths[0]], [300]]
-    assert [Work.of(auto, longer, on_gpu).passes for on_gpu in (False, True)] == [3, 1]
+    assert [Work.of(auto, longer, pass_limit(auto, on_gpu)).passes for on_gpu in (False, True)] == [3, 1]
+
+
+def test_the_passes_of_a_window_are_enough_for_the_trainers_that_have_gpus(make_merge: Callable[..., Path]) -> None:
+    made, tokens = make_merge(), [[500] * 6] * 2
+
+    def passes(seats: int, *options: str) -> float:
+        config = plan_of(
+            made, "parameters.task_vectors=orthogonal", "parameters.gradient_accumulation=6", *options
+        ).config
+        return Work.of(config, tokens, pass_limit(config, True, seats, tokens)).passes
+
+    assert [passes(seats) for seats in (1, 2, 3, 4, 6, 99)] == [1, 2, 3, 3, 6, 6]
+    assert [passes(4, f"cluster.trainers={count}") for count in (1, 2, 99)] == [1, 2, 3]
+    assert passes(4, "gradients=accumulate") == passes(4, "parameters.task_vectors=whole") == 1
 
 
 def test_samples_that_share_a_pass_share_its_cost_and_not_their_activations(plans: list[Plan]) -> None:
