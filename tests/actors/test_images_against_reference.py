@@ -54,7 +54,9 @@ def test_a_sample_has_the_inputs_that_its_processor_makes(tmp_path: Path, family
 
 @each_family
 # A bias of the keys shifts all scores of a query equally, so its gradient is only rounding noise.
-@pytest.mark.parametrize("options", [{}, {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"])
+@pytest.mark.parametrize(
+    "options", [as_slow({}), {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"]
+)
 def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     # One family repeats its samples; for the others, the architecture is the point.
     parameters = {"epochs": 2 if family == "qwen2_5_vl" else 1, "budget": 1.5}

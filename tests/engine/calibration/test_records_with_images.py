@@ -34,7 +34,8 @@ QWEN, INTERN, CHAT = "qwen2_vl", "internvl", tiny_images.CHAT
 FAMILIES = (QWEN, INTERN, CHAT)
 # The image token.
 TOKEN = {QWEN: "<|image_pad|>", INTERN: "<IMG_CONTEXT>", CHAT: "<IMG_CONTEXT>"}
-each_family = pytest.mark.parametrize("family", slow_but([QWEN, CHAT], FAMILIES))
+each_family = pytest.mark.parametrize("family", slow_but([QWEN], FAMILIES))
+with_chat = pytest.mark.parametrize("family", slow_but([QWEN, CHAT], FAMILIES))
 HEAD = {QWEN: 0, INTERN: 0, CHAT: 4}
 A = {"question": "w1 w2", "image_path": "a.png"}
 # Facts that tell the errors about paths apart: the image is missing, is not a path, is an address, is given twice.
@@ -269,7 +270,7 @@ def words(family: str, ids: Sequence[int]) -> list[str]:
     ],
     ids=str,
 )
-@each_family
+@with_chat
 def test_an_image_stands_where_the_record_says(
     merges: dict[str, Path], family: str, record: dict[str, Any], order: str
 ) -> None:
@@ -279,7 +280,7 @@ def test_an_image_stands_where_the_record_says(
     assert tokens == ["user:", *order.replace("IMAGE", TOKEN[family]).split(), "assistant:"] or "IMAGE IMAGE" in order
 
 
-@each_family
+@with_chat
 def test_images_are_in_the_order_of_their_paths(merges: dict[str, Path], family: str) -> None:
     def pixels(*names: str) -> torch.Tensor:
         record = {"question": "<image> w1 <image>" if len(names) > 1 else "w1", "image_paths": list(names)}
@@ -434,7 +435,7 @@ def test_a_damaged_image_is_reported_with_its_record(merges: dict[str, Path], fa
     check_record_refused(merges[family], {"question": "w1", "image_path": "broken.png"}, f":2: {path}: ")
 
 
-@each_family
+@with_chat
 def test_max_length_cuts_text_and_no_image(merges: dict[str, Path], family: str) -> None:
     found = encoded(plan_with(merges[family], A))
     end = found.images[-1][1]
@@ -469,7 +470,7 @@ def masked_spans(plan: Plan) -> list[tuple[tuple[int, int], ...]]:
     return [sample.masked_spans for sample in made_of(plan)[0]]
 
 
-@each_family
+@with_chat
 def test_of_text_alone_what_counts_is_all_but_images(merges: dict[str, Path], family: str) -> None:
     records = [{"question": "w1 <image> w2 <image>", "image_paths": ["a.png", "b.png"]}, {"question": "w1"}]
     plan = plan_with(merges[family], *records, options=["parameters.loss_tokens=text"])
@@ -485,7 +486,7 @@ def test_of_text_alone_what_counts_is_all_but_images(merges: dict[str, Path], fa
 RESPONSE = "parameters.loss_tokens=response"
 
 
-@each_family
+@with_chat
 def test_of_a_response_what_counts_begins_where_its_first_token_is_predicted(
     merges: dict[str, Path], family: str
 ) -> None:

@@ -678,7 +678,7 @@ def most_rows(seen: set[tuple[int, ...]]) -> int:
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 @pytest.mark.parametrize("family", slow_but(["gemma2"], ["llama", "gemma2"]))
-@pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
+@pytest.mark.parametrize("has_expert", [True, as_slow(False)], ids=["with-expert", "tokens-only"])
 def test_logits_in_pieces_give_the_same_losses_and_gradients(
     made: Made, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, has_expert: bool
 ) -> None:

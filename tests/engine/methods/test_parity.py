@@ -252,9 +252,9 @@ def our_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, int
     ("densities", "top"),
     [
         ((1.0, 1.0, 1.0), {}),
-        ((1.0, 1.0, 1.0), {"normalize": True, "lambda": 0.4}),
-        ((0.5, 0.1, 0.9), {}),
-        ((0.5, 0.1, 0.9), {"rescale": False}),
+        as_slow(((1.0, 1.0, 1.0), {"normalize": True, "lambda": 0.4})),
+        as_slow(((0.5, 0.1, 0.9), {})),
+        as_slow(((0.5, 0.1, 0.9), {"rescale": False})),
         ((0.3, 1.0, 0.0), {"normalize": True}),
         ((0.2, 0.4, 0.6), {"lambda": 1.5, "rescale": True, "normalize": False}),
     ],
