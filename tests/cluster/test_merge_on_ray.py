@@ -25,6 +25,7 @@ from plain import Plain, Received
 from slow import as_slow
 from transformers import AutoModelForCausalLM
 
+from cluster.driver import _remarks
 from engine.config.schema import Use
 from engine.errors import InputError
 from engine.shards.parts import tensor_groups
@@ -75,6 +76,27 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
         "gradients": "accumulate",
     } | limits
     assert written["record"]["devices"] == devices
+
+
+def test_adamerging_reads_experts_but_never_runs_them_for_one_coefficient_each(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("merge_method=adamerging", "parameters.granularity=task", "parameters.epochs=3")
+    plan = plan_of(config, *options)
+    (unused,) = _remarks(plan)
+    assert "adamerging: " in unused and "hidden_layers" in unused
+    out = run_merge(plan, tmp_path / "merged")
+    assert "entropy" in capsys.readouterr().out
+    AutoModelForCausalLM.from_pretrained(out)
+    _, table = read_coefficients(out / "merge" / "coefficients.parquet", 1)
+    assert np.all(np.ptp(table.values, axis=1) == 0) and len(set(table.values[:, 0])) == len(table.values)
+    rows = pyarrow.parquet.read_table(out / "merge" / "metrics.parquet").to_pylist()
+    assert all(row["entropy"] > 0 and row["kl"] == 0 for row in rows)
+    memory = json.loads((out / "merge" / "memory.json").read_text())
+    assert memory["expert_forwards"] == memory["bytes_targets"] == 0
+    experts = [actor["role"] for actor in memory["actors"] if actor["role"].startswith("expert")]
+    assert experts == ["expert 0"], "one actor surveys both experts, one after the other"
+    assert "entropy" in (out / "README.md").read_text()
 
 
 @pytest.mark.slow
