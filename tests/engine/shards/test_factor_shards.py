@@ -314,7 +314,9 @@ class Restarted:
     def __init__(self, plan: Plan, state: Folder) -> None:
         self.plan, self.state = plan, state
 
-    def step(self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample]) -> Step:
+    def step(
+        self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample], _: object
+    ) -> Step:
         through = factored(self.plan, on_gpu=False, use="auto")
         names = self.plan.merged_set.difference(through)
         rest = LocalShards(self.plan, 1, overlap=False, state=self.state, names=names)
