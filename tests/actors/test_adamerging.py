@@ -15,7 +15,6 @@ from slow import as_slow, slow_but
 from torch import Tensor
 from torch.func import functional_call
 
-from actors.trainer import Trainer
 from engine.calibration.records import read_records
 from engine.calibration.samples import make_samples
 from engine.calibration.text_encoder import TextEncoder
@@ -39,14 +38,14 @@ class AdaMerging(Plain):
     """A trainer and its samples; no expert runs."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.rows = plan, []
+        self.plan, self.shards = plan, LocalShards(plan, threads=1, overlap=False)
         self.samples = make_samples(read_records(plan), TextEncoder(load_tokenizer(open_base(plan).folder)), plan)
         self.targets = {
             (k, sample.index): pack_all(Target(torch.tensor(sample.input_ids)).tensors())
             for k, samples in enumerate(self.samples)
             for sample in samples
         }
-        self.trainer = Trainer(plan, LocalShards(plan, threads=1, overlap=False), lambda target: target)
+        self.start(trainers=1)
 
 
 class LayerWise(Reference):
