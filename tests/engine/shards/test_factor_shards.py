@@ -315,7 +315,7 @@ class Restarted:
         self.plan, self.state = plan, state
 
     def step(
-        self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample], _: object
+        self, stage: Stage, state: LearnerState | None, number: int, window: Sequence[WindowSample], others: object
     ) -> Step:
         through = factored(self.plan, on_gpu=False, use="auto")
         names = self.plan.merged_set.difference(through)
