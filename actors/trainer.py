@@ -80,7 +80,6 @@ class Trainer:
         gather: Fetches the share of another trainer by its reference.
         threads, gpus: See `ActorProcess`.
         index: The number of this trainer; 0 takes the steps.
-        stream: Whether each pass has a gradient of its own (`gradients: stream`). None: as the config says.
         batch_tokens: Tokens of a pass at most; None: those of a CPU.
         logit_bytes: See `Student`.
         room: What a step needs of the memory of several GPUs.
@@ -94,7 +93,6 @@ class Trainer:
         gather: Callable[[Any], Any] = lambda share: share,
         threads: int | None = None,
         index: int = 0,
-        stream: bool | None = None,
         batch_tokens: int | None = None,
         logit_bytes: int | None = None,
         room: Room = ONE_DEVICE,
@@ -102,7 +100,6 @@ class Trainer:
     ) -> None:
         self._process = ActorProcess(f"trainer {index}" if index else "trainer", threads, gpus)
         self._plan, self._shards, self._pull, self._gather = plan, shards, pull, gather
-        self._stream = plan.config.gradients == "stream" if stream is None else stream
         self._batch_tokens = batch_tokens or pass_limit(plan.config, on_gpu=False)
         self._logit_bytes, self._room = logit_bytes, room
         self._merged: Coefficients | None = None
@@ -269,7 +266,7 @@ class Trainer:
     def _dealt(self, window: Sequence[WindowSample], index: int, count: int) -> dict[int, list[list[int]]]:
         """Return the parts of a window that trainer `index` of `count` computes, by number: the places of each pass."""
         each = self._passes(window)
-        parts = [[places] for places in each] if self._stream else [each]
+        parts = [[places] for places in each] if self._plan.config.gradients == "stream" else [each]
         tokens = [sum(_tokens(window, places) for places in part) for part in parts]
         return {number: parts[number] for number in deal(tokens, count)[index]}
 

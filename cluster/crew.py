@@ -26,6 +26,7 @@ from engine.codec import Packed, pack_all
 from engine.learning.targets import load_tensors
 from engine.machine import usable_cpus
 from engine.models.devices import Room
+from engine.planning.costs.trainers import with_gradients
 from engine.planning.plan import Plan
 from engine.run.state import load_plan, plan_digest
 from engine.shards.factor_shards import FactorShards
@@ -104,13 +105,14 @@ class Crew:
         place = reserved_place(layout, index - 1) if index else len(layout.shards)
         # By name, not by handle: a handle among the arguments is one more object that can be lost before a restart.
         names = [] if layout.within_trainer else self._shard_names
-        threads, factored, room, stream = layout.threads, layout.factored, layout.room, layout.gradients == "stream"
+        threads, factored, room, gradients = layout.threads, layout.factored, layout.room, layout.gradients
         on_gpu, limits = seat.gpus > 0, (layout.batch_tokens, layout.logit_bytes)
         of_step = Room(activations=layout.activations, logits=layout.logits)
 
         def arguments(plan: Plan, state: Folder) -> tuple[Any, ...]:
             shards = _trainer_shards(plan, state, names, factored, room, on_gpu)
-            return plan, shards, _puller(plan, state), ray.get, threads, index, stream, *limits, of_step
+            decided = with_gradients(plan, gradients)
+            return decided, shards, _puller(plan, state), ray.get, threads, index, *limits, of_step
 
         return self._spawn(Trainer, f"trainer {index}" if index else "the trainer", seat, place, arguments)
 

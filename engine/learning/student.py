@@ -63,7 +63,7 @@ class Student:
         config = load_base_config(plan)
         self.model, places = build_skeleton(config, plan.base_header.tensors, self.dtype, base.folder)
 
-        if plan.config.gradients == "accumulate":
+        if plan.config.gradients != "stream":
             room = replace(room, gradients=frozenset(places[name].parameter for name in plan.merged))
 
         def weight(name: str) -> Tensor | None:
