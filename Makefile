@@ -1,18 +1,18 @@
 # All targets run in .venv next to this file; `make install` creates it and does nothing if it is up to date.
 PYTHON ?= python3
 BIN := .venv/bin
-# Test processes at a time. Slow tests wait for Ray most of the time, so that two cores serve more of them.
+# Test processes at a time.
 WORKERS ?= 2
-SLOW_WORKERS ?= 4
 # A file of tests stays in one process, so that its fixtures are made once. The files are tested in their order: by
 # default, those with the fewest tests would be last, which take longest. Compiled modules are kept even where the
 # environment says otherwise, as tests start many processes.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
-# The files with slow tests, those that start Ray first. Each process would collect all other files in vain.
-SLOW_FILES = $(shell grep -rl --include='test_*.py' slow tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.py)
+# The files with tests of a marker, those that start Ray first. Each process would collect all other files in vain.
+FOLDERS = tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.py
+MARKED = $(shell grep -rlE --include='test_*.py' $(1) $(FOLDERS))
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow chaos bench gpu-check gpu-check-ray gpu-check-dry quality check clean
+.PHONY: install demo test test-slow test-thorough chaos bench gpu-check gpu-check-ray gpu-check-dry quality check clean
 
 install: $(STAMP)
 
@@ -27,10 +27,14 @@ demo: install
 	$(BIN)/python examples/quickstart/demo.py
 
 test: install
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not thorough"
 
 test-slow: install
-	$(PYTEST) -n $(SLOW_WORKERS) -m slow $(SLOW_FILES)
+	$(PYTEST) -n $(WORKERS) -m "slow and not thorough" $(call MARKED,slow)
+
+# The rest of the tests with many parameters, and long property tests; ten minutes on two cores. Not a part of CI.
+test-thorough: install
+	$(PYTEST) -n $(WORKERS) -m thorough $(call MARKED,'thorough|cases')
 
 # Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
 chaos: install
@@ -71,7 +75,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test test-slow
+	$(MAKE) test test-slow test-thorough
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

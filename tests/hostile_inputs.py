@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from slow import as_slow
+from thorough import as_thorough
 from torch import Tensor
 
 Spoil = Callable[[Path], Any]
@@ -32,11 +32,11 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = ("base", "expert0", "expert1")
 
 
-def cases(slow: Collection[str] = (), **kinds: Cases) -> pytest.MarkDecorator:
-    """Parametrise a test by cases, with "kind, name" as ids; those whose names are in `slow` are marked as slow."""
+def cases(thorough: Collection[str] = (), **kinds: Cases) -> pytest.MarkDecorator:
+    """Parametrise a test by cases, with "kind, name" as ids; those whose names are in `thorough` are marked so."""
     named = {f"{kind}, {name}": (name, case) for kind, cases in kinds.items() for name, case in cases.items()}
-    assert set(slow) <= {name for name, _ in named.values()}
-    values = [as_slow(case) if name in slow else case for name, case in named.values()]
+    assert set(thorough) <= {name for name, _ in named.values()}
+    values = [as_thorough(case) if name in thorough else case for name, case in named.values()]
     return pytest.mark.parametrize(("spoil", "facts"), values, ids=list(named))
 
 

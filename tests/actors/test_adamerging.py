@@ -11,7 +11,7 @@ import torch
 from conftest import plan_of
 from plain import Plain
 from reference import Reference, to_module
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from torch import Tensor
 from torch.func import functional_call
 
@@ -103,7 +103,7 @@ def moved(merge: AdaMerging, found: Coefficients) -> float:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("family", slow_but(["llama"], tiny.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["llama"], tiny.FAMILIES))
 def test_coefficients_agree_with_a_composed_graph(tmp_path: Path, family: str, granularity: str) -> None:
     # Without regularisation, the method's default, only the entropy moves a coefficient.
     config = make(tmp_path, granularity, family, epochs=2, regularization=0.0)
@@ -119,9 +119,9 @@ def test_coefficients_agree_with_a_composed_graph(tmp_path: Path, family: str, g
 @pytest.mark.parametrize(
     "parameters",
     [
-        as_slow({"regularization": 0.05, "gradient_accumulation": 8}),
+        as_thorough({"regularization": 0.05, "gradient_accumulation": 8}),
         {"regularization": 5.0, "max_grad_norm": 0.05, "weight_decay": 0.1},
-        as_slow({"loss_weight": 3.0, "learning_rate": 0.03}),
+        as_thorough({"loss_weight": 3.0, "learning_rate": 0.03}),
     ],
     ids=["little-regularised", "regularised", "loss-weight"],
 )

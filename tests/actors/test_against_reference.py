@@ -14,7 +14,7 @@ import torch
 from conftest import cut_small, plan_of
 from plain import Plain
 from reference import Reference, Result
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 
 from engine.task_vectors.coefficients import Coefficients
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
 # How a gradient is held: options by ids of tests.
 HELD: dict[str, Any] = {
-    "stream": as_slow({"gradients": "stream"}),
-    "checkpointing": as_slow({"gradient_checkpointing": True}),
+    "stream": as_thorough({"gradients": "stream"}),
+    "checkpointing": as_thorough({"gradient_checkpointing": True}),
     "both-with-all-merged": {"gradients": "stream", "gradient_checkpointing": True, "exclude": []},
 }
 
@@ -40,7 +40,7 @@ def largest_difference(stages: list[Coefficients], reference: Result) -> float:
 
 @pytest.mark.parametrize(
     ("family", "tied"),
-    slow_but(
+    thorough_but(
         [("llama", False), ("gemma3", True), ("qwen3_moe", False)], itertools.product(tiny.FAMILIES, [False, True])
     ),
 )
@@ -69,7 +69,7 @@ def test_coefficients_importance_and_chunks_agree_with_the_reference(tmp_path: P
     "parameters",
     [
         {"start": "stage1", "fixed": "stage1", "budget": 0.9},
-        as_slow({"temperature": 2.0, "hidden_layers": [], "regularization": 0.0}),
+        as_thorough({"temperature": 2.0, "hidden_layers": [], "regularization": 0.0}),
         {"hidden_layers": [0, 3], "hidden_weight": 0.3, "kappa": 0.5, "budget": 2.5, "gradient_accumulation": 8},
     ],
     ids=["start-and-fixed-at-stage-1", "logits-only", "layers-and-kappa"],
@@ -90,7 +90,7 @@ def test_an_expert_s_own_weight_and_loss_weight_are_used(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", HELD.values(), ids=list(HELD))
-@pytest.mark.parametrize(("family", "tied"), slow_but([("gemma3", True)], [("llama", False), ("gemma3", True)]))
+@pytest.mark.parametrize(("family", "tied"), thorough_but([("gemma3", True)], [("llama", False), ("gemma3", True)]))
 def test_how_the_gradient_is_held_changes_nothing_beyond_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, options: dict[str, object]
 ) -> None:
@@ -122,7 +122,7 @@ def move_heads(folder: Path, experts: int = 2) -> None:
 
 @pytest.mark.parametrize(
     ("tied", "exclude", "gradients"),
-    slow_but(
+    thorough_but(
         [(True, [], "accumulate"), (False, ["model.layers.*"], "stream")],
         itertools.product([False, True], [[], ["model.layers.*"]], ["accumulate", "stream"]),
     ),

@@ -14,7 +14,7 @@ from conftest import plan_of
 from image_inputs import inputs_of
 from plain import Plain
 from reference import Reference, Result
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from torch.func import functional_call
 from torch.nn.functional import pad
 
@@ -24,7 +24,7 @@ from engine.run.run_folder import RunFolder
 pytestmark = pytest.mark.usefixtures("one_thread")
 # The same as for language models.
 TOLERANCE = 1e-4
-each_family = pytest.mark.parametrize("family", slow_but(["qwen2_vl"], [*tiny_images.FAMILIES, tiny_images.CHAT]))
+each_family = pytest.mark.parametrize("family", thorough_but(["qwen2_vl"], [*tiny_images.FAMILIES, tiny_images.CHAT]))
 
 
 def largest_difference(plain: Plain, reference: Result) -> float:
@@ -55,7 +55,7 @@ def test_a_sample_has_the_inputs_that_its_processor_makes(tmp_path: Path, family
 @each_family
 # A bias of the keys shifts all scores of a query equally, so its gradient is only rounding noise.
 @pytest.mark.parametrize(
-    "options", [as_slow({}), {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"]
+    "options", [as_thorough({}), {"exclude": ["vision.*k_proj.bias"]}], ids=["by-default", "all-merged"]
 )
 def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     # One family repeats its samples; for the others, the architecture is the point.
@@ -72,8 +72,8 @@ def test_coefficients_agree_with_the_reference(tmp_path: Path, family: str, opti
 
 
 @pytest.mark.parametrize("loss_tokens", ["text", "response"])
-@pytest.mark.parametrize("family", slow_but(["qwen2_vl"], ["qwen2_vl", "gemma3", tiny_images.CHAT]))
-@pytest.mark.parametrize("method", ["expert_merging_pp", as_slow("adamerging")])
+@pytest.mark.parametrize("family", thorough_but(["qwen2_vl"], ["qwen2_vl", "gemma3", tiny_images.CHAT]))
+@pytest.mark.parametrize("method", ["expert_merging_pp", as_thorough("adamerging")])
 def test_losses_may_count_some_tokens_alone(tmp_path: Path, family: str, loss_tokens: str, method: str) -> None:
     """Gemma 3's head is merged here, so that its targets hold logits."""
     parameters = {"loss_tokens": loss_tokens}

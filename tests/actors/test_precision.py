@@ -17,7 +17,7 @@ import tiny
 import torch
 from conftest import plan_of
 from plain import Plain
-from slow import as_slow
+from thorough import as_thorough
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def gradient(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     return seen
 
 
-@pytest.mark.parametrize("gradients", ["accumulate", as_slow("stream")])
+@pytest.mark.parametrize("gradients", ["accumulate", as_thorough("stream")])
 def test_bfloat16_coefficient_gradients_agree_with_float64_ones_within_a_percent(
     make_merge: Callable[..., Path], tmp_path: Path, gradient: list[np.ndarray], gradients: str
 ) -> None:

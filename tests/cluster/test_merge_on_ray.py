@@ -22,7 +22,7 @@ from conftest import plan_of
 from errors import refused
 from peft_adapters import adapters
 from plain import Plain, Received
-from slow import as_slow
+from thorough import as_thorough
 from transformers import AutoModelForCausalLM
 
 from cluster.driver import _remarks
@@ -196,7 +196,7 @@ def test_a_stop_between_readings_and_damage_give_the_same_bits(
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
 @pytest.mark.parametrize(
     ("task_vectors", "chunks"),
-    [("orthogonal", "spectral"), as_slow(("orthogonal", "direction")), as_slow(("whole", "spectral"))],
+    [("orthogonal", "spectral"), as_thorough(("orthogonal", "direction")), as_thorough(("whole", "spectral"))],
 )
 def test_coefficients_of_directions_are_learned_and_written(
     config: Path, tmp_path: Path, task_vectors: str, chunks: str

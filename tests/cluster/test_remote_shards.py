@@ -27,7 +27,7 @@ from fake_cuda import fake_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import Plain, Received
-from slow import as_slow
+from thorough import as_thorough
 from torch import Tensor
 
 import cluster.remote_shards
@@ -424,7 +424,7 @@ def test_what_a_step_moves_does_not_depend_on_experts_shards_or_buckets(
 
 @pytest.mark.parametrize(
     ("gradients", "batch_tokens", "out"),
-    [("accumulate", 1, 1), as_slow(("stream", 1, 3)), ("stream", 20, 2), as_slow(("stream", 30, 1))],
+    [("accumulate", 1, 1), as_thorough(("stream", 1, 3)), ("stream", 20, 2), as_thorough(("stream", 30, 1))],
 )
 def test_a_trainer_moves_one_gradient_out_and_one_set_of_merged_tensors_in(
     monkeypatch: pytest.MonkeyPatch, line: Line, tmp_path: Path, gradients: str, batch_tokens: int, out: int

@@ -17,7 +17,7 @@ from conftest import plan_of
 from fake_gpus import FakeGpus
 from plain import Plain
 from recorded_merges import learned
-from slow import as_slow
+from thorough import as_thorough
 from weight_space import Tensors, entries, ours, read, write_arrays, write_checkpoint, write_config
 
 from actors.gpus import Gpus
@@ -80,7 +80,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("spoil", "what", "lower"),
     [
         ({"learning_rate": 10.0}, "loss", {"learning_rate": 0.1}),
-        as_slow(({"weight": 0.99}, "loss", {"weight": 0.05})),
+        as_thorough(({"weight": 0.99}, "loss", {"weight": 0.05})),
         # In float16 the gradient of the hidden states overflows before the loss does.
         ({"hidden_layers": [1, 2], "weight": 0.25}, "gradient", None),
     ],

@@ -33,7 +33,7 @@ from conftest import plan_of
 from hostile_inputs import put
 from recorded_merges import write_merge
 from safetensors.torch import load_file
-from slow import slow_but
+from thorough import thorough_but
 
 import cli
 from cluster.evaluate import task_cpus
@@ -270,7 +270,7 @@ def test_every_advice_has_a_test() -> None:
 
 @pytest.mark.parametrize(
     ("row", "way"),
-    slow_but([(row, 0) for row in ROWS], [(row, way) for row in ROWS for way in range(len(row.follow))]),
+    thorough_but([(row, 0) for row in ROWS], [(row, way) for row in ROWS for way in range(len(row.follow))]),
     ids=lambda value: value.named if isinstance(value, Row) else str(value),
 )
 def test_the_advice_leads_to_a_command_that_succeeds(folder: Path, row: Row, way: int) -> None:

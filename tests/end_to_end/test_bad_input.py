@@ -18,7 +18,7 @@ import torch
 import yaml
 from identities import merge_of
 from safetensors.torch import load_file, save_file
-from slow import as_slow
+from thorough import as_thorough
 from torch import Tensor
 
 import cli
@@ -401,7 +401,7 @@ def process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     [
         ("unknown key", ["merge.yaml"]),
         ("truncated weights", []),
-        as_slow(("ids outside the vocabulary", ["merge.yaml"])),
+        as_thorough(("ids outside the vocabulary", ["merge.yaml"])),
     ],
 )
 def test_the_real_command_ends_with_2(llama_merge: Path, tmp_path: Path, fault: str, arguments: list[str]) -> None:

@@ -305,7 +305,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
 
 
 @cases(
-    slow=["100,000 files", "100,000 tensors", "pattern that never ends"],
+    thorough=["100,000 files", "100,000 tensors", "pattern that never ends"],
     model=MODELS,
     index=INDICES,
     header=HEADERS,

@@ -184,7 +184,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
 
 
 @cases(
-    slow=[
+    thorough=[
         "1 MB name",
         "10,000 faults",
         "100,000 models",

@@ -249,7 +249,7 @@ def test_invalid_paths_of_images_are_refused_by_a_plan(
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
-@cases(slow=IMAGES.keys() - QUICK, image=IMAGES)
+@cases(thorough=IMAGES.keys() - QUICK, image=IMAGES)
 def test_hostile_images_are_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

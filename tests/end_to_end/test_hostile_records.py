@@ -305,13 +305,13 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(slow=["10 million lines", "20 GB in a kilobyte"], record=RECORDS, table=TABLES)
+@cases(thorough=["10 million lines", "20 GB in a kilobyte"], record=RECORDS, table=TABLES)
 def test_hostile_records_are_refused_by_a_plan(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)
 
 
-@cases(slow=PREPARED.keys() - QUICK, prepared=PREPARED)
+@cases(thorough=PREPARED.keys() - QUICK, prepared=PREPARED)
 def test_input_that_transformers_rejects_is_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

@@ -190,7 +190,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(slow=TOKENIZERS.keys() - QUICK, tokenizer=TOKENIZERS)
+@cases(thorough=TOKENIZERS.keys() - QUICK, tokenizer=TOKENIZERS)
 def test_a_hostile_tokenizer_is_refused_before_anything_starts(
     merger: Server, folder: Path, spoil: Spoil, facts: list[str]
 ) -> None:

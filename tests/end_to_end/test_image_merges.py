@@ -30,8 +30,8 @@ from hostile import Server, refused
 from image_inputs import from_chat, from_processor
 from reference import to_module
 from safetensors.torch import load_file
-from slow import as_slow, slow_but
 from test_cli import cli
+from thorough import as_thorough, thorough_but
 from torch import Tensor
 
 from engine.models.loading import load_processor
@@ -99,7 +99,7 @@ class Made:
 
 
 # A merge takes a quarter of a minute to start its processes. Only the most special family is in the fast set.
-@pytest.fixture(scope="module", params=slow_but([tiny_images.CHAT], (*BY_COMMAND, *OTHERS, *MIXTURES)))
+@pytest.fixture(scope="module", params=thorough_but([tiny_images.CHAT], (*BY_COMMAND, *OTHERS, *MIXTURES)))
 def made(request: pytest.FixtureRequest, warm: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A merge of each family; read-only."""
     family = request.param
@@ -250,7 +250,7 @@ def test_its_code_is_its_own_when_the_inputs_are_gone(
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("made", [as_slow("internvl")], indirect=True)
+@pytest.mark.parametrize("made", [as_thorough("internvl")], indirect=True)
 def test_tasks_of_one_expert_and_the_config_of_the_output(made: Made, tmp_path: Path) -> None:
     rows = pyarrow.parquet.read_table(made.out / "merge" / "metrics.parquet").to_pylist()
     seen = {(row["model"], row["sample"]) for row in rows}

@@ -84,7 +84,7 @@ def test_a_merge_is_drawn_on_a_desk_and_on_a_phone(chromium: Any, llama_merge: P
         assert all_drawn(page) == 11
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_runs_side_by_side_are_drawn(chromium: Any, llama_merge: Path, tmp_path: Path) -> None:
     first = write_merge(plan_of(llama_merge), tmp_path / "first")
     second = write_merge(plan_of(llama_merge, "parameters.learning_rate=0.3"), tmp_path / "second", scale=0.5, seed=1)

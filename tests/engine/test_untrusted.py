@@ -72,7 +72,7 @@ def test_an_irregular_file_is_not_opened(tmp_path: Path) -> None:
         check_regular(Path("/dev/zero"), None, InputError)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.recursive(

@@ -21,7 +21,7 @@ from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slow import as_slow
+from thorough import as_thorough
 
 from engine.calibration.images import BYTES, CHUNKS, KNOWN, SCANS, SIDE, read_image
 from engine.errors import CalibrationError
@@ -285,7 +285,7 @@ def test_a_truncated_picture_is_refused(tmp_path: Path, form: str, part: float) 
 # Made when a test runs, as some of them take long to make.
 GIGANTIC: dict[str, tuple[Callable[[], bytes], str]] = {
     "PNG of 10 Gpx": (lambda: png((100_000, 100_000), rows=100), "10000000000 pixels"),
-    "PNG of 100 Mpx": as_slow((lambda: png((10_000, 10_000)), "10,000 x 10,000 pixels")),
+    "PNG of 100 Mpx": as_thorough((lambda: png((10_000, 10_000)), "10,000 x 10,000 pixels")),
     "PNG too high": (lambda: png((1, SIDE + 1)), "1 x 65,536 pixels"),
     "PNG too wide": (lambda: png((SIDE + 1, 1)), "65,536 x 1 pixels"),
     "PNG of the largest sides": (lambda: png((2**31 - 1, 2**31 - 1), rows=0), "pixels"),
@@ -318,13 +318,13 @@ def bomb() -> bytes:
 # Some of these take seconds to make and to read.
 LONG: dict[str, Callable[[], bytes]] = {
     "text": lambda: png((8, 8), chunk(b"zTXt", b"a\0\0" + bomb())),
-    "international text": as_slow(lambda: png((8, 8), chunk(b"iTXt", b"a\0\1\0\0\0" + bomb()))),
-    "profile": as_slow(lambda: png((8, 8), chunk(b"iCCP", b"a\0\0" + bomb()))),
+    "international text": as_thorough(lambda: png((8, 8), chunk(b"iTXt", b"a\0\1\0\0\0" + bomb()))),
+    "profile": as_thorough(lambda: png((8, 8), chunk(b"iCCP", b"a\0\0" + bomb()))),
     "texts": lambda: png((8, 8), *[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 20), 9))] * 200),
     "chunks": lambda: png((8, 8), chunk(b"prIv") * (CHUNKS + 1)),
     "chunks behind": lambda: png((8, 8), last=chunk(b"prIv") * (CHUNKS + 1)),
     "empty pixels": lambda: png((8, 8), last=chunk(b"IDAT") * (CHUNKS + 1)),
-    "short texts": as_slow(lambda: png((8, 8), chunk(b"tEXt", b"a\0b") * 4_000_000)),
+    "short texts": as_thorough(lambda: png((8, 8), chunk(b"tEXt", b"a\0b") * 4_000_000)),
     "PNG 0 x 8": lambda: png((0, 8)),
     "PNG 8 x 0": lambda: png((8, 0)),
     "GIF 0": lambda: gif((0, 0)),
@@ -332,10 +332,10 @@ LONG: dict[str, Callable[[], bytes]] = {
     "BMP 8 x 0": lambda: bmp(8, 0),
     "TIFF 0 x 8": lambda: grey_tiff(0, 8),
     "TIFF 8 x 0": lambda: grey_tiff(8, 0),
-    "fill": as_slow(lambda: jpeg(b"\xff" * 50_000_000)),
-    "markers": as_slow(lambda: jpeg(b"\xff\xe9\0\2" * 12_000_000)),
+    "fill": as_thorough(lambda: jpeg(b"\xff" * 50_000_000)),
+    "markers": as_thorough(lambda: jpeg(b"\xff\xe9\0\2" * 12_000_000)),
     "scans": lambda: scans(SCANS + 1),
-    "comments": as_slow(lambda: gif((8, 8), b"!\xfe" + b"\1a" * 25_000_000 + b"\0")),
+    "comments": as_thorough(lambda: gif((8, 8), b"!\xfe" + b"\1a" * 25_000_000 + b"\0")),
     "tile": lambda: grey_tiff(8, 8, (322, 4, 60_000), (323, 4, 60_000), (324, 4, 200), (325, 4, 64)),
     "directories": lambda: tiff(following=8),
 }
@@ -358,7 +358,7 @@ BESIDE: dict[str, Callable[[], bytes]] = {
     "chunks": lambda: png((8, 8), chunk(b"prIv") * (CHUNKS // 2)),
     "markers": lambda: jpeg(b"\xff\xe9\0\2" * 1000),
     "GIF of frames": lambda: frames("P", "GIF", 301),
-    "PNG of frames": as_slow(lambda: frames("RGB", "PNG", 100)),
+    "PNG of frames": as_thorough(lambda: frames("RGB", "PNG", 100)),
     "film behind": lambda: saved(Image.new("RGB", (64, 64)), "JPEG") + os.urandom(1 << 20),
 }
 
@@ -413,7 +413,7 @@ def test_small_pictures_are_read(tmp_path: Path) -> None:
     assert {read(tmp_path, content).size for content in small()} == {(24, 18), (18, 24)}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @FUZZ
 @given(data=st.data())
 def test_a_spoilt_picture_is_a_picture_or_a_calibration_error(

@@ -19,7 +19,7 @@ from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 
 import engine.calibration.encoder
 from engine.calibration.encoder import encoder
@@ -34,8 +34,8 @@ QWEN, INTERN, CHAT = "qwen2_vl", "internvl", tiny_images.CHAT
 FAMILIES = (QWEN, INTERN, CHAT)
 # The image token.
 TOKEN = {QWEN: "<|image_pad|>", INTERN: "<IMG_CONTEXT>", CHAT: "<IMG_CONTEXT>"}
-each_family = pytest.mark.parametrize("family", slow_but([QWEN], FAMILIES))
-with_chat = pytest.mark.parametrize("family", slow_but([QWEN, CHAT], FAMILIES))
+each_family = pytest.mark.parametrize("family", thorough_but([QWEN], FAMILIES))
+with_chat = pytest.mark.parametrize("family", thorough_but([QWEN, CHAT], FAMILIES))
 HEAD = {QWEN: 0, INTERN: 0, CHAT: 4}
 A = {"question": "w1 w2", "image_path": "a.png"}
 # Facts that tell the errors about paths apart: the image is missing, is not a path, is an address, is given twice.
@@ -395,7 +395,7 @@ def test_internvls_own_code_has_options_of_its_own(merges: dict[str, Path]) -> N
     ("family", "option"),
     [
         *((INTERN, f"max_patches: {value}") for value in ("0", "-1", "x", "1.5", "true")),
-        as_slow((INTERN, "max_patches: 1000000000")),
+        as_thorough((INTERN, "max_patches: 1000000000")),
         *((INTERN, f"min_patches: {value}") for value in ("0", "-1", "x")),
         *((INTERN, f"size: {value}") for value in ("x", "0", "-4", "{height: -4, width: 4}", "{height: 0, width: 0}")),
         *((INTERN, f"size: {value}") for value in ("{height: 100000, width: 100000}", "{height: 28}", "{a: 1}", "{}")),
@@ -591,7 +591,7 @@ messages = st.lists(
 )
 
 
-@pytest.mark.parametrize("family", slow_but([QWEN], FAMILIES))
+@pytest.mark.parametrize("family", thorough_but([QWEN], FAMILIES))
 @FUZZ
 @given(
     record=st.fixed_dictionaries(

@@ -17,7 +17,7 @@ from conftest import plan_of
 from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from slow import as_slow
+from thorough import as_thorough
 
 from engine.calibration.encoder import encoder
 from engine.calibration.records import FIELDS, read_records
@@ -478,7 +478,7 @@ def test_good_files_are_good(good_files: Any, tokenizer: Any, kind: str) -> None
         assert first_samples(plan, tokenizer)
 
 
-@pytest.mark.parametrize("kind", [as_slow("json"), "jsonl", as_slow("parquet")])
+@pytest.mark.parametrize("kind", [as_thorough("json"), "jsonl", as_thorough("parquet")])
 @FUZZ
 @given(st.data())
 def test_a_spoilt_file_is_records_or_a_calibration_error(

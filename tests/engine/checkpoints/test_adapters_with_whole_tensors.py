@@ -24,7 +24,7 @@ from conftest import plan_of
 from errors import refused
 from peft_adapters import IDS, Built, assert_equals_peft, build, gpt2
 from safetensors.torch import load_file, save_file
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from torch import Tensor
 from weight_space import combine, write_config
 
@@ -242,7 +242,7 @@ def test_a_copy_may_have_another_dtype(tmp_path: Path, dtypes: tuple[str, str]) 
     assert not is_copy(tmp_path, copies["other"], tmp_path, of)
 
 
-@pytest.mark.parametrize("family", slow_but(["internvl", "qwen3_vl"], tiny_images.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["internvl", "qwen3_vl"], tiny_images.FAMILIES))
 def test_an_adapter_of_the_text_model_fits_a_multimodal_base(tmp_path: Path, family: str) -> None:
     model = tiny_images.make_model(family)
     tiny_images.save(model, tmp_path / "base", family)
@@ -258,7 +258,7 @@ def test_an_adapter_of_the_text_model_fits_a_multimodal_base(tmp_path: Path, fam
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["of the module", "as published"])
-@pytest.mark.parametrize("family", ["gemma3", as_slow("llava_onevision")])
+@pytest.mark.parametrize("family", ["gemma3", as_thorough("llava_onevision")])
 def test_an_adapter_may_change_a_vision_tower_by_either_name(tmp_path: Path, family: str, published: bool) -> None:
     model = tiny_images.make_model(family)
     built = build(tmp_path, model, r=4, target_modules=["q_proj", "fc1"])

@@ -780,7 +780,7 @@ def is_config_or_refused(path: Path, *overrides: str) -> bool:
         return str(error).startswith((str(path), "--set")) and len(str(error)) < 5000
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @FUZZ
 @given(spoilt_files())
 def test_a_spoilt_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
@@ -789,7 +789,7 @@ def test_a_spoilt_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFac
     assert is_config_or_refused(path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @FUZZ
 @given(st.sampled_from([VALID, SPACE]), st.sampled_from(KEYS) | st.just("slices"), json_like)
 def test_any_value_of_any_key_in_a_file_is_read_or_refused(
@@ -800,7 +800,7 @@ def test_any_value_of_any_key_in_a_file_is_read_or_refused(
     assert is_config_or_refused(path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @FUZZ
 @given(
     st.lists(st.sampled_from([*KEYS, "0", "1", "-1", "9" * 5000, "", "."]) | st.text(max_size=3), max_size=4),

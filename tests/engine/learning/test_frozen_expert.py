@@ -11,7 +11,7 @@ import tiny
 import torch
 from conftest import plan_of
 from errors import refused
-from slow import slow_but
+from thorough import thorough_but
 from transformers import AutoModelForCausalLM
 
 from engine.calibration.samples import Sample
@@ -36,7 +36,7 @@ def truth(folder: Path, dtype: torch.dtype = torch.float32):
         return model(torch.tensor([SAMPLE.input_ids]), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "qwen3_moe"], tiny.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["llama", "gemma3", "qwen3_moe"], tiny.FAMILIES))
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_target_holds_the_outputs_of_the_loaded_expert(tmp_path: Path, family: str, tied: bool) -> None:
     plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1, tied=tied, sharded=True))

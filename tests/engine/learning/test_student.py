@@ -22,7 +22,7 @@ from fake_cuda import fake_cuda
 from plain import Plain
 from reference import Reference
 from reference import pieces as reference_pieces
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from tolerance import bound
 from torch import Tensor
 from torch.func import functional_call
@@ -212,7 +212,7 @@ def test_gradients_of_a_window_add_up(setup) -> None:
     np.testing.assert_allclose(leaving.collect(), apart, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", slow_but(["llama", "gemma2"], tiny.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["llama", "gemma2"], tiny.FAMILIES))
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 @pytest.mark.parametrize("has_expert", [True, False], ids=["with-expert", "tokens-only"])
 def test_samples_of_any_lengths_in_one_pass_give_the_losses_and_gradients_of_each_alone(
@@ -577,7 +577,7 @@ class Recorder:
 
 @pytest.mark.parametrize(
     ("family", "tied"),
-    [("llama", False), as_slow(("llama", True)), as_slow(("gemma3", False)), ("gemma3", True)],
+    [("llama", False), as_thorough(("llama", True)), as_thorough(("gemma3", False)), ("gemma3", True)],
 )
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 def test_gradients_that_leave_equal_those_that_would_stay(
@@ -677,8 +677,8 @@ def most_rows(seen: set[tuple[int, ...]]) -> int:
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
-@pytest.mark.parametrize("family", slow_but(["gemma2"], ["llama", "gemma2"]))
-@pytest.mark.parametrize("has_expert", [True, as_slow(False)], ids=["with-expert", "tokens-only"])
+@pytest.mark.parametrize("family", thorough_but(["gemma2"], ["llama", "gemma2"]))
+@pytest.mark.parametrize("has_expert", [True, as_thorough(False)], ids=["with-expert", "tokens-only"])
 def test_logits_in_pieces_give_the_same_losses_and_gradients(
     made: Made, monkeypatch: pytest.MonkeyPatch, family: str, exclude: list[str] | None, rows: int, has_expert: bool
 ) -> None:
@@ -730,7 +730,7 @@ def test_the_logits_of_all_tokens_are_never_in_memory_at_once(
 # Gradient checkpointing.
 
 
-@pytest.mark.parametrize("family", slow_but(["llama", "qwen3_moe"], tiny.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["llama", "qwen3_moe"], tiny.FAMILIES))
 @pytest.mark.parametrize("exclude", [None, []], ids=["by-default", "all-merged"])
 def test_gradient_checkpointing_changes_no_bit(tmp_path: Path, family: str, exclude: list[str] | None) -> None:
     options = {} if exclude is None else {"exclude": exclude}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import cut_small, plan_of
 from errors import refused
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from tolerance import unit
 from torch import Tensor
 from weight_space import (
@@ -136,7 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
     ),
     "wudi2-mixed": ("wudi2", {"center": True, "start": "mean", "optimizer": "adam", "steps": 50}, wudi2),
 }
-each_case = pytest.mark.parametrize("case", slow_but(["iso", "svd", "wudi", "wudi2"], CASES))
+each_case = pytest.mark.parametrize("case", thorough_but(["iso", "svd", "wudi", "wudi2"], CASES))
 
 
 def dense(base: Tensors, experts: list[Tensors], scale: float, of: Dense, **options: Any) -> Tensors:
@@ -171,7 +171,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("dtypes", slow_but(["mixed"], DTYPES))
+@pytest.mark.parametrize("dtypes", thorough_but(["mixed"], DTYPES))
 @each_case
 def test_matrices_and_others(case: str, dtypes: str, tmp_path: Path) -> None:
     method, options, of = CASES[case]
@@ -393,7 +393,7 @@ def test_a_mask_does_not_depend_on_the_other_experts(ones: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "piece", "room"), [(400, 1200, 512), as_slow((37, 999, 64)), (1 << 18, 1 << 22, 1 << 20)]
+    ("block", "piece", "room"), [(400, 1200, 512), as_thorough((37, 999, 64)), (1 << 18, 1 << 22, 1 << 20)]
 )
 def test_a_mask_does_not_depend_on_blocks_and_pieces(
     block: int, piece: int, room: int, ones: Path, monkeypatch: pytest.MonkeyPatch
@@ -461,7 +461,7 @@ NATIVE = [
 
 
 @pytest.mark.parametrize("name", ["layers.0.wide.weight", "layers.0.norm.weight"])
-@pytest.mark.parametrize("value", [float("nan"), as_slow(float("inf")), as_slow(float("-inf"))])
+@pytest.mark.parametrize("value", [float("nan"), as_thorough(float("inf")), as_thorough(float("-inf"))])
 @pytest.mark.parametrize(("method", "parameters"), NATIVE, ids=str)
 def test_a_weight_that_is_not_finite_is_an_error_that_names_its_tensor(
     method: str, parameters: dict[str, Any], value: float, name: str, tmp_path: Path

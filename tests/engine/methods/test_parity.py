@@ -15,7 +15,7 @@ import torch
 from conftest import cut_small, plan_of
 from errors import refused
 from peft_adapters import build
-from slow import as_slow, slow_but
+from thorough import as_thorough, thorough_but
 from torch import Tensor
 from weight_space import (
     Tensors,
@@ -165,7 +165,7 @@ TIES_CASES: list[tuple[tuple[float, ...], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(
     ("weights", "top"),
-    slow_but([(POSITIVE, {"density": 0.3}), (MIXED, {"density": 0.5}), TIES_CASES[-2]], TIES_CASES),
+    thorough_but([(POSITIVE, {"density": 0.3}), (MIXED, {"density": 0.5}), TIES_CASES[-2]], TIES_CASES),
     ids=str,
 )
 def test_ties(weights: tuple[float, ...], top: dict[str, Any], models: Path, record: Record) -> None:
@@ -252,9 +252,9 @@ def our_masks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, int
     ("densities", "top"),
     [
         ((1.0, 1.0, 1.0), {}),
-        as_slow(((1.0, 1.0, 1.0), {"normalize": True, "lambda": 0.4})),
-        as_slow(((0.5, 0.1, 0.9), {})),
-        as_slow(((0.5, 0.1, 0.9), {"rescale": False})),
+        as_thorough(((1.0, 1.0, 1.0), {"normalize": True, "lambda": 0.4})),
+        as_thorough(((0.5, 0.1, 0.9), {})),
+        as_thorough(((0.5, 0.1, 0.9), {"rescale": False})),
         ((0.3, 1.0, 0.0), {"normalize": True}),
         ((0.2, 0.4, 0.6), {"lambda": 1.5, "rescale": True, "normalize": False}),
     ],
@@ -291,7 +291,7 @@ def test_dare(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("depth", ["models", as_slow("one_layer")])
+@pytest.mark.parametrize("depth", ["models", as_thorough("one_layer")])
 def test_settings_of_layers_and_names(
     top: dict[str, Any], depth: str, request: pytest.FixtureRequest, record: Record
 ) -> None:
@@ -335,12 +335,12 @@ def test_slices_of_linear_without_a_base(models: Path, record: Record) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        as_slow({"family": "llama", "tied": True}),
-        as_slow({"family": "llama", "sharded": True}),
-        as_slow({"family": "qwen2"}),
+        as_thorough({"family": "llama", "tied": True}),
+        as_thorough({"family": "llama", "sharded": True}),
+        as_thorough({"family": "qwen2"}),
         {"family": "qwen2", "tied": True, "sharded": True},
-        as_slow({"family": "gemma2", "tied": True}),
-        as_slow({"family": "qwen3"}),
+        as_thorough({"family": "gemma2", "tied": True}),
+        as_thorough({"family": "qwen3"}),
     ],
     ids=str,
 )
@@ -372,11 +372,11 @@ def test_an_expert_with_a_tied_head_of_a_base_without(
 @pytest.mark.parametrize(
     ("source", "out"),
     [
-        as_slow(("models", "bfloat16")),
+        as_thorough(("models", "bfloat16")),
         ("models", "float16"),
         ("halves", "bfloat16"),
-        as_slow(("halves", "float16")),
-        as_slow(("halves", "float32")),
+        as_thorough(("halves", "float16")),
+        as_thorough(("halves", "float32")),
     ],
 )
 def test_output_dtypes(method: str, source: str, out: str, request: pytest.FixtureRequest, record: Record) -> None:
@@ -493,7 +493,7 @@ LIBRARY: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", slow_but([case for case in LIBRARY if "-" not in case], LIBRARY))
+@pytest.mark.parametrize("case", thorough_but([case for case in LIBRARY if "-" not in case], LIBRARY))
 def test_methods_of_mergekits_library(case: str, models: Path, record: Record) -> None:
     method, keys = LIBRARY[case]
     keys = {"base_model": "base"} | keys

@@ -149,7 +149,7 @@ def test_select_finds_the_smallest_kept_element(tau: Array, data: st.DataObject)
     assert 1 <= found.equal <= found.found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @given_any
 @given(taus=st.lists(vectors(8, 8), min_size=1, max_size=4), data=st.data())
 def test_select_tells_experts_apart(taus: list[Array], data: st.DataObject) -> None:
@@ -179,7 +179,7 @@ def test_trimmed_keeps_the_largest_and_of_equal_ones_the_first(
         assert_sorted_out(found, tau, kept_of(density, len(tau)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @given_any
 @given(
     taus=st.lists(vectors(60, 60), min_size=1, max_size=3),

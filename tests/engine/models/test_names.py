@@ -16,7 +16,7 @@ import tiny_images
 import torch
 import transformers
 from errors import refused
-from slow import slow_but
+from thorough import thorough_but
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
@@ -69,7 +69,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", slow_but(["llama", "qwen3_moe"], tiny.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["llama", "qwen3_moe"], tiny.FAMILIES))
 def test_tensors_of_language_models_are_where_from_pretrained_puts_them(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -78,7 +78,7 @@ def test_tensors_of_language_models_are_where_from_pretrained_puts_them(
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", slow_but(["gemma3", "internvl"], tiny_images.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["gemma3", "internvl"], tiny_images.FAMILIES))
 def test_tensors_of_models_with_images_are_where_from_pretrained_puts_them(
     tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -122,7 +122,7 @@ def test_files_with_the_modules_own_names_work(tmp_path: Path, family: str) -> N
     assert_same(filled(tmp_path), model.state_dict())
 
 
-@pytest.mark.parametrize("family", slow_but(["gemma3", "internvl"], tiny_images.FAMILIES))
+@pytest.mark.parametrize("family", thorough_but(["gemma3", "internvl"], tiny_images.FAMILIES))
 def test_files_with_the_modules_own_names_work_for_models_with_images(tmp_path: Path, family: str) -> None:
     model = tiny_images.make_model(family)
     model.save_pretrained(tmp_path, save_original_format=False)

@@ -144,7 +144,7 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.merge("RGB", ramps)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @PROPERTY
 @given(width=st.integers(1, 400), height=st.integers(1, 400), most=st.integers(1, 12))
 @example(width=1, height=400, most=12)
@@ -160,7 +160,7 @@ def test_tiles_are_those_of_dynamic_tiling(bases: dict[str, Path], width: int, h
     assert torch.equal(without, found[: max(1, len(found) - 1)])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @PROPERTY
 @given(
     width=st.integers(1, 400),

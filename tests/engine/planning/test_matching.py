@@ -18,7 +18,7 @@ import transformers
 import yaml
 from conftest import plan_of
 from errors import refused
-from slow import slow_but
+from thorough import thorough_but
 from torch import Tensor
 from weight_space import combine, ours, read
 
@@ -75,7 +75,7 @@ def check_merged(folder: Path, base: dict[str, Tensor], tuned: dict[str, Tensor]
 
 @pytest.mark.parametrize("own_names", ["base", "tuned"])
 @pytest.mark.parametrize(
-    "family", slow_but(["gemma3", "internvl"], ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
+    "family", thorough_but(["gemma3", "internvl"], ["qwen2_5_vl", "gemma3", "internvl", "llava_onevision"])
 )
 def test_names_of_the_hub_and_of_the_modules_are_the_same_parameters(
     tmp_path: Path, family: str, own_names: str
@@ -233,7 +233,7 @@ def text_of(base: Any, family: str) -> Any:
     return text
 
 
-@pytest.mark.parametrize("family", slow_but(["gemma3", "internvl"], TEXTS))
+@pytest.mark.parametrize("family", thorough_but(["gemma3", "internvl"], TEXTS))
 def test_a_text_model_is_an_expert_of_a_model_with_images(tmp_path: Path, family: str) -> None:
     base = tiny_images.make_model(family)
     tiny_images.save(base, tmp_path / "base", family)

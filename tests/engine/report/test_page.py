@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import Store
 from recorded_merges import MEMORY, write_merge
-from slow import as_slow
+from thorough import as_thorough
 
 import cli
 from engine.errors import ConfigError
@@ -88,7 +88,7 @@ def on_heatmaps(figures: list[Any], names: list[str], blocks: Blocks) -> dict[tu
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 14), st.integers(1, 16), st.integers(0, 2), st.data())
 def test_the_heatmaps_show_every_coefficient_in_its_cell(
@@ -191,7 +191,7 @@ def test_losses_by_hand(merged: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [HOSTILE, *map(as_slow, ('<img src=x onerror="alert(1)">', "{{ 7 * 7 }} & <b>x</b>", "%{x} ${y}"))]
+    "name", [HOSTILE, *map(as_thorough, ('<img src=x onerror="alert(1)">', "{{ 7 * 7 }} & <b>x</b>", "%{x} ${y}"))]
 )
 def test_a_hostile_name_adds_no_tags_or_scripts(llama_merge: Path, tmp_path: Path, name: str) -> None:
     plain = report_html([Merged.read(str(write_merge(plan_of(llama_merge), tmp_path / "plain")))])

@@ -184,7 +184,7 @@ identities = st.builds(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @given(identities)
 def test_an_identity_is_what_its_encoding_says(one: Identity) -> None:
     again = decode(one.encode(), "here")

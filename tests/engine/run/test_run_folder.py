@@ -19,7 +19,7 @@ import torch
 from conftest import plan_of
 from errors import refused
 from identities import merge_of, record_of
-from slow import as_slow
+from thorough import as_thorough
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
@@ -64,7 +64,7 @@ class Place:
 
 
 # In the fast set, the tests with the fixture `objects` are those of object storage.
-@pytest.fixture(params=["disk", as_slow("objects")])
+@pytest.fixture(params=["disk", as_thorough("objects")])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     parent = tmp_path / "parent"
     parent.mkdir()

@@ -16,7 +16,7 @@ from fake_cuda import Cuda, fake_cuda
 from peft_adapters import adapters
 from plain import Plain, Received, task_vectors
 from safetensors.torch import load_file
-from slow import as_slow
+from thorough import as_thorough
 from torch import Tensor
 
 from actors.shard import Shard
@@ -277,7 +277,7 @@ def test_merges_gradients_and_output_are_the_sums_over_directions(along: Plan, t
         assert np.linalg.norm(found[:, columns] - exact) <= error * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("chunks", ["spectral", as_slow("direction")])
+@pytest.mark.parametrize("chunks", ["spectral", as_thorough("direction")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_coefficients_of_directions_are_learned_and_go_on_from_any_step(
     make_merge: Callable[..., Path], tmp_path: Path, kind: str, chunks: str

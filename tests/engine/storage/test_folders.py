@@ -174,7 +174,7 @@ def test_any_names_and_any_contents_on_a_disk(tmp_path: Path, files: dict[str, b
     check_all(LocalFolder(tmp_path), files)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files())
 def test_any_names_and_any_contents_in_object_storage(store: Store, files: dict[str, bytes]) -> None:

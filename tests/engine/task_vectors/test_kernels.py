@@ -175,7 +175,7 @@ print(magnitude.hex(), magnitudes.tobytes().hex())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_bits_are_the_same_for_every_type_of_cpu() -> None:
     def bits(**settings: str) -> str:
         return subprocess.run(

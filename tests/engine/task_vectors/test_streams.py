@@ -110,7 +110,7 @@ def model_set(model_sets: dict[torch.dtype, ModelSet]) -> ModelSet:
 
 # Elements of a block and of a piece: a piece of one block, of several, and of several with a partial one.
 @pytest.fixture(
-    params=[(4, 4), *(pytest.param(size, marks=pytest.mark.slow) for size in ((13, 30), (48, 100))), None],
+    params=[(4, 4), *(pytest.param(size, marks=pytest.mark.thorough) for size in ((13, 30), (48, 100))), None],
     ids=lambda size: f"block-{size[0] if size else 'whole'}",
 )
 def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
