@@ -21,10 +21,13 @@ from engine.transfers import Ring
 class Stream:
     """A stream of copies if it is `lazy`; else that of a GPU's computation, which is done with all its work."""
 
+    # One for all: streams that wait for each other's events, each in a thread, would take theirs in another order.
+    _lock = threading.RLock()
+
     def __init__(self, device: torch.device, lazy: bool = True) -> None:
         self.device, self.lazy = torch.device(device), lazy
         self.work: list[Callable[[], object]] = []
-        self._done, self._lock = 0, threading.RLock()
+        self._done = 0
 
     def add(self, call: Callable[[], object]) -> None:
         with self._lock:
