@@ -188,7 +188,7 @@ def test_a_head_of_several_layers_is_refused(tmp_path: Path, family: str) -> Non
 
 @pytest.mark.parametrize(
     "family",
-    [family if family in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in CAUSAL | IMAGES],
+    [family if family in QUICK else pytest.param(family, marks=pytest.mark.thorough) for family in CAUSAL | IMAGES],
 )
 def test_a_family_runs_learns_and_loads(tmp_path: Path, family: str) -> None:
     auto = transformers.AutoModelForCausalLM if family in CAUSAL else transformers.AutoModelForImageTextToText

@@ -15,13 +15,13 @@ from engine.errors import RunError
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 SEED = 20260
+# Several trainers in processes of one node: test_trainers.py.
 CELLS = [
     ("Expert", "reading the experts"),
     ("node of Expert", "targets"),
     ("node of Shard", "orthogonal task vectors"),
     ("Trainer", "stage 1"),
     ("node of Trainer", "stage 2"),
-    ("one of 2 Trainers", "stage 2"),
     ("node of one of 2 Trainers", "stage 1"),
     ("Shard", "importance"),
     ("node of Shard", "writing"),
