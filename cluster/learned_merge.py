@@ -142,15 +142,16 @@ class LearnedMerge(Attempt):
             self.progress.say(
                 f"of {asked} trainers, {trainers} have a seat and passes (`gradients: {plan.config.gradients}`)"
             )
-        check_memory(nodes(), plan, work, devices)
+        there = nodes()
+        check_memory(there, plan, work, devices)
         stored = self.folder.has_task_vectors(self.plan)
         check_disk(disk_needs(self.plan, self._tokens, layout.factored, stored), self.folder.out)
-        alive = machines(nodes(), config, devices)
-        self.bound(patience(plan, alive, len(layout.shards), work))
+        estimated = machines(there, config, devices)
+        self.bound(patience(plan, estimated, len(layout.shards), work))
         keep: Callable[[Devices], None] = lambda devices: self.folder.keep_devices(asdict(devices))  # noqa: E731
         keep(devices)
-        there, begun = devices.among(nodes()), self.folder.computed()
-        self._readiness = Readiness(plan, work, alive, there, devices, keep, begun)
+        begun = self.folder.computed()
+        self._readiness = Readiness(plan, work, estimated, devices.among(there), devices, keep, begun)
         self._in_turns = not layout.beside or layout.at_home > 0
         return layout
 

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import hostile
@@ -121,24 +122,34 @@ def warm_libraries() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def small_ray(warm: None) -> Iterator[None]:
-    """A local Ray with two CPUs, shared by the tests of a module."""
+@contextmanager
+def local_ray(gpus: int | None = None) -> Iterator[None]:
+    """A local Ray with two CPUs and as many GPUs as declared; None: those that Ray finds."""
     import ray
 
     from cluster.session import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT)
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=120 << 20,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            num_gpus=gpus,
+            include_dashboard=False,
+            object_store_memory=120 << 20,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def small_ray(warm: None) -> Iterator[None]:
+    """A local Ray with two CPUs, shared by the tests of a module."""
+    with local_ray():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ import ray
 import torch
 import yaml
 from cluster_helpers import run_merge
-from conftest import plan_of
+from conftest import local_ray, plan_of
 from errors import refused
 
 import cluster.crew
-import cluster.session
 from actors.expert import Expert
 from actors.gpus import Gpus
 from actors.process import guarded
@@ -34,20 +33,8 @@ GPUS = 4
 @pytest.fixture(scope="module")
 def gpu_ray(warm: None) -> Iterator[None]:
     """A local Ray of two CPUs with as many GPUs as declared; torch sees none of them."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in cluster.session.ENVIRONMENT.items():
-            monkeypatch.setenv(name, value)
-        ray.init(
-            address="local",
-            num_cpus=2,
-            num_gpus=GPUS,
-            include_dashboard=False,
-            object_store_memory=120 << 20,
-            log_to_driver=False,
-            logging_level="error",
-        )
+    with local_ray(GPUS):
         yield
-        ray.shutdown()
 
 
 pytestmark = pytest.mark.usefixtures("gpu_ray")

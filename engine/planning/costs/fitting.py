@@ -17,9 +17,6 @@ Role = Literal["trainer", "expert"]
 def shortages(plan: Plan, prediction: Prediction, machines: Machines) -> list[str]:
     """Return a line for each process that does not fit the machines, with advice. Unknown limits are not checked."""
     memory, lines = prediction.memory, []
-    saves = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
-    saves += [] if plan.config.gradient_checkpointing else ["`gradient_checkpointing: true`"]
-    saves += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
     kind, limit = ("GPU", machines.gpu_memory) if machines.gpus else ("node", machines.memory)
     if limit is not None:
         cluster = plan.config.cluster
@@ -29,7 +26,7 @@ def shortages(plan: Plan, prediction: Prediction, machines: Machines) -> list[st
         ):
             devices = requested if machines.gpus and requested != "auto" and requested > 1 else 1
             if needed > limit * devices:
-                advice = [*saves] if role == "trainer" else []
+                advice = list(_changes(plan, "trainer")) if role == "trainer" else []
                 advice += [f"more GPUs (`cluster.{role}.num_gpus`)"] if machines.gpus else []
                 have = f"{devices:g} {kind}s have" if devices > 1 else f"a {kind} has"
                 line = f"the {role} needs {needed / GB:.1f} GB, but {have} {limit * devices / GB:.1f} GB"
