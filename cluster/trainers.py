@@ -52,7 +52,9 @@ class Trainers:
         return self._ready[number % len(self._ready)].measure.remote(coefficients, window)
 
     def end(self) -> None:
-        """Store the memory reports of the trainers, and dismiss them."""
+        """Store the memory reports of the trainers, and dismiss them. Say how many were late for all the work."""
+        if late := 1 + len(self._crew.layout.others) - len(self._ready):
+            self._attempt.progress.say(f"the training ended before {late} more trainers were at work")
         for trainer, reference in self._coming.items():
             self._attempt.watch.forget(reference)
             self._crew.dismiss(trainer)

@@ -53,7 +53,9 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
         f"{_gigabytes(machines.memory)}, per GPU: {_gigabytes(machines.gpu_memory)}; "
         f"about {work.tokens:.0f} tokens per sample. Times are estimates, see docs/scaling.md and `cluster.rates`"
     )
-    console.print(f"trainers: {machines.trainers}, with `gradients: {plan.config.gradients}`")
+    asked = plan.config.cluster.trainers
+    fewer = f" of {asked} (no more have a seat and passes)" if asked != "auto" and asked > machines.trainers else ""
+    console.print(f"trainers: {machines.trainers}{fewer}, with `gradients: {plan.config.gradients}`")
     hang = patience(plan, machines, chosen.shards, work)
     console.print(f"hangs: all actors are replaced after {hang:.0f} s without a result, see `cluster.hang`")
     for line in [*shortages(plan, chosen, machines), *_disk_shortages(needs, room)]:

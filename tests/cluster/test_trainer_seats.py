@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from conftest import plan_of
 from test_placement import cluster_of, config
 
 from cluster.placement import Devices
-from cluster.seats import Seating
+from cluster.seats import Seat, Seating
 from cluster.trainer_seats import arrange_trainers, reserved_place
+from cluster.trainers import Trainers
 from engine.config.schema import GradientUse
 from engine.planning.costs.scaling import Work
 from engine.planning.costs.trainers import with_gradients
@@ -99,3 +101,13 @@ def test_a_run_keeps_how_it_holds_the_gradient(plan: Plan) -> None:
         devices = replace(Devices.of(began, plan.config), gradients=gradients)
         again = arrange_trainers(later, plan, WORK, devices)
         assert (again.gradients, 1 + len(again.others)) == (gradients, trainers)
+
+
+@pytest.mark.parametrize(("others", "late"), [(2, True), (0, False)])
+def test_trainers_that_are_late_for_all_the_work_are_named(others: int, late: bool) -> None:
+    said: list[str] = []
+    attempt: Any = SimpleNamespace(progress=SimpleNamespace(say=said.append), report=lambda trainer: None)
+    crew: Any = SimpleNamespace(layout=SimpleNamespace(others=[Seat("n0", 0)] * others), dismiss=lambda trainer: None)
+    targets: Any = SimpleNamespace(ended=False)
+    Trainers(attempt, crew, targets, "first").end()
+    assert bool(said) == late and all(str(others) in line for line in said)

@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.costs.trainers import choose_trainers, settled, with_gradients
 from engine.planning.plan import Plan
+from engine.planning.summary import print_plan
 
 TOKENS = [[512] * 8] * 2
 WORK = Work(tokens=512, samples=16, steps=2, passes=8, pass_tokens=512)
@@ -110,3 +111,12 @@ def test_a_plan_assumes_that_every_gpu_has_a_trainer(plan: Plan, machines: Machi
     chosen, _, there = settled(plan, TOKENS, machines)
     assert there == replace(machines, trainers=trainers)
     assert chosen.config.gradients == ("stream" if machines.gpus else "accumulate")
+
+
+@pytest.mark.parametrize(("asked", "fewer"), [("auto", False), (3, False), (99, True)])
+def test_a_plan_says_that_fewer_trainers_work_than_were_asked_for(
+    plan: Plan, capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: Any, fewer: bool
+) -> None:
+    print_plan(given(plan, "auto", asked), TOKENS, GPUS, str(tmp_path / "out"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trainers: ")]
+    assert ("of 99" in line) == fewer
