@@ -86,7 +86,7 @@ def merge(
 @click.option(
     "--cpus", type=click.FloatRange(1), help="CPUs per node. Default for this and the next three: as on this machine."
 )
-@click.option("--gpus", type=click.FloatRange(0), help="GPUs per node.")
+@click.option("--gpus", type=click.IntRange(0), help="GPUs per node.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
 @_debug

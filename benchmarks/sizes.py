@@ -45,7 +45,7 @@ def cell(plan: Plan, tokens: Sequence[Sequence[int]], gpus: int, memory: int) ->
         changed = {"cluster": cluster.model_copy(update=seats), **given}
         tried, work, _ = settled(replace(plan, config=plan.config.model_copy(update=changed)), tokens, node)
         found = choose(tried, work, node)
-        if not shortages(tried, found, node):
+        if not shortages(tried, work, found, node):
             return f"{name or 'default'}: {found.step.total:.1f} s"
     return "no"
 

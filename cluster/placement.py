@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from cluster.seats import Node, Seat, Seating
 from engine.config.schema import GPU_PART, Config, GradientUse, Use
 from engine.errors import ClusterError
+from engine.planning.costs.fitting import settings_that_fit
 from engine.planning.costs.rates import GB, Site
 from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.factors import decomposed, factored
@@ -115,13 +116,16 @@ def check_memory(nodes: Sequence[Node], plan: Plan, work: Work, devices: Devices
         ClusterError: it cannot.
     """
     largest = max((node.memory for node in useful(nodes, plan.config)), default=0.0)
-    wanted = choose(plan, work, machines(nodes, plan.config, devices)).memory.model
-    if not devices.trainer and 0 < largest < wanted:
-        smaller = [] if plan.config.gradients == "stream" else ["`gradients: stream`"]
-        smaller += ["`dtype: bfloat16`"] if plan.dtype == "float32" else []
-        do = f"set {' or '.join(smaller)}, or use a larger node" if smaller else "use a larger node"
+    there = machines(nodes, plan.config, devices)
+
+    def wanted(changed: Plan) -> float:
+        return choose(changed, work, there).memory.model
+
+    if not devices.trainer and 0 < largest < wanted(plan):
+        settings = settings_that_fit(plan, "trainer", lambda changed: wanted(changed) <= largest)
+        do = f"set {settings}, or use a larger node" if settings else "use a larger node"
         raise ClusterError(
-            f"the merged weights and their gradient take {wanted / GB:.1f} GB",
+            f"the merged weights and their gradient take {wanted(plan) / GB:.1f} GB",
             "the trainer",
             f"at most the {largest / GB:.1f} GB of the largest node",
             f"{do}; `plan` shows the estimates",

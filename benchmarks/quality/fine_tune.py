@@ -63,7 +63,9 @@ def train(name: str, workdir: Path) -> None:
     steps = MIXTURE_STEPS if name == MIXTURE else STEPS
     examples = mixture_stream() if name == MIXTURE else tasks.training_stream(name)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    fit(name, model, tokenizer, examples, steps, optimizer, autocast=True)
+    # Without instructions for bfloat16, a CPU emulates it many times slower than float32.
+    has_bfloat16 = device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    fit(name, model, tokenizer, examples, steps, optimizer, autocast=has_bfloat16)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         ready = Path(scratch) / name
         model.save_pretrained(ready)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import rich.box
 import rich.console
 import rich.filesize
 import rich.table
 
+from engine.checkpoints.headers import main_dtype
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
-from engine.planning.costs.fitting import shortages
+from engine.planning.costs.fitting import Role, shortages
 from engine.planning.costs.patience import patience
 from engine.planning.costs.rates import GB, Prediction, Site
 from engine.planning.costs.scaling import Machines, Work, choose, predict
@@ -58,7 +60,11 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
     console.print(f"trainers: {machines.trainers}{fewer}, with `gradients: {plan.config.gradients}`")
     hang = patience(plan, machines, chosen.shards, work)
     console.print(f"hangs: all actors are replaced after {hang:.0f} s without a result, see `cluster.hang`")
-    for line in [*shortages(plan, chosen, machines), *_disk_shortages(needs, room)]:
+    for role in get_args(Role):
+        number = getattr(plan.config.cluster, role).num_gpus
+        if number != "auto" and number > 1:
+            console.print(f"{role}: {number:g} GPUs")
+    for line in [*shortages(plan, work, chosen, machines), *_disk_shortages(needs, room)]:
         console.print(f"does not fit: {line}")
 
 
@@ -114,6 +120,8 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
     facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
     facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")
+    if plan.config.dtype is None and plan.dtype != (own := main_dtype(header)):
+        facts.add_row("", f"not in the base's {own}, in which small gradients become 0; the output is in {own}")
     return facts
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import get_args
 
 from engine.config.schema import Config, GradientUse
 from engine.errors import ConfigError
+from engine.planning.costs.fitting import Role, with_enough_gpus
 from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan
 from engine.planning.schedule import pass_limit
@@ -67,10 +69,20 @@ def choose_trainers(plan: Plan, work: Work, machines: Machines, seats: int) -> t
 
 
 def settled(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> tuple[Plan, Work, Machines]:
-    """Return the plan, its work, and the machines with the choice of `choose_trainers`.
+    """Return the plan, its work, and the machines with what a merge decides about its trainers on them.
 
-    As many trainers are possible as have room. `tokens` are those of the samples of each expert.
+    The plan has the GPUs that `num_gpus: auto` gets and the choice of `choose_trainers`; as many trainers are possible
+    as have room. `tokens` are those of the samples of each expert.
     """
+    for role in get_args(Role):
+        plan = with_enough_gpus(plan, _work(plan, tokens, machines)[0], machines, role)
+    work, seats = _work(plan, tokens, machines)
+    gradients, trainers = choose_trainers(plan, work, machines, seats)
+    return with_gradients(plan, gradients), work, replace(machines, trainers=trainers)
+
+
+def _work(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> tuple[Work, int]:
+    """Return the work of a plan on the machines, and the number of trainers that these have room for."""
     cluster = plan.config.cluster
     each = cluster.trainer.num_gpus if isinstance(cluster.trainer.num_gpus, float) else 1.0
     on_gpu = bool(machines.gpus and each)
@@ -78,9 +90,7 @@ def settled(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> 
         seats = int(machines.gpus // each * machines.nodes)
     else:
         seats = 1 if cluster.trainers == "auto" else cluster.trainers
-    work = Work.of(plan.config, tokens, pass_limit(plan.config, on_gpu, seats, tokens))
-    gradients, trainers = choose_trainers(plan, work, machines, seats)
-    return with_gradients(plan, gradients), work, replace(machines, trainers=trainers)
+    return Work.of(plan.config, tokens, pass_limit(plan.config, on_gpu, seats, tokens)), seats
 
 
 def with_gradients(plan: Plan, gradients: GradientUse) -> Plan:

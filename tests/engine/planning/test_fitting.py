@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import plan_of
 
-from engine.planning.costs.fitting import Role, capacity, enough_gpus, needed, remedies
+from engine.planning.costs.fitting import Role, capacity, enough_gpus, needed, remedies, shortages
 from engine.planning.costs.rates import GB
 from engine.planning.costs.scaling import Machines, Work, choose
+from engine.planning.costs.trainers import settled
 from engine.planning.plan import Plan
 
 WORK = Work(tokens=2000, samples=8, steps=4, passes=1, pass_tokens=64)
@@ -94,3 +95,39 @@ def test_factors_leave_room_for_a_step(llama_merge: Path) -> None:
     tight = choose(plan, WORK, replace(NODE, gpu_memory=(held.trainer + least_of_it) / 2)).memory
     assert tight.trainer <= (held.trainer + least_of_it) / 2 + 1
     assert tight.copied > 0
+
+
+@pytest.mark.parametrize("share", [0.97, 0.6])
+def test_a_node_without_gpus_fits_with_the_settings_that_are_named(
+    large: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    monkeypatch.setattr("engine.planning.costs.scaling.BLOCK", 1)
+    plan = large()
+    node = replace(NODE, gpus=0)
+    node = replace(node, memory=share * choose(plan, WORK, node).memory.trainer)
+    line = next(
+        line for line in shortages(plan, WORK, choose(plan, WORK, node), node) if line.startswith("the trainer")
+    )
+    for part in line.partition("set ")[2].partition(", or use")[0].split(" or "):
+        changed, _ = with_settings(large, part)
+        found = shortages(changed, WORK, choose(changed, WORK, node), node)
+        assert not any(line.startswith("the trainer") for line in found), part
+
+
+def test_gpus_that_no_node_has_are_a_shortage(large: Callable[..., Plan]) -> None:
+    asking = large("cluster.trainer.num_gpus=2")
+    for gpus, advice in ((0, "0 or auto"), (1, "at most 1")):
+        node = replace(NODE, gpus=gpus)
+        (line,) = shortages(asking, WORK, choose(asking, WORK, node), node)
+        assert line.startswith("the trainer") and line.endswith(f"`cluster.trainer.num_gpus`: {advice}")
+
+
+def test_a_plan_has_the_gpus_that_an_actor_with_auto_gets(large: Callable[..., Plan]) -> None:
+    plan = large()
+    tokens = [[64] * 8] * len(plan.experts)
+    small = replace(NODE, gpu_memory=least(plan, "trainer") / 2.5)
+    made, work, machines = settled(plan, tokens, small)
+    assert made.config.cluster.trainer.num_gpus == 3
+    assert shortages(made, work, choose(made, work, machines), machines) == []
+    roomy, *_ = settled(plan, tokens, replace(NODE, gpu_memory=100 * GB))
+    assert roomy.config.cluster.trainer.num_gpus == "auto"

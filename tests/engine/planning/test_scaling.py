@@ -93,7 +93,7 @@ def test_factors_that_a_gpu_has_no_room_for_are_copied_in_each_pass(make_merge: 
     held = factor_bytes(plan, plan.orthogonal) + plan.merged_bytes
     small = replace(room, gpu_memory=whole.memory.trainer - held / 2)
     tight = predict(plan, WORK, small, "trainer")
-    assert shortages(plan, tight, small) == []
+    assert shortages(plan, WORK, tight, small) == []
     assert whole.memory.copied == 0 < tight.memory.copied < held
     assert tight.memory.trainer == pytest.approx(whole.memory.trainer - tight.memory.copied)
     assert tight.step.compute - whole.step.compute == pytest.approx(2 * tight.memory.copied / PINNED)
@@ -201,16 +201,17 @@ def test_processes_that_do_not_fit_are_listed_with_advice(plans: list[Plan]) -> 
     huge = larger(plans[0], 1_000_000)
     cluster = Machines(nodes=1, cpus=2, gpus=1, memory=1 * GB, gpu_memory=1 * GB)
     prediction = predict(huge, WORK, cluster, "trainer")
-    trainer, expert, *_, cache = shortages(huge, prediction, cluster)
-    assert f"{prediction.memory.trainer / GB:.1f} GB" in trainer and "`gradients: stream`" in trainer
-    assert "`cluster.expert.num_gpus`" in expert and "`gradients: stream`" not in expert
+    trainer, expert, *_, cache = shortages(huge, WORK, prediction, cluster)
+    assert f"{prediction.memory.trainer / GB:.1f} GB" in trainer
+    assert "larger GPUs" in trainer and "larger GPUs" in expert
+    assert "`" not in trainer + expert, "no setting would suffice"
     assert f"{prediction.memory.page_cache / GB:.1f} GB" in cache
-    assert shortages(plans[0], predict(plans[0], WORK, ONE, "trainer"), ONE) == []
+    assert shortages(plans[0], WORK, predict(plans[0], WORK, ONE, "trainer"), ONE) == []
 
 
 def test_a_trainer_that_no_node_holds_is_refused_before_any_actor_starts(plans: list[Plan]) -> None:
     huge, nodes = larger(plans[0], 1_000_000), [Node(2, 0, 24 * GB)]
-    with refused(ClusterError, where="the trainer", do="`gradients: stream`", facts=["GB"]):
+    with refused(ClusterError, where="the trainer", do="larger node", facts=["GB"]):
         check_memory(nodes, huge, WORK, NO_GPUS)
     check_memory(nodes, plans[0], WORK, NO_GPUS)
     assert arrange(nodes, plans[0], WORK, NO_GPUS).within_trainer
@@ -240,9 +241,9 @@ def test_an_actor_of_several_gpus_has_the_memory_of_all_of_them(plans: list[Plan
     gpus = {"trainer": {"num_gpus": 64}, "expert": {"num_gpus": 64}}
     many = replace(huge, config=huge.config.model_copy(update={"cluster": Cluster.model_validate(gpus)}))
     node = Machines(nodes=1, cpus=2, gpus=64, memory=10_000 * GB, gpu_memory=1 * GB)
-    lines = shortages(huge, predict(huge, WORK, node, "node"), node)
-    assert any("`cluster.trainer.num_gpus`" in line for line in lines)
-    assert shortages(many, predict(many, WORK, node, "node"), node) == []
+    trainer, expert, *_ = shortages(huge, WORK, predict(huge, WORK, node, "node"), node)
+    assert "`cluster.trainer.num_gpus: " in trainer and "`cluster.expert.num_gpus: " in expert
+    assert shortages(many, WORK, predict(many, WORK, node, "node"), node) == []
 
 
 def test_of_a_mixture_the_experts_that_a_token_meets_compute(make_merge: Callable[..., Path]) -> None:
