@@ -31,6 +31,9 @@ _config = click.argument("config", required=False, type=click.Path(path_type=Pat
 _set = click.option(
     "--set", "overrides", multiple=True, metavar="KEY.SUB=VALUE", help="Override one key of the config; repeatable."
 )
+_strict = click.option(
+    "--strict", is_flag=True, help="Refuse keys and parameters that nothing reads, for mergekit's methods too."
+)
 _OUT = "merged"
 _debug = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
 
@@ -53,9 +56,16 @@ def main() -> None:
     is_flag=True,
     help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
 )
+@_strict
 @_debug
 def merge(
-    config: Path | None, out: str, overrides: tuple[str, ...], address: str | None, fresh: bool, debug: bool
+    config: Path | None,
+    out: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    fresh: bool,
+    strict: bool,
+    debug: bool,
 ) -> None:
     """Merge the experts of CONFIG into one model folder.
 
@@ -67,7 +77,7 @@ def merge(
         signal.signal(signal.SIGTERM, _stop)
         target = _target(out)
         check_place(target)
-        plan = _plan(config, overrides, target)
+        plan = _plan(config, overrides, strict, target)
         from cluster.driver import merge as merge_by
 
         if merge_by(plan, target, address, fresh, debug):
@@ -89,8 +99,11 @@ def merge(
 @click.option("--gpus", type=click.IntRange(0), help="GPUs per node.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
+@_strict
 @_debug
-def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug: bool, **machines: Any) -> None:
+def plan(
+    config: Path | None, out: str | None, overrides: tuple[str, ...], strict: bool, debug: bool, **machines: Any
+) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
     Reads file headers and a small sample of the weights. The estimates are disk space, memory, traffic, time, and the
@@ -107,7 +120,7 @@ def plan(config: Path | None, out: str | None, overrides: tuple[str, ...], debug
         target = _target(out or _OUT)
         if out is not None:  # else a plan can be made where nothing can be written
             check_place(target)
-        made = _plan(config, overrides, target)
+        made = _plan(config, overrides, strict, target)
         if not made.config.learned:
             print_weight_space_plan(made, target)
             return
@@ -263,12 +276,12 @@ def _target(out: str) -> str:
     return out if is_uri(out) else str(locate(out, Path.cwd(), OutputError))
 
 
-def _plan(path: Path | None, overrides: tuple[str, ...], target: str) -> Plan:
+def _plan(path: Path | None, overrides: tuple[str, ...], strict: bool, target: str) -> Plan:
     """Return the plan of the merge into `target`, in which no input may lie."""
     path = path or _default_config()
     if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
         raise ConfigError("no such config file", str(path.absolute()))
-    made = make_plan(load_config(path, overrides), path.absolute().parent)
+    made = make_plan(load_config(path, overrides, strict), path.absolute().parent)
     check_apart(made, target, path.absolute())
     return made
 

@@ -7,18 +7,14 @@ Slices that span the whole model become `models`, a base that is listed among th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 from engine.config.schema import Config, ListedBase, WeightSpaceSettings
+from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
 from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
 from engine.untrusted import shown
-
-Location = tuple[int | str, ...]
-# Returns the place of a key: FILE:LINE where the line is known.
-Where = Callable[[Location], str]
 
 # Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both.
 LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import types
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -19,26 +18,19 @@ from pydantic import BaseModel
 
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig, WeightSpaceSettings
-from engine.errors import UNSEEN, ConfigError
+from engine.config.unknown_keys import without_unknown
+from engine.config.yaml_text import DEPTH, DIGITS, Location, check_texts, parse
+from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PAPER
+from engine.methods.registry import is_mergekits
 from engine.storage.address import addresses_in, check_no_secret
 from engine.untrusted import read_text, shown
-
-Location = tuple[int | str, ...]
 
 # `calibration` of `preset: paper` and of adamerging: responses are taken from the records and not generated.
 AS_GIVEN = {"generate_responses": 0}
 
-# Bounds of a config: bytes of the file, values (an alias counts as all values it refers to), nesting depth, characters
-# of a value (enough for any path) and of a number.
-BYTES, VALUES, DEPTH, TEXT, DIGITS = 4 << 20, 100_000, 40, 4096, 1000
-
-# The bytes and values of a config that a merge recorded, which lists every image with its hash.
-RECORD_BYTES, RECORD_VALUES = 32 << 20, 500_000
-
-NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-MERGE = "tag:yaml.org,2002:merge"
-KEYS = {"tag:yaml.org,2002:str", MERGE}
+# The bytes of a config, and the bytes and values of one that a merge recorded, which lists every image with its hash.
+BYTES, RECORD_BYTES, RECORD_VALUES = 4 << 20, 32 << 20, 500_000
 
 
 def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
@@ -54,84 +46,34 @@ def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
     return raw | {key: defaults[key] | given for key, given in sections.items() if isinstance(given, dict)}
 
 
-class _Loader(yaml.SafeLoader):
-    """Loader of YAML without tags and of bounded size, which refuses a key that is given twice.
-
-    `values` is the maximum number of values. `plain`: refuse invisible characters.
-    """
-
-    def __init__(self, text: str, values: int = VALUES, plain: bool = True) -> None:
-        super().__init__(text)
-        self._values, self._plain = values, plain
-        self._depth = 0
-        # Number of values below each completed node, itself included.
-        self._sizes: dict[yaml.Node, int] = {}
-        self._total = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "tag", None) is not None:
-            raise _fault(f"the tag {shown(event.tag)} is not supported", event)
-        if self._depth == DEPTH:
-            raise _fault(f"values are nested deeper than {DEPTH} levels", event)
-        self._depth += 1
-        before = self._total
-        node = super().compose_node(parent, index)
-        assert node is not None
-        self._depth -= 1
-        if isinstance(event, yaml.AliasEvent):
-            if node not in self._sizes:
-                raise _fault(f"the alias {event.anchor!r} refers to a value that contains it", event)
-            self._total += self._sizes[node]
-        else:
-            self._total += 1
-            self._sizes[node] = self._total - before
-        if self._total > self._values:
-            raise _fault(f"the config has more than {self._values:,} values", event)
-        return node
-
-    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
-        if len(node.value) > (DIGITS if node.tag in NUMBERS else TEXT):
-            raise _fault(f"a value has {len(node.value):,} characters", node)
-        unseen = next((char for char in node.value if unicodedata.category(char) in UNSEEN), None)
-        if unseen is not None and self._plain:
-            raise _fault(f"a value contains the character {unseen!r}", node)
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag not in KEYS:
-                raise _fault("a key is not a string", key)
-            if key.value in seen and key.tag != MERGE:
-                raise _fault(f"the key {key.value!r} is given twice", key)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), strict: bool = False) -> Config:
     """Read the YAML of a merge, apply `--set key.sub=value` overrides, and check all that can be checked in the text.
+
+    Args:
+        path: The file.
+        overrides: The overrides.
+        strict: Refuse keys and parameters that nothing reads, also for the methods of mergekit, which ignores them.
 
     Raises:
         ConfigError: The file cannot be read or is not valid. Up to five faults are reported at once, each with file,
             line and key.
     """
-    raw, node = _parse(read_text(path, BYTES, ConfigError, "the config"), str(path))
+    raw, node = parse(read_text(path, BYTES, ConfigError, "the config"), str(path))
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of keys to values", str(path), "keys such as `merge_method: …`")
     for override in overrides:
         _override(raw, override)
-    return parse_config(raw, path, node)
+    return parse_config(raw, path, node, strict)
 
 
-def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None) -> Config:
+def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None, strict: bool = False) -> Config:
     """Check a config that is already a mapping.
 
     Args:
         raw: The keys and values.
         path: The file that errors name.
-        node: The YAML nodes of the file, from which errors take line numbers.
+        node: The YAML nodes of the file, from which errors take line numbers. Only with them are texts checked.
+        strict: See `load_config`.
 
     Raises:
         ConfigError: See `load_config`.
@@ -147,8 +89,15 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
     for location, uri in addresses_in(raw):
         check_no_secret(uri, ConfigError, where(location))
     recipe: WeightSpaceSettings | None = None
+    unknown: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    # Names a document of mergekit's files of several merges; on its own it has no effect.
+    raw = {key: value for key, value in raw.items() if key != "name"}
     method = method_of(raw, where)
+    if method is not None and is_mergekits(method) and not strict:
+        raw, unknown = without_unknown(raw, method)
+    if node is not None:
+        check_texts(raw, where)
     if method is not None:
         raw = raw | {"merge_method": method.name}
         if method.learned:
@@ -169,7 +118,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None)
             raise errors[0] from None
         first = f"{len(errors):,} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
         raise ConfigError("\n".join([first, *map(str, errors[:5])]), str(path)) from None
-    config = config.model_copy(update={"recipe": recipe, "unused": unused})
+    config = config.model_copy(update={"recipe": recipe, "unused": (*unused, *unknown)})
     _check(config, where)
     return config.model_copy(
         update={"models": tuple(expert for expert in config.models if not _is_base(config, expert))}
@@ -238,27 +187,10 @@ def parse_recorded(text: str, where: str) -> dict[str, Any]:
     Raises:
         ConfigError: The text is not YAML, has too many values, or is not a mapping.
     """
-    raw, _ = _parse(text, where, RECORD_VALUES, plain=False)
+    raw, _ = parse(text, where, RECORD_VALUES, plain=False)
     if not isinstance(raw, dict):
         raise ConfigError("the recorded config is not a mapping of keys to values", where)
     return raw
-
-
-def _parse(text: str, where: str, values: int = VALUES, plain: bool = True) -> tuple[Any, yaml.Node | None]:
-    """Return the value of a YAML text and its root node."""
-    try:
-        loader = _Loader(text, values, plain)
-        node = loader.get_single_node()
-        return loader.construct_document(node) if node is not None else None, node
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"not valid YAML: {problem}", f"{where}:{mark.line + 1}" if mark else where) from error
-
-
-def _fault(problem: str, at: Any) -> yaml.MarkedYAMLError:
-    """Return the error for a problem at an event or a node."""
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -268,7 +200,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(0 < len(name) <= DIGITS for name in names) or len(names) > DEPTH:
         raise ConfigError("not an override", at, "key.sub=value")
     try:
-        value, _ = _parse(text, "")
+        value, _ = parse(text, "")
+        check_texts(value, lambda _: at, tuple(names))
     except ConfigError as error:
         raise ConfigError(error.what, at) from error
     target: Any = raw

@@ -52,6 +52,8 @@ LEARNED = {method.name: method for method in learned.METHODS}
 NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
 MERGEKIT, INSTALL = mergekit_library.NAMES, mergekit_library.INSTALL
 ALIASES = {alias: method.name for method in NATIVE.values() for alias in method.aliases}
+# Methods of this package that mergekit has under the same name.
+_OF_BOTH = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 # All names that a config may contain and that are known without mergekit's library.
 NAMES = (*LEARNED, *NATIVE, *ALIASES, *MERGEKIT)
 
@@ -66,6 +68,11 @@ def find_method(name: str) -> Method | None:
     name = ALIASES.get(name, name)
     method = LEARNED.get(name) or NATIVE.get(name)
     return method or (mergekit_library.method(name) if has_mergekit() else None)
+
+
+def is_mergekits(method: Method) -> bool:
+    """Return whether mergekit has a method of this name too, so that a config may have been written for mergekit."""
+    return method.name in _OF_BOTH or not (method.learned or method.name in NATIVE)
 
 
 def get_method(name: str) -> Method:

@@ -446,8 +446,8 @@ ROWS = (
     ),
     Row(
         "did you mean '(.+)'",
-        lambda f: weight_space(f, merge_method="ties", parameters={"densty": 0.5}),
-        (lambda f, m: edit(f, parameters={m[1]: 0.5}),),
+        lambda f: weight_space(f, merge_method="wudi", parameters={"step": 5}),
+        (lambda f, m: edit(f, parameters={m[1]: 5}),),
         template="use the options of the method",
     ),
     Row(

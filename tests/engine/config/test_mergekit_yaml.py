@@ -74,7 +74,6 @@ def test_learning_options_of_the_same_config_are_ignored_and_listed() -> None:
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
-        ("parameters: {densty: 0.5}", ["'densty'", "'density'"]),
         ("parameters: {density: 1.5}", ["parameters.density", "1.5"]),
         ("parameters: {density: [0.5, high]}", ["parameters.density", "'high'"]),
         ("parameters: {density: [0.5, {value: 1}]}", ["parameters.density", "{filter, value}"]),

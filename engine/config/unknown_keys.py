@@ -1,0 +1,100 @@
+"""Keys and parameters of a mergekit YAML that nothing reads. mergekit ignores them; here they are left out and listed.
+
+The sections that only this program has (`cluster`, `calibration`) stay strict.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from engine.config.schema import INTERNAL, Config, ExpertConfig
+from engine.config.yaml_text import Location
+from engine.methods.options import Method
+from engine.methods.registry import known_options
+from engine.untrusted import shown
+
+# The keys of mergekit's sections. `Config` and `ExpertConfig` have those that are not here.
+TOP = (*(key for key in Config.model_fields if key not in INTERNAL), "slices", "modules", "tokenizer", "chat_template")
+MODEL = tuple(ExpertConfig.model_fields)
+SOURCE = (*MODEL, "layer_range")
+SLICE = ("sources", "parameters", "base_model", "merge_method")
+MODULE = ("slices", "models", "parameters")
+TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
+TOKEN = ("source", "force")
+CONDITION = ("filter", "value")
+
+
+def without_unknown(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Remove the keys and parameters that neither this program nor mergekit reads.
+
+    Returns:
+        The config without them, and for each its path in the config with the nearest known key.
+    """
+    pruned = _Pruned(method, _parameters_of(raw))
+    return pruned.section(raw, (), TOP), tuple(pruned.found)
+
+
+class _Pruned:
+    """The removal of unknown keys from the sections of one config; `found` describes those that were removed."""
+
+    def __init__(self, method: Method, top: set[str]) -> None:
+        self._options = set(method.by_name)
+        self._known = self._options | set(known_options())
+        # mergekit refuses a merge in which one of these has no value.
+        self._required = self._options & {"weight", *(o.name for o in method.options if o.required)} - top
+        self.found: list[str] = []
+
+    def section(self, value: Any, at: Location, known: Iterable[str]) -> Any:
+        """Return a section without unknown keys, and its own sections alike. What is no mapping stays as it is."""
+        of: dict[str, Callable[[Any, Location], Any]] = {
+            "parameters": self._parameters,
+            "models": lambda inner, place: self._each(inner, place, MODEL),
+            "slices": lambda inner, place: self._each(inner, place, SLICE),
+            "sources": lambda inner, place: self._each(inner, place, SOURCE),
+            "modules": lambda inner, place: self._each(inner, place, MODULE),
+            "tokenizer": lambda inner, place: self.section(inner, place, TOKENIZER),
+            "tokens": lambda inner, place: self._each(inner, place, TOKEN),
+        }
+        if isinstance(value, dict):
+            # A weight beside `parameters` instead of in it: without it, this would be another merge. `Config` refuses.
+            known = {*known, *(self._required & value.keys() - _parameters_of(value))}
+        kept = self._known_of(value, at, known, self._options)
+        if not isinstance(kept, dict):
+            return kept
+        return {key: of[key](inner, (*at, key)) if key in of else inner for key, inner in kept.items()}
+
+    def _each(self, value: Any, at: Location, known: Iterable[str]) -> Any:
+        if isinstance(value, list):
+            return [self.section(inner, (*at, index), known) for index, inner in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: self.section(inner, (*at, key), known) for key, inner in value.items()}
+        return value
+
+    def _parameters(self, value: Any, at: Location) -> Any:
+        kept = self._known_of(value, at, self._known, ())
+        return (
+            {key: self._setting(inner, (*at, key)) for key, inner in kept.items()} if isinstance(kept, dict) else kept
+        )
+
+    def _setting(self, value: Any, at: Location) -> Any:
+        if isinstance(value, list):
+            return [self._setting(inner, (*at, index)) for index, inner in enumerate(value)]
+        return self._known_of(value, at, CONDITION, ()) if isinstance(value, dict) and "value" in value else value
+
+    def _known_of(self, value: Any, at: Location, known: Iterable[str], options: Iterable[str]) -> Any:
+        """Return a mapping without its unknown keys, which may be meant as one of `options`."""
+        if not isinstance(value, dict):
+            return value
+        known = sorted(known)
+        for key in (key for key in value if key not in known):
+            near = difflib.get_close_matches(str(key), [*known, *options], n=1, cutoff=0.5)
+            meant = f"; did you mean {f'parameters.{near[0]}' if near[0] in options else near[0]!r}?" if near else ""
+            self.found.append(f"{shown('.'.join(map(str, (*at, key))))} (unknown{meant})")
+        return {key: inner for key, inner in value.items() if key in known}
+
+
+def _parameters_of(section: dict[str, Any]) -> set[str]:
+    parameters = section.get("parameters")
+    return set(parameters) if isinstance(parameters, dict) else set()
