@@ -13,7 +13,6 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
-from engine.models.loading import load_model_config, with_content
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -49,6 +48,9 @@ def load_base_config(plan: Plan) -> Any:
     Raises:
         CheckpointError: See `load_model_config`.
     """
+    # Here and not above: a merge that runs no model does without transformers, whose import takes seconds.
+    from engine.models.loading import load_model_config, with_content
+
     config = load_model_config(base_folder(plan), plan.config.trust_remote_code)
     return config if plan.config.config_source is None else with_content(config, plan.base_header.config)
 

@@ -2,6 +2,8 @@
 
 A sample is prepared once in the life of a run. Its pixel inputs are stored in the run's state, from which experts and
 trainer read the same tensors.
+
+What only a learned merge needs is imported in the functions: transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -12,16 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.calibration.encoder import bounded_encoder
 from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.checkpoints.find import ROOT
 from engine.checkpoints.vocabulary import untie
 from engine.errors import CalibrationError, CheckpointError, InputError
-from engine.learning.frozen_expert import check_models
 from engine.learning.targets import save_target, without_targets
-from engine.models.names import positions_of
-from engine.models.skeleton import build_generation_skeleton
 from engine.planning.open_models import base_folder, load_base_config, open_expert
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
@@ -72,6 +70,8 @@ def check_inputs(plan: Plan) -> tuple[Plan, Records]:
         CheckpointError: transformers cannot load a model, or a tensor does not fit the model's modules.
         CalibrationError: a record is invalid.
     """
+    from engine.learning.frozen_expert import check_models
+
     records = read_records(plan)
     check_models(plan)
     images = tuple(tuple(str(image) for record in mine for image in record.images) for mine in records)
@@ -108,6 +108,8 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
         CheckpointError: the tokenizer, the processor or the model's own code is missing or invalid.
         CalibrationError: a record or one of its images cannot be used.
     """
+    from engine.calibration.encoder import bounded_encoder
+
     prepared = run.samples(plan)
     if prepared is not None:
         return prepared
@@ -128,6 +130,9 @@ def check_positions(plan: Plan, samples: Sequence[Sequence[Sample]]) -> None:
     Raises:
         CalibrationError: a sample is longer, or would be with the response that the expert generates.
     """
+    from engine.models.names import positions_of
+    from engine.models.skeleton import build_generation_skeleton
+
     longest = max((sample for mine in samples for sample in mine), key=lambda sample: sample.tokens)
     config = load_base_config(plan)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
