@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,8 @@ def encoder(plan: Plan, records: Records) -> Encoder:
     """
     folder, tokenizer = base_folder(plan), tokenizer_folder(plan)
     flat = [record for of_expert in records for record in of_expert]
-    return encoder_of(plan.base_header, folder, tokenizer, plan.dtype, plan.config.trust_remote_code, flat)
+    code = plan.config.trust_remote_code
+    return encoder_of(plan.base_header, folder, tokenizer, plan.dtype, code, flat, plan.chat_template)
 
 
 def bounded_encoder(plan: Plan, records: Records) -> BoundedEncoder:
@@ -47,7 +49,13 @@ def tokenizer_folder(plan: Plan) -> Path:
 
 
 def encoder_of(
-    header: ModelHeader, folder: Path, tokenizer: Path, dtype_name: str, code: bool, records: Sequence[Record]
+    header: ModelHeader,
+    folder: Path,
+    tokenizer: Path,
+    dtype_name: str,
+    code: bool,
+    records: Sequence[Record],
+    chat_template: str | None = None,
 ) -> Encoder:
     """Return the encoder of a model.
 
@@ -58,6 +66,7 @@ def encoder_of(
         dtype_name: The dtype of float inputs, as torch names it.
         code: Whether Python code in these folders may run.
         records: The records to encode. A tokenizer or processor is loaded only if they need it.
+        chat_template: Replaces the chat template of tokenizer and processor.
 
     Raises:
         CheckpointError: See `encoder`.
@@ -68,8 +77,17 @@ def encoder_of(
         if is_original(config):
             return ChatEncoder(config, load_tokenizer(tokenizer, code), folder, dtype)
         if images:
-            return ImageEncoder(load_processor(tokenizer, code), dtype)
+            return ImageEncoder(_with_template(load_processor(tokenizer, code), chat_template), dtype)
     config = header.config
     names = [f"{kind}_token_{number}" for kind in ("image", "video") for number in ("id", "index")]
     seen = {number for name in names if type(number := config.get(name)) is int}
-    return TextEncoder(load_tokenizer(tokenizer, code) if fields != {"input_ids"} else None, seen)
+    if fields == {"input_ids"}:
+        return TextEncoder(None, seen)
+    return TextEncoder(_with_template(load_tokenizer(tokenizer, code), chat_template), seen)
+
+
+def _with_template(loaded: Any, chat_template: str | None) -> Any:
+    """Return a tokenizer or a processor with another chat template (None: as it is)."""
+    if chat_template is not None:
+        loaded.chat_template = chat_template
+    return loaded

@@ -127,6 +127,11 @@ def tokenizer_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def is_chat_template(name: str) -> bool:
+    """Return whether a name of `tokenizer_files` is that of a chat template."""
+    return name.startswith((f"{TEMPLATES}/", "chat_template."))
+
+
 def check_file(path: Path, folder: Path) -> None:
     """Check one file of a model folder; see `check_folder`.
 

@@ -10,7 +10,7 @@ from engine.checkpoints.adapter_file import CONFIG
 from engine.checkpoints.find import TEMPLATES
 from engine.checkpoints.headers import TEXT_SECTIONS, read_json
 from engine.errors import CheckpointError
-from engine.untrusted import TOKENIZER_BYTES, parse_json, read_text
+from engine.untrusted import JSON_BYTES, TOKENIZER_BYTES, parse_json, read_text
 
 # Keys of config.json and generation_config.json, and the tokens in tokenizer_config.json whose ids they are.
 IDS = {"bos_token_id": "bos_token", "eos_token_id": "eos_token", "pad_token_id": "pad_token"}
@@ -37,6 +37,22 @@ def has_chat_template(folder: Path) -> bool:
     return any((folder / name).exists() for name in files) or bool(
         _read(folder / "tokenizer_config.json").get("chat_template")
     )
+
+
+def chat_template_of(folder: Path) -> str | None:
+    """Return the default chat template of a folder's tokenizer, found as transformers finds it; None if it has none.
+
+    Raises:
+        CheckpointError: A file is not JSON, not UTF-8, or too large.
+    """
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_text(file, JSON_BYTES, CheckpointError)
+    given = _read(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(given, list):
+        templates = [_mapping(one) for one in given]
+        given = next((one.get("template") for one in templates if one.get("name") == "default"), None)
+    return given if isinstance(given, str) else None
 
 
 def unused_in_generation(folder: Path) -> set[str]:

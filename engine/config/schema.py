@@ -278,6 +278,8 @@ class Config(Section):
     max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
     # The model that provides the output's tokenizer. None: the base, unchecked.
     tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
+    # `auto`, a name or Jinja (`engine.planning.chat_templates`). None: that of the output's tokenizer.
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     # The expert whose config.json provides the values that change what a model computes. None: the base.
     config_source: Annotated[str, Field(min_length=1)] | None = None
     # `base`: the base provides tensors that an expert lacks.

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.find import COMPANIONS, check_file, check_inside, tokenizer_files
+from engine.checkpoints.find import COMPANIONS, check_file, check_inside, is_chat_template, tokenizer_files
 from engine.checkpoints.headers import BYTES, read_json
 from engine.checkpoints.special_tokens import generation_with_ids_of, with_ids_of
 from engine.checkpoints.writer import OutputFile, OutputTensor
@@ -54,7 +54,8 @@ def write_companions(
     config.json names no implementation of attention or experts, so that transformers chooses one where it loads the
     model.
 
-    If `tokenizer_folder` is given, tokenizer files are copied from there, and the configs name its special tokens.
+    If `tokenizer_folder` is given, tokenizer files are copied from there, and the configs name its special tokens. The
+    plan's chat template replaces those of the tokenizer.
 
     Raises:
         CheckpointError: a file to copy is not regular, or is a link out of its folder.
@@ -73,7 +74,10 @@ def write_companions(
         )
     code = sorted(path.name for path in base_folder.glob("*.py")) if plan.config.trust_remote_code else []
     tokenizer = tokenizer_folder or base_folder
-    for names, source in (((*COMPANIONS, *code), base_folder), (tokenizer_files(tokenizer), tokenizer)):
+    of_tokenizer = tokenizer_files(tokenizer)
+    if plan.chat_template is not None:
+        of_tokenizer = [name for name in of_tokenizer if not is_chat_template(name)]
+    for names, source in (((*COMPANIONS, *code), base_folder), (of_tokenizer, tokenizer)):
         for path in (source / name for name in names if os.path.lexists(source / name)):
             # Checked with the folder by `plan`, and again here, since the folder may have changed.
             check_inside(path.parent, source)
@@ -83,6 +87,8 @@ def write_companions(
             shutil.copyfile(path, target)
     if tokenizer_folder is not None:
         _write_ids(folder, tokenizer_folder)
+    if plan.chat_template is not None and of_tokenizer:
+        _write_chat_template(folder, plan.chat_template)
 
 
 def _write_ids(folder: Path, tokenizer: Path) -> None:
@@ -92,6 +98,14 @@ def _write_ids(folder: Path, tokenizer: Path) -> None:
     if generation.exists() or (tokenizer / "generation_config.json").exists():
         given = read_json(generation) if generation.exists() else {}
         write_json(generation, generation_with_ids_of(tokenizer, given))
+
+
+def _write_chat_template(folder: Path, text: str) -> None:
+    """Write the chat template of the output's tokenizer, where transformers 5 writes it."""
+    (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    if file.exists() and "chat_template" in (config := read_json(file)):
+        write_json(file, {key: value for key, value in config.items() if key != "chat_template"})
 
 
 def _without_implementations(config: Any) -> Any:

@@ -161,7 +161,7 @@ def remarks_on(config: Config, base: Path, experts: Sequence[ExpertPlan]) -> tup
         )
     folders = {expert.name: expert.header.folder for expert in experts}
     with_template = [name for name, folder in folders.items() if has_chat_template(folder)]
-    if config.tokenizer_source is None and with_template and not has_chat_template(base):
+    if not (config.tokenizer_source or config.chat_template) and with_template and not has_chat_template(base):
         remarks.append(
             (
                 "base",

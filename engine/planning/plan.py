@@ -55,6 +55,10 @@ class ExpertPlan(ModelPlan):
             return "checkpoint and adapter"
         return "adapter" if isinstance(self.header, AdapterHeader) else "checkpoint"
 
+    def tokenizer_folder(self, base: Path) -> Path:
+        """Return the folder of the expert's tokenizer: its own, or that of the base for an adapter of the base."""
+        return self.header.folder if isinstance(self.header, ModelHeader) else base
+
     def located(self, given: ExpertConfig) -> tuple[CalibrationFile, ...]:
         """Return the calibration files with absolute paths or URIs; none for a weight-space method."""
         pairs = zip(given.calibration, self.calibration, strict=False)
@@ -75,6 +79,7 @@ class Plan:
         tokenizer: The model that provides the output's tokenizer, valid on any node. None: the base.
         rows: The model that defines the number of rows of embedding and head, and provides rows that the base lacks.
             None: the base.
+        chat_template: The text of the output's chat template. None: that of its tokenizer.
         images: Image files of each expert's samples, filled in after its records have been read.
         remarks: Notes on several models: what they are on, and a line of text.
     """
@@ -87,6 +92,7 @@ class Plan:
     hidden_layers: tuple[int, ...]
     tokenizer: str | None = None
     rows: ModelPlan | None = None
+    chat_template: str | None = None
     images: tuple[tuple[str, ...], ...] = ()
     remarks: tuple[tuple[str, str], ...] = ()
 

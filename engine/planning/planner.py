@@ -22,6 +22,7 @@ from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.methods.registry import NATIVE, check_inputs
+from engine.planning.chat_templates import find_chat_template
 from engine.planning.costs.trainers import check_trainers
 from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.factors import check_directions
@@ -82,6 +83,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
+        chat_template=find_chat_template(config, base_folder, experts),
         remarks=remarks_on(config, base_folder, experts),
     )
     check_directions(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,6 +37,8 @@ def identity(plan: Plan) -> Identity:
     options = plan.resolved.model_dump(exclude=UNDECIDING, mode="json")
     library = () if plan.config.learned or NATIVE.get(plan.config.merge_method) else ("mergekit",)
     versions = {"expert-merging": __version__, **{package: version(package) for package in (*PACKAGES, *library)}}
+    if plan.chat_template is not None:  # with `auto`, those of the models decide
+        options |= {"chat_template.sha256": hashlib.sha256(plan.chat_template.encode()).hexdigest()}
     return Identity(dict(_flat(options)), versions, dict(_files(plan)))
 
 
