@@ -18,6 +18,8 @@ from engine.untrusted import shown
 
 # Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both.
 LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")
+# Keys of `cluster` for actors that only a learned merge has.
+LEARNING_ACTORS = ("expert", "trainer", "trainers", "factors")
 
 
 def method_of(raw: dict[str, Any], where: Where) -> Method | None:
@@ -85,7 +87,9 @@ def read_recipe(
     if "slices" in raw:
         raw, slice_settings, layers = _whole_slice(raw, where)
     raw, unused = drop_others_options(raw, method)
-    unused = (*unused, *(key for key in LEARNING_KEYS if key in raw))
+    cluster = raw.get("cluster")
+    of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
+    unused = (*unused, *(key for key in LEARNING_KEYS if key in raw), *of_actors)
     models: list[Any] = []
     settings: list[dict[str, Any]] = []
     base: ListedBase | None = None

@@ -7,6 +7,7 @@ An unknown key is reported with the nearest known key, and every error has its k
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -277,7 +278,9 @@ def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
         return ConfigError(f"unknown key {key!r}", where(location), do=do)
     if fault["type"] == "missing":
         return ConfigError(f"the key {key!r} is missing", where(location[:-1]))
-    given = shown(repr(fault["input"]))
+    # As YAML writes them.
+    value = fault["input"]
+    given = json.dumps(value) if value is None or isinstance(value, bool) else shown(repr(value))
     message = UNIONS.get(str(location[-1])) if location else None
     message = message or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return ConfigError(f"{key} is {given}", where(location), message)

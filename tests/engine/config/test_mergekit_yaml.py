@@ -64,8 +64,9 @@ def test_an_alias_is_the_method(method: str) -> None:
 
 def test_learning_options_of_the_same_config_are_ignored_and_listed() -> None:
     models = [{"model": "x", "calibration": "x.jsonl", "parameters": {"loss_weight": 2}}, {"model": "y"}]
-    config = parse(models=models, parameters={"budget": 1, "density": 0.5}, batch_tokens=7)
-    assert set(config.unused) == {"budget", "loss_weight", "batch_tokens"}
+    cluster = {"trainers": 2, "shards": 3}
+    config = parse(models=models, parameters={"budget": 1, "density": 0.5}, batch_tokens=7, cluster=cluster)
+    assert set(config.unused) == {"budget", "loss_weight", "batch_tokens", "cluster.trainers"}
     learned = {"merge_method": "expert_merging", "base_model": "b", "models": [{"model": "x", "calibration": "x"}]}
     other = parse_config(learned | {"parameters": {"density": 0.5, "epochs": 2}}, Path("merge.yaml"))
     assert other.unused == ("density",) and other.parameters.epochs == 2 and other.learned
