@@ -131,6 +131,7 @@ def as_yaml(config: Config) -> dict[str, Any]:
         return keys
     for key in (*LEARNING_KEYS, "parameters"):
         keys.pop(key, None)
+    keys["cluster"] = {key: value for key, value in keys["cluster"].items() if key not in LEARNING_ACTORS}
     for entry, settings in zip(keys["models"], recipe.models, strict=True):
         entry["parameters"] = settings
         entry.pop("calibration")

@@ -234,7 +234,7 @@ def test_the_rates_are_these() -> None:
     ("text", "key", "facts"),
     [
         ("gradients: keep", "gradients", ["'keep'", "'accumulate'", "'stream'"]),
-        ("gradients: null", "gradients", ["None", "'accumulate'", "'stream'"]),
+        ("gradients: null", "gradients", ["null", "'accumulate'", "'stream'"]),
         ("gradient_checkpointing: 3", "gradient_checkpointing", ["3", "boolean"]),
         ("cluster: {shards: -1}", "cluster.shards", ["-1", "auto"]),
         ("cluster: {shards: all}", "cluster.shards", ["'all'", "auto"]),
@@ -626,7 +626,7 @@ def test_an_override_that_cannot_be_applied_is_named(path: Path, override: str) 
         ("parameters.weigth=0.2", ["'parameters.weigth'", "'weight'"]),
         ("parameters.0=1", ["parameters.0"]),
         ("seed=abc", ["seed", "'abc'"]),
-        ("base_model=", ["base_model", "None"]),
+        ("base_model=", ["base_model", "null"]),
         ("parameters.weight=2", ["'math'", "`weight`"]),
     ],
 )
