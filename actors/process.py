@@ -72,7 +72,8 @@ class ActorProcess:
         # Without this call, that would be the 1 of a pool that has worked before.
         torch.get_num_threads()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # As `use_deterministic_algorithms`, which also sets torch's compiler and for that imports it, for seconds.
+        torch.set_deterministic_debug_mode("warn")
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - the stubs lack it
 
     @cached_property
@@ -88,7 +89,7 @@ class ActorProcess:
             torch.cuda.set_device(devices[0])
             # Some operations, such as the backward passes of attention, use their deterministic kernel only without
             # warn_only. The same precision in all actors: a trainer rebuilds an expert's logits bit for bit.
-            torch.use_deterministic_algorithms(True)
+            torch.set_deterministic_debug_mode("error")
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         return devices
@@ -150,7 +151,7 @@ class ActorProcess:
         refused = re.match(r"(.+?) does not have a deterministic implementation", str(error))
         if refused is None or torch.is_deterministic_algorithms_warn_only_enabled():
             return False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         self.not_deterministic = refused[1]
         return True
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from actors.process import ActorProcess, Report
 from cluster.progress import Progress
 from cluster.watch import Task, Watch
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
+from engine.errors import ClusterError
 from engine.methods.registry import get_method
 from engine.output.merge_record import input_files
 from engine.output.model_folder import output_files, write_companions, write_json
@@ -23,17 +25,19 @@ from engine.run.run_folder import RunFolder
 
 # Times that the bound of a wait is doubled.
 MOST_DOUBLINGS = 3
+# Seconds between two lines while nodes are awaited.
+SAY_EVERY = 5.0
+Found = TypeVar("Found")
 
 
 class Attempt:
-    """One attempt at a merge on a connected cluster: its plan, its run folder, and the memory reports of its actors.
+    """One attempt at a merge: its plan, its run folder, the watch of its actors, and their memory reports.
 
     `losses` is the number of attempts before this one.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress, losses: int = 0) -> None:
-        self.plan, self.folder, self.progress, self._losses = plan, folder, progress, losses
-        self.watch = Watch(progress.say)
+    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress, watch: Watch, losses: int = 0) -> None:
+        self.plan, self.folder, self.progress, self.watch, self._losses = plan, folder, progress, watch, losses
         self.process = ActorProcess("driver")
         # One model, or one per expert in a folder of its name.
         method = None if plan.config.learned else get_method(plan.config.merge_method)
@@ -48,6 +52,23 @@ class Attempt:
     def bound(self, patience: float) -> None:
         """Bound every wait for results; after each loss the bound is doubled, since machines may be slow, not hung."""
         self.watch.patience = patience * 2 ** min(self._losses, MOST_DOUBLINGS)
+
+    def await_layout(self, find: Callable[[], Found]) -> Found:
+        """Call `find` until it raises no ClusterError, and return its result. In the meantime nodes may join.
+
+        Raises:
+            ClusterError: the last error of `find`, after `cluster.wait` seconds.
+        """
+        wait, began = self.plan.config.cluster.wait, time.monotonic()
+        while True:
+            try:
+                return find()
+            except ClusterError as error:
+                waited = time.monotonic() - began
+                if waited >= wait:
+                    raise
+                self.progress.say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}")
+                time.sleep(min(SAY_EVERY, max(0.1, wait - waited)))
 
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
         """Write the weight files of the output on the shards, and the files beside them.

@@ -17,9 +17,10 @@ from actors.expert import Expert
 from actors.gpus import Gpus
 from actors.shard import Shard
 from actors.trainer import Trainer
+from cluster.ray_watch import RayWatch
 from cluster.remote_shards import RemoteShards
-from cluster.seats import Seat, Seating
-from cluster.session import reserved
+from cluster.seats import Node, Seat, Seating
+from cluster.session import nodes, reserved
 from cluster.trainer_seats import reserved_place
 from cluster.watch import Watch
 from engine.codec import Packed, pack_all
@@ -148,6 +149,22 @@ class Crew:
         self._alive.append(actor)
         self._watch.on(actor, seat.node, label)
         return actor
+
+
+class RayCluster:
+    """The connected Ray as the `Hosts` of shards."""
+
+    def nodes(self) -> list[Node]:
+        """See `cluster.session.nodes`."""
+        return nodes()
+
+    def watch(self, say: Callable[[str], None]) -> Watch:
+        """Return a watch of actors."""
+        return RayWatch(say)
+
+    def crew(self, plan: Plan, state: Folder, layout: Seating, watch: Watch) -> Crew:
+        """Return a context with an actor for each seat of a shard."""
+        return Crew(plan, state, layout, watch)
 
 
 def _planned(kind: type, gpus: float) -> type:

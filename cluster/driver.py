@@ -1,20 +1,23 @@
-"""The entry points of a merge on a cluster: `merge` prepares the run, `attempt` computes the result.
+"""The entry points of a merge: `merge` prepares the run, `attempt` computes the result.
 
 An attempt is a `LearnedMerge` (targets, stage 1, importance, stage 2, output) or a `WeightSpaceMerge` (output only).
-The driver holds references and small tables, never a tensor of a model.
+The driver holds references and small tables, never a tensor of a model. What a merge without learning on this machine
+does not need is imported in the functions: Ray, the other actors and the trackers take seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
+from typing import TYPE_CHECKING
 
-from cluster.learned_merge import LearnedMerge, Samples
+from cluster.processes import OneMachine
 from cluster.progress import Progress
-from cluster.session import connect
-from cluster.telemetry import Telemetry, check_trackers
 from cluster.watch import until_done
-from cluster.weight_space_merge import WeightSpaceMerge
+from cluster.weight_space_merge import Hosts, WeightSpaceMerge
+from engine.calibration.samples import Sample
 from engine.errors import MergeError
 from engine.planning.costs.disk import check_disk, disk_needs
 from engine.planning.differences import WARNING, left_out, left_out_lines
@@ -25,6 +28,12 @@ from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
 from engine.shards.weight_space import check_settings
+from engine.storage.address import addresses_in
+
+if TYPE_CHECKING:
+    from cluster.telemetry import Telemetry
+
+Samples = Sequence[Sequence[Sample]]
 
 
 def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False, debug: bool = False) -> bool:
@@ -36,7 +45,8 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     Args:
         plan: The plan of the merge.
         out: The output folder, an absolute path or a URI.
-        address: The address of a running Ray cluster; None uses RAY_ADDRESS or starts Ray on this machine.
+        address: The address of a running Ray cluster; None uses RAY_ADDRESS or, if `needs_ray`, starts Ray on this
+            machine.
         fresh: Discard the state of an earlier start without `fresh`, and replace an earlier merge.
         debug: Show the actors' own output.
 
@@ -51,7 +61,10 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
     check_place(out)
     check_apart(plan, out)
     check_state(RunFolder(out).state)
-    check_trackers(plan.config, out)
+    if plan.config.log_with:
+        from cluster.telemetry import check_trackers
+
+        check_trackers(plan.config, out)
     check_heads(plan)
     if not plan.config.learned:
         check_settings(plan)
@@ -69,24 +82,58 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         least = factored(plan, True, plan.config.cluster.factors)
         tokens = [[sample.tokens for sample in of_expert] for of_expert in samples]
         check_disk(disk_needs(plan, tokens, least, run.has_task_vectors(plan)), out)
+        on_ray = needs_ray(plan, out, address)
         with (
-            connect(address, debug),
-            Telemetry(run.name(), plan.config, out) as telemetry,
+            _hosts(on_ray, address, debug) as hosts,
+            _telemetry(plan, run, on_ray) as telemetry,
             Progress(telemetry) as progress,
         ):
-            for line in _remarks(plan):
-                progress.say(line)
-            run.say = progress.say
-            run.keep_plan(plan)
-            losses = count()
-            try:
-                until_done(
-                    lambda: attempt(plan, samples, run, progress, next(losses)), run.progress_marker, progress.say
-                )
-            except MergeError:
-                run.check_unchanged(plan)  # if an input has changed, this is the error to show
-                raise
+            _run(plan, samples, run, progress, hosts)
     return True
+
+
+def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts: Hosts) -> None:
+    """Attempt the merge until it is done."""
+    for line in _remarks(plan):
+        progress.say(line)
+    run.say = progress.say
+    run.keep_plan(plan)
+    losses = count()
+    try:
+        until_done(
+            lambda: attempt(plan, samples, run, progress, hosts, next(losses)), run.progress_marker, progress.say
+        )
+    except MergeError:
+        run.check_unchanged(plan)  # if an input has changed, this is the error to show
+        raise
+
+
+def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
+    """Return whether a merge needs Ray: it learns, a cluster is asked for, or object storage is read or written."""
+    asked = address or os.environ.get("RAY_ADDRESS") or plan.config.cluster.labels
+    return bool(plan.config.learned or asked or [*addresses_in([out, plan.resolved.model_dump(mode="json")])])
+
+
+@contextmanager
+def _hosts(on_ray: bool, address: str | None, debug: bool) -> Iterator[Hosts]:
+    """Yield the connected Ray, or this machine."""
+    if not on_ray:
+        yield OneMachine(debug)
+        return
+    from cluster.crew import RayCluster
+    from cluster.session import connect
+
+    with connect(address, debug):
+        yield RayCluster()
+
+
+def _telemetry(plan: Plan, run: RunFolder, on_ray: bool) -> AbstractContextManager[Telemetry | None]:
+    """Return the context of gauges, which need Ray, and trackers; an empty one if there are neither."""
+    if not on_ray and not plan.config.log_with:
+        return nullcontext()
+    from cluster.telemetry import Telemetry
+
+    return Telemetry(run.name(), plan.config, run.out, gauges=on_ray)
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
@@ -98,14 +145,23 @@ def _remarks(plan: Plan) -> Iterator[str]:
         yield f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}"
 
 
-def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, losses: int = 0) -> None:
+def attempt(
+    plan: Plan,
+    samples: Samples,
+    run: RunFolder,
+    progress: Progress,
+    hosts: Hosts,
+    losses: int = 0,
+) -> None:
     """Complete the merge from its stored state, on the nodes that are alive, after a number of lost attempts.
 
     Raises:
         Lost: a node or an object was lost, or an actor hangs; the merge can be attempted again.
         MergeError: the merge cannot continue.
     """
-    if plan.config.learned:
-        LearnedMerge(plan, samples, run, progress, losses).run()
-    else:
-        WeightSpaceMerge(plan, run, progress, losses).run()
+    if not plan.config.learned:
+        WeightSpaceMerge(plan, run, progress, hosts, losses).run()
+        return
+    from cluster.learned_merge import LearnedMerge
+
+    LearnedMerge(plan, samples, run, progress, losses).run()

@@ -13,9 +13,10 @@ import torch
 
 from actors.gpus import Gpus
 from cluster.progress import Progress
+from cluster.ray_watch import RayWatch
 from cluster.seats import Node
 from cluster.session import connect, nodes
-from cluster.watch import Watch, until_done
+from cluster.watch import until_done
 from engine.checkpoints.find import find_model, portable
 from engine.errors import ClusterError, ConfigError, RunError
 from engine.evaluation.items import DataSet, unique
@@ -172,7 +173,7 @@ def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> lis
     task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
     ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place], gpus)  # noqa: E731
     results: dict[int, list[Row]] = {}
-    watch = Watch(progress.say)
+    watch = RayWatch(progress.say)
     progress.phase("evaluating", len(jobs))
 
     def attempt() -> None:

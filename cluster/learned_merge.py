@@ -15,9 +15,10 @@ from cluster.attempt import Attempt
 from cluster.crew import Crew
 from cluster.placement import Devices, check_memory, machines
 from cluster.progress import Progress
+from cluster.ray_watch import RayWatch
 from cluster.readiness import Readiness
 from cluster.seats import Seating
-from cluster.session import await_layout, nodes
+from cluster.session import nodes
 from cluster.stages import Stages
 from cluster.targets import SURVEY, TargetComputation
 from cluster.trainer_seats import arrange_trainers
@@ -48,7 +49,7 @@ class LearnedMerge(Attempt):
     """One attempt at a merge by a learned method."""
 
     def __init__(self, plan: Plan, samples: Samples, folder: RunFolder, progress: Progress, losses: int = 0) -> None:
-        super().__init__(plan, folder, progress, losses)
+        super().__init__(plan, folder, progress, RayWatch(progress.say), losses)
         self.samples = samples
 
     def run(self) -> None:
@@ -134,7 +135,7 @@ class LearnedMerge(Attempt):
                 devices = Devices(**kept | {"kinds": tuple(kept["kinds"])})
             return devices, arrange_trainers(devices.among(alive), self.plan, self._work(devices), devices)
 
-        devices, layout = await_layout(find, config.cluster.wait, self.progress.say)
+        devices, layout = self.await_layout(find)
         devices = replace(devices, gradients=layout.gradients, logit_bytes=layout.logit_bytes)
         plan, work = with_gradients(self.plan, layout.gradients), self._work(devices)
         asked, trainers = config.cluster.trainers, 1 + len(layout.others)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.progress
 import rich.table
 
-from cluster.telemetry import Telemetry
+if TYPE_CHECKING:
+    from cluster.telemetry import Telemetry
 
 
 class Progress:

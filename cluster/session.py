@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from cluster.ray_watch import no_environment
 from cluster.seats import Node, Seat
-from cluster.watch import Lost, no_environment
+from cluster.watch import Lost
 from engine.errors import ClusterError
 from engine.machine import check_home, limits
 
@@ -44,7 +45,6 @@ WRITABLE = "give this user access to it, or set HOME and RAY_TMPDIR to folders t
 ROOM = "free disk space, or set RAY_TMPDIR to a folder on another disk"
 SAY_EVERY = 5.0
 KNOCK_SECONDS = 10.0
-Found = TypeVar("Found")
 
 
 @contextmanager
@@ -165,24 +165,6 @@ def nodes() -> list[Node]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-def await_layout(find: Callable[[], Found], wait: float, say: Callable[[str], None]) -> Found:
-    """Call `find` until it raises no ClusterError, and return its result. In the meantime nodes may join.
-
-    Raises:
-        ClusterError: the last error of `find`, after `wait` seconds.
-    """
-    began = time.monotonic()
-    while True:
-        try:
-            return find()
-        except ClusterError as error:
-            waited = time.monotonic() - began
-            if waited >= wait:
-                raise
-            say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}")
-            time.sleep(min(SAY_EVERY, max(0.1, wait - waited)))
 
 
 @contextmanager

@@ -77,21 +77,22 @@ def check_trackers(config: Config, out: str) -> None:
 
 
 class Telemetry:
-    """The gauges and trackers of one merge while the context lasts. Ray must be connected.
+    """The gauges and trackers of one merge while the context lasts.
 
-    `run` is the name of the run, of letters, digits, `_` and `-`. A restarted run has the same name.
+    `run` is the name of the run, of letters, digits, `_` and `-`. A restarted run has the same name. `gauges`: Ray is
+    connected, and exports the gauges.
 
     Raises:
         ConfigError: a tracker does not start.
         RunError: a tracker fails later.
     """
 
-    def __init__(self, run: str, config: Config, out: str) -> None:
+    def __init__(self, run: str, config: Config, out: str, gauges: bool = True) -> None:
         self._run, self._log_with = run, config.log_with
         self._log_dir = as_path(config.log_dir or f"{out}.logs")
         self._trackers: dict[str, Any] = {}
         self._leaving = ExitStack()
-        self._gauges = _Gauges(run)
+        self._gauges = _Gauges(run, GAUGES if gauges else {})
         self._totals: dict[str, int] = {}
         # The number of the last step over all stages, and values that will be logged with the next step.
         self._number, self._waiting = 0, dict[str, float]()
@@ -165,12 +166,12 @@ class Telemetry:
 
 
 class _Gauges:
-    """The gauges of one run. While the context lasts, a thread repeats their last values."""
+    """The gauges of one run: of `gauges`, name, tag and description. A thread repeats their last values."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, gauges: Mapping[str, tuple[str, str]]) -> None:
         self._run = run
         self._gauges = {
-            name: Gauge(f"expert_merging_{name}", about, ("run", tag)) for name, (tag, about) in GAUGES.items()
+            name: Gauge(f"expert_merging_{name}", about, ("run", tag)) for name, (tag, about) in gauges.items()
         }
         self._values: dict[tuple[str, str], float] = {}
         self._left = threading.Event()
@@ -186,7 +187,9 @@ class _Gauges:
         self._thread.join()
 
     def set(self, name: str, value: float, tag: str) -> None:
-        """Set the value of a gauge for one stage, phase or direction."""
+        """Set the value of a gauge for one stage, phase or direction, if there are gauges."""
+        if name not in self._gauges:
+            return
         self._values[name, tag] = value
         self._gauges[name].set(value, {"run": self._run, GAUGES[name][0]: tag})
 

@@ -1,30 +1,17 @@
-"""Waiting for results of actors while the cluster is watched for lost nodes, and the actors for results.
+"""Waiting for results of actors while their machines are watched for losses, and the actors for results.
 
-Ray's failures become the project's errors, or `Lost` if the run can resume from its stored state.
+How a result is awaited and fetched is that of the place where the actors run: `cluster.ray_watch`, `cluster.processes`.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import ray
-from ray.exceptions import (
-    ActorUnschedulableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-)
-
-from engine.errors import ClusterError, MergeError, RunError
-from engine.untrusted import SHOWN, shown
+from engine.errors import RunError
 
 # Seconds between two lines while nothing arrives.
 HEARTBEAT = 30.0
@@ -39,16 +26,6 @@ TRIES = 3
 Result = TypeVar("Result")
 Task = TypeVar("Task")
 Worker = TypeVar("Worker")
-
-
-def no_environment(error: RuntimeEnvSetupError) -> ClusterError:
-    """Return the error for a runtime environment that Ray cannot build."""
-    return ClusterError(
-        f"Ray cannot build a runtime environment: {shown(' '.join(str(error).split()), 4 * SHOWN)}",
-        "the cluster",
-        do="correct the runtime environment of the job, if this is one; otherwise unset RAY_RUNTIME_ENV_HOOK and "
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV, which make Ray build one",
-    )
 
 
 class Lost(Exception):
@@ -66,7 +43,7 @@ class Hung(Lost):
     do = "raise `cluster.hang`, if the machines are only slow; then run the same command to resume"
 
 
-class Watch:
+class Watch(ABC):
     """Waits for references. During every wait, the callbacks of references given to `later` are called.
 
     Results are the heartbeat of the actors. If none arrives for `patience` seconds of waiting, an actor hangs: it was
@@ -130,8 +107,7 @@ class Watch:
         self._silent = 0.0
         began = beat = time.monotonic()
         while True:
-            ready, _ = ray.wait(wanted, num_returns=1, timeout=0)
-            if ready:
+            if ready := self._ready(wanted, 0):
                 return ready[0], self._value(ready[0], what)
             beat = self._turn(wanted, began, beat, what)
 
@@ -156,7 +132,7 @@ class Watch:
     def _turn(self, wanted: Sequence[Any], began: float, beat: float, what: str) -> float:
         """Wait up to LOOK_EVERY, call callbacks, check nodes and silence; return the time of the last line."""
         asked = time.monotonic()
-        ready, _ = ray.wait([*wanted, *self._later], num_returns=1, timeout=LOOK_EVERY)
+        ready = self._ready([*wanted, *self._later], LOOK_EVERY)
         now = time.monotonic()
         self._listen(bool(ready), now - asked, bool(wanted), what)
         for reference in ready:
@@ -182,70 +158,24 @@ class Watch:
             told = f"; no answer from {silent}" if silent else ""
             raise Hung(f"an actor hangs: no result for {self._silent:.0f} s while {what}{told}")
 
+    @abstractmethod
+    def _ready(self, references: Sequence[Any], timeout: float) -> list[Any]:
+        """Wait up to `timeout` seconds for one of the references, and return it in a list; an empty list if none is."""
+
+    @abstractmethod
+    def _value(self, reference: Any, what: str) -> Any:
+        """Return the value of a reference that is ready, or raise its error; see `first`."""
+
+    @abstractmethod
+    def _look(self) -> None:
+        """Raise Lost if a machine with an actor was lost."""
+
+    @abstractmethod
     def _unresponsive(self) -> list[str]:
-        """Return the names and nodes of the actors that do not answer: those that hang, and those that wait for them.
+        """Return the names and places of the actors that do not answer: those that hang, and those that wait for them.
 
         A trainer waits for the shards, so it is listed after them.
         """
-        unseated = [actor for _, _, actor in self._later.values()]
-        calls = {actor.__ray_ready__.remote(): actor for actor in self._actors if actor not in unseated}
-        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=ANSWER) if calls else ([], [])
-        addresses = {node["NodeID"]: node.get("NodeManagerAddress", node["NodeID"]) for node in ray.nodes()}
-        silent = [self._actors[actor] for call, actor in calls.items() if call not in answered]
-        return [f"{name} on node {addresses.get(node, node)}" for node, name in silent]
-
-    def _look(self) -> None:
-        lost = {node for node, _ in self._actors.values()} - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if lost:
-            raise Lost(f"{len(lost)} of the nodes in use {'was' if len(lost) == 1 else 'were'} lost")
-
-    def _value(self, reference: Any, what: str) -> Any:
-        try:
-            return ray.get(reference)
-        except RayTaskError as error:
-            cause: BaseException | None = error
-            while isinstance(cause, RayTaskError):
-                cause = cause.cause
-            if isinstance(cause, MergeError):
-                raise cause from error
-            if isinstance(cause, RayError):
-                # The trainer lost a shard or a target.
-                self._judge(cause, what)
-            raise RunError(
-                f"an actor failed while {what}: {type(cause).__name__}: {cause}",
-                do="run with --debug to see where",
-            ) from error
-        except RayError as error:
-            self._judge(error, what)
-
-    def _judge(self, error: RayError, what: str) -> NoReturn:
-        """Raise Lost if the run can resume after a failure of Ray, else ClusterError or RunError."""
-        if isinstance(error, ObjectLostError):
-            raise Lost(f"a result of an actor was lost ({type(error).__name__})") from error
-        if isinstance(error, NodeDiedError | ActorUnschedulableError):
-            raise Lost(f"the node of an actor was lost ({type(error).__name__})") from error
-        if isinstance(error, OutOfDiskError):
-            raise RunError(
-                f"the disk to which Ray's object store spills is full while {what}",
-                do="free disk space, or start Ray with another --object-spilling-directory or a larger "
-                "--object-store-memory; then run the same command to resume",
-            ) from error
-        if isinstance(error, OutOfMemoryError):
-            raise RunError(
-                f"a node ran out of memory while {what}, and again after the actor was restarted",
-                do="see `plan` for the memory per process; run the same command on larger nodes to resume",
-            ) from error
-        if isinstance(error, RuntimeEnvSetupError):
-            raise no_environment(error) from error
-        if isinstance(error, RayActorError):
-            # Ray reports the death of an actor a little earlier than that of its node.
-            time.sleep(LOOK_EVERY)
-            self._look()
-            raise RunError(
-                f"an actor died while {what}, and again after restarts: {error}",
-                do="run with --debug to see what the actor printed at its end, such as an error of its GPU",
-            ) from error
-        raise RunError(f"Ray failed while {what}: {type(error).__name__}: {error}") from error
 
 
 def until_done(attempt: Callable[[], Result], marker: Callable[[], object], say: Callable[[str], None]) -> Result:

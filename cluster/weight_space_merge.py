@@ -1,26 +1,47 @@
-"""A merge by a weight-space method on a cluster: the shards combine base and experts, file by file."""
+"""A merge by a weight-space method: shards, on Ray or on this machine alone, combine base and experts file by file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
 from cluster.attempt import Attempt
-from cluster.crew import Crew
 from cluster.placement import Devices, lay_out_shards, machines
-from cluster.session import await_layout, nodes
+from cluster.progress import Progress
+from cluster.seats import Node, Seating
+from cluster.watch import Watch
 from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.methods.registry import get_method
 from engine.output.merge_record import write_weight_space_record
 from engine.planning.costs.patience import patience
-from engine.planning.plan import slices
+from engine.planning.plan import Plan, slices
+from engine.run.run_folder import RunFolder
 from engine.shards.weight_space import model_thresholds
+from engine.storage.folder import Folder
+
+
+class Hosts(Protocol):
+    """Where the shards of a merge run: `cluster.crew.RayCluster` or `cluster.processes.OneMachine`."""
+
+    def nodes(self) -> list[Node]:
+        """Return the nodes that are alive."""
+
+    def watch(self, say: Callable[[str], None]) -> Watch:
+        """Return a watch of the shards, which prints lines with `say`."""
+
+    def crew(self, plan: Plan, state: Folder, layout: Seating, watch: Watch) -> AbstractContextManager[Any]:
+        """Return a context in which the shards run, with their handles in `shards`."""
 
 
 class WeightSpaceMerge(Attempt):
     """One attempt at a merge by a weight-space method."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress, hosts: Hosts, losses: int = 0) -> None:
+        super().__init__(plan, folder, progress, hosts.watch(progress.say), losses)
+        self._hosts = hosts
 
     def run(self) -> None:
         """Run the merge to its end: thresholds over the whole model, if the method uses them, then every file."""
@@ -28,11 +49,10 @@ class WeightSpaceMerge(Attempt):
         written = len(self.folder.written())
         if written:
             self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
-        wait = self.plan.config.cluster.wait
-        layout = await_layout(lambda: lay_out_shards(nodes(), self.plan), wait, self.progress.say)
-        here = machines(nodes(), self.plan.config, Devices(0, 0))
+        layout = self.await_layout(lambda: lay_out_shards(self._hosts.nodes(), self.plan))
+        here = machines(self._hosts.nodes(), self.plan.config, Devices(0, 0))
         self.bound(patience(self.plan, here, len(layout.shards)))
-        with Crew(self.plan, self.folder.state, layout, self.watch) as crew:
+        with self._hosts.crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
             thresholds = self._thresholds(crew.shards)
             self.folder.start_output(self.weight_files())

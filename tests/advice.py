@@ -27,7 +27,13 @@ FOLLOWED = {
         "engine/planning",
         "engine/run/preparation",
     ),
-    "test_advice_on_clusters": ("cluster/placement", "cluster/readiness", "cluster/telemetry", "cluster/watch"),
+    "test_advice_on_clusters": (
+        "cluster/placement",
+        "cluster/readiness",
+        "cluster/telemetry",
+        "cluster/watch",
+        "cluster/ray_watch",
+    ),
     "test_advice_on_merges": (
         "actors/",
         "engine/learning",

@@ -12,17 +12,24 @@ from typing import Any
 
 from processes import descendants, send, titled
 
+from cluster.crew import RayCluster
 from cluster.driver import attempt
 from cluster.progress import Progress
 from cluster.watch import until_done
+from cluster.weight_space_merge import Hosts
 from engine.planning.plan import Plan
 from engine.run.inputs import identity
 from engine.run.preparation import check_inputs, prepare
 from engine.run.run_folder import open_run
 
 
-def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = None) -> Path:
-    """Merge on the connected Ray and return `out`; `each_step` is called with a phase's name whenever it advances."""
+def run_merge(
+    plan: Plan, out: Path, each_step: Callable[[str], None] | None = None, hosts: Hosts | None = None
+) -> Path:
+    """Merge on the connected Ray, or on `hosts`, and return `out`.
+
+    `each_step` is called with a phase's name whenever it advances.
+    """
     plan, records = check_inputs(plan) if plan.config.learned else (plan, [])
     with open_run(str(out), identity(plan), fresh=False) as run, Progress() as progress:
         if each_step is not None:
@@ -37,7 +44,7 @@ def run_merge(plan: Plan, out: Path, each_step: Callable[[str], None] | None = N
         run.keep_plan(plan)
         losses = count()
         until_done(
-            lambda: attempt(plan, samples, run, progress, next(losses)),
+            lambda: attempt(plan, samples, run, progress, hosts or RayCluster(), next(losses)),
             run.progress_marker,
             progress.say,
         )

@@ -18,6 +18,7 @@ from actors.process import ActorProcess, Report, guarded
 from actors.trainer import Step, Trainer, WindowSample
 from cluster.attempt import Attempt
 from cluster.progress import Progress
+from cluster.ray_watch import RayWatch
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
 from engine.learning.frozen_expert import FrozenExpert
@@ -143,7 +144,8 @@ def test_an_expert_computes_its_target_again(plan: Plan, monkeypatch: pytest.Mon
 
 
 def test_the_run_names_the_operations_once(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    attempt = Attempt(plan, RunFolder(str(tmp_path / "out")), Progress())
+    progress = Progress()
+    attempt = Attempt(plan, RunFolder(str(tmp_path / "out")), progress, RayWatch(progress.say))
     report = attempt.process.report()
     attempt.reports += [report, *(replace(report, not_deterministic="cumsum") for _ in range(2))]
     assert attempt._memory()["not_deterministic"] == ["cumsum"]

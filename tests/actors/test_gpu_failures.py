@@ -46,7 +46,7 @@ class Actor:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *args, **options: None)
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", lambda mode: None)
     return FakeGpus(monkeypatch, 1, free=5e9)
 
 

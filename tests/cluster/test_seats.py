@@ -21,8 +21,8 @@ from actors.process import guarded
 from actors.shard import Shard
 from actors.trainer import Trainer
 from cluster.crew import Crew
+from cluster.ray_watch import RayWatch
 from cluster.seats import Seat, Seating
-from cluster.watch import Watch
 from engine.errors import ClusterError
 from engine.planning.plan import Plan
 from engine.run.run_folder import RunFolder
@@ -76,7 +76,7 @@ def crew(llama_merge: Path, tmp_path: Path) -> Iterator[Crew]:
     run.keep_plan(plan)
     node = ray.nodes()[0]["NodeID"]
     reserved = Seat(node, 0.1, GPUS)
-    with Crew(plan, run.state, Seating((), reserved, home=reserved), Watch(print)) as started:
+    with Crew(plan, run.state, Seating((), reserved, home=reserved), RayWatch(print)) as started:
         yield started
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from errors import refused
 
-import cluster.watch
+import cluster.ray_watch
 from actors.process import Report
+from cluster.ray_watch import RayWatch
 from cluster.targets import TargetComputation
-from cluster.watch import Watch
 from engine.calibration.samples import Sample
 from engine.errors import ClusterError
 from engine.run.run_folder import RunFolder
@@ -92,11 +92,11 @@ def start(
 ) -> tuple[Machine, TargetComputation, list[int]]:
     machine, counts = Machine(seats, slow), list[int]()
     fake = SimpleNamespace(wait=machine.wait, get=machine.get, nodes=list)
-    monkeypatch.setattr(cluster.watch, "ray", fake)
+    monkeypatch.setattr(cluster.ray_watch, "ray", fake)
     crew: Any = machine
     folder = RunFolder(str(tmp_path / "out"))
     attempt: Any = SimpleNamespace(
-        watch=Watch(print),
+        watch=RayWatch(print),
         folder=folder,
         progress=SimpleNamespace(advance=lambda name, done: counts.append(done)),
     )

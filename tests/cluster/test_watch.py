@@ -21,8 +21,10 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
+import cluster.ray_watch
 import cluster.watch
-from cluster.watch import MOST_SILENCE, TRIES, Hung, Lost, Watch, until_done
+from cluster.ray_watch import RayWatch
+from cluster.watch import MOST_SILENCE, TRIES, Hung, Lost, until_done
 from engine.errors import CheckpointError, ClusterError, MergeError, RunError
 
 
@@ -62,8 +64,9 @@ class FakeRay:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    monkeypatch.setattr(cluster.watch, "ray", SimpleNamespace(wait=fake.wait, get=fake.get, nodes=fake.nodes))
-    monkeypatch.setattr(cluster.watch, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(cluster.ray_watch, "ray", SimpleNamespace(wait=fake.wait, get=fake.get, nodes=fake.nodes))
+    for module in (cluster.watch, cluster.ray_watch):
+        monkeypatch.setattr(module, "LOOK_EVERY", 0.0)
     return fake
 
 
@@ -92,7 +95,7 @@ def test_a_failure_that_ends_the_run(
 ) -> None:
     fake.values["x"] = error
     with refused(kind, do=do, facts=facts) as raised:
-        Watch(print).answer("x", "merging")
+        RayWatch(print).answer("x", "merging")
     assert type(raised.value) is kind
     assert "traceback" not in str(raised.value)
 
@@ -109,11 +112,11 @@ def test_a_failure_that_ends_the_run(
 def test_a_failure_from_which_the_run_continues(fake: FakeRay, error: Exception, name: str) -> None:
     fake.values["x"] = error
     with pytest.raises(Lost, match=name):
-        Watch(print).answer("x", "merging")
+        RayWatch(print).answer("x", "merging")
 
 
 def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
-    watch = Watch(print)
+    watch = RayWatch(print)
     watch.on("trainer", "a", "the trainer")
     watch.on("expert", "b", "an expert")
     watch.gone("expert")
@@ -125,7 +128,7 @@ def test_a_node_with_an_actor_of_ours_is_missed_at_once(fake: FakeRay) -> None:
 
 
 def test_a_death_that_a_node_s_loss_explains_is_a_loss(fake: FakeRay) -> None:
-    watch = Watch(print)
+    watch = RayWatch(print)
     watch.on("trainer", "b", "the trainer")
     fake.alive.discard("b")
     fake.values["x"] = ActorDiedError()
@@ -134,7 +137,7 @@ def test_a_death_that_a_node_s_loss_explains_is_a_loss(fake: FakeRay) -> None:
 
 
 def test_later_references_are_served_while_another_is_waited_for(fake: FakeRay) -> None:
-    watch, served = Watch(print), []
+    watch, served = RayWatch(print), []
 
     def then(value: int) -> None:
         served.append(value)
@@ -167,7 +170,7 @@ def test_a_heartbeat_while_nothing_comes(fake: FakeRay, monkeypatch: pytest.Monk
             fake.values["x"] = 1
 
     fake.turns = come
-    Watch(lines.append).answer("x", "taking a step")
+    RayWatch(lines.append).answer("x", "taking a step")
     assert len(lines) >= 4 and all("taking a step" in line for line in lines)
 
 
@@ -216,16 +219,16 @@ class Clock:
 def test_an_actor_that_returns_nothing_hangs(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(fake, monkeypatch)
     with pytest.raises(Hung, match="1005"):
-        Watch(print, patience=1000).answer("never", "waiting")
+        RayWatch(print, patience=1000).answer("never", "waiting")
     assert 1000 < clock.now < 2100, "one call of `wait` asks without waiting, in the beginning"
     clock.then = lambda number: number < 5000 or fake.values.update(late=1)
-    assert Watch(print).answer("late", "waiting") == 1, "no bound"
+    assert RayWatch(print).answer("late", "waiting") == 1, "no bound"
 
 
 def test_an_actor_that_hangs_is_named_with_its_node(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer waits for a shard, so neither answers; the other shard does, and an expert has no seat yet."""
     Clock(fake, monkeypatch)
-    watch = Watch(print, patience=1000)
+    watch = RayWatch(print, patience=1000)
 
     def actor(name: str, node: str) -> Any:
         handle = Actor(name)
@@ -246,7 +249,7 @@ def test_a_run_that_is_slow_does_not_hang(fake: FakeRay, monkeypatch: pytest.Mon
     """Each result comes just before the bound, in any wait and for any reference."""
     clock, served = Clock(fake, monkeypatch), list[str]()
     clock.then = lambda number: number % 190 or fake.values.update({f"late {number // 190}": ""})
-    watch = Watch(print, patience=1000)
+    watch = RayWatch(print, patience=1000)
     for number in range(1, 6):
         watch.later(f"late {number}", lambda _: served.append(""), "more")
     watch.later("never", served.append, "more")
@@ -259,7 +262,7 @@ def test_a_run_that_is_slow_does_not_hang(fake: FakeRay, monkeypatch: pytest.Mon
 def test_an_actor_without_a_seat_may_be_silent(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, served = Clock(fake, monkeypatch), list[str]()
     clock.then = lambda number: number < 5000 or fake.values.update(seat="there")
-    watch = Watch(print, patience=1000)
+    watch = RayWatch(print, patience=1000)
     watch.later("seat", served.append, "starting", unseated="an actor")
     watch.until(lambda: bool(served), "waiting")
     watch.later("another seat", served.append, "starting", unseated="an actor")
@@ -270,7 +273,7 @@ def test_an_actor_without_a_seat_may_be_silent(fake: FakeRay, monkeypatch: pytes
 def test_time_in_which_the_driver_was_stopped_does_not_count(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(fake, monkeypatch, step=100_000.0)
     clock.then = lambda number: number < 50 or fake.values.update(late=1)
-    assert Watch(print, patience=50 * MOST_SILENCE).answer("late", "waiting") == 1
+    assert RayWatch(print, patience=50 * MOST_SILENCE).answer("late", "waiting") == 1
 
 
 def test_a_hang_that_repeats_is_the_end_and_names_the_option() -> None:

@@ -19,13 +19,15 @@ from conftest import plan_of
 from ray.exceptions import ActorDiedError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
 import cli
+import cluster.ray_watch
 import cluster.session
 import cluster.telemetry
 import cluster.watch
 from cluster.placement import Devices, arrange, check_memory, lay_out, lay_out_shards, machines
+from cluster.ray_watch import RayWatch
 from cluster.seats import KIND, Node
 from cluster.telemetry import Telemetry, check_trackers
-from cluster.watch import Watch, until_done
+from cluster.watch import until_done
 from engine.config.schema import TRACKERS, Config
 from engine.errors import MergeError
 from engine.planning.costs.patience import patience
@@ -250,8 +252,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
             raise error
 
         fake = SimpleNamespace(wait=lambda references, **options: (references[:1], []), get=get, nodes=list)
-        monkeypatch.setattr(cluster.watch, "ray", fake)
-        Watch(print).answer("reference", "merging")
+        monkeypatch.setattr(cluster.ray_watch, "ray", fake)
+        RayWatch(print).answer("reference", "merging")
 
     return wait
 
@@ -321,9 +323,9 @@ def test_a_run_whose_machines_are_slow_is_given_more_time(
             return (references[:1], []) if now - began > 5000 else ([], references)
 
         fake = SimpleNamespace(wait=wait, get=lambda reference: "done", nodes=list)
-        monkeypatch.setattr(cluster.watch, "ray", fake)
+        monkeypatch.setattr(cluster.ray_watch, "ray", fake)
         bound = patience(plan, Machines(1, 8, 0, None), 1, WORK)
-        answer: str = Watch(lambda line: None, bound).answer("reference", "waiting")
+        answer: str = RayWatch(lambda line: None, bound).answer("reference", "waiting")
         return answer
 
     monkeypatch.setattr(cluster.watch, "time", SimpleNamespace(monotonic=lambda: now))

@@ -98,7 +98,7 @@ def test_a_full_disk_ends_the_run_and_its_state_is_whole(
 def test_a_full_disk_below_the_object_store_is_reported() -> None:
     import ray
 
-    from cluster.watch import Watch
+    from cluster.ray_watch import RayWatch
     from engine.errors import RunError
 
     system = {"local_fs_capacity_threshold": 0.0}
@@ -106,7 +106,7 @@ def test_a_full_disk_below_the_object_store_is_reported() -> None:
     ray.init(address="local", object_store_memory=80 << 20, _system_config=system, **options)
     try:
         filled = ray.remote(lambda: np.ones(30 << 20, np.uint8)).options(max_retries=0)
-        watch = Watch(print)
+        watch = RayWatch(print)
         kept = [watch.answer(filled.remote(), "storing") for _ in range(2)]
         with refused(RunError, do="--object-spilling-directory", facts=["storing", "spills"]):
             watch.answer(filled.remote(), "storing")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import cluster.driver
+import cluster.session
 from engine.errors import ClusterError
 from engine.planning.costs import disk
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, check_disk, disk_needs, shortage
@@ -96,7 +97,7 @@ def test_what_an_earlier_start_has_stored_is_counted(monkeypatch: pytest.MonkeyP
 def test_a_merge_is_refused_before_ray_and_leaves_nothing(
     llama_merge: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cluster.driver, "connect", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(cluster.session, "connect", lambda *_: pytest.fail("Ray was started"))
     full(monkeypatch, 1000)
     with refused(ClusterError, where=str(tmp_path / "out"), do="free disk", facts=["1.0 kB"]):
         cluster.driver.merge(plan_of(llama_merge), str(tmp_path / "out"))
