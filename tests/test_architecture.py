@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "ray"}
 # stands (in a function, for the type checker alone).
 ORDER = (
     *("errors", "sizes", "machine", "codec", "transfers", "fields", "untrusted", "bounded_process", "storage"),
-    "checkpoints",
+    *("compiled", "checkpoints"),
     *("task_vectors", "models", "methods", "config", "planning", "calibration", "shards", "learning", "run"),
     *("evaluation", "output", "report"),
 )

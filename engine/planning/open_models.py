@@ -13,6 +13,7 @@ from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.tensors import BaseWithRows, Checkpoint
+from engine.compiled import keep_compiled
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
@@ -100,6 +101,7 @@ def _folder(model: ModelPlan) -> Path:
 
 def open_task_vectors(plan: Plan, threads: int, only: int | None = None) -> TaskVectors:
     """Open base and experts on this node as task vectors, streamed by `threads` threads. `only`: one expert's index."""
+    keep_compiled()
     base = open_base(plan)
     chosen = plan.experts if only is None else plan.experts[only : only + 1]
     experts = [(expert.name, open_expert(expert, base)) for expert in chosen]

@@ -17,6 +17,7 @@ import numba
 import numba.extending
 import numpy as np
 
+from engine.compiled import compiled
 from engine.task_vectors.lanes import LANES, add_products
 
 # Number of elements whose products are summed in float32; the sums of spans are added in float64.
@@ -89,5 +90,5 @@ def _inner_products(
 
 
 # Each combination of operand types is compiled at its first call, which takes half a second. The GIL is released.
-add_differences = numba.njit(_add_differences, nogil=True)
-inner_products = numba.njit(_inner_products, nogil=True)
+add_differences = compiled(_add_differences)
+inner_products = compiled(_inner_products)

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.compiled import compiled
 from engine.sizes import BLOCK
 from engine.task_vectors.pieces import Piece
 
@@ -142,5 +142,5 @@ def _add_survival(sums: Any, exact_B: Any, base_B: Any, out_B: Any) -> None:
 
 
 # Compiled at the first call. The GIL is released.
-round_at_random = numba.njit(_round_at_random, nogil=True)
-add_survival = numba.njit(_add_survival, nogil=True)
+round_at_random = compiled(_round_at_random)
+add_survival = compiled(_add_survival)

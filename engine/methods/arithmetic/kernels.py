@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from engine.compiled import compiled
 
 # Magnitudes are counted by their upper 15 bits (without the sign) first, then by their lower 16 bits.
 LOW_BITS = 16
@@ -18,14 +19,14 @@ HIGH_BINS, LOW_BINS = 1 << 15, 1 << LOW_BITS
 MAGNITUDE = 0x7FFFFFFF
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def count_high(bits_B: Any, counts: Any) -> None:
     """Count the elements of `bits_B`, uint32, by the upper bits of their magnitude in `counts` [HIGH_BINS], int64."""
     for i in range(bits_B.shape[0]):
         counts[(bits_B[i] & np.uint32(MAGNITUDE)) >> np.uint32(LOW_BITS)] += 1
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def count_low(bits_B: Any, high: Any, counts: Any) -> None:
     """Count the elements with the upper bits `high` by their lower bits in `counts` [LOW_BINS], int64."""
     upper = np.uint32(high)
@@ -35,7 +36,7 @@ def count_low(bits_B: Any, high: Any, counts: Any) -> None:
             counts[magnitude & np.uint32(LOW_BINS - 1)] += 1
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def count_equal(bits_B: Any, threshold: int) -> Any:
     """Return the number of elements whose magnitude has the bits `threshold`."""
     count = 0
@@ -44,7 +45,7 @@ def count_equal(bits_B: Any, threshold: int) -> Any:
     return count
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def trim(tau_B: Any, bits_B: Any, threshold: int, allowed: int) -> Any:
     """Zero the elements below `threshold`, and those equal to it except the first `allowed`.
 
@@ -63,7 +64,7 @@ def trim(tau_B: Any, bits_B: Any, threshold: int, allowed: int) -> Any:
     return allowed
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def thin(tau_B: Any, seed: Any, first: int, below: Any) -> None:
     """Keep each element with probability `below` / 2³² and zero the others; `first` is the index of element 0.
 
@@ -79,7 +80,7 @@ def thin(tau_B: Any, seed: Any, first: int, below: Any) -> None:
             tau_B[i] = 0
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def absolute_sum(tau_B: Any) -> Any:
     """Return Σ |τ| in float64."""
     total = 0.0
@@ -88,14 +89,14 @@ def absolute_sum(tau_B: Any) -> Any:
     return total
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def add(sum_B: Any, tau_B: Any, factor: Any) -> None:
     """Add factor·τ to `sum_B`."""
     for i in range(sum_B.shape[0]):
         sum_B[i] += factor * tau_B[i]
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def agree(sum_B: Any, divisor_B: Any, sign_B: Any, tau_B: Any, factor: Any, weight: Any) -> None:
     """Add factor·τ to `sum_B` and weight to `divisor_B` where factor·τ has the sign of `sign_B` (+ if that is zero)."""
     for i in range(sum_B.shape[0]):
@@ -105,7 +106,7 @@ def agree(sum_B: Any, divisor_B: Any, sign_B: Any, tau_B: Any, factor: Any, weig
         divisor_B[i] += weight if agrees else np.float32(0)
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@compiled
 def finish(base_B: Any, sum_B: Any, divisor_B: Any, factor: Any) -> None:
     """Set `sum_B` to base + factor·sum/divisor; a divisor of zero counts as one."""
     for i in range(sum_B.shape[0]):
