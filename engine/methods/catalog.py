@@ -47,7 +47,7 @@ else the base's. They have the semantics of mergekit 0.1.5 where it has the meth
 def _default(option: Option) -> str:
     if option.required:
         return "required"
-    return str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+    return str(option.default).lower() if option.default in (None, True, False) else str(option.default)
 
 
 def _per(option: Option) -> str:

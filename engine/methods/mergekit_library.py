@@ -26,11 +26,9 @@ INSTALL = 'pip install ".[mergekit]"'
 
 # Methods that mergekit 0.1.5 has in addition, described here so that they can be listed without the library.
 NAMES = {
-    "slerp": "spherical interpolation between two models",
     "nuslerp": "spherical interpolation of task vectors or models, with weights",
     "multislerp": "spherical interpolation of any number of models",
     "karcher": "the Riemannian (Karcher) mean of models",
-    "model_stock": "interpolation between the base and the experts' mean, by the angle between their task vectors",
     "sce": "elements of high variance selected, weighted per expert, minority signs erased",
     "della": "task vectors randomly thinned by magnitude rank, with the sign election of TIES",
     "della_linear": "task vectors randomly thinned by magnitude rank",
@@ -40,7 +38,6 @@ NAMES = {
     "arcee_fusion": "the base with the most important changes of one model",
     "ram": "Reinforced Agent Merging: changes of one expert kept, shared changes averaged",
     "ramplus_tl": "RAM with the changes of one expert scaled up by the share of common changes",
-    "passthrough": "one model, scaled",
 }
 
 # Name of the base among the inputs; no expert's name contains a NUL.

@@ -154,6 +154,7 @@ class Method:
         whole: It holds a bounded number of whole tensors in memory; otherwise a bounded number of elements.
         aliases: Other names accepted in a config.
         learned: Its coefficients are learned.
+        least, most: Bounds of the number of models, the base included.
         check: Checks a tensor's values together: called with its name and the values of the merge, of each expert, and
             of the base (None if it is not one of the models). Raises ConfigError.
     """
@@ -168,6 +169,8 @@ class Method:
     whole: bool = False
     aliases: tuple[str, ...] = ()
     learned: bool = False
+    least: int = 1
+    most: int | None = None
     check: Callable[[str, Settings, Sequence[Settings], Settings | None], object] | None = None
 
     @cached_property

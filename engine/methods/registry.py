@@ -16,6 +16,9 @@ from engine.methods import (
     learned,
     linear,
     mergekit_library,
+    model_stock,
+    passthrough,
+    slerp,
     svd,
     task_arithmetic,
     ties,
@@ -45,6 +48,9 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (svd.INTERMEDIATE, svd.prepare_intermediate),
         (wudi.METHOD, wudi.prepare),
         (wudi.SECOND, wudi.prepare),
+        (passthrough.METHOD, passthrough.prepare),
+        (slerp.METHOD, slerp.prepare),
+        (model_stock.METHOD, model_stock.prepare),
     )
 }
 
@@ -101,10 +107,14 @@ def check_inputs(name: str, models: list[str], has_base: bool) -> None:
     """Check that a weight-space method accepts these models, with or without a base.
 
     Raises:
-        ConfigError: the method needs a base, or mergekit's library refuses the models.
+        ConfigError: the method needs a base or another number of models, or mergekit's library refuses the models.
     """
     method = get_method(name)
     if method.base == "required" and not has_base:
         raise ConfigError(f"{name} requires a base", "base_model", "the model that the experts were fine-tuned from")
+    count = len(models) + has_base
+    if count < method.least or (method.most is not None and count > method.most):
+        wanted = f"at least {method.least}" if method.most is None else f"{method.most}"
+        raise ConfigError(f"{name} takes another number of models than {count}, the base included", "models", wanted)
     if name not in NATIVE:
         mergekit_library.check_models(name, models, has_base)

@@ -1,4 +1,4 @@
-"""Compiled kernels of the sparse methods: counting, trimming, thinning and sign election of a block's elements.
+"""Compiled kernels of weight-space methods: counting, trimming, thinning, sign election, inner products of a block.
 
 Absolute values are compared by their bits: for non-negative floats the order of the bits is that of the numbers, so the
 comparison is exact. Arrays are float32 [B], the elements of a block, unless a docstring says otherwise.
@@ -17,6 +17,8 @@ LOW_BITS = 16
 HIGH_BINS, LOW_BINS = 1 << 15, 1 << LOW_BITS
 # Mask of a float32's bits without the sign.
 MAGNITUDE = 0x7FFFFFFF
+# Partial sums of an inner product.
+LANES = 8
 
 
 @compiled
@@ -112,3 +114,31 @@ def finish(base_B: Any, sum_B: Any, divisor_B: Any, factor: Any) -> None:
     for i in range(sum_B.shape[0]):
         divisor = divisor_B[i] if divisor_B[i] != 0 else np.float32(1)
         sum_B[i] = base_B[i] + factor * (sum_B[i] / divisor)
+
+
+@compiled
+def product(x_B: Any, y_B: Any) -> Any:
+    """Return Σ x·y in float64, in LANES partial sums that are added in order."""
+    partial = np.zeros(LANES)
+    whole = x_B.shape[0] // LANES * LANES
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            partial[lane] += np.float64(x_B[start + lane]) * np.float64(y_B[start + lane])
+    total = 0.0
+    for lane in range(LANES):
+        total += partial[lane]
+    for i in range(whole, x_B.shape[0]):
+        total += np.float64(x_B[i]) * np.float64(y_B[i])
+    return total
+
+
+@compiled
+def gram(sums_RKK: Any, tau_KB: Any, offset: int, row: int) -> None:
+    """Add ⟨τᵢ, τⱼ⟩, j ≤ i, of each row of `row` elements to `sums_RKK`; the block begins at place `offset` of one."""
+    start, r, stop = 0, 0, row - offset
+    while start < tau_KB.shape[1]:
+        stop = min(stop, tau_KB.shape[1])
+        for i in range(tau_KB.shape[0]):
+            for j in range(i + 1):
+                sums_RKK[r, i, j] += product(tau_KB[i, start:stop], tau_KB[j, start:stop])
+        start, r, stop = stop, r + 1, stop + row

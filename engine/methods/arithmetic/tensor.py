@@ -120,15 +120,18 @@ class MergeTensor:
         todo = (partial(of, piece) for piece in pieces(self.name, self.shape))
         return in_order(todo, self.pool, 2 * self.threads)
 
+    def block_size(self, experts: int) -> int:
+        """Return the elements of a block with that many experts; whole rows of the last dimension if one fits."""
+        size = max(SMALLEST_BLOCK, min(ROOM // 8, ROOM // max(1, experts)))
+        row = self.shape[-1] if self.shape else 1
+        return size // row * row if 0 < row <= size else size
+
     def blocks(self, piece: Piece, experts: Sequence[int]) -> Iterator[tuple[int, int, Tensor, Block]]:
         """Yield the blocks of a piece: first and last element, base [B] and τ of the given experts [K, B], float32.
 
         Both arrays are buffers of this thread, overwritten by the next block.
         """
-        base_N = self.base.reshape(-1)
-        size = max(SMALLEST_BLOCK, min(ROOM // 8, ROOM // max(1, len(experts))))
-        row = self.shape[-1] if self.shape else 1
-        size = size // row * row if 0 < row <= size else size
+        base_N, size = self.base.reshape(-1), self.block_size(len(experts))
         memory = _memory.take((1 + len(experts)) * size, at_least=2 * ROOM)
         for start in range(piece.start, piece.stop, size):
             stop = min(start + size, piece.stop)

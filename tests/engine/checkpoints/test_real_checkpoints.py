@@ -197,8 +197,8 @@ def test_without_mergekit_its_methods_are_refused_with_the_command_to_install_it
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "has_mergekit", lambda: False)
-    with refused(ConfigError, do='pip install ".[mergekit]"', facts=["'slerp'"]):
-        plan_of(write_config(folder, merge_method="slerp", base_model="base", models=WEIGHTS))
+    with refused(ConfigError, do='pip install ".[mergekit]"', facts=["'nuslerp'"]):
+        plan_of(write_config(folder, merge_method="nuslerp", base_model="base", models=WEIGHTS))
     assert plan_of(arithmetic(folder)).merged
 
 

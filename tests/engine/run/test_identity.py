@@ -22,8 +22,8 @@ from identities import record_of
 
 from engine.calibration.samples import Sample
 from engine.errors import InputError, OutputError
+from engine.learning import frozen_expert
 from engine.planning.plan import Plan
-from engine.run import preparation
 from engine.run.identity import Identity, InputFile, decode
 from engine.run.inputs import PACKAGES, identity
 from engine.run.preparation import check_inputs, settle
@@ -132,7 +132,7 @@ def test_options_and_versions_are_named_with_their_values(folder: Path, monkeypa
 
 def test_the_version_of_mergekit_decides_where_its_library_merges(folder: Path) -> None:
     assert "mergekit" not in identity(plan_in(folder)).versions
-    for method, decides in (("linear", False), ("model_stock", True)):
+    for method, decides in (("linear", False), ("karcher", True)):
         plan = plan_of(folder / "merge.yaml", f"merge_method={method}")
         assert ("mergekit" in identity(plan).versions) == decides
 
@@ -254,7 +254,7 @@ def test_records_that_change_while_they_are_checked_are_named(folder: Path, monk
         (lambda: own.write_text("{}"), f"{own} is new"),
         (own.unlink, f"{own} is gone"),
     ):
-        monkeypatch.setattr(preparation, "check_models", lambda plan, change=change: change())
+        monkeypatch.setattr(frozen_expert, "check_models", lambda plan, change=change: change())
         with refused(InputError, where="inputs", do="again", facts=[difference]):
             settle(plan)
 
