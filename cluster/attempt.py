@@ -163,6 +163,7 @@ class Attempt:
             "bytes_trainer_to_shards": counts["bytes_to_shards"],
             "bytes_shards_to_trainer": counts["bytes_from_shards"],
             "bytes_merged": self.plan.merged_bytes,
+            **({"slices": self.plan.stacked} if self.plan.stacked else {}),
             "bytes_targets": counts["target_bytes"],
             "expert_forwards": counts["forwards"],
             "decompositions_by_lapack": counts["by_lapack"],

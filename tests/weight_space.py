@@ -31,17 +31,15 @@ _numbers = count()
 def write_config(folder: Path, **keys: Any) -> Path:
     """Write a new YAML to the folder, with absolute paths of its models, readable by both libraries."""
 
-    def located(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**entry, "model": "+".join(str(folder / part) for part in entry["model"].split("+"))}
+    def located(value: Any, key: str = "") -> Any:
+        if key in ("model", "base_model"):
+            return "+".join(str(folder / part) for part in value.split("+"))
+        if isinstance(value, list):
+            return [located(one) for one in value]
+        return {one: located(own, one) for one, own in value.items()} if isinstance(value, dict) else value
 
-    if "base_model" in keys:
-        keys["base_model"] = str(folder / keys["base_model"])
-    if "models" in keys:
-        keys["models"] = [located(entry) for entry in keys["models"]]
-    if "slices" in keys:
-        keys["slices"] = [{**one, "sources": [*map(located, one["sources"])]} for one in keys["slices"]]
     path = folder / f"merge{next(_numbers)}.yaml"
-    path.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(located(keys), sort_keys=False), encoding="utf-8")
     return path
 
 

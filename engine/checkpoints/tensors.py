@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,29 @@ class BaseWithRows(Checkpoint):
                 more = self._donor.read(rows_in(self._donor_header, name))[len(tensor) :].to(tensor.dtype)
                 self._filled[name] = torch.cat([tensor, more])[: shape[0]]
             return self._filled[name]
+
+
+class ComputedTensors(Checkpoint):
+    """Tensors that a function returns, such as those of a checkpoint with an adapter, or of several checkpoints.
+
+    A tensor is kept as long as a caller holds it, so that it is computed once for all who use it at a time.
+
+    Args:
+        folder: The folder that provides the files beside the weights.
+        tensors: Headers of the tensors.
+        compute: Returns the tensor of a name.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorHeader], compute: Callable[[str], Tensor]) -> None:
+        super().__init__(folder, tensors)
+        self._compute = compute
+        self._held: weakref.WeakValueDictionary[str, Tensor] = weakref.WeakValueDictionary()
+        self._locks = {name: threading.Lock() for name in tensors}
+
+    def read(self, name: str) -> Tensor:
+        """See `Checkpoint`."""
+        with self._locks[name]:
+            tensor = self._held.get(name)
+            if tensor is None:
+                tensor = self._held[name] = self._compute(name)
+            return tensor

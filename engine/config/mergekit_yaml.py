@@ -1,15 +1,19 @@
 """Translate the YAML of a weight-space method, which may use mergekit's forms, to the keys of `Config` and back.
 
-Slices that span the whole model become `models`, a base that is listed among the models becomes a `ListedBase`, and
-`parameters` become `WeightSpaceSettings`. Each setting is checked against the options of the method.
+`models`, `slices` and `modules` become slices, of which `Config.models` has each expert once, and `parameters` become
+`WeightSpaceSettings`. Each setting is checked against the options of the method.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from engine.config.schema import Config, ListedBase, WeightSpaceSettings
+from engine.config.recipe import Slice, Source, WeightSpaceSettings
+from engine.config.schema import Config, last_part
+from engine.config.slices import GivenSlice, as_slices, given_slices
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
@@ -47,13 +51,13 @@ def method_of(raw: dict[str, Any], where: Where) -> Method | None:
     )
 
 
-def drop_others_options(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Remove the parameters that only other methods have.
+def drop_others_options(raw: dict[str, Any], *methods: Method) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Remove the parameters that only methods other than these have.
 
     Returns:
         The config without these parameters, and their names.
     """
-    others = set(known_options()) - set(method.by_name)
+    others = set(known_options()).difference(*(method.by_name for method in methods))
     unused: dict[str, None] = {}
 
     def reduced(section: Any) -> Any:
@@ -64,61 +68,160 @@ def drop_others_options(raw: dict[str, Any], method: Method) -> tuple[dict[str, 
         return section | {"parameters": {key: value for key, value in parameters.items() if key not in others}}
 
     config = reduced(raw)
-    for key in ("models", "slices"):
-        if isinstance(config.get(key), list):
-            config = config | {key: [reduced(entry) for entry in config[key]]}
+    if isinstance(config.get("models"), list):
+        config = config | {"models": [reduced(entry) for entry in config["models"]]}
     return config, tuple(unused)
 
 
 def read_recipe(
     raw: dict[str, Any], method: Method, where: Where
-) -> tuple[dict[str, Any], WeightSpaceSettings, tuple[str, ...]]:
+) -> tuple[dict[str, Any], WeightSpaceSettings, tuple[str, ...], list[Location]]:
     """Translate the YAML of a weight-space method to the keys of `Config`.
 
     Returns:
-        The config without `parameters`, the settings that these contain, and the keys that the method does not use.
+        The config without `parameters`, the settings that these contain, the keys that the method does not use, and the
+        place in the YAML of each of the config's `models`.
 
     Raises:
         ConfigError: A key is not supported, or the method has no such option or refuses its value.
     """
     raw = _with_tokenizer(dict(raw), where)
-    slice_settings: dict[str, Any] = {}
-    layers: int | None = None
-    if "slices" in raw:
-        raw, slice_settings, layers = _whole_slice(raw, where)
-    raw, unused = drop_others_options(raw, method)
+    given, module_settings = given_slices(raw, where)
+    if not given[0].entries:
+        raise ConfigError("`models` lists no model", where(("models",)), "[{model: …}, …]")
+    experts = _Experts(raw.get("base_model"), given, method)
+    slices, methods, unused = [], [method], []
+    for part in given:
+        own = _method_of_slice(part, method, where)
+        methods.append(own)
+        reduced, dropped = drop_others_options({"models": part.entries, **part.keys}, own)
+        unused += [*dropped, *(key for key in part.keys if key == "residual_weight")]
+        settings = reduced.get("parameters") or {}
+        _check(settings, [own], (*part.at, "parameters"), where)
+        for entry, place in zip(reduced["models"], part.places, strict=True):
+            if isinstance(entry, dict):
+                _check(entry.get("parameters") or {}, [own], (*place, "parameters"), where)
+        slices.append(experts.slice(part, reduced["models"], settings, own, where))
+    top, dropped = drop_others_options({"parameters": raw.pop("parameters", None) or {}}, *methods)
+    _check(top["parameters"], methods, ("parameters",), where)
+    modules = {}
+    for name, settings in module_settings.items():
+        of_module, more = drop_others_options({"parameters": settings}, *methods)
+        modules[name], dropped = of_module["parameters"], (*dropped, *more)
+        _check(modules[name], methods, ("modules", name, "parameters"), where)
     cluster = raw.get("cluster")
     of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
-    unused = (*unused, *(key for key in LEARNING_KEYS if key in raw), *of_actors)
-    models: list[Any] = []
-    settings: list[dict[str, Any]] = []
-    base: ListedBase | None = None
-    listed = raw.get("models")
-    entries = listed if isinstance(listed, list) else []
-    baseless = raw.get("base_model") is None and method.base == "optional" and bool(entries)
-    for place, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            models.append(entry)
-            settings.append({})
-            continue
-        parameters = entry.get("parameters") or {}
-        _check(parameters, method, ("models", place, "parameters"), where)
-        models.append({key: value for key, value in entry.items() if key != "parameters"})
-        if not baseless and entry.get("model") == raw.get("base_model"):
-            # Even with calibration files the base is not an expert: its task vector would be zero.
-            models[-1].pop("calibration", None)
-            base = ListedBase(place=place, settings=parameters)
-        else:
-            settings.append(parameters)
-    top = raw.pop("parameters", None) or {}
-    _check(top, method, ("parameters",), where)
-    _check(slice_settings, method, ("slices", 0, "parameters"), where)
+    unused += [*dropped, *(key for key in LEARNING_KEYS if key in raw), *of_actors]
     recipe = WeightSpaceSettings(
-        models=tuple(settings), top=top, slice=slice_settings, base=base, baseless=baseless, layers=layers
+        slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless
     )
-    if baseless and isinstance(models[0], dict):
-        raw["base_model"] = models[0].get("model")
-    return {"exclude": [], **raw, "models": models} if listed is not None else raw, recipe, unused
+    rest = {key: value for key, value in raw.items() if key not in ("slices", "modules")}
+    base = {} if experts.base is None else {"base_model": experts.base}
+    return (
+        {"exclude": [], **rest, **base, "models": experts.models},
+        recipe,
+        tuple(dict.fromkeys(unused)),
+        experts.places,
+    )
+
+
+class _Experts:
+    """The experts of a config, each once although several slices may have it as a source.
+
+    `base` is the model of the base, or of the files of the output if the config has no base.
+    """
+
+    def __init__(self, base: Any, slices: list[GivenSlice], method: Method) -> None:
+        self.models: list[Any] = []
+        self.places: list[Location] = []
+        self.baseless, self.base = base is None, base
+        self._indices: dict[tuple[Any, ...], int] = {}
+        if base is None:
+            first = slices[0].entries[0]
+            of_slice = next((one.keys["base_model"] for one in slices if one.keys.get("base_model")), None)
+            if of_slice is not None:
+                self.base = of_slice
+            elif method.base != "required" and isinstance(first, dict):
+                self.base = first.get("model")
+            else:
+                # `Config` reports the missing base.
+                self.baseless = False
+
+    def slice(self, given: GivenSlice, entries: list[Any], settings: Any, method: Method, where: Where) -> Slice:
+        """Return a slice, whose experts are added to those that are known."""
+        own = given.keys.get("base_model")
+        base = own or (None if self.baseless else self.base)
+        sources: list[Source] = []
+        place: int | None = None
+        counts: Counter[Any] = Counter()
+        for index, (entry, layers) in enumerate(zip(entries, given.layers, strict=True)):
+            model = entry.get("model") if isinstance(entry, dict) else None
+            parameters = (entry.get("parameters") or {}) if isinstance(entry, dict) else {}
+            if base is not None and model == base and place is None:
+                place = index
+            if place == index and model == self.base:
+                # Even with calibration files the base is not an expert: its task vector would be zero.
+                sources.append(Source(expert=None, layers=layers, settings=parameters))
+            else:
+                expert = self._index(entry, counts[str(model)], given.places[index])
+                sources.append(Source(expert=expert, layers=layers, settings=parameters))
+                counts[str(model)] += 1
+        if own is not None and place is None:
+            raise ConfigError(
+                f"the slice's base_model {shown(repr(own))} is not among its sources",
+                where((*given.at, "base_model")),
+                "one of the models under `sources`",
+                "list it there with its `layer_range`",
+            )
+        # A base that is only a model like the others takes part where mergekit adds it, or where it is listed.
+        takes_part = place is not None or given.from_models or method.base != "ignored"
+        return Slice(
+            sources=tuple(sources),
+            has_base=base is not None and takes_part,
+            base=place,
+            settings=settings,
+            merge_method=given.keys.get("merge_method") and method.name,
+            module=given.module,
+        )
+
+    def _index(self, entry: Any, count: int, place: Location) -> int:
+        """Return the index of an expert in `models`; `count`: how often its slice has had the model before."""
+        if not isinstance(entry, dict):
+            self.models.append(entry)
+            self.places.append(place)
+            return len(self.models) - 1
+        model, own = entry.get("model"), {key: value for key, value in entry.items() if key != "parameters"}
+        key = (str(model), "name" in own, str(own["name"]) if "name" in own else count)
+        if key in self._indices:
+            index = self._indices[key]
+            self.models[index] = own | self.models[index]
+            return index
+        self._indices[key] = len(self.models)
+        if "name" not in own and isinstance(model, str) and model:
+            own["name"] = self._free(last_part(model))
+        self.models.append(own)
+        self.places.append(place)
+        return len(self.models) - 1
+
+    def _free(self, name: str) -> str:
+        """Return the name, with a number if another expert has it."""
+        taken = {one.get("name") for one in self.models if isinstance(one, dict)}
+        names = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3)))
+        return next(one for one in names if one not in taken)
+
+
+def _method_of_slice(given: GivenSlice, method: Method, where: Where) -> Method:
+    if given.keys.get("merge_method") is None:
+        return method
+    found = method_of(given.keys, lambda at: where((*given.at, *at)))
+    if found is None or found.learned or found.outputs != "one":
+        raise ConfigError(
+            f"`merge_method` of the slice is {shown(repr(given.keys['merge_method']))}",
+            where((*given.at, "merge_method")),
+            "the name of a weight-space method whose output is one model",
+            "run `python cli.py methods` to list the methods",
+        )
+    return found
 
 
 def as_yaml(config: Config) -> dict[str, Any]:
@@ -132,38 +235,35 @@ def as_yaml(config: Config) -> dict[str, Any]:
     for key in (*LEARNING_KEYS, "parameters"):
         keys.pop(key, None)
     keys["cluster"] = {key: value for key, value in keys["cluster"].items() if key not in LEARNING_ACTORS}
-    for entry, settings in zip(keys["models"], recipe.models, strict=True):
-        entry["parameters"] = settings
-        entry.pop("calibration")
-    if recipe.base is not None:
-        keys["models"].insert(recipe.base.place, {"model": config.base_model, "parameters": recipe.base.settings})
+    entries = [{key: value for key, value in entry.items() if key != "calibration"} for entry in keys.pop("models")]
     if recipe.baseless:
         del keys["base_model"]
-    keys["parameters"] = recipe.top
-    if recipe.slice and recipe.layers is not None:
-        sources = [entry | {"layer_range": [0, recipe.layers]} for entry in keys.pop("models")]
-        keys["slices"] = [{"sources": sources, "parameters": recipe.slice}]
-    return keys
+    return keys | as_slices(config, entries) | {"parameters": recipe.top}
 
 
-def _check(settings: Any, method: Method, at: Location, where: Where) -> None:
+def _check(settings: Any, methods: Sequence[Method], at: Location, where: Where) -> None:
+    """Check settings against the options of the methods, at least one of which must have each."""
     if not isinstance(settings, dict):
         name = ".".join(map(str, at))
         raise ConfigError(f"{name} is {shown(repr(settings))}", where(at), "a mapping of options to values")
+    known = {name: option for method in reversed(methods) for name, option in method.by_name.items()}
     for key, setting in settings.items():
-        option = method.by_name.get(key)
+        option = known.get(key)
         if option is None:
-            near = difflib.get_close_matches(str(key), [*method.by_name, *known_options()], n=1, cutoff=0.5)
-            known = ", ".join(method.by_name) or "none"
+            near = difflib.get_close_matches(str(key), [*known, *known_options()], n=1, cutoff=0.5)
             raise ConfigError(
-                f"{method.name} has no option {key!r}",
+                f"{methods[0].name} has no option {key!r}",
                 where((*at, key)),
-                do=f"did you mean {near[0]!r}?" if near else f"use the options of the method: {known}",
+                do=f"did you mean {near[0]!r}?"
+                if near
+                else f"use the options of the method: {', '.join(known) or 'none'}",
             )
-        try:
-            option.check(setting)
-        except ValueError as error:
-            raise ConfigError(f"{'.'.join(map(str, (*at, key)))}: {error}", where((*at, key)), option.about) from error
+        for each in (method.by_name[key] for method in methods if key in method.by_name):
+            try:
+                each.check(setting)
+            except ValueError as error:
+                name = ".".join(map(str, (*at, key)))
+                raise ConfigError(f"{name}: {error}", where((*at, key)), each.about) from error
 
 
 def _with_tokenizer(raw: dict[str, Any], where: Where) -> dict[str, Any]:
@@ -177,39 +277,3 @@ def _with_tokenizer(raw: dict[str, Any], where: Where) -> dict[str, Any]:
             "a union of vocabularies is not supported", where(("tokenizer_source",)), "`base`, or one of the models"
         )
     return raw
-
-
-def _whole_slice(raw: dict[str, Any], where: Where) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Replace `slices` by `models`, if there is one slice and it spans all layers of every model.
-
-    Returns:
-        The config, the `parameters` of the slice, and the number of layers.
-    """
-    refused = ConfigError(
-        "layer-stacking slices are not supported, because they change the depth of the model",
-        where(("slices",)),
-        "one slice that contains all layers of every model",
-        "use `passthrough` of mergekit with the same file",
-    )
-    slices = raw["slices"]
-    if "models" in raw:
-        raise ConfigError("both `models` and `slices` are given", where(("slices",)), "one of them")
-    if not isinstance(slices, list) or not slices or not isinstance(slices[0], dict):
-        raise ConfigError("`slices` is not a list of slices", where(("slices",)), "[{sources: […]}]")
-    sources = slices[0].get("sources")
-    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources) or not sources:
-        raise ConfigError("the slice has no list of `sources`", where(("slices", 0)))
-    ranges = [source.get("layer_range") for source in sources]
-    first, last = ranges[0] if isinstance(ranges[0], list) and len(ranges[0]) == 2 else (None, None)
-    if type(first) is not int or first != 0 or type(last) is not int or last < 1:
-        raise refused
-    if len(slices) > 1 or ranges.count(ranges[0]) < len(ranges):
-        raise refused
-    for key in slices[0]:
-        if key not in ("sources", "parameters", "base_model"):
-            raise ConfigError(f"unknown key {key!r}", where(("slices", 0, key)), "sources, parameters, base_model")
-    raw["models"] = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
-    if slices[0].get("base_model") is not None:
-        raw["base_model"] = slices[0]["base_model"]
-    del raw["slices"]
-    return raw, slices[0].get("parameters") or {}, last

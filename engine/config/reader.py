@@ -18,7 +18,9 @@ import yaml
 from pydantic import BaseModel
 
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
-from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig, WeightSpaceSettings
+from engine.config.recipe import WeightSpaceSettings
+from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
+from engine.config.slices import check_whole
 from engine.config.unknown_keys import without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, check_texts, parse
 from engine.errors import ConfigError
@@ -80,7 +82,11 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
         ConfigError: See `load_config`.
     """
 
+    places: list[Location] = []
+
     def where(location: Location) -> str:
+        if location[:1] == ("models",) and len(location) > 1 and places:
+            location = (*places[int(location[1])], *location[2:])
         line = _line(node, location)
         return f"{path}:{line}" if line else str(path)
 
@@ -102,10 +108,11 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
     if method is not None:
         raw = raw | {"merge_method": method.name}
         if method.learned:
+            check_whole(raw, where)
             raw, unused = drop_others_options(raw, method)
             raw = with_defaults(raw, method.name)
         else:
-            raw, recipe, unused = read_recipe(raw, method, where)
+            raw, recipe, unused, places = read_recipe(raw, method, where)
     try:
         config = Config.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -120,17 +127,17 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
         first = f"{len(errors):,} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
         raise ConfigError("\n".join([first, *map(str, errors[:5])]), str(path)) from None
     config = config.model_copy(update={"recipe": recipe, "unused": (*unused, *unknown)})
-    _check(config, where)
-    return config.model_copy(
-        update={"models": tuple(expert for expert in config.models if not _is_base(config, expert))}
-    )
+    # A learned method's config may list the base among the models, as mergekit's do; `read_recipe` knows it by itself.
+    base = config.base_model if config.learned else None
+    experts = [(at, one) for at, one in enumerate(config.models) if one.model != base or one.calibration]
+    _check(config, experts, where)
+    return config.model_copy(update={"models": tuple(expert for _, expert in experts)})
 
 
-def _check(config: Config, where: Any) -> None:
-    """Check conditions that span several keys."""
-    experts = [(index, expert) for index, expert in enumerate(config.models) if not _is_base(config, expert)]
-    if not experts:
-        raise ConfigError("`models` lists no expert besides the base", where(("models",)))
+def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: Any) -> None:
+    """Check conditions that span several keys. `experts`: those in `models`, and their places there."""
+    if config.learned and not experts:
+        raise ConfigError("models lists no expert besides the base", where(("models",)), "at least one expert")
     names: set[str] = set()
     for index, expert in experts:
         at = where(("models", index))
@@ -259,13 +266,6 @@ def _location(fault: Any) -> Location:
     """Return the location of a fault, without the names that pydantic adds for the members of a union."""
     parts: Location = fault["loc"]
     return next((parts[: i + 1] for i, part in enumerate(parts) if part in UNIONS), parts)
-
-
-def _is_base(config: Config, expert: ExpertConfig) -> bool:
-    """Return whether the entry is the base, which mergekit's configs list among the models."""
-    if config.recipe is not None and config.recipe.baseless:
-        return False
-    return expert.model == config.base_model and not expert.calibration
 
 
 def _explain(fault: Any, location: Location, where: Any) -> ConfigError:

@@ -18,6 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
+from engine.config.recipe import WeightSpaceSettings
 from engine.fields import Float, Int, Section, not_bool
 from engine.methods.learned import ModelParameters, Parameters
 
@@ -111,7 +112,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ImageOptions = dict[str, Annotated[Any, AfterValidator(_option)]]
 
 
-def _last_part(model: str) -> str:
+def last_part(model: str) -> str:
     """Return `math` for `owner/math`, `../experts/math/`, `owner/math@revision` and `s3://bucket/math?region=x`."""
     hub = re.fullmatch(r"([\w.-]+/[\w.-]+)@.+", model)
     if "://" in model:
@@ -144,9 +145,7 @@ class ExpertConfig(Section):
     """An entry of `models`: a checkpoint or an adapter, given by path or hub id."""
 
     model: Annotated[str, Field(min_length=1)]
-    name: Annotated[str, AfterValidator(_name)] = Field(
-        default_factory=lambda given: _last_part(given.get("model", ""))
-    )
+    name: Annotated[str, AfterValidator(_name)] = Field(default_factory=lambda given: last_part(given.get("model", "")))
     calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files)] = ()
     parameters: ModelParameters = ModelParameters()
 
@@ -232,33 +231,6 @@ class Cluster(Section):
     hang: Literal["auto"] | Annotated[Float, Field(gt=0, le=WAIT)] = "auto"
 
 
-class ListedBase(Section):
-    """The base as an entry of `models`: its index among them and its settings."""
-
-    place: int
-    settings: dict[str, Any]
-
-
-class WeightSpaceSettings(Section):
-    """Settings of a weight-space method. Settings of a model come before those of the slice, then of the top level.
-
-    Attributes:
-        models: Settings of each expert, in the order of `Config.models`.
-        top: Settings of the top level.
-        slice: Settings of a slice that spans the whole model.
-        base: The base, if it is listed among the models.
-        baseless: There is no base; the first model only provides files and shapes.
-        layers: Number of layers that the slice claims, compared with the model by `make_plan`.
-    """
-
-    models: tuple[dict[str, Any], ...]
-    top: dict[str, Any] = Field(default_factory=dict)
-    slice: dict[str, Any] = Field(default_factory=dict)
-    base: ListedBase | None = None
-    baseless: bool = False
-    layers: int | None = None
-
-
 class Config(Section):
     """The config of a merge with all defaults filled in. docs/config.md describes the keys."""
 
@@ -266,7 +238,7 @@ class Config(Section):
     base_model: Annotated[str, Field(min_length=1)]
     # Defaults of the learned methods' options. `paper`: those of the published command line.
     preset: Literal["paper"] | None = None
-    models: Annotated[tuple[ExpertConfig, ...], Field(min_length=1)]
+    models: tuple[ExpertConfig, ...]
     parameters: Parameters = Parameters()
     exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES
     calibration: Calibration = Calibration()

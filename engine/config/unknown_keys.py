@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from engine.config.schema import INTERNAL, Config, ExpertConfig
+from engine.config.slices import MODULE_KEYS, SLICE_KEYS
 from engine.config.yaml_text import Location
 from engine.methods.options import Method
 from engine.methods.registry import known_options
@@ -19,8 +20,6 @@ from engine.untrusted import shown
 TOP = (*(key for key in Config.model_fields if key not in INTERNAL), "slices", "modules", "tokenizer", "chat_template")
 MODEL = tuple(ExpertConfig.model_fields)
 SOURCE = (*MODEL, "layer_range")
-SLICE = ("sources", "parameters", "base_model", "merge_method")
-MODULE = ("slices", "models", "parameters")
 TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
 TOKEN = ("source", "force")
 CONDITION = ("filter", "value")
@@ -51,9 +50,9 @@ class _Pruned:
         of: dict[str, Callable[[Any, Location], Any]] = {
             "parameters": self._parameters,
             "models": lambda inner, place: self._each(inner, place, MODEL),
-            "slices": lambda inner, place: self._each(inner, place, SLICE),
+            "slices": lambda inner, place: self._each(inner, place, SLICE_KEYS),
             "sources": lambda inner, place: self._each(inner, place, SOURCE),
-            "modules": lambda inner, place: self._each(inner, place, MODULE),
+            "modules": lambda inner, place: self._each(inner, place, MODULE_KEYS),
             "tokenizer": lambda inner, place: self.section(inner, place, TOKENIZER),
             "tokens": lambda inner, place: self._each(inner, place, TOKEN),
         }

@@ -60,7 +60,7 @@ def _section(method: Method) -> Iterable[str]:
     yield f"{method.summary[0].upper()}{method.summary[1:]}.\n"
     yield f"`{method.formula}`  \n{method.source}.\n"
     notes = []
-    if method.base == "optional":
+    if method.base != "required":
         notes.append("`base_model` is optional.")
     if method.outputs == "experts":
         notes.append("The output folder contains one model folder per expert.")

@@ -43,7 +43,7 @@ METHOD = Method(
     "Wortsman et al., Model soups, arXiv 2203.05482",
     "θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ",
     (Option("weight", 1.0, "wᵢ, the weight of the model", "model"), normalize(True)),
-    base="optional",
+    base="ignored",
     check=total_weight,
 )
 

@@ -61,7 +61,7 @@ def method(name: str) -> Method | None:
                 spec.reference_url or "mergekit",
                 "see mergekit",
                 tuple(_option(parameter) for parameter in spec.parameters),
-                base="required" if spec.contract.base.value == "required" else "optional",
+                base={"required": "required", "ignored": "ignored"}.get(spec.contract.base.value, "optional"),  # type: ignore[arg-type]
                 whole=True,
             )
     return None

@@ -149,7 +149,7 @@ class Method:
         source: The paper.
         formula: The merged tensor.
         options: Its options.
-        base: Whether `base_model` is required.
+        base: Whether `base_model` is required. `ignored`: a base is a model like the others.
         outputs: One merged model, or one per expert.
         whole: It holds a bounded number of whole tensors in memory; otherwise a bounded number of elements.
         aliases: Other names accepted in a config.
@@ -164,7 +164,7 @@ class Method:
     source: str
     formula: str
     options: tuple[Option, ...] = ()
-    base: Literal["required", "optional"] = "required"
+    base: Literal["required", "optional", "ignored"] = "required"
     outputs: Literal["one", "experts"] = "one"
     whole: bool = False
     aliases: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ METHOD = Method(
     "mergekit 0.1.5",
     "θ = s·θ₁",
     (Option("scale", None, "s, the factor of the model; none: it is copied", "model", kind=float | None),),
-    base="optional",
+    base="ignored",
     most=1,
 )
 

@@ -59,7 +59,7 @@ NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
 MERGEKIT, INSTALL = mergekit_library.NAMES, mergekit_library.INSTALL
 ALIASES = {alias: method.name for method in NATIVE.values() for alias in method.aliases}
 # Methods of this package that mergekit has under the same name.
-_OF_BOTH = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+_OF_BOTH = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "passthrough", "slerp", "model_stock")
 # All names that a config may contain and that are known without mergekit's library.
 NAMES = (*LEARNED, *NATIVE, *ALIASES, *MERGEKIT)
 

@@ -26,15 +26,22 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
 # A merge of {len(plan.experts)} models by {method.name}
 
 {output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
-tensors are those of {code(public_name(plan.base.model))}.
+tensors are those of {code(public_name(plan.base.address))}.
 
-{_notes(plan)}{yaml_block(as_yaml(public_config(plan.resolved)))}
+{_slices(plan)}{_notes(plan)}{yaml_block(as_yaml(public_config(plan.resolved)))}
 
 `merge/` holds the same config with the paths and hashes of the inputs, and the peak memory of every process. Made with
 {made_with}.
 """,
         encoding="utf-8",
     )
+
+
+def _slices(plan: Plan) -> str:
+    """Return the slices of the output as a list, or nothing."""
+    lines = [f"- {markdown(line)}" for line in plan.stacked]
+    layers = f"The {plan.base_header.num_layers} layers of the output, from the first to the last:"
+    return "\n".join([layers, "", *lines, "", ""]) if lines else ""
 
 
 def _notes(plan: Plan) -> str:

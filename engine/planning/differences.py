@@ -187,8 +187,10 @@ def left_out(plan: Plan) -> list[tuple[str, float]]:
 
     The share is Σ ‖τ‖² over the tensors that are not merged, divided by that over all tensors.
     An expert that does not change is left out, and so is one with weights that are not finite, which a merge refuses.
-    Nothing is read if every float parameter is merged.
+    Nothing is read if every float parameter is merged, and in a merge by slices there is no such share.
     """
+    if plan.layout is not None or plan.base.adapter is not None:
+        return []  # the tensors are not those of the base's files
     header, shares = plan.base_header, []
     floats = {name for name, tensor in header.tensors.items() if tensor.dtype in FLOATS and tensor.numel}
     excluded = [name for name in header.tensors if name in floats and name not in plan.merged_set]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from engine.checkpoints.adapter_file import WEIGHTS
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
-from engine.checkpoints.tensors import BaseWithRows, Checkpoint
+from engine.checkpoints.tensors import BaseWithRows, Checkpoint, ComputedTensors
 from engine.compiled import keep_compiled
-from engine.planning.plan import ExpertPlan, ModelPlan, Plan
+from engine.planning.plan import ExpertPlan, Layout, ModelPlan, Plan
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
 from engine.storage.paths import is_uri
-from engine.task_vectors.experts import AdapterExpert, CheckpointWithAdapter, ExpertWeights, FullExpert
+from engine.task_vectors.experts import AdapterExpert, CheckpointWithAdapter, ExpertWeights, FullExpert, applied
 from engine.task_vectors.streams import TaskVectors
 
 
@@ -57,12 +59,58 @@ def load_base_config(plan: Plan) -> Any:
 
 
 def open_base(plan: Plan) -> Checkpoint:
-    """Open the base's weights on this node, with the rows of `plan.rows` if the plan has them."""
-    base = Checkpoint(base_folder(plan), plan.base_header.tensors)
+    """Open the base's weights on this node: with its adapter, with the rows of `plan.rows`, and by `plan.layout`."""
+    base: Checkpoint = _plain_base(plan)
+    if plan.layout is not None:
+        # Without experts that need the base: as the base of a slice, an expert is read by itself.
+        base = _open_layout(plan, plan.layout, base)
+    return base
+
+
+def _plain_base(plan: Plan) -> Checkpoint:
+    """Open the base's own tensors, by its own names."""
+    header = plan.base.header
+    assert isinstance(header, ModelHeader)
+    base = Checkpoint(base_folder(plan), header.tensors)
+    if plan.base.adapter is not None:
+        base = _merged_adapter(base, _adapter(plan.base.adapter))
     if plan.rows is None:
         return base
     assert isinstance(plan.rows.header, ModelHeader)
     return BaseWithRows(base, Checkpoint(_folder(plan.rows), plan.rows.header.tensors), plan.rows.header)
+
+
+def _merged_adapter(base: Checkpoint, adapter: AdapterExpert) -> Checkpoint:
+    """Return a checkpoint with an adapter merged into it, in the checkpoint's dtypes, as peft merges them."""
+
+    def merged(name: str) -> Tensor:
+        return applied(base.read(name), adapter.task_vector(name))
+
+    return ComputedTensors(base.folder, base.tensors, merged)
+
+
+def _open_layout(plan: Plan, layout: Layout, base: Checkpoint) -> Checkpoint:
+    """Return the bases of all slices as one checkpoint, by the names of the output."""
+    opened = {
+        k: open_expert(plan.experts[k])
+        for k in sorted({origin.base for origin in layout.origins.values() if origin.base is not None})
+    }
+
+    def read(name: str) -> Tensor:
+        origin = layout.origins.get(name)
+        if origin is None or origin.base is None:
+            return base.read(origin.base_name if origin is not None else name)
+        expert, shape = opened[origin.base], layout.header.tensors[name].shape
+        if isinstance(expert, AdapterExpert):
+            return applied(base.read(origin.base_name), expert.task_vector(name))
+        assert isinstance(expert, FullExpert | CheckpointWithAdapter)
+        own = expert.whole(name)
+        numel = math.prod(shape)
+        if len(own) < numel:
+            own = torch.cat([own, base.read(origin.base_name).reshape(-1)[len(own) :].to(own.dtype)])
+        return own[:numel].view(shape)
+
+    return ComputedTensors(base.folder, layout.header.tensors, read)
 
 
 def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> ExpertWeights:
@@ -73,21 +121,20 @@ def open_expert(expert: ExpertPlan, base: Checkpoint | None = None) -> ExpertWei
         base: The base's weights, needed if the expert's tensors may have other shapes.
     """
     if isinstance(expert.header, AdapterHeader):
-        return _open_adapter(expert, expert.header)
+        return _adapter(expert)
     full = FullExpert(Checkpoint(_folder(expert), expert.header.tensors), base, expert.match)
-    if expert.adapter is None:
-        return full
-    assert isinstance(expert.adapter.header, AdapterHeader)
-    return CheckpointWithAdapter(full, _open_adapter(expert.adapter, expert.adapter.header))
+    return full if expert.adapter is None else CheckpointWithAdapter(full, _adapter(expert.adapter))
 
 
-def _open_adapter(model: ModelPlan, header: AdapterHeader) -> AdapterExpert:
+def _adapter(model: ModelPlan) -> AdapterExpert:
+    header = model.header
+    assert isinstance(header, AdapterHeader)
     return AdapterExpert(Checkpoint(_folder(model), header.tensors), header.pairs, header.whole)
 
 
 def weight_files(model: ModelPlan) -> list[WeightFile]:
     """Return the weight files of a model: those of its checkpoint, then those of its adapter."""
-    if isinstance(model, ExpertPlan) and model.adapter is not None:
+    if model.adapter is not None:
         return [*weight_files(ModelPlan(model.model, model.header)), *weight_files(model.adapter)]
     names = {WEIGHTS}
     if isinstance(model.header, ModelHeader):

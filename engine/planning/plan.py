@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,15 +13,25 @@ from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
 from engine.checkpoints.vocabulary import has_tokens_for_rows, is_matrix
 from engine.config.schema import CalibrationFile, Config, ExpertConfig
+from engine.config.slices import described
 from engine.storage.paths import is_uri
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model's location, valid on any node (an absolute path, a URI, or a hub id with its commit), and its header."""
+    """A model's location, valid on any node (an absolute path, a URI, or a hub id with its commit), and its header.
+
+    `adapter` is an adapter on top of a checkpoint, as in mergekit's model+lora.
+    """
 
     model: str
     header: ModelHeader | AdapterHeader
+    adapter: ModelPlan | None = field(default=None, kw_only=True)
+
+    @property
+    def address(self) -> str:
+        """The location of the model, and of its adapter after a +."""
+        return self.model if self.adapter is None else f"{self.model}+{self.adapter.model}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,6 @@ class ExpertPlan(ModelPlan):
         calibration: The calibration files.
         samples: Number of calibration samples.
         match: How the expert's tensors correspond to the base's.
-        adapter: An adapter on top of this checkpoint, as in mergekit's model+lora.
         notes: Differences from the base that a user should know.
     """
 
@@ -45,7 +54,6 @@ class ExpertPlan(ModelPlan):
     calibration: tuple[Path, ...]
     samples: int
     match: Match = NO_EXCEPTIONS
-    adapter: ModelPlan | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,6 +74,50 @@ class ExpertPlan(ModelPlan):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a tensor of the output comes from.
+
+    Attributes:
+        slice: The slice, as an index into the slices of the config.
+        depth: Its relative depth in the slice, from 0 to 1, for settings that vary over layers.
+        name: Its name in the base, or the prefix of the names of its layers.
+        offset: The number of its layer in the slice; None if it has no layer.
+        rest: The part of its name after the number of the layer.
+        sources: The sources of the slice that take part, as indices into these; None for all.
+        base: The expert that is the base of the slice, or that provides files and shapes; None for the plan's base.
+        base_name: The name of the tensor there, as the plan's base would call it.
+    """
+
+    slice: int
+    depth: float
+    name: str
+    offset: int | None = None
+    rest: str = ""
+    sources: tuple[int, ...] | None = None
+    base: int | None = None
+    base_name: str = ""
+
+    def name_in(self, layers: tuple[int, int] | None) -> str:
+        """Return the tensor's name in a source of which the slice takes these layers (None: all of them)."""
+        if self.offset is None:
+            return self.name
+        return f"{self.name}.{self.offset + (layers[0] if layers else 0)}.{self.rest}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of an output that has other layers than the base, or whose modules are merged from other models.
+
+    Attributes:
+        header: The header of the output, under the base's folder.
+        origins: Where each of its tensors comes from; those that are not here are the base's.
+    """
+
+    header: ModelHeader
+    origins: Mapping[str, Origin]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a merge.
 
@@ -80,6 +132,7 @@ class Plan:
         rows: The model that defines the number of rows of embedding and head, and provides rows that the base lacks.
             None: the base.
         chat_template: The text of the output's chat template. None: that of its tokenizer.
+        layout: The tensors of the output, if they are not the base's. The experts' matches then have its names.
         images: Image files of each expert's samples, filled in after its records have been read.
         remarks: Notes on several models: what they are on, and a line of text.
     """
@@ -93,20 +146,29 @@ class Plan:
     tokenizer: str | None = None
     rows: ModelPlan | None = None
     chat_template: str | None = None
+    layout: Layout | None = None
     images: tuple[tuple[str, ...], ...] = ()
     remarks: tuple[tuple[str, str], ...] = ()
 
     @property
     def base_header(self) -> ModelHeader:
-        """The base's header: its config and tensors."""
+        """The header of the output: the base's, or that of the layout."""
         assert isinstance(self.base.header, ModelHeader)
-        return self.base.header
+        return self.layout.header if self.layout is not None else self.base.header
 
     @property
     def notes(self) -> list[tuple[str, str]]:
         """What a user should know about the models: the name of each, and a line of text."""
         of_experts = [(expert.name, note) for expert in self.experts for note in expert.notes]
         return [*(("base", note) for note in self.base_header.notes), *of_experts, *self.remarks]
+
+    @property
+    def stacked(self) -> list[str]:
+        """The slices of a merge that the config describes by `slices` or `modules`, a line each."""
+        recipe = self.config.recipe
+        if recipe is None or recipe.plain:
+            return []
+        return described(recipe, [expert.name for expert in self.experts])
 
     @property
     def priors(self) -> list[float]:
@@ -122,14 +184,14 @@ class Plan:
         experts = [
             given.model_copy(
                 update={
-                    "model": expert.model if expert.adapter is None else f"{expert.model}+{expert.adapter.model}",
+                    "model": expert.address,
                     "calibration": expert.located(given),
                 }
             )
             for given, expert in zip(self.config.models, self.experts, strict=True)
         ]
         tokenizer = {"tokenizer_source": self.tokenizer} if self.tokenizer else {}
-        paths = {"base_model": self.base.model, "models": tuple(experts)}
+        paths = {"base_model": self.base.address, "models": tuple(experts)}
         return self.config.model_copy(update=paths | tokenizer)
 
     @cached_property
@@ -141,6 +203,12 @@ class Plan:
     def numels(self) -> dict[str, int]:
         """Number of elements nₗ of each merged tensor."""
         return {name: self.base_header.tensors[name].numel for name in self.merged}
+
+    def origin(self, name: str) -> Origin:
+        """Return where a merged tensor comes from."""
+        if self.layout is not None:
+            return self.layout.origins[name]
+        return Origin(0, self.depths[name], name, base_name=name)
 
     @cached_property
     def depths(self) -> dict[str, float]:

@@ -21,13 +21,13 @@ from engine.checkpoints.structure import Role, Structure
 from engine.checkpoints.vocabulary import with_rows_of
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
-from engine.methods.registry import NATIVE, check_inputs
 from engine.planning.chat_templates import find_chat_template
 from engine.planning.costs.trainers import check_trainers
 from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.factors import check_directions
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
+from engine.planning.stacking import as_deep_as, check_recipe, is_stacked, lay_out
 from engine.planning.structures import Structures, without_tied_head
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
@@ -48,9 +48,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     """
     check_trainers(config)
     config = _located(config, config_folder)
-    base_folder = find_model(config.base_model, config_folder)
-    if is_adapter(base_folder):
-        raise CheckpointError("the base is an adapter", str(base_folder), "a full checkpoint")
+    base_model, base_folder, base_adapter = _find_base(config, config_folder)
     base = without_tied_head(read_model_header(base_folder))
     tokenizer, rows = _tokenizer(config, config_folder), None
     if tokenizer is not None and not config.learned and not is_adapter(tokenizer[1]):
@@ -63,9 +61,14 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     structures = Structures(base, required=config.learned)
     _check_names(base, structures.base)
     base = replace(base, roles=structures.base.roles)
+    adapter = _plan_adapter(base_adapter, base, structures, config_folder)
     experts = tuple(_plan_expert(config, expert, base, tokens, structures, config_folder) for expert in config.models)
-    _check_recipe(config, base, experts)
-    merged = _merged(config, base)
+    check_recipe(config, experts)
+    layout = None
+    if config.recipe is not None and is_stacked(config.recipe, base, experts):
+        layout, experts = lay_out(config, base, experts)
+    header = layout.header if layout is not None else base
+    merged = tuple(name for name in _merged(config, header) if layout is None or name in layout.origins)
     if not merged:
         patterns = ", ".join(config.exclude)
         raise ConfigError("`exclude` leaves no tensor to merge", do=f"remove some of the patterns: {patterns}")
@@ -73,10 +76,10 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     for model in (part for expert in experts for part in (expert, expert.adapter) if part is not None):
         if isinstance(model.header, AdapterHeader):
             check_merged(model.header, merged, config.exclude)
-    _check_budget(config, [base.tensors[name].numel for name in merged])
+    _check_budget(config, [header.tensors[name].numel for name in merged])
     plan = Plan(
         config=config,
-        base=ModelPlan(portable(config.base_model, base_folder, config_folder), base),
+        base=ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter),
         experts=experts,
         merged=merged,
         dtype=config.dtype or _dtype(config, base),
@@ -84,10 +87,22 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
         tokenizer=tokenizer[0] if tokenizer else None,
         rows=rows,
         chat_template=find_chat_template(config, base_folder, experts),
+        layout=layout,
         remarks=remarks_on(config, base_folder, experts),
     )
     check_directions(plan)
     return plan
+
+
+def _find_base(config: Config, config_folder: Path) -> tuple[str, Path, str | None]:
+    """Return the model of the base, its folder, and the model of the adapter on top of it, if there is one."""
+    model, adapter = _model_and_adapter(config.base_model, config_folder)
+    folder = find_model(model, config_folder)
+    if is_adapter(folder):
+        raise CheckpointError("the base is an adapter", str(folder), "a full checkpoint")
+    if adapter and config.learned:
+        raise _adapter_refused(config.base_model)
+    return model, folder, adapter
 
 
 def _dtype(config: Config, base: ModelHeader) -> str:
@@ -197,13 +212,13 @@ def _plan_expert(
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
-    if adapter_name and folder == base.folder:
+    if adapter_name and folder == base.folder and _model_and_adapter(config.base_model, config_folder)[1] is None:
         model, adapter_name = adapter_name, None
         folder = find_model(model, config_folder)
         if not is_adapter(folder):
             raise CheckpointError("the model after the + is not an adapter", str(folder))
     header: ModelHeader | AdapterHeader
-    matched, adapter = NO_EXCEPTIONS, None
+    matched = NO_EXCEPTIONS
     notes: tuple[str, ...] = ()
     if is_adapter(folder):
         if config.recipe is not None and config.recipe.baseless:
@@ -211,19 +226,12 @@ def _plan_expert(
         header = read_adapter_header(folder, base, structures.tensor)
     else:
         header = read_model_header(folder)
-        matched = match(expert.name, header, base, config, tokenizer, structures)
+        like = base if config.recipe is None or config.recipe.plain else as_deep_as(base, header)
+        found = structures if like is base else Structures(like, required=False)
+        matched = match(expert.name, header, like, config, tokenizer, found)
         notes = notes_on(expert.name, header, base, matched)
-    if adapter_name:
-        if config.learned:
-            raise ConfigError(
-                "learned methods do not support an adapter of a model other than the base",
-                expert.model,
-                do="merge model and adapter into one checkpoint first",
-            )
-        where = find_model(adapter_name, config_folder)
-        adapter = ModelPlan(
-            portable(adapter_name, where, config_folder), read_adapter_header(where, base, structures.tensor)
-        )
+    if adapter_name and config.learned:
+        raise _adapter_refused(expert.model)
     return ExpertPlan(
         model=portable(model, folder, config_folder),
         header=header,
@@ -233,8 +241,28 @@ def _plan_expert(
         calibration=calibration,
         samples=config.samples_per_model(expert),
         match=matched,
-        adapter=adapter,
+        adapter=_plan_adapter(adapter_name, base, structures, config_folder),
         notes=notes,
+    )
+
+
+def _plan_adapter(
+    adapter: str | None, base: ModelHeader, structures: Structures, config_folder: Path
+) -> ModelPlan | None:
+    """Return the plan of an adapter on top of a checkpoint, or None without a name."""
+    if not adapter:
+        return None
+    where = find_model(adapter, config_folder)
+    if not is_adapter(where):
+        raise CheckpointError("the model after the + is not an adapter", str(where))
+    return ModelPlan(portable(adapter, where, config_folder), read_adapter_header(where, base, structures.tensor))
+
+
+def _adapter_refused(model: str) -> ConfigError:
+    return ConfigError(
+        "learned methods do not support an adapter of a model other than the base",
+        model,
+        do="merge model and adapter into one checkpoint first",
     )
 
 
@@ -285,26 +313,6 @@ def _config_source(config: Config, base: ModelHeader, config_folder: Path) -> Mo
             f"`base`, or the name of an expert that is a full checkpoint of the base's kind: {', '.join(models)}",
         )
     return header
-
-
-def _check_recipe(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
-    """Check the settings of a weight-space method against the models."""
-    recipe = config.recipe
-    if recipe is None:
-        return
-    if recipe.layers is not None and recipe.layers != base.num_layers:
-        raise ConfigError(
-            f"the slice has {recipe.layers} layers, but the model has {base.num_layers}",
-            "slices",
-            f"layer_range: [0, {base.num_layers}]",
-        )
-    names = [expert.name for expert in experts]
-    check_inputs(config.merge_method, names, not recipe.baseless)
-    unfit = [name for name in names if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..", "merge")]
-    if unfit and NATIVE.get(config.merge_method) and NATIVE[config.merge_method].outputs == "experts":
-        raise ConfigError(
-            f"the expert's name {unfit[0]!r} cannot name a folder", "models", do="give the expert another `name`"
-        )
 
 
 def _calibration_file(expert: str, path: str, config_folder: Path) -> Path:

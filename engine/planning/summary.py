@@ -79,14 +79,16 @@ def print_weight_space_plan(plan: Plan, out: str) -> None:
     facts.add_row("disk", _disk(needs, room))
     if plan.config.unused:
         facts.add_row("not used", ", ".join(plan.config.unused))
+    for line in plan.stacked:
+        facts.add_row("slice", line)
     console.print(facts)
     experts = rich.table.Table(box=rich.box.SIMPLE)
     for column in ("expert", "given as", "parameters", "from"):
         experts.add_column(column, overflow="fold")
-    assert plan.config.recipe is not None
-    for expert, settings in zip(plan.experts, plan.config.recipe.models, strict=True):
-        listed = ", ".join(f"{name}: {setting}" for name, setting in settings.items())
-        experts.add_row(expert.name, expert.kind, listed or "as at the top level", expert.model)
+    recipe = plan.config.recipe
+    assert recipe is not None
+    for k, expert in enumerate(plan.experts):
+        experts.add_row(expert.name, expert.kind, recipe.listed(k) or "as at the top level", expert.address)
     console.print(experts)
     _print_notes(console, plan)
     for line in _disk_shortages(needs, room):
@@ -116,7 +118,7 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("method", plan.config.merge_method)
-    facts.add_row("base", f"{plan.base.model}: {header.architecture}, {header.num_layers} blocks")
+    facts.add_row("base", f"{plan.base.address}: {header.architecture}, {header.num_layers} blocks")
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
     facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
     facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")

@@ -10,6 +10,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from engine.config.mergekit_yaml import as_yaml
+from engine.config.slices import described
 from engine.report import charts
 from engine.report.charts import Axis, Blocks, Scale
 from engine.report.merge_folder import Importance, Memory, Merged
@@ -77,6 +78,8 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
     yield "method", config.merge_method
     yield "base", config.base_model
     yield "experts", f"{len(config.models):,}"
+    if config.recipe is not None and not config.recipe.plain:
+        yield "slices", "; ".join(described(config.recipe, [expert.name for expert in config.models]))
     if merge.stages:
         layout = next(iter(merge.stages.values())).layout
         elements = sum(edges[-1] for edges in layout.edges)
@@ -114,8 +117,7 @@ def _experts(merge: Merged) -> ReportSection:
         for _, by_expert in losses:
             row += by_expert.get(expert.name, (float("nan"),) * 2)
         if merge.config.recipe is not None:
-            given = merge.config.recipe.models[k]
-            row.append(", ".join(f"{key}: {value}" for key, value in given.items()) or "as for the whole merge")
+            row.append(merge.config.recipe.listed(k) or "as for the whole merge")
         rows.append([*row, expert.model])
     head = ["expert", *(["prior", "mean coefficient", "smallest", "largest"] if merge.stages else [])]
     head += [f"{name}, {when}" for name, _ in losses for when in ("first", "last")]
@@ -133,7 +135,7 @@ def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, 
 
 def options_of(merge: Merged) -> ReportSection:
     """Return the section of all options, collapsed."""
-    keys = {key: value for key, value in as_yaml(merge.config).items() if key != "models"}
+    keys = {key: value for key, value in as_yaml(merge.config).items() if key not in ("models", "slices", "modules")}
     rows = sorted((key, str(value)) for key, value in flat(keys).items())
     return ReportSection("Options", folded=Table(rows, title="All options, including defaults"))
 

@@ -44,7 +44,7 @@ def identity(plan: Plan) -> Identity:
 
 def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
     """Yield the input files that are there, by name."""
-    adapters = [expert.adapter for expert in plan.experts if expert.adapter is not None]
+    adapters = [model.adapter for model in (plan.base, *plan.experts) if model.adapter is not None]
     models: list[ModelPlan] = [plan.base, *plan.experts, *adapters, *([plan.rows] if plan.rows else [])]
     for model in models:
         yield from ((file.address, _stat(file.path, file.model)) for file in weight_files(model) if file.path.is_file())

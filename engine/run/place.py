@@ -113,6 +113,7 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
         yield "the config", str(config)
     models: list[tuple[str, ModelPlan]] = [("the base", plan.base)]
     models += [(f"expert {expert.name!r}", expert) for expert in plan.experts]
+    models += [("the adapter of the base", plan.base.adapter)] if plan.base.adapter else []
     models += [(f"the adapter of {expert.name!r}", expert.adapter) for expert in plan.experts if expert.adapter]
     models += [("the model of the vocabulary", plan.rows)] if plan.rows else []
     for label, model in models:

@@ -9,13 +9,15 @@ import torch
 from engine.checkpoints.structure import Role
 from engine.checkpoints.vocabulary import has_tokens_for_rows
 from engine.checkpoints.writer import OutputTensor
+from engine.config.recipe import Slice
 from engine.errors import CheckpointError, ConfigError
 from engine.methods.arithmetic.selection import Counts, Threshold, select
 from engine.methods.arithmetic.sparse import kept_of
 from engine.methods.arithmetic.tensor import MergeTensor
-from engine.methods.options import Option, Settings, Value
+from engine.methods.options import Method, Option, Settings, Value
 from engine.methods.registry import NATIVE, get_method, preparation
 from engine.planning.plan import Plan
+from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
 from engine.task_vectors.rounding import Rounding
 from engine.task_vectors.streams import TaskVectors
@@ -26,7 +28,6 @@ class WeightSpace:
 
     def __init__(self, plan: Plan, streams: TaskVectors) -> None:
         self._plan, self._streams = plan, streams
-        self._prepare = preparation(plan.config.merge_method)
 
     def tensor(self, name: str, thresholds: Sequence[Threshold] | None = None, only: int | None = None) -> MergeTensor:
         """Return the `MergeTensor` of a merged tensor.
@@ -39,29 +40,32 @@ class WeightSpace:
         Raises:
             ConfigError: a required option has no value for this tensor.
         """
-        plan, recipe = self._plan, self._plan.config.recipe
-        assert recipe is not None
+        plan, origin = self._plan, self._plan.origin(name)
+        part = slice_of(plan, name)
         values, expert_values, base_values = resolve(plan, name)
-        experts = range(len(plan.experts)) if only is None else [only]
-        task_vectors = self._streams.of(name)
+        indices = experts_of(plan, name)
+        chosen = range(len(indices)) if only is None else [only]
         return MergeTensor(
             name=name,
             shape=plan.base_header.tensors[name].shape,
             base=self._streams.base.read(name),
-            models=tuple(plan.experts[k].name for k in experts),
-            task_vectors=[task_vectors[k] for k in experts],
+            models=tuple(plan.experts[indices[k]].name for k in chosen),
+            task_vectors=[None if indices[k] == origin.base else self._task_vector(indices[k], name) for k in chosen],
             values=values,
-            own=[expert_values[k] for k in experts],
+            own=[expert_values[k] for k in chosen],
             base_values=base_values,
             seed=plan.config.seed,
             pool=self._streams.pool,
             threads=self._streams.threads,
-            experts_in_all=len(plan.experts),
-            has_base=not recipe.baseless,
-            base_place=recipe.base.place if recipe.base else None,
+            experts_in_all=len(indices),
+            has_base=part.has_base,
+            base_place=part.base,
             is_vocabulary=has_tokens_for_rows(plan.base_header, name),
             thresholds=thresholds,
         )
+
+    def _task_vector(self, expert: int, name: str) -> TaskVector | None:
+        return self._streams.experts[expert][1].task_vector(name)
 
     def job(
         self,
@@ -80,7 +84,10 @@ class WeightSpace:
 
         def prepare() -> Fill:
             if merged:
-                return self._prepare(self.tensor(name, thresholds, only))
+                method = method_at(self._plan, name)
+                if not experts_of(self._plan, name) and method.base == "required":
+                    return copy_of(base)
+                return preparation(method.name)(self.tensor(name, thresholds, only))
             self._check_buffer(name)
             return copy_of(base)
 
@@ -106,6 +113,27 @@ class WeightSpace:
                 )
 
 
+def slice_of(plan: Plan, tensor: str) -> Slice:
+    """Return the slice of the config that a tensor belongs to."""
+    assert plan.config.recipe is not None
+    return plan.config.recipe.slices[plan.origin(tensor).slice]
+
+
+def experts_of(plan: Plan, tensor: str) -> list[int]:
+    """Return the experts that are merged into a tensor, in the order of its slice; its base is not one of them."""
+    part, places = slice_of(plan, tensor), plan.origin(tensor).sources
+    return [
+        source.expert
+        for place, source in enumerate(part.sources)
+        if source.expert is not None and place != part.base and (places is None or place in places)
+    ]
+
+
+def method_at(plan: Plan, tensor: str) -> Method:
+    """Return the method by which a tensor is merged."""
+    return get_method(slice_of(plan, tensor).merge_method or plan.config.merge_method)
+
+
 def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> list[Threshold] | None:
     """Return each expert's threshold over the whole model, or None if no tensor has `trim: model`.
 
@@ -114,7 +142,7 @@ def model_thresholds(plan: Plan, count: Callable[[Counts | None], Counts]) -> li
     if "trim" not in get_method(plan.config.merge_method).by_name:
         return None
     resolved = {name: resolve(plan, name) for name in plan.merged}
-    if all(values["trim"] != "model" for values, _, _ in resolved.values()):
+    if all(values.get("trim") != "model" for values, _, _ in resolved.values()):
         return None
     total = sum(plan.numels.values())
     kept = [
@@ -130,27 +158,40 @@ def check_settings(plan: Plan) -> None:
     Raises:
         ConfigError: a required option has no value, or values do not go together.
     """
-    method = get_method(plan.config.merge_method)
     for name in plan.merged:
-        values = resolve(plan, name)
+        values, method = resolve(plan, name), method_at(plan, name)
+        if plan.layout is not None and (values[0].get("trim") == "model" or method.outputs != "one"):
+            raise ConfigError(
+                "a merge by slices or modules has no task vectors of whole models",
+                "parameters.trim" if method.outputs == "one" else "merge_method",
+                "an option or a method of single tensors",
+                "set `trim: tensor`" if method.outputs == "one" else "list the models under `models`",
+            )
         if method.check is not None:
             method.check(name, *values)
 
 
 def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, Value]], dict[str, Value] | None]:
-    """Return the option values of a tensor: those of the merge, of each expert, and of the base.
+    """Return the option values of a tensor: those of the merge, of each of its experts, and of the base.
 
     The values of the base are None if it takes no part as a model. A value is looked up in the model's settings, the
-    slice's, the top level's, and the defaults, in this order.
+    slice's, the module's, the top level's, and the defaults, in this order. As in mergekit, filters of a model's values
+    see the tensor's name in that model, whose layer may have another number.
 
     Raises:
         ConfigError: a required option has no value.
     """
-    recipe, method = plan.config.recipe, get_method(plan.config.merge_method)
+    recipe, method, part, origin = (
+        plan.config.recipe,
+        method_at(plan, tensor),
+        slice_of(plan, tensor),
+        plan.origin(tensor),
+    )
     assert recipe is not None
+    shared = (part.settings, recipe.modules.get(part.module, {}), recipe.top)
 
-    def value(option: Option, *scopes: Settings) -> Value:
-        resolved = option.resolve((*scopes, recipe.slice, recipe.top), tensor, plan.depths[tensor])
+    def value(option: Option, name: str, *scopes: Settings) -> Value:
+        resolved = option.resolve((*scopes, *shared), name, origin.depth)
         if resolved is None and option.required:
             each = "" if option.scope == "merge" else " for every model"
             raise ConfigError(
@@ -160,17 +201,26 @@ def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, V
             )
         return resolved  # type: ignore[return-value]  # None is the default of some of mergekit's options
 
-    of_merge = [option for option in method.options if option.scope == "merge"]
     of_models = [option for option in method.options if option.scope != "merge"]
-    expert_values = [{option.name: value(option, settings) for option in of_models} for settings in recipe.models]
     of_base = [option for option in of_models if option.scope == "model"]
-    base = None
+    experts: list[dict[str, Value]] = []
+    base: dict[str, Value] | None = None
+    for place, source in enumerate(part.sources):
+        if origin.sources is not None and place not in origin.sources:
+            continue
+        name = origin.name_in(source.layers)
+        if place == part.base:
+            base = {option.name: value(option, name, source.settings) for option in of_base}
+        else:
+            experts.append({option.name: value(option, name, source.settings) for option in of_models})
     # As in mergekit, a base that is not listed among the models counts as one if the config sets one of its options.
     # The methods of mergekit's library always count it.
-    base_is_model = method.name not in NATIVE or any(
-        option.name in {**recipe.top, **recipe.slice} for option in of_base
+    set_for_all = {name for settings in shared for name in settings}
+    counts = method.name not in NATIVE or any(option.name in set_for_all for option in of_base)
+    if part.base is None and part.has_base and counts:
+        base = {option.name: value(option, tensor) for option in of_base}
+    return (
+        {option.name: value(option, tensor) for option in method.options if option.scope == "merge"},
+        experts,
+        base,
     )
-    if recipe.base is not None or (base_is_model and not recipe.baseless):
-        settings = recipe.base.settings if recipe.base else {}
-        base = {option.name: value(option, settings) for option in of_base}
-    return {option.name: value(option) for option in of_merge}, expert_values, base

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.checkpoints.adapters import LoraPair
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
 from engine.checkpoints.tensors import Checkpoint
+from engine.sizes import BLOCK
 from engine.task_vectors.kinds import Product, TaskVector, _Difference, _Padded, _Parts, _Sum
 
 
@@ -56,6 +57,12 @@ class FullExpert:
         if name in self.match.parts:
             return torch.cat(self._parts(name))
         return self.checkpoint.read(self.match.renamed.get(name, name)).reshape(-1)
+
+    def whole(self, name: str) -> Tensor:
+        """Return the expert's own tensor `name`, flattened [N], which its files must contain."""
+        tensor_N = self.stored(name)
+        assert tensor_N is not None, name
+        return tensor_N
 
     def _parts(self, name: str) -> list[Tensor]:
         """Return the parts [N] that a tensor consists of in the expert's files, as views."""
@@ -107,3 +114,21 @@ class CheckpointWithAdapter:
     def stored(self, name: str) -> Tensor | None:
         """See `ExpertWeights`: the tensor of the checkpoint, without the adapter."""
         return self._full.stored(name)
+
+    def whole(self, name: str) -> Tensor:
+        """Return the tensor `name` of the checkpoint with the adapter merged into it, flattened [N]."""
+        return applied(self._full.whole(name), self._adapter.task_vector(name))
+
+
+def applied(tensor: Tensor, task_vector: TaskVector | None) -> Tensor:
+    """Return a tensor plus a task vector, in the tensor's dtype; the tensor itself without one."""
+    if task_vector is None:
+        return tensor
+    tensor_N, out_N = tensor.reshape(-1), torch.empty(tensor.numel(), dtype=tensor.dtype)
+    for start in range(0, len(tensor_N), BLOCK):
+        stop = min(start + BLOCK, len(tensor_N))
+        base_B = tensor_N[start:stop].to(torch.float32, copy=True)
+        change_B = torch.empty_like(base_B)
+        task_vector.block(start, stop, base_B, change_B)
+        out_N[start:stop].copy_(base_B.add_(change_B))
+    return out_N.view(tensor.shape)

@@ -48,10 +48,10 @@ ELSEWHERE = {
     "{ | {merged}}": "test_what_is_refused_merges_with_the_command_of_the_message",
     "free disk space": "test_full_disk.py",
     "{INSTALL}": "the method needs another package",
-    "use `passthrough` of mergekit": "the merge needs another program",
     "{advice}": "tests of original InternVL checkpoints set `trust_remote_code: true`",
     "shorten the record, or use another tokenizer": "test_hostile_tokenizers.py: tokenizers beyond the limits",
     "simplify the patterns": "test_hostile_configs.py: patterns of exponential time",
+    "put the slices under `modules:": "test_image_merges.py: test_slices_of_a_model_with_images_are_those_of_a_module",
     "run the same command again": "test_a_model_that_changes_after_the_plan_was_made_is_named",
 }
 
@@ -222,7 +222,64 @@ NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') 
 LONG = {"question": "w1 " * 20, "response": "w2"}
 OWN = {"parameters": {"loss_tokens": "response"}, "calibration": {"generate_responses": 0}}
 
+# Slices of the tiny models, which have three layers.
+BASE, FIRST = ({"model": model, "layer_range": [0, 2]} for model in ("base", "expert0"))
+LAST = {"model": "expert0", "layer_range": [1, 3]}
+SLICES = [{"sources": [BASE, LAST]}]
+
 ROWS = (
+    # Slices
+    Row("remove the others", lambda f: weight_space(f, slices=SLICES), (lambda f, _: weight_space(f),)),
+    Row(
+        "remove the other$",
+        lambda f: stacked(f, modules={"default": {"slices": SLICES, "models": [ONE]}}),
+        (lambda f, _: stacked(f, modules={"default": {"slices": SLICES}}),),
+        template="the module has both",
+    ),
+    Row(
+        "list the models under `models`, or use a weight-space method",
+        lambda f: edit(f, slices=SLICES),
+        (lambda f, _: without(f, "slices"), lambda f, _: stacked(f, SLICES)),
+    ),
+    Row(
+        r"give it a `layer_range` of 2 layers, or give it a slice of its own",
+        lambda f: stacked(f, [{"sources": [BASE, LAST | {"layer_range": [0, 3]}]}]),
+        (
+            lambda f, _: stacked(f, SLICES),
+            lambda f, _: stacked(f, [{"sources": [BASE]}, {"sources": [LAST | {"layer_range": [0, 3]}]}]),
+        ),
+        template="give it a `layer_range` of {lengths[0]} layers, or give it a slice of its own",
+    ),
+    Row(
+        "give the numbers of the layers, or list the models under `models` to merge all layers",
+        lambda f: stacked(f, [{"sources": [BASE, ONE]}]),
+        (lambda f, _: stacked(f, SLICES), lambda f, _: weight_space(f)),
+    ),
+    Row(
+        "use fewer slices",
+        lambda f: stacked(f, [{"sources": [BASE | {"layer_range": [0, 20_000]}]}]),
+        (lambda f, _: stacked(f, SLICES),),
+    ),
+    Row(
+        "list it there with its `layer_range`",
+        lambda f: stacked(f, [{"sources": [FIRST], "base_model": "expert1"}]),
+        (lambda f, _: stacked(f, [{"sources": [FIRST, LAST | {"model": "expert1"}], "base_model": "expert1"}]),),
+    ),
+    Row(
+        "list the base there with its `layer_range`",
+        lambda f: (stacked(f, [{"sources": [FIRST, LAST | {"model": "expert1"}]}]), edit(f, merge_method="ties")),
+        (lambda f, _: edit(f, slices=[{"sources": [FIRST, BASE, LAST | {"model": "expert1"}]}]),),
+    ),
+    Row(
+        "correct the numbers",
+        lambda f: stacked(f, [{"sources": [FIRST | {"layer_range": [2, 4]}]}]),
+        (lambda f, _: stacked(f, SLICES),),
+    ),
+    Row(
+        "use these names, or `default` for all tensors that no other module has",
+        lambda f: stacked(f, modules={"vision_tower": {"models": [ONE]}}),
+        (lambda f, _: stacked(f, modules={"default": {"models": [ONE]}}),),
+    ),
     # Records
     Row(
         "save it as UTF-8",
@@ -485,6 +542,17 @@ ROWS = (
         (lambda f, _: edit(f, gradients="stream"), lambda f, _: edit(f, cluster={})),
     ),
 )
+
+
+def stacked(folder: Path, slices: Any = None, modules: Any = None) -> None:
+    """Write a config of a weight-space method with slices or modules."""
+    weight_space(folder, models=None, slices=slices, modules=modules)
+
+
+def without(folder: Path, key: str) -> None:
+    config = yaml.safe_load((folder / "merge.yaml").read_text())
+    del config[key]
+    put(folder, "merge.yaml", yaml.safe_dump(config))
 
 
 def expert0_answers(folder: Path) -> None:

@@ -28,6 +28,7 @@ from engine.models.devices import Room, device_map
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import load_base_config, open_base
 from engine.planning.plan import Plan
+from engine.shards.weight_space import check_settings
 
 ADVICE = Advice(
     __name__,
@@ -237,3 +238,37 @@ def test_a_model_that_is_too_large_fits_on_more_gpus_or_in_bfloat16(
     assert plan.config.cluster.trainer.num_gpus == plan.config.cluster.expert.num_gpus == 6
     places(6)
     places(2, f"dtype={found('use (.+?);', error)[1]}")
+
+
+# Slices
+
+
+@ADVICE.followed("a merge by slices or modules has no task vectors of whole models")
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"merge_method": "ties", "parameters": {"trim": "model"}}, {"parameters": {"trim": "tensor"}}),
+        (
+            {"merge_method": "svd_intermediate"},
+            {"slices": None, "models": [{"model": "expert0"}, {"model": "expert1"}]},
+        ),
+    ],
+)
+def test_what_needs_whole_models_is_refused_in_slices(
+    before: dict[str, Any], after: dict[str, Any], llama_merge: Path, tmp_path: Path
+) -> None:
+    sources = [{"model": model, "layer_range": [0, 2]} for model in ("expert0", "expert1")]
+    keys = {"base_model": "base", "slices": [{"sources": sources}], **before}
+    folder = llama_merge.parent
+    error = refusal(lambda: check_settings(plan_of(put_config(tmp_path, folder, keys))))
+    assert "trim: tensor" in error.do or "`models`" in error.do
+    changed = {key: value for key, value in {**keys, **after}.items() if value is not None}
+    check_settings(plan_of(put_config(tmp_path, folder, changed)))
+
+
+def put_config(folder: Path, models: Path, keys: dict[str, Any]) -> Path:
+    """Write a config with absolute paths of the models."""
+    text = re.sub(r"(base|expert\d)$", lambda name: str(models / name[0]), yaml.safe_dump(keys), flags=re.MULTILINE)
+    path = folder / "merge.yaml"
+    path.write_text(text)
+    return path

@@ -49,8 +49,8 @@ def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = No
 
 def _reading(plan: Plan) -> float:
     """Return the seconds of a call that reads or hashes every model, with all shards on one disk."""
-    headers = [model.header for model in (plan.base, *plan.experts)]
-    headers += [expert.adapter.header for expert in plan.experts if expert.adapter is not None]
+    models = [plan.base, *plan.experts]
+    headers = [model.header for model in models] + [one.adapter.header for one in models if one.adapter is not None]
     return sum(tensor.nbytes for header in headers for tensor in header.tensors.values()) / _disk_rate(plan)
 
 

@@ -36,8 +36,9 @@ def test_a_base_among_the_models_is_no_expert_but_has_settings() -> None:
     models = [{"model": "x"}, {"model": "b", "parameters": {"weight": 0.5}}, {"model": "y"}]
     config = parse(merge_method="linear", models=models)
     assert [model.model for model in config.models] == ["x", "y"]
-    assert config.recipe is not None and config.recipe.base is not None
-    assert (config.recipe.base.place, config.recipe.base.settings) == (1, {"weight": 0.5})
+    assert config.recipe is not None
+    (only,) = config.recipe.slices
+    assert (only.base, only.sources[1].expert, only.sources[1].settings) == (1, None, {"weight": 0.5})
 
 
 def test_without_a_base_the_first_model_lends_its_files() -> None:
@@ -47,14 +48,48 @@ def test_without_a_base_the_first_model_lends_its_files() -> None:
     assert config.base_model == "x" and len(config.models) == 2
 
 
-def test_a_whole_slice_is_its_models() -> None:
-    source = {"layer_range": [0, 4], "parameters": {"weight": 1}}
-    slices = [{"sources": [{"model": "x", **source}, {"model": "y", **source}], "parameters": {"density": 0.5}}]
-    raw = HEAD | {"slices": slices, "parameters": {"lambda": 2}}
-    config = parse_config(raw, Path("merge.yaml"))
+def test_slices_share_experts_and_have_settings_of_their_own() -> None:
+    slices = [
+        {
+            "sources": [
+                {"model": "x", "layer_range": [0, 4], "parameters": {"weight": 1}},
+                {"model": "b", "layer_range": [2, 6]},
+            ],
+            "parameters": {"density": 0.5},
+        },
+        {"sources": [{"model": "y", "layer_range": [3, 5]}, {"model": "x", "layer_range": [0, 2]}]},
+    ]
+    config = parse_config(HEAD | {"slices": slices, "parameters": {"lambda": 2}}, Path("merge.yaml"))
+    assert [model.model for model in config.models] == ["x", "y"]
+    assert config.recipe is not None and config.recipe.top == {"lambda": 2}
+    one, other = config.recipe.slices
+    assert [(s.expert, s.layers, s.settings) for s in one.sources] == [(0, (0, 4), {"weight": 1}), (None, (2, 6), {})]
+    assert (one.base, one.settings, other.base, other.has_base) == (1, {"density": 0.5}, None, True)
+    assert [(s.expert, s.layers) for s in other.sources] == [(1, (3, 5)), (0, (0, 2))]
+
+
+def test_the_same_model_twice_in_a_slice_is_two_experts() -> None:
+    sources = [{"model": "x", "layer_range": [0, 2]}, {"model": "x", "layer_range": [2, 4]}]
+    config = parse_config(HEAD | {"slices": [{"sources": sources}, {"sources": sources}]}, Path("merge.yaml"))
+    assert [(model.model, model.name) for model in config.models] == [("x", "x"), ("x", "x-2")]
+
+
+def test_a_base_that_is_a_model_like_others_takes_part_in_a_slice_if_it_is_listed() -> None:
+    source = {"model": "x", "layer_range": [0, 2]}
+    slices = [{"sources": [source]}, {"sources": [{"model": "b", "layer_range": [0, 2]}]}]
+    config = parse_config({"merge_method": "linear", "base_model": "b", "slices": slices}, Path("merge.yaml"))
+    assert config.recipe is not None and [part.has_base for part in config.recipe.slices] == [False, True]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_slice_has_a_base_of_its_own(method: str) -> None:
+    sources = [{"model": "x", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]
+    slices = [{"sources": sources, "base_model": "x"}, {"sources": sources}]
+    config = parse_config({"merge_method": method, "base_model": "b", "slices": slices}, Path("merge.yaml"))
+    assert [model.model for model in config.models] == ["x", "b"]
     assert config.recipe is not None
-    assert (config.recipe.layers, config.recipe.slice, config.recipe.top) == (4, {"density": 0.5}, {"lambda": 2})
-    assert config.recipe.models == ({"weight": 1}, {"weight": 1})
+    assert [[s.expert for s in part.sources] for part in config.recipe.slices] == [[0, 1], [0, None]]
+    assert [part.base for part in config.recipe.slices] == [0, 1]
 
 
 @pytest.mark.parametrize("method", ["dare_ta", "dare_linear"])

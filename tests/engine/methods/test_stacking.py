@@ -1,0 +1,257 @@
+"""Merges by slices and modules, compared with mergekit's of the same YAML: the plan of every tensor, and its values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+import yaml
+from conftest import plan_of
+from hypothesis import given
+from hypothesis import strategies as st
+from thorough import as_thorough
+from weight_space import combine, make_models, mergekits, ours, worst, write_config
+
+from engine.output.model_folder import output_files, write_companions
+from engine.planning.open_models import base_folder
+from engine.planning.plan import Plan
+from engine.shards.weight_space import experts_of, resolve, slice_of
+
+pytest.importorskip("mergekit")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # mergekit's pickle reader uses the deprecated module numpy.core.
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
+
+LAYERS = 4
+# Difference of float32 sums in different orders, for weights of about one.
+CLOSE = 1e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configs_read_once() -> Iterator[None]:
+    """Make mergekit read the config.json of a folder once. It gets a copy each time."""
+    import mergekit.common
+
+    read_config = cache(mergekit.common.AutoConfig.from_pretrained)
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        return deepcopy(read_config(path, **options))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(mergekit.common, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of four layers and two experts, float32."""
+    return make_models(tmp_path_factory.mktemp("stacked"), layers=LAYERS, experts=2)
+
+
+Planned = dict[str, tuple[dict[str, Any], dict[str, tuple[str, dict[str, Any]]]]]
+
+
+def planned_by_mergekit(config: Path) -> Planned:
+    """Return what mergekit plans: of each tensor the options, and of each model its tensor and options."""
+    from mergekit.architecture import get_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import _model_out_config
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    given, options = MergeConfiguration.model_validate(yaml.safe_load(config.read_text())), MergeOptions(quiet=True)
+    LoaderCache().setup(options)
+    architecture = get_architecture_info(given, options)
+    planner = MergePlanner(given, architecture, options, _model_out_config(given, architecture))
+    planner._plan()
+    found: Planned = {}
+    for weight, merge in planner._tensors:
+        inputs = merge.gather_tensors.weight_info
+        found[weight.name] = (
+            dict(merge.parameters.items()),
+            {
+                Path(str(model)).name: (inputs[model].name, dict(merge.input_parameters[model].items()))
+                for model in merge.model_order
+                if model in inputs.data
+            },
+        )
+    return found
+
+
+def planned(plan: Plan) -> Planned:
+    """Return what this engine plans, in the same form."""
+    found: Planned = {}
+    for name in plan.merged:
+        values, own, of_base = resolve(plan, name)
+        part, origin = slice_of(plan, name), plan.origin(name)
+        models: dict[str, tuple[str, dict[str, Any]]] = {}
+        options = iter(own)
+        for place, source in enumerate(part.sources):
+            if origin.sources is not None and place not in origin.sources:
+                continue
+            model = plan.base.model if source.expert is None else plan.experts[source.expert].model
+            given = (of_base or {}) if place == part.base else next(options)
+            models[Path(model).name] = (origin.name_in(source.layers), given)
+        if part.base is None and part.has_base:
+            models[Path(plan.base.model).name] = (name, of_base or {})
+        assert len(own) == len(experts_of(plan, name))
+        found[name] = (values, models)
+    return found
+
+
+def assert_planned_alike(config: Path) -> None:
+    plan, theirs = plan_of(config), planned_by_mergekit(config)
+    mine = planned(plan)
+    assert set(mine) == set(theirs)
+    for name, (values, models) in theirs.items():
+        own_values, own_models = mine[name]
+        # Native methods have further options.
+        assert {key: own_values[key] for key in values} == pytest.approx(values), name
+        assert set(own_models) == set(models), name
+        for model, (tensor, options) in models.items():
+            own_tensor, own_options = own_models[model]
+            assert own_tensor == tensor
+            assert {key: own_options[key] for key in options} == pytest.approx(options), (name, model)
+
+
+def source(model: str, first: int, last: int, **parameters: Any) -> dict[str, Any]:
+    return {"model": model, "layer_range": [first, last], **({"parameters": parameters} if parameters else {})}
+
+
+NUMBERS = st.sampled_from([0, 0.25, 0.5, 1])
+FILTERS = st.sampled_from(["mlp", "self_attn", "*", "layers.1.", "norm", "lm_head"])
+GRADIENTS = st.lists(NUMBERS, min_size=1, max_size=4)
+SETTINGS = (
+    NUMBERS
+    | GRADIENTS
+    | st.lists(
+        st.fixed_dictionaries({"value": NUMBERS | GRADIENTS}, optional={"filter": FILTERS}), min_size=1, max_size=3
+    )
+)
+# Of each method the options with a setting, those that are yes or no, and whether it has a base.
+METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
+    "linear": (("weight",), ("normalize",), False),
+    "passthrough": (("scale",), (), False),
+    "slerp": (("t",), (), True),
+    "ties": (("weight", "density", "lambda"), ("normalize", "int8_mask"), True),
+    "dare_linear": (("weight", "density", "lambda"), ("normalize", "rescale"), True),
+    "breadcrumbs": (("weight", "density", "gamma"), ("normalize",), True),
+    "model_stock": ((), ("filter_wise",), True),
+    "nuslerp": (("weight",), ("nuslerp_flatten",), True),
+}
+COUNTS = {"passthrough": 1, "slerp": 2, "model_stock": 3, "nuslerp": 3}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Configs of one to three slices that mergekit accepts, with settings at every level."""
+    method = draw(st.sampled_from(sorted(METHODS)))
+    numbers, switches, based = METHODS[method]
+    parameters = st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(numbers, SETTINGS) | dict.fromkeys(switches, st.booleans())
+    )
+    slices = []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(1, LAYERS))
+        listed = draw(st.permutations(["base", "expert0", "expert1"]))[: COUNTS.get(method, draw(st.integers(1, 3)))]
+        if based and "base" not in listed:
+            listed[draw(st.integers(0, len(listed) - 1))] = "base"
+        starts = [draw(st.integers(0, LAYERS - length)) for _ in listed]
+        sources = [
+            source(model, first, first + length, **draw(parameters))
+            for model, first in zip(listed, starts, strict=True)
+        ]
+        slices.append({"sources": sources, "parameters": draw(parameters)})
+    top = draw(parameters) | {name: draw(NUMBERS) for name in numbers}
+    config = {"merge_method": method, "parameters": top} | ({"base_model": "base"} if based else {})
+    if draw(st.booleans()):
+        return config | {"modules": {"default": {"slices": slices, "parameters": draw(parameters)}}}
+    return config | {"slices": slices}
+
+
+@pytest.mark.parametrize("examples", [40, as_thorough(1000)])
+def test_every_tensor_has_the_sources_and_options_that_mergekit_gives_it(models: Path, examples: int) -> None:
+    @hypothesis.settings(deadline=None, max_examples=examples, derandomize=True)
+    @given(configs())
+    def check(config: dict[str, Any]) -> None:
+        path = write_config(models, **config)
+        try:
+            assert_planned_alike(path)
+        finally:
+            path.unlink()
+
+    check()
+
+
+STACKS: dict[str, dict[str, Any]] = {
+    "overlapping, with a scale": {
+        "merge_method": "passthrough",
+        "slices": [
+            {"sources": [source("base", 0, 3)]},
+            {"sources": [source("expert0", 1, 4, scale=[{"filter": "o_proj", "value": 0.5}, {"value": 1}])]},
+        ],
+    },
+    "a part of the layers, of other ranges": {
+        "merge_method": "task_arithmetic",
+        "base_model": "base",
+        "slices": [{"sources": [source("expert0", 0, 2, weight=0.7), source("base", 1, 3), source("expert1", 2, 4)]}],
+        "parameters": {"weight": [0.2, 0.6]},
+    },
+    "the base of a slice": {
+        "merge_method": "slerp",
+        "base_model": "base",
+        "slices": [
+            {"sources": [source("base", 0, 2), source("expert0", 0, 2)], "parameters": {"t": 0.3}},
+            {
+                "sources": [source("base", 1, 4), source("expert1", 1, 4)],
+                "base_model": "expert1",
+                "parameters": {"t": [0, 1]},
+            },
+        ],
+    },
+    "more models in the last slice": {
+        "merge_method": "linear",
+        "slices": [
+            {"sources": [source("expert0", 0, 1, weight=1)]},
+            {"sources": [source("expert1", 0, 1, weight=2), source("base", 2, 3, weight=1)]},
+        ],
+    },
+    "only the base": {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": [{"model": "base", "parameters": {"weight": 0.5}}],
+        "parameters": {"weight": 1, "density": 0.5},
+    },
+}
+
+
+@pytest.mark.parametrize("case", STACKS)
+def test_the_values_are_mergekits(case: str, models: Path) -> None:
+    config = write_config(models, **STACKS[case], dtype="float32")
+    mine = ours(config, shards=2)
+    assert worst(mine, mergekits(config)) <= CLOSE
+
+
+def test_the_output_is_a_model_of_as_many_layers(models: Path) -> None:
+    config = write_config(models, **STACKS["overlapping, with a scale"], dtype="float32")
+    plan, theirs = plan_of(config), config.with_suffix(".mergekit")
+    folder = combine(plan, config.with_suffix(".whole"))
+    write_companions(folder, plan, base_folder(plan), output_files(plan))
+    from transformers import AutoModelForCausalLM
+
+    mergekits(config)
+    mine, other = (json.loads((one / "config.json").read_text()) for one in (folder, theirs))
+    assert mine["num_hidden_layers"] == other["num_hidden_layers"] == 6
+    found = [AutoModelForCausalLM.from_pretrained(one)(torch.arange(7)[None]).logits for one in (folder, theirs)]
+    assert torch.allclose(*found, atol=1e-5)
