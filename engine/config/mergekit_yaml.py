@@ -95,7 +95,7 @@ def read_recipe(
         own = _method_of_slice(part, method, where)
         methods.append(own)
         reduced, dropped = drop_others_options({"models": part.entries, **part.keys}, own)
-        unused += [*dropped, *(key for key in part.keys if key == "residual_weight")]
+        unused += dropped
         settings = reduced.get("parameters") or {}
         _check(settings, [own], (*part.at, "parameters"), where)
         for entry, place in zip(reduced["models"], part.places, strict=True):

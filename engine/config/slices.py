@@ -21,7 +21,7 @@ Layers = tuple[int, int] | None
 # The most layers of an output.
 LAYERS = 10_000
 
-SLICE_KEYS = ("sources", "parameters", "base_model", "merge_method", "residual_weight")
+SLICE_KEYS = ("sources", "parameters", "base_model", "merge_method")
 MODULE_KEYS = ("slices", "models", "parameters")
 
 
