@@ -33,6 +33,11 @@ _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_la
 _NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
 # Parts of the names of lists with an entry per layer.
 _PER_LAYER = ("layer", "block", "pattern", "heads", "multipliers")
+# Model types whose layers are all of one kind. Those of others may differ by position, which stacking changes.
+_UNIFORM = {
+    "falcon", "gemma", "gpt2", "gpt_neox", "granite", "internlm2", "llama", "mistral", "mixtral", "olmo2", "phi",
+    "phi3", "stablelm", "starcoder2",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,27 @@ def deeper(base: ModelHeader, stack: Stack, count: int) -> ModelHeader:
             tensors[name] = replace(base.tensors[like], name=name)
             roles |= {name: base.roles[like]} if like in base.roles else {}
     return replace(base, tensors=tensors, roles=roles)
+
+
+def with_kinds(model: ModelHeader) -> dict[str, Any]:
+    """Return a model's config.json with the kinds of its layers where it leaves them to their position.
+
+    These are the lists that transformers fills in, such as `layer_types`.
+    """
+    section = _section(model.config, TEXT)
+    lists = (key for key, value in section.items() if isinstance(value, list))
+    if section.get("model_type") in _UNIFORM or any("layer" in key for key in lists):
+        return model.config
+    from engine.models.loading import with_defaults
+
+    kinds = {
+        key: value
+        for key, value in with_defaults(section, model.folder).items()
+        if "layer" in key and key not in section and isinstance(value, list) and len(value) == model.num_layers
+    }
+    if section is model.config:
+        return model.config | kinds
+    return {key: value | kinds if value is section else value for key, value in model.config.items()}
 
 
 def stacked_config(

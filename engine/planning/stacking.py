@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,14 +16,25 @@ from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.methods.registry import check_inputs, get_method
-from engine.planning.layers import DEFAULT, TEXT, Stack, deeper, depth_of, modules_of, stack_of, stacked_config
+from engine.planning.layers import (
+    DEFAULT,
+    TEXT,
+    Stack,
+    deeper,
+    depth_of,
+    modules_of,
+    stack_of,
+    stacked_config,
+    with_kinds,
+)
 from engine.planning.plan import ExpertPlan, Layout, Origin
+from engine.untrusted import listed
 
 
 def is_stacked(recipe: WeightSpaceSettings, base: ModelHeader, experts: Sequence[ExpertPlan]) -> bool:
     """Return whether the output needs a layout: not if one slice merges all layers of every model into the base."""
     only = recipe.slices[0]
-    if len(recipe.slices) > 1 or only.module not in ("", DEFAULT) or (only.module and base.takes_images):
+    if len(recipe.slices) > 1 or only.module not in ("", DEFAULT):
         return True
     if only.merge_method or (only.base is not None and only.sources[only.base].expert is not None):
         return True
@@ -68,9 +79,9 @@ def lay_out(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) ->
         ConfigError: a slice has layers that its models lack, or `modules` does not fit the model.
     """
     assert config.recipe is not None
-    stacking = _Stacking(config.recipe, base, experts)
+    stacking = _Stacking(config, base, experts)
     keys = list(dict.fromkeys(part.module for part in config.recipe.slices))
-    if keys == [""] and base.takes_images:
+    if keys in ([""], [DEFAULT]) and base.takes_images:
         raise ConfigError(
             "the model has modules with layers of their own",
             "slices",
@@ -86,12 +97,16 @@ def lay_out(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) ->
 class _Stacking:
     """A layout while it is made, one module after the other."""
 
-    def __init__(self, recipe: WeightSpaceSettings, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
-        self._recipe, self._base, self._experts = recipe, base, experts
+    def __init__(self, config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
+        assert config.recipe is not None
+        self._recipe, self._base, self._experts = config.recipe, base, experts
+        self._keep = config.on_missing == "base"
         self._tensors: dict[str, TensorHeader] = {}
         self._roles: dict[str, Role] = {}
         self._origins: dict[str, Origin] = {}
         self._config = base.config
+        self._stacks: dict[tuple[int | None, str], Stack] = {}
+        self._configs: dict[int | None, dict[str, Any]] = {}
         # For each expert, the tensors of the output that it takes part in, with the base's names for its own tensors.
         self._names: list[dict[str, str]] = [{} for _ in experts]
         self._members: set[str] = set()
@@ -115,8 +130,7 @@ class _Stacking:
             lead = _lead(part)
             for offset in range(length):
                 depth = offset / (length - 1) if length > 1 else 1.0
-                header = self._header(lead.expert)
-                for rest in _rests(header, f"{stack.prefix}.{start + offset}."):
+                for rest in self._rests(lead.expert, stack, start + offset):
                     origin = Origin(index, depth, stack.prefix, offset, rest)
                     self._add(f"{stack.prefix}.{len(taken)}.{rest}", origin)
                 taken.append((self._config_of(lead.expert), start + offset))
@@ -126,13 +140,19 @@ class _Stacking:
         for name in stack.after if stack.prefix else ():
             self._add(name, Origin(last, 0.0, name, sources=sources))
         if stack.prefix and ([number for _, number in taken] != [*range(len(stack.layers))] or len(slices) > 1):
+            self._config = with_kinds(replace(self._base, config=self._config))
             self._config = stacked_config(self._config, key, len(stack.layers), taken)
 
     def layout(self) -> Layout:
-        """Return the layout. Tensors of no module are the base's."""
-        kept = {name: tensor for name, tensor in self._base.tensors.items() if name not in self._members}
+        """Return the layout. Tensors of modules that are not listed are left out, as by mergekit, or the base's."""
+        others = [name for name in self._base.tensors if name not in self._members]
+        kept = {name: self._base.tensors[name] for name in others if self._keep}
         roles = {name: role for name, role in self._base.roles.items() if name in kept} | self._roles
-        header = replace(self._base, config=self._config, tensors=self._tensors | kept, roles=roles)
+        notes = list(self._base.notes)
+        if others:
+            what = "are the base's" if self._keep else "are left out; `on_missing: base` takes them from the base"
+            notes.append(f"the tensors of modules that are not listed {what}: {listed(others)}")
+        header = replace(self._base, config=self._config, tensors=self._tensors | kept, roles=roles, notes=tuple(notes))
         return Layout(header, self._origins)
 
     def experts_in_output(self) -> tuple[ExpertPlan, ...]:
@@ -195,9 +215,19 @@ class _Stacking:
             for expert in self._experts
         ]
 
+    def _rests(self, expert: int | None, stack: Stack, layer: int) -> Sequence[str]:
+        """Return the parts after the number of the names of a layer's tensors, in an expert or in the base."""
+        key = (expert, stack.prefix)
+        if key not in self._stacks:
+            inside = [name for name in self._header(expert).tensors if name.startswith(f"{stack.prefix}.")]
+            self._stacks[key] = stack_of(inside, None)
+        return self._stacks[key].layers[layer]
+
     def _config_of(self, expert: int | None) -> dict[str, Any]:
-        header = self._base if expert is None else self._experts[expert].header
-        return header.config if isinstance(header, ModelHeader) else self._base.config
+        if expert not in self._configs:
+            header = self._base if expert is None else self._experts[expert].header
+            self._configs[expert] = with_kinds(header if isinstance(header, ModelHeader) else self._base)
+        return self._configs[expert]
 
     def _range(self, part: Slice, stack: Stack) -> tuple[int, int]:
         """Return the first layer of a slice in its base, and its number of layers."""
@@ -238,10 +268,6 @@ def _lead(part: Slice) -> Source:
 def _where(index: int, place: int | None, part: Slice) -> str:
     inside = f"modules.{part.module}.slices" if part.module else f"slices.{index}"
     return inside if place is None else f"{inside}.sources.{place}"
-
-
-def _rests(header: ModelHeader, prefix: str) -> Iterable[str]:
-    return [name.removeprefix(prefix) for name in header.tensors if name.startswith(prefix)]
 
 
 def _renamed(header: AdapterHeader, names: Mapping[str, str]) -> AdapterHeader:

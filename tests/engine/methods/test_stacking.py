@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -12,14 +14,20 @@ from typing import Any
 
 import hypothesis
 import pytest
+import tiny_images
 import torch
 import yaml
 from conftest import plan_of
+from errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_adapters import build
+from safetensors.torch import load_file
 from thorough import as_thorough
-from weight_space import combine, make_models, mergekits, ours, worst, write_config
+from transformers import AutoModelForCausalLM
+from weight_space import combine, make_models, mergekits, ours, read, worst, write_config
 
+from engine.errors import ConfigError
 from engine.output.model_folder import output_files, write_companions
 from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
@@ -248,10 +256,122 @@ def test_the_output_is_a_model_of_as_many_layers(models: Path) -> None:
     plan, theirs = plan_of(config), config.with_suffix(".mergekit")
     folder = combine(plan, config.with_suffix(".whole"))
     write_companions(folder, plan, base_folder(plan), output_files(plan))
-    from transformers import AutoModelForCausalLM
-
     mergekits(config)
     mine, other = (json.loads((one / "config.json").read_text()) for one in (folder, theirs))
     assert mine["num_hidden_layers"] == other["num_hidden_layers"] == 6
     found = [AutoModelForCausalLM.from_pretrained(one)(torch.arange(7)[None]).logits for one in (folder, theirs)]
     assert torch.allclose(*found, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Gemma 3 that takes images, and an expert."""
+    folder = tmp_path_factory.mktemp("images")
+    base = tiny_images.make_model("gemma3")
+    tiny_images.save(base, folder / "base", "gemma3")
+    tiny_images.save(tiny_images.make_expert(base, 1), folder / "expert0", "gemma3")
+    return folder
+
+
+MODULES: dict[str, Any] = {
+    "text_decoder": {
+        "models": [{"model": "base", "parameters": {"weight": [0, 1]}}, {"model": "expert0"}],
+        "parameters": {"weight": 0.3},
+    },
+    "vision_tower": {"models": [{"model": "expert0"}, {"model": "base", "parameters": {"weight": [1, 0]}}]},
+    "multi_modal_projector": {"models": [{"model": "expert0"}]},
+}
+
+
+@pytest.mark.parametrize("keys", [list(MODULES), ["text_decoder"]])
+def test_modules_have_models_and_settings_of_their_own(images: Path, keys: list[str]) -> None:
+    modules = {key: MODULES[key] for key in keys}
+    fixed: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"}
+    config = write_config(images, **fixed, modules=modules)
+    assert worst(ours(config), mergekits(config)) <= CLOSE
+
+
+def test_the_base_provides_modules_that_are_not_listed_if_it_is_asked_to(images: Path) -> None:
+    config = write_config(
+        images,
+        merge_method="linear",
+        base_model="base",
+        modules={"text_decoder": {"models": [{"model": "expert0"}]}},
+        parameters={"weight": 1.0},
+        on_missing="base",
+    )
+    plan, base = plan_of(config), load_file(images / "base" / "model.safetensors")
+    mine = read(combine(plan, config.with_suffix(".ours")))
+    assert set(mine) == set(base) and any("not listed" in note for _, note in plan.notes)
+    others = [name for name in base if not name.startswith("language_model.")]
+    assert others and all(torch.equal(mine[name], base[name]) for name in others)
+
+
+def test_slices_of_a_model_with_images_are_those_of_a_module(images: Path) -> None:
+    slices = [{"sources": [source("base", 0, 2)]}, {"sources": [source("expert0", 1, 3)]}]
+    with refused(ConfigError, do="modules: {text_decoder: {slices: […]}}"):
+        plan_of(write_config(images, merge_method="passthrough", slices=slices))
+    others: dict[str, Any] = {key: {"models": [{"model": "base"}]} for key in list(MODULES)[1:]}
+    config = write_config(
+        images, merge_method="passthrough", modules={"text_decoder": {"slices": slices}, **others}, dtype="float32"
+    )
+    plan = plan_of(config)
+    assert plan.base_header.num_layers == 4 and len(plan.base_header.text_config["layer_types"]) == 4
+    expert = load_file(images / "expert0" / "model.safetensors")
+    mine = read(combine(plan, config.with_suffix(".ours")))
+    last = "language_model.model.layers.3.mlp.up_proj.weight"
+    assert torch.equal(mine[last], expert[last.replace("3", "2")])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # in peft
+def test_an_adapter_on_the_base_is_part_of_the_base(models: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(models / "base")
+    build(tmp_path, base, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]).adapter.rename(models / "adapter")
+    keys: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "base+adapter", "dtype": "float32"}
+    listed = [{"model": model, "parameters": {"weight": 0.4}} for model in ("expert0", "expert1+adapter")]
+    config = write_config(models, **keys, models=listed)
+    mine = ours(config, shards=2)
+    assert worst(mine, mergekits(config, lora_merge_cache=str(tmp_path / "cache"))) <= CLOSE
+    stacked = write_config(
+        models,
+        merge_method="passthrough",
+        slices=[{"sources": [source("base+adapter", 0, 2)]}, {"sources": [source("expert1", 1, 4)]}],
+        dtype="float32",
+    )
+    assert worst(ours(stacked), mergekits(stacked, lora_merge_cache=str(tmp_path / "cache"))) <= CLOSE
+
+
+def test_models_of_other_depths_share_a_stack(models: Path, tmp_path: Path) -> None:
+    """The expert has layers that the base lacks."""
+    shutil.copytree(models / "expert0", tmp_path / "base")
+    make_models(tmp_path / "deep", layers=LAYERS + 2, experts=0)
+    shutil.move(tmp_path / "deep" / "base", tmp_path / "expert")
+    slices = [
+        {"sources": [source("base", 0, 3), source("expert", 3, 6)]},
+        {"sources": [source("expert", 4, 6, weight=0.5)]},
+    ]
+    config = write_config(tmp_path, merge_method="linear", slices=slices, parameters={"weight": 1.0}, dtype="float32")
+    assert worst(ours(config), mergekits(config)) <= CLOSE
+
+
+def test_a_slice_may_have_a_method_of_its_own(models: Path) -> None:
+    """This is no key of mergekit's."""
+    halves = [[source("base", 0, 2), source("expert0", 0, 2)], [source("base", 2, 4), source("expert1", 2, 4)]]
+    both = [
+        {"sources": halves[0], "parameters": {"t": 0.3}},
+        {"sources": halves[1], "merge_method": "task_arithmetic", "parameters": {"weight": 0.7}},
+    ]
+    fixed: dict[str, Any] = {"merge_method": "slerp", "base_model": "base", "dtype": "float32"}
+    mine = ours(write_config(models, **fixed, slices=both))
+    one = ours(write_config(models, **fixed, slices=[both[0], {"sources": halves[1], "parameters": {"t": 0.3}}]))
+    other = ours(
+        write_config(
+            models,
+            **fixed | {"merge_method": "task_arithmetic"},
+            slices=[{"sources": half, "parameters": {"weight": 0.7}} for half in halves],
+        )
+    )
+    for name, tensor in mine.items():
+        layer = re.search(r"layers\.(\d)", name)
+        after = layer is None and "embed" not in name
+        assert torch.equal(tensor, (other if after or (layer and int(layer[1]) > 1) else one)[name]), name
