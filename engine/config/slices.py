@@ -6,6 +6,7 @@ part of a model with several, such as the language model of one that takes image
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,15 +142,22 @@ def as_slices(config: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def described(recipe: WeightSpaceSettings, names: Sequence[str]) -> list[str]:
-    """Return a line for each slice: the layers of which models are in it. `names` are those of the experts."""
+    """Return a line for each slice: its layers in the output, and the layers of which models these are.
+
+    `names` are those of the experts.
+    """
     lines = []
+    counts: Counter[str] = Counter()
     for part in recipe.slices:
         sources = []
         for one in part.sources:
             name = "base" if one.expert is None else names[one.expert]
             sources.append(name if one.layers is None else f"{name}[{one.layers[0]}:{one.layers[1]}]")
+        first, given = counts[part.module], part.sources[0].layers
+        counts[part.module] += given[1] - given[0] if given else 0
+        places = f"layers {first} to {counts[part.module] - 1}" if given else "all layers"
         method = f" by {part.merge_method}" if part.merge_method else ""
-        lines.append(f"{part.module + ': ' if part.module else ''}{', '.join(sources)}{method}")
+        lines.append(f"{part.module + ', ' if part.module else ''}{places}: {', '.join(sources)}{method}")
     return lines
 
 

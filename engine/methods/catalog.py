@@ -24,12 +24,12 @@ the same list.
 The config selects a method by `merge_method`. A config can be run with another method: parameters that only other
 methods have are ignored, with a message.
 
-An option is looked up in the model's own `parameters`, then in the slice's, then in the top-level `parameters`; else
-its default is used. In the column "per", `expert` marks an option with one value per expert, `model` one that also has
-a value for a listed base. For weight-space methods, a setting is one of:
+An option is looked up in the model's own `parameters`, then in the slice's, the module's and the top-level
+`parameters`; else its default is used. In the column "per", `expert` marks an option with one value per expert, `model`
+one that also has a value for a listed base. For weight-space methods, a setting is one of:
 
 - a value
-- a list of values: a gradient over the layers; embedding, final norm and head have the first value
+- a list of values: a gradient over the layers of the slice; embedding, final norm and head have the first value
 - `{filter, value}`: the value for tensors whose name contains the filter
 - a list of `{filter, value}`: the first that matches applies
 

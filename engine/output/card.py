@@ -40,8 +40,7 @@ tensors are those of {code(public_name(plan.base.address))}.
 def _slices(plan: Plan) -> str:
     """Return the slices of the output as a list, or nothing."""
     lines = [f"- {markdown(line)}" for line in plan.stacked]
-    layers = f"The {plan.base_header.num_layers} layers of the output, from the first to the last:"
-    return "\n".join([layers, "", *lines, "", ""]) if lines else ""
+    return "\n".join(["The layers of the output, from the first to the last:", "", *lines, "", ""]) if lines else ""
 
 
 def _notes(plan: Plan) -> str:

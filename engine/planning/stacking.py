@@ -79,6 +79,13 @@ def lay_out(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) ->
         ConfigError: a slice has layers that its models lack, or `modules` does not fit the model.
     """
     assert config.recipe is not None
+    if get_method(config.merge_method).outputs != "one":
+        raise ConfigError(
+            f"{config.merge_method} writes a model for each expert, of the base's layers",
+            "merge_method",
+            "one slice with all layers of every model",
+            "list the models under `models`, or use another method",
+        )
     stacking = _Stacking(config, base, experts)
     keys = list(dict.fromkeys(part.module for part in config.recipe.slices))
     if keys in ([""], [DEFAULT]) and base.takes_images:

@@ -35,7 +35,9 @@ def identity(plan: Plan) -> Identity:
     Weights are not read. All other files are hashed: those of the models that decide the result, calibration, images.
     """
     options = plan.resolved.model_dump(exclude=UNDECIDING, mode="json")
-    library = () if plan.config.learned or NATIVE.get(plan.config.merge_method) else ("mergekit",)
+    recipe = plan.config.recipe
+    methods = {part.merge_method or plan.config.merge_method for part in recipe.slices} if recipe is not None else set()
+    library = ("mergekit",) if methods - set(NATIVE) else ()
     versions = {"expert-merging": __version__, **{package: version(package) for package in (*PACKAGES, *library)}}
     if plan.chat_template is not None:  # with `auto`, those of the models decide
         options |= {"chat_template.sha256": hashlib.sha256(plan.chat_template.encode()).hexdigest()}

@@ -160,12 +160,12 @@ def check_settings(plan: Plan) -> None:
     """
     for name in plan.merged:
         values, method = resolve(plan, name), method_at(plan, name)
-        if plan.layout is not None and (values[0].get("trim") == "model" or method.outputs != "one"):
+        if plan.layout is not None and values[0].get("trim") == "model":
             raise ConfigError(
-                "a merge by slices or modules has no task vectors of whole models",
-                "parameters.trim" if method.outputs == "one" else "merge_method",
-                "an option or a method of single tensors",
-                "set `trim: tensor`" if method.outputs == "one" else "list the models under `models`",
+                "a merge by slices or modules has no task vectors of whole models to trim",
+                "parameters.trim",
+                "`tensor`",
+                "set `trim: tensor`",
             )
         if method.check is not None:
             method.check(name, *values)

@@ -280,6 +280,14 @@ ROWS = (
         lambda f: stacked(f, modules={"vision_tower": {"models": [ONE]}}),
         (lambda f, _: stacked(f, modules={"default": {"models": [ONE]}}),),
     ),
+    Row(
+        "list the models under `models`, or use another method",
+        lambda f: (stacked(f, SLICES), edit(f, merge_method="svd_intermediate")),
+        (
+            lambda f, _: weight_space(f, merge_method="svd_intermediate"),
+            lambda f, _: edit(f, merge_method="task_arithmetic"),
+        ),
+    ),
     # Records
     Row(
         "save it as UTF-8",

@@ -18,7 +18,7 @@ from fake_gpus import FakeGpus
 from plain import Plain
 from recorded_merges import learned
 from thorough import as_thorough
-from weight_space import Tensors, entries, ours, read, write_arrays, write_checkpoint, write_config
+from weight_space import Tensors, entries, make_models, ours, read, write_arrays, write_checkpoint, write_config
 
 from actors.gpus import Gpus
 from cluster.placement import Devices
@@ -243,32 +243,15 @@ def test_a_model_that_is_too_large_fits_on_more_gpus_or_in_bfloat16(
 # Slices
 
 
-@ADVICE.followed("a merge by slices or modules has no task vectors of whole models")
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({"merge_method": "ties", "parameters": {"trim": "model"}}, {"parameters": {"trim": "tensor"}}),
-        (
-            {"merge_method": "svd_intermediate"},
-            {"slices": None, "models": [{"model": "expert0"}, {"model": "expert1"}]},
-        ),
-    ],
-)
-def test_what_needs_whole_models_is_refused_in_slices(
-    before: dict[str, Any], after: dict[str, Any], llama_merge: Path, tmp_path: Path
-) -> None:
+@ADVICE.followed("no task vectors of whole models to trim")
+def test_slices_are_trimmed_by_tensor(tmp_path: Path) -> None:
+    folder = make_models(tmp_path, experts=2)
     sources = [{"model": model, "layer_range": [0, 2]} for model in ("expert0", "expert1")]
-    keys = {"base_model": "base", "slices": [{"sources": sources}], **before}
-    folder = llama_merge.parent
-    error = refusal(lambda: check_settings(plan_of(put_config(tmp_path, folder, keys))))
-    assert "trim: tensor" in error.do or "`models`" in error.do
-    changed = {key: value for key, value in {**keys, **after}.items() if value is not None}
-    check_settings(plan_of(put_config(tmp_path, folder, changed)))
+    fixed: dict[str, Any] = {"merge_method": "ties", "base_model": "base", "slices": [{"sources": sources}]}
 
+    def check(**options: Any) -> None:
+        check_settings(plan_of(write_config(folder, **fixed, parameters={"density": 0.5, **options})))
 
-def put_config(folder: Path, models: Path, keys: dict[str, Any]) -> Path:
-    """Write a config with absolute paths of the models."""
-    text = re.sub(r"(base|expert\d)$", lambda name: str(models / name[0]), yaml.safe_dump(keys), flags=re.MULTILINE)
-    path = folder / "merge.yaml"
-    path.write_text(text)
-    return path
+    error = refusal(lambda: check(trim="model"))
+    key, value = found(r"set `(\w+): (\w+)`", error).groups()
+    check(**{key: value})
