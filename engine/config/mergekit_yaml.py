@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config, last_part
-from engine.config.slices import GivenSlice, as_slices, given_slices
+from engine.config.slices import GivenSlice, as_slices, given_slices, reference
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
@@ -89,7 +89,7 @@ def read_recipe(
     given, module_settings = given_slices(raw, where)
     if not given[0].entries:
         raise ConfigError("`models` lists no model", where(("models",)), "[{model: …}, …]")
-    experts = _Experts(raw.get("base_model"), given, method)
+    experts = _Experts(reference(raw.get("base_model")), given, method)
     slices, methods, unused = [], [method], []
     for part in given:
         own = _method_of_slice(part, method, where)

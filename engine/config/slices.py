@@ -104,6 +104,16 @@ def _bounded(slices: list[GivenSlice], where: Where) -> list[GivenSlice]:
     return slices
 
 
+def reference(model: Any) -> Any:
+    """Return a model as a text, which mergekit also writes as a mapping with `model`, `lora`, `path` and `revision`."""
+    if not isinstance(model, dict):
+        return model
+    if "path" in model:
+        return f"{model['path']}@{model['revision']}" if model.get("revision") else model["path"]
+    inner, lora = reference(model.get("model")), reference(model.get("lora"))
+    return f"{inner}+{lora}" if lora else inner
+
+
 def check_whole(raw: dict[str, Any], where: Where) -> None:
     """Check that the YAML of a learned method has neither `slices` nor `modules`.
 
@@ -186,7 +196,7 @@ def _sources(config: Config, part: Slice, entries: list[dict[str, Any]]) -> list
 
 def _models(listed: Any, at: Location, module: str) -> list[GivenSlice]:
     """Return the one slice of a list of `models`; without models if it is no list."""
-    entries = list(listed) if isinstance(listed, list) else []
+    entries = [_referring(entry) for entry in listed] if isinstance(listed, list) else []
     places: list[Location] = [(*at, index) for index in range(len(entries))]
     return [GivenSlice(entries, [None] * len(entries), places, {}, module, at[:-1], from_models=True)]
 
@@ -215,9 +225,13 @@ def _slice(given: Any, at: Location, module: str, where: Where) -> GivenSlice:
                 "as many layers of every model of a slice",
                 f"give it a `layer_range` of {lengths[0]} layers, or give it a slice of its own",
             )
-    entries = [{key: value for key, value in source.items() if key != "layer_range"} for source in sources]
-    keys = {key: value for key, value in given.items() if key != "sources"}
+    entries = [_referring({key: value for key, value in one.items() if key != "layer_range"}) for one in sources]
+    keys = {key: reference(value) if key == "base_model" else value for key, value in given.items() if key != "sources"}
     return GivenSlice(entries, list(layers), places, keys, module, at)
+
+
+def _referring(entry: Any) -> Any:
+    return {**entry, "model": reference(entry["model"])} if isinstance(entry, dict) and "model" in entry else entry
 
 
 def _layers(source: dict[str, Any], at: Location, where: Where) -> tuple[int, int]:

@@ -68,6 +68,13 @@ def test_slices_share_experts_and_have_settings_of_their_own() -> None:
     assert [(s.expert, s.layers) for s in other.sources] == [(1, (3, 5)), (0, (0, 2))]
 
 
+def test_a_model_may_be_a_mapping_as_mergekit_writes_it() -> None:
+    base = {"model": {"path": "o/b", "revision": "v1"}, "lora": {"path": "l"}}
+    listed = [{"model": {"model": {"path": "x", "revision": None}, "lora": None}}, {"model": base}]
+    config = parse(base_model=base, models=listed)
+    assert (config.base_model, [model.model for model in config.models]) == ("o/b@v1+l", ["x"])
+
+
 def test_the_same_model_twice_in_a_slice_is_two_experts() -> None:
     sources = [{"model": "x", "layer_range": [0, 2]}, {"model": "x", "layer_range": [2, 4]}]
     config = parse_config(HEAD | {"slices": [{"sources": sources}, {"sources": sources}]}, Path("merge.yaml"))
