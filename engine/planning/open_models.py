@@ -101,8 +101,6 @@ def _open_layout(plan: Plan, layout: Layout, base: Checkpoint) -> Checkpoint:
         if origin is None or origin.base is None:
             return base.read(origin.base_name if origin is not None else name)
         expert, shape = opened[origin.base], layout.header.tensors[name].shape
-        if isinstance(expert, AdapterExpert):
-            return applied(base.read(origin.base_name), expert.task_vector(name))
         assert isinstance(expert, FullExpert | CheckpointWithAdapter)
         own = expert.whole(name)
         numel = math.prod(shape)

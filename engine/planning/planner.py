@@ -62,11 +62,12 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     _check_names(base, structures.base)
     base = replace(base, roles=structures.base.roles)
     adapter = _plan_adapter(base_adapter, base, structures, config_folder)
+    base_plan = ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter)
     experts = tuple(_plan_expert(config, expert, base, tokens, structures, config_folder) for expert in config.models)
     check_recipe(config, experts)
     layout = None
     if config.recipe is not None and is_stacked(config.recipe, base, experts):
-        layout, experts = lay_out(config, base, experts)
+        layout, experts = lay_out(config, base_plan, experts)
     header = layout.header if layout is not None else base
     merged = tuple(name for name in _merged(config, header) if layout is None or name in layout.origins)
     if not merged:
@@ -79,7 +80,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     _check_budget(config, [header.tensors[name].numel for name in merged])
     plan = Plan(
         config=config,
-        base=ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter),
+        base=base_plan,
         experts=experts,
         merged=merged,
         dtype=config.dtype or _dtype(config, base),

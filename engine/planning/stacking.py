@@ -14,7 +14,7 @@ from engine.checkpoints.match import Match
 from engine.checkpoints.structure import Role
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.methods.registry import check_inputs, get_method
 from engine.planning.layers import (
     DEFAULT,
@@ -27,7 +27,7 @@ from engine.planning.layers import (
     stacked_config,
     with_kinds,
 )
-from engine.planning.plan import ExpertPlan, Layout, Origin
+from engine.planning.plan import ExpertPlan, Layout, ModelPlan, Origin
 from engine.untrusted import listed
 
 
@@ -72,13 +72,15 @@ def as_deep_as(base: ModelHeader, expert: ModelHeader) -> ModelHeader:
     return deeper(base, stack_of(_of_text(base), base.num_layers), count)
 
 
-def lay_out(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> tuple[Layout, tuple[ExpertPlan, ...]]:
+def lay_out(config: Config, base: ModelPlan, experts: Sequence[ExpertPlan]) -> tuple[Layout, tuple[ExpertPlan, ...]]:
     """Return the layout of the output, and the experts with matches of its tensors.
 
     Raises:
         ConfigError: a slice has layers that its models lack, or `modules` does not fit the model.
+        CheckpointError: layers of a slice have other tensors than its base.
     """
-    assert config.recipe is not None
+    header = base.header
+    assert config.recipe is not None and isinstance(header, ModelHeader)
     if get_method(config.merge_method).outputs != "one":
         raise ConfigError(
             f"{config.merge_method} writes a model for each expert, of the base's layers",
@@ -86,18 +88,18 @@ def lay_out(config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) ->
             "one slice with all layers of every model",
             "list the models under `models`, or use another method",
         )
-    stacking = _Stacking(config, base, experts)
+    stacking = _Stacking(config, header, [_with_checkpoint(expert, base) for expert in experts])
     keys = list(dict.fromkeys(part.module for part in config.recipe.slices))
-    if keys in ([""], [DEFAULT]) and base.takes_images:
+    if keys in ([""], [DEFAULT]) and header.takes_images:
         raise ConfigError(
             "the model has modules with layers of their own",
             "slices",
             "`modules`",
             f"put the slices under `modules: {{{TEXT}: {{slices: […]}}}}`",
         )
-    members = {"": list(base.tensors)} if keys == [""] else modules_of(base, keys)
+    members = {"": list(header.tensors)} if keys == [""] else modules_of(header, keys)
     for key, names in members.items():
-        stacking.add_module(key, stack_of(names, depth_of(base, key)))
+        stacking.add_module(key, stack_of(names, depth_of(header, key)))
     return stacking.layout(), stacking.experts_in_output()
 
 
@@ -167,9 +169,7 @@ class _Stacking:
         return tuple(self._in_output(expert, names) for expert, names in zip(self._experts, self._names, strict=True))
 
     def _in_output(self, expert: ExpertPlan, names: Mapping[str, str]) -> ExpertPlan:
-        match, header, adapter = expert.match, expert.header, expert.adapter
-        if isinstance(header, AdapterHeader):
-            return replace(expert, header=_renamed(header, names))
+        match, adapter = expert.match, expert.adapter
         absent = {name for name in self._origins if name not in names or names[name] in match.absent}
         renamed = {name: match.renamed.get(own, own) for name, own in names.items()}
         parts = {name: match.parts[own] for name, own in names.items() if own in match.parts}
@@ -188,15 +188,14 @@ class _Stacking:
         base = lead.expert if lead.expert is not None and self._has(lead.expert, own) else None
         if own not in header.tensors or (base is None and own not in self._base.tensors):
             return
-        tensor = replace(header.tensors[own], name=name, file="")
-        if base is not None:
-            tensor = replace(tensor, dtype=self._dtype(base, own) or tensor.dtype)
-        self._tensors[name] = tensor
+        dtype = header.tensors[own].dtype if base is None else self._own(base, own).dtype
+        self._tensors[name] = replace(header.tensors[own], name=name, file="", dtype=dtype)
         self._origins[name] = replace(origin, base=base, base_name=own)
         if own in header.roles:
             self._roles[name] = header.roles[own]
         for place, source in enumerate(part.sources):
-            if source.expert is not None and (origin.sources is None or place in origin.sources):
+            takes_part = origin.sources is None or place in origin.sources
+            if source.expert is not None and takes_part and self._fits(source, origin, self._tensors[name]):
                 self._names[source.expert][name] = origin.name_in(source.layers)
         if base is not None:
             self._names[base][name] = own
@@ -204,11 +203,30 @@ class _Stacking:
     def _has(self, expert: int, name: str) -> bool:
         return bool(self._experts[expert].match.names(name))
 
-    def _dtype(self, expert: int, name: str) -> str | None:
-        """Return the dtype of a tensor in an expert's files; None for an adapter."""
+    def _own(self, expert: int, name: str) -> TensorHeader:
+        """Return a tensor of an expert's files, or the first part of one."""
         model = self._experts[expert]
-        return (
-            None if isinstance(model.header, AdapterHeader) else model.header.tensors[model.match.names(name)[0]].dtype
+        assert isinstance(model.header, ModelHeader)
+        return model.header.tensors[model.match.names(name)[0]]
+
+    def _fits(self, source: Source, origin: Origin, tensor: TensorHeader) -> bool:
+        """Return whether a source has the tensor in its layer; not if it may be missing there.
+
+        Raises:
+            CheckpointError: it lacks the tensor, or has one of another shape.
+        """
+        assert source.expert is not None
+        own = origin.name_in(source.layers)
+        found = self._header(source.expert).tensors.get(own)
+        if found is not None and (found.shape == tensor.shape or origin.offset is None):
+            return True
+        if found is None and self._keep:
+            return False
+        raise CheckpointError(
+            f"the model has no tensor {own!r}" if found is None else f"{own!r} has shape {found.shape}",
+            f"expert {self._experts[source.expert].name!r} ({self._experts[source.expert].header.folder})",
+            f"a tensor of shape {tensor.shape}, as in the layer that it is merged with",
+            "merge layers of the same kind",
         )
 
     def _header(self, expert: int | None) -> ModelHeader:
@@ -218,8 +236,7 @@ class _Stacking:
     @cached_property
     def _headers(self) -> list[ModelHeader]:
         return [
-            as_deep_as(self._base, expert.header) if isinstance(expert.header, ModelHeader) else self._base
-            for expert in self._experts
+            as_deep_as(self._base, expert.header) for expert in self._experts if isinstance(expert.header, ModelHeader)
         ]
 
     def _rests(self, expert: int | None, stack: Stack, layer: int) -> Sequence[str]:
@@ -233,7 +250,8 @@ class _Stacking:
     def _config_of(self, expert: int | None) -> dict[str, Any]:
         if expert not in self._configs:
             header = self._base if expert is None else self._experts[expert].header
-            self._configs[expert] = with_kinds(header if isinstance(header, ModelHeader) else self._base)
+            assert isinstance(header, ModelHeader)
+            self._configs[expert] = with_kinds(header)
         return self._configs[expert]
 
     def _range(self, part: Slice, stack: Stack) -> tuple[int, int]:
@@ -245,9 +263,8 @@ class _Stacking:
         """Check that every model of a slice has the layers, and that a base which is not listed has a range."""
         for place, source in enumerate(part.sources):
             model = self._base if source.expert is None else self._experts[source.expert].header
-            count = len(stack.layers)
-            if isinstance(model, ModelHeader) and depth_of(self._base, part.module) == self._base.num_layers:
-                count = model.num_layers or count
+            assert isinstance(model, ModelHeader)
+            count = depth_of(model, part.module) or len(stack.layers)
             if source.layers is not None and source.layers[1] > count:
                 raise ConfigError(
                     f"the slice takes the layers {source.layers[0]} to {source.layers[1] - 1}, "
@@ -263,6 +280,14 @@ class _Stacking:
                 "the base among the sources",
                 "list the base there with its `layer_range`",
             )
+
+
+def _with_checkpoint(expert: ExpertPlan, base: ModelPlan) -> ExpertPlan:
+    """Return an expert that is an adapter as its checkpoint with the adapter, which has layers of its own."""
+    if not isinstance(expert.header, AdapterHeader):
+        return expert
+    adapter = ModelPlan(expert.model, expert.header)
+    return replace(expert, model=base.model, header=base.header, adapter=adapter)
 
 
 def _lead(part: Slice) -> Source:
