@@ -38,7 +38,6 @@ from engine.untrusted import shown
 # 0.4 GB, and encodes 2 MB in 4 s. A processor may need gigabytes for an image of 50 megapixels.
 SECONDS, SILENCE, MEMORY, FILE_BYTES = 60, 600, 4 << 30, 64 << 20
 LIMITS = f"at most {SECONDS} CPU seconds and {MEMORY >> 30} GiB of memory"
-TOO_LARGE = f"takes more than {MEMORY >> 30} GiB of memory"
 
 # What native code prints before it aborts its process because memory lacks: Rust, C++.
 NO_MEMORY = ("memory allocation of ", "bad_alloc")
@@ -59,16 +58,24 @@ class BoundedProcess:
     Args:
         make: Makes the object, in the child. Each of its methods that is called returns a value for JSON, and bytes.
         fault: Makes the error if the child exceeds its limits, or crashes.
+        seconds: Limit of the CPU time for one answer.
+        memory: Limit of the memory, in bytes.
 
     Raises:
         InputError: `make` raised it, or `fault` made it.
     """
 
-    def __init__(self, make: Callable[[], Any], fault: Fault) -> None:
+    def __init__(
+        self, make: Callable[[], Any], fault: Fault, seconds: int | None = None, memory: int | None = None
+    ) -> None:
+        self._seconds, self._memory = seconds or SECONDS, memory or MEMORY
+        self._too_large = f"takes more than {self._memory / 2**30:g} GiB of memory"
         self._output = open(os.memfd_create("output"), "r+b", buffering=0)  # noqa: SIM115 - closed in `close`
         self._connection, theirs = multiprocessing.Pipe()
         fork = multiprocessing.get_context("fork")
-        self._process = fork.Process(target=_serve, args=(make, theirs, self._connection, self._output), daemon=True)
+        limits = self._seconds, self._memory
+        arguments = (make, theirs, self._connection, self._output, limits)
+        self._process = fork.Process(target=_serve, args=arguments, daemon=True)
         with warnings.catch_warnings():
             # From Python 3.12 on, about the threads of this process. See the module's docstring.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -116,7 +123,7 @@ class BoundedProcess:
         except OSError as error:
             raise fault(f"answers with more than {ANSWER:,} bytes") from error
         if answer.get("memory"):
-            raise fault(TOO_LARGE)
+            raise fault(self._too_large)
         if "error" in answer:
             kind: type[InputError] = getattr(errors, answer["error"][0])
             raise kind(*answer["error"][1:])
@@ -131,20 +138,20 @@ class BoundedProcess:
         if code >= 0:
             return RuntimeError(f"a child process ended with code {code}\n{output}")
         if -code == signal.SIGPROF:
-            return fault(f"takes more than {SECONDS} CPU seconds")
+            return fault(f"takes more than {self._seconds} CPU seconds")
         if any(sign in output for sign in NO_MEMORY):
-            return fault(TOO_LARGE)
+            return fault(self._too_large)
         last = f": {shown(output.splitlines()[-1])}" if output else ""
         return fault(f"ends its process with {signal.Signals(-code).name}{last}")
 
 
-def bounded(work: Callable[[], Any], fault: Fault) -> Any:
-    """Return a function's value, a value for JSON, computed in a child process with limits.
+def bounded(work: Callable[[], Any], fault: Fault, seconds: int | None = None, memory: int | None = None) -> Any:
+    """Return a function's value, a value for JSON, computed in a child process with limits; see `BoundedProcess`.
 
     Raises:
         InputError: The function raised it, or `fault` made it because the child exceeded its limits or crashed.
     """
-    with BoundedProcess(lambda: _Function(work), fault) as process:
+    with BoundedProcess(lambda: _Function(work), fault, seconds, memory) as process:
         return process.call("value", fault=fault)[0]
 
 
@@ -156,28 +163,31 @@ class _Function:
         return self._work(), b""
 
 
-def _serve(make: Callable[[], Any], connection: Connection, theirs: Connection, output: Any) -> None:
+def _serve(
+    make: Callable[[], Any], connection: Connection, theirs: Connection, output: Any, limits: tuple[int, int]
+) -> None:
     """Make the object, and answer calls of its methods until the parent closes the connection or ends."""
     theirs.close()
-    _isolate(output.fileno())
+    seconds, memory = limits
+    _isolate(output.fileno(), memory)
     made: list[Any] = []
 
     def start() -> tuple[Any, bytes]:
         made.append(make())
         return None, b""
 
-    _reply(connection, start)
+    _reply(connection, seconds, start)
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:
             return
-        _reply(connection, partial(getattr(made[0], method), *arguments))
+        _reply(connection, seconds, partial(getattr(made[0], method), *arguments))
 
 
-def _reply(connection: Connection, work: Callable[[], tuple[Any, bytes]]) -> None:
+def _reply(connection: Connection, seconds: int, work: Callable[[], tuple[Any, bytes]]) -> None:
     """Do the work for an answer within the limit of CPU time, whose signal ends this process, and send the answer."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     content = b""
     try:
         value, content = work()
@@ -190,7 +200,7 @@ def _reply(connection: Connection, work: Callable[[], tuple[Any, bytes]]) -> Non
     connection.send_bytes(content)
 
 
-def _isolate(output: int) -> None:
+def _isolate(output: int, memory: int) -> None:
     """Set the limits of this process, and reset what it has of its parent: handlers of signals, output."""
     # Else a busy child would hold the locks of a killed parent.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -207,7 +217,7 @@ def _isolate(output: int) -> None:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {resource.RLIMIT_AS: now + MEMORY, resource.RLIMIT_FSIZE: FILE_BYTES, resource.RLIMIT_CORE: 0}
+    limits = {resource.RLIMIT_AS: now + memory, resource.RLIMIT_FSIZE: FILE_BYTES, resource.RLIMIT_CORE: 0}
     for what, most in limits.items():
         _, hard = resource.getrlimit(what)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

@@ -24,6 +24,7 @@ FOLLOWED = {
         "engine/config",
         "engine/models/loading",
         "engine/models/names",
+        "engine/models/vocabularies",
         "engine/planning",
         "engine/run/preparation",
     ),

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.checkpoints.headers import ModelHeader, TensorHeader
-from engine.checkpoints.vocabulary import rows_in
+from engine.checkpoints.headers import TensorHeader
 
 
 class Checkpoint:
@@ -32,30 +30,6 @@ class Checkpoint:
                 self._files[file] = safe_open(self.folder / file, framework="pt", device="cpu")
             tensor: Tensor = self._files[file].get_tensor(name)
         return tensor
-
-
-class BaseWithRows(Checkpoint):
-    """The base with the vocabulary of another model, the donor.
-
-    In embedding and head, rows that the base lacks are taken from the donor, and rows beyond the donor's are cut.
-    """
-
-    def __init__(self, base: Checkpoint, donor: Checkpoint, donor_header: ModelHeader) -> None:
-        super().__init__(base.folder, base.tensors)
-        self._donor, self._donor_header = donor, donor_header
-        self._filled: dict[str, Tensor] = {}
-        self._filling = threading.Lock()
-
-    def read(self, name: str) -> Tensor:
-        """See `Checkpoint`; a tensor with other rows is a copy, which is made once and kept."""
-        tensor, shape = super().read(name), self.tensors[name].shape
-        if tensor.shape == shape:
-            return tensor
-        with self._filling:
-            if name not in self._filled:
-                more = self._donor.read(rows_in(self._donor_header, name))[len(tensor) :].to(tensor.dtype)
-                self._filled[name] = torch.cat([tensor, more])[: shape[0]]
-            return self._filled[name]
 
 
 class ComputedTensors(Checkpoint):

@@ -1,22 +1,29 @@
-"""Vocabularies of different size: rows of embedding and head, and the tokens that they belong to.
+"""Vocabularies: rows of embedding and head, and the tokens that they belong to.
 
-The output has the tokens of one model: the base, or the one that `tokenizer_source` names. Tokens that models share
-must have the same ids; longer vocabularies are then cut, and shorter ones filled up. Only headers and tokenizer files
-are read.
+A weight-space merge with `tokenizer_source` has a `Vocabulary`, by which the rows of every model are put in the order
+of the output's tokens. Without it, and in learned merges, tokens that models share must have the same ids; longer
+vocabularies are then cut to the base's, and shorter ones filled up. Only headers and tokenizer files are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import TEXT_SECTIONS, ModelHeader
 from engine.checkpoints.structure import Role
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.untrusted import TOKENIZER_BYTES, check_regular, library_errors_as, shown
+
+# The most ids of a tokenizer that belong to no token.
+GAPS = 100_000
 
 
 def has_tokens_for_rows(model: ModelHeader, tensor: str) -> bool:
@@ -56,7 +63,20 @@ def tokens_of(folder: Path) -> dict[str, int] | None:
 
     do = "replace the file, such as by that of the model that it was made from"
     tokens: dict[str, int] = bounded(read, lambda fails: CheckpointError(f"reading it {fails}", str(file), LIMITS, do))
+    check_ids(tokens, file)
     return tokens
+
+
+def check_ids(tokens: Mapping[str, int], where: Path) -> None:
+    """Check that hardly any id of a tokenizer belongs to no token.
+
+    Raises:
+        CheckpointError: more than `GAPS` do; a merge would have rows for them.
+    """
+    last = max(tokens.values(), default=-1)
+    if last >= len(tokens) + GAPS:
+        what = f"the tokenizer has {len(tokens):,} tokens, with ids up to {last:,}"
+        raise CheckpointError(what, str(where), f"at most {GAPS:,} ids without a token")
 
 
 def check_tokens(model: ModelHeader, wanted: ModelHeader, wanted_folder: Path, where: str) -> None:
@@ -93,36 +113,137 @@ def check_tokens(model: ModelHeader, wanted: ModelHeader, wanted_folder: Path, w
             )
 
 
-def with_rows_of(base: ModelHeader, donor: ModelHeader, donor_folder: Path) -> ModelHeader:
-    """Return the base's header with the donor's number of rows in embedding and head.
+# Numbers of rows that stand for something else: no row, as the model lacks the token; and a row of no token.
+LACKING, PADDING = -1, -2
+# Models that stand for something else: zeros, the mean of the models that have the token, and a mean of all rows.
+ZERO, MEAN, FILLED = -1, -2, -3
 
-    Raises:
-        CheckpointError: `check_tokens` finds a difference, or the donor's embedding or head does not fit.
+
+@dataclass(frozen=True)
+class RowRule:
+    """The row of token `token` in models that lack it; with `force`, in all. It is row `row` of model `model`, or ZERO.
+
+    Models are counted from the base, which is 0.
     """
-    check_tokens(base, donor, donor_folder, f"the base ({base.folder})")
-    tensors = dict(base.tensors)
-    for name, tensor in base.tensors.items():
-        if has_tokens_for_rows(base, name):
-            other = donor.tensors[rows_in(donor, name)].shape
-            if other[1:] != tensor.shape[1:]:
-                what, expected = f"the tensor {name!r} has shape {other}", f"rows as in the base's {tensor.shape}"
-                raise CheckpointError(what, str(donor_folder), expected)
-            tensors[name] = replace(tensor, shape=other)
-    return replace(base, config=_with_size(base.config, donor.vocab_size), tensors=tensors)
+
+    token: int
+    model: int
+    row: int
+    force: bool
 
 
-def rows_in(donor: ModelHeader, tensor: str) -> str:
-    """Return the donor's name for an embedding or head; its embedding if it has no separate head.
+@dataclass(frozen=True)
+class Vocabulary:
+    """The rows of embedding and head of a merged model, R, in the order of its tokens.
 
-    Raises:
-        CheckpointError: the donor has neither.
+    The rows are as in mergekit 0.1.5. A model that lacks a token gets, for all of its tensors with a row per token: the
+    row of the only model that has it; or the base's; or the mean of the models that have it; or zeros if none has it.
+    Rules take precedence. Rows that belong to no token are the mean of the model's other rows.
+
+    Attributes:
+        own: For the base and each expert, the row of each token in that model's own tensors, LACKING or PADDING: the
+            bytes of R int32, little endian.
+        rules: Rules for single tokens.
+        with_base: Whether the base counts as one of the models that have a token.
+        tokenizer: SHA-256 of the files of a tokenizer that was made for the merge; "" if it is that of a model.
+        notes: What a user should know about it.
     """
-    names = [tensor, *(name for name in donor.tensors if donor.roles.get(name) is Role.EMBEDDING)]
-    donor_name = next((name for name in names if name in donor.tensors), None)
-    if donor_name is None:
-        what = f"the model has neither {tensor!r} nor an embedding"
-        raise CheckpointError(what, str(donor.folder), "a row for each token of `tokenizer_source`")
-    return donor_name
+
+    own: tuple[bytes, ...]
+    rules: tuple[RowRule, ...] = ()
+    with_base: bool = True
+    tokenizer: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Number of rows R."""
+        return len(self.own[0]) // 4
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of all that decides the rows and the tokenizer."""
+        rules = repr((self.rules, self.with_base, self.tokenizer))
+        return hashlib.sha256(b"".join((*self.own, rules.encode()))).hexdigest()
+
+    def of(self, models: Sequence[int], with_base: bool) -> Vocabulary:
+        """Return the vocabulary of a tensor into which only some models are merged, counted as in `own`.
+
+        The first of them is the tensor's base; `with_base`: it counts as one of the models that have a token.
+
+        Raises:
+            ConfigError: A rule takes a row of another model.
+        """
+        places = {ZERO: ZERO} | {model: place for place, model in reversed([*enumerate(models)])}
+        other = next((rule for rule in self.rules if rule.model not in places), None)
+        if other is not None:
+            raise ConfigError(
+                f"the row of token {other.token} is to be that of a model which is not merged into this tensor",
+                "tokenizer.tokens",
+                "a source of the first slice and of the last one",
+            )
+        rules = tuple(replace(rule, model=places[rule.model]) for rule in self.rules)
+        return replace(self, own=tuple(self.own[model] for model in models), rules=rules, with_base=with_base)
+
+    def gather(self, in_base_rows: Collection[int]) -> Gather:
+        """Return the source of each row of a tensor, in which models of `in_base_rows` have no rows but the base's."""
+        own_MR = np.stack(
+            [np.frombuffer(self.own[0 if model in in_base_rows else model], "<i4") for model in range(len(self.own))]
+        )
+        counted = slice(0 if self.with_base else 1, None)
+        has_MR = own_MR[counted] >= 0
+        count_R, first_R = has_MR.sum(axis=0), has_MR.argmax(axis=0) + counted.start
+        model_R = np.select([own_MR[0] == PADDING, count_R == 0, count_R == 1], [FILLED, ZERO, first_R], MEAN)
+        if self.with_base:
+            model_R[(count_R > 1) & (own_MR[0] >= 0)] = 0
+        row_R = np.take_along_axis(own_MR, np.maximum(model_R, 0)[None], axis=0)[0]
+        for rule in self.rules:
+            model_R[rule.token], row_R[rule.token] = rule.model, rule.row
+            if rule.force:
+                own_MR[:, rule.token] = LACKING
+        return Gather(own_MR, model_R, row_R, range(len(self.own))[counted])
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The source of each row of a tensor of M models.
+
+    Attributes:
+        own_MR: The row of the model's own tensor; negative if the row is another one, the same for all models:
+        model_R: that of this model, or ZERO, MEAN or FILLED,
+        row_R: and of this row.
+        counted: The models that have a part in MEAN.
+    """
+
+    own_MR: npt.NDArray[np.int32]
+    model_R: npt.NDArray[np.int64]
+    row_R: npt.NDArray[np.int32]
+    counted: range
+
+
+def is_gathered(model: ModelHeader, tensor: str) -> bool:
+    """Return whether a `Vocabulary` decides the rows of a tensor: of embedding, head, and the head's bias.
+
+    In a model whose embedding is not known, the number of rows tells.
+    """
+    if model.roles.get(tensor) in (Role.EMBEDDING, Role.HEAD):
+        return True
+    weight = f"{tensor.removesuffix('bias')}weight"
+    if tensor.endswith(".bias") and model.roles.get(weight) is Role.HEAD:
+        return True
+    return Role.EMBEDDING not in model.roles.values() and has_tokens_for_rows(model, tensor)
+
+
+def with_vocabulary(base: ModelHeader, vocabulary: Vocabulary | None) -> ModelHeader:
+    """Return the base's header with the rows of a vocabulary, and its number of tokens in config.json."""
+    if vocabulary is None:
+        return base
+    rows = vocabulary.rows
+    tensors = {
+        name: replace(tensor, shape=(rows, *tensor.shape[1:])) if is_gathered(base, name) else tensor
+        for name, tensor in base.tensors.items()
+    }
+    return replace(base, config=_with_size(base.config, rows), tensors=tensors)
 
 
 def _with_size(config: dict[str, Any], size: int | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config, last_part
 from engine.config.slices import GivenSlice, as_slices, given_slices, reference
+from engine.config.vocabulary import TokenSettings, read_tokens, tokenizer_yaml, with_tokenizer_source
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
@@ -85,12 +86,13 @@ def read_recipe(
     Raises:
         ConfigError: A key is not supported, or the method has no such option or refuses its value.
     """
-    raw = _with_tokenizer(dict(raw), where)
+    raw, tokenizer = with_tokenizer_source(raw, where)
     given, module_settings = given_slices(raw, where)
     if not given[0].entries:
         raise ConfigError("`models` lists no model", where(("models",)), "[{model: …}, …]")
     experts = _Experts(reference(raw.get("base_model")), given, method)
-    slices, methods, unused = [], [method], []
+    slices, methods = [], [method]
+    unused: list[str] = []
     for part in given:
         own = _method_of_slice(part, method, where)
         methods.append(own)
@@ -112,15 +114,16 @@ def read_recipe(
     cluster = raw.get("cluster")
     of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
     unused += [*dropped, *(key for key in LEARNING_KEYS if key in raw), *of_actors]
+    tokens, unknown = read_tokens(tokenizer, raw.get("base_model"), experts.models, where)
     recipe = WeightSpaceSettings(
-        slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless
+        slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless, tokens=tokens
     )
     rest = {key: value for key, value in raw.items() if key not in ("slices", "modules")}
     base = {} if experts.base is None else {"base_model": experts.base}
     return (
         {"exclude": [], **rest, **base, "models": experts.models},
         recipe,
-        tuple(dict.fromkeys(unused)),
+        tuple(dict.fromkeys([*unused, *unknown])),
         experts.places,
     )
 
@@ -238,6 +241,9 @@ def as_yaml(config: Config) -> dict[str, Any]:
     entries = [{key: value for key, value in entry.items() if key != "calibration"} for entry in keys.pop("models")]
     if recipe.baseless:
         del keys["base_model"]
+    if recipe.tokens != TokenSettings():
+        models = [config.base_model, *(expert.model for expert in config.models)]
+        keys["tokenizer"] = tokenizer_yaml(keys.pop("tokenizer_source"), recipe.tokens, models)
     return keys | as_slices(config, entries) | {"parameters": recipe.top}
 
 
@@ -264,16 +270,3 @@ def _check(settings: Any, methods: Sequence[Method], at: Location, where: Where)
             except ValueError as error:
                 name = ".".join(map(str, (*at, key)))
                 raise ConfigError(f"{name}: {error}", where((*at, key)), each.about) from error
-
-
-def _with_tokenizer(raw: dict[str, Any], where: Where) -> dict[str, Any]:
-    """Replace `tokenizer: {source: …}` by `tokenizer_source`."""
-    given = raw.get("tokenizer")
-    if isinstance(given, dict) and set(given) == {"source"} and "tokenizer_source" not in raw:
-        del raw["tokenizer"]
-        raw["tokenizer_source"] = given["source"]
-    if raw.get("tokenizer_source") == "union":
-        raise ConfigError(
-            "a union of vocabularies is not supported", where(("tokenizer_source",)), "`base`, or one of the models"
-        )
-    return raw

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from engine.config.vocabulary import TokenSettings
 from engine.fields import Section
 
 
@@ -42,6 +43,11 @@ class Slice(Section):
     merge_method: str | None = None
     module: str = ""
 
+    @property
+    def counts_base(self) -> bool:
+        """Whether the base is one of the models: it is listed, or mergekit adds it, as to `models`."""
+        return self.has_base and (self.base is not None or all(source.layers is None for source in self.sources))
+
 
 class WeightSpaceSettings(Section):
     """Settings of a weight-space method: of a model, then of its slice, of the module, and of the top level.
@@ -51,12 +57,14 @@ class WeightSpaceSettings(Section):
         modules: Settings of the modules, by the keys of `modules`.
         top: Settings of the top level.
         baseless: The config names no base; the first model provides the files of the output.
+        tokens: Rules for the rows of tokens, with `tokenizer_source`.
     """
 
     slices: Annotated[tuple[Slice, ...], Field(min_length=1)]
     modules: dict[str, dict[str, Any]] = Field(default_factory=dict)
     top: dict[str, Any] = Field(default_factory=dict)
     baseless: bool = False
+    tokens: TokenSettings = TokenSettings()
 
     @property
     def plain(self) -> bool:

@@ -248,7 +248,7 @@ class Config(Section):
     rounding: Literal["nearest", "stochastic"] = "nearest"
     # Maximum bytes of an output file, unless a single tensor is larger.
     max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
-    # The model that provides the output's tokenizer. None: the base, unchecked.
+    # The model that provides the output's tokenizer, `base` or `union`. None: the base, unchecked.
     tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
     # `auto`, a name or Jinja (`engine.planning.chat_templates`). None: that of the output's tokenizer.
     chat_template: Annotated[str, Field(min_length=1)] | None = None

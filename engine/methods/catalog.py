@@ -40,7 +40,8 @@ else the base's. They have the semantics of mergekit 0.1.5 where it has the meth
 - mergekit computes and writes in `dtype`, or in the dtype to which all inputs promote.
 - Among elements equal to the threshold of a trimmed task vector, mergekit keeps any, this engine the first ones.
 - Random masks differ.
-- `tokenizer_source: base` keeps rows that only pad the vocabulary.
+- With `tokenizer_source: MODEL`, config.json and generation_config.json name the special tokens of that model's
+  tokenizer; mergekit keeps the base's.
 """
 
 

@@ -46,7 +46,7 @@ METRICS = pa.schema(
 
 def input_files(plan: Plan) -> dict[str, list[str]]:
     """Return the files that the result depends on, as paths or URIs by model: weights, calibration files, images."""
-    files = {model.model: _weights(model) for model in (plan.base, plan.rows) if model is not None}
+    files = {plan.base.model: _weights(plan.base)}
     images = plan.images or [()] * len(plan.experts)
     return files | {
         expert.name: [*_weights(expert), *(file.path for file in expert.located(given)), *seen]

@@ -18,6 +18,7 @@ from engine.checkpoints.headers import BYTES, read_json
 from engine.checkpoints.special_tokens import generation_with_ids_of, with_ids_of
 from engine.checkpoints.writer import OutputFile, OutputTensor
 from engine.planning.plan import Plan
+from engine.planning.vocabulary import new_tokenizer
 
 # Config keys of how the machine that saved a model computed it. A name of a hub repository would make transformers
 # fetch code.
@@ -74,10 +75,10 @@ def write_companions(
         )
     code = sorted(path.name for path in base_folder.glob("*.py")) if plan.config.trust_remote_code else []
     tokenizer = tokenizer_folder or base_folder
-    of_tokenizer = tokenizer_files(tokenizer)
-    if plan.chat_template is not None:
-        of_tokenizer = [name for name in of_tokenizer if not is_chat_template(name)]
-    for names, source in (((*COMPANIONS, *code), base_folder), (of_tokenizer, tokenizer)):
+    made = new_tokenizer(plan)
+    keep = lambda name: plan.chat_template is None or not is_chat_template(name)  # noqa: E731
+    copied = [] if made else list(filter(keep, tokenizer_files(tokenizer)))
+    for names, source in (((*COMPANIONS, *code), base_folder), (copied, tokenizer)):
         for path in (source / name for name in names if os.path.lexists(source / name)):
             # Checked with the folder by `plan`, and again here, since the folder may have changed.
             check_inside(path.parent, source)
@@ -85,9 +86,12 @@ def write_companions(
             target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    for name in filter(keep, made):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(made[name])
     if tokenizer_folder is not None:
         _write_ids(folder, tokenizer_folder)
-    if plan.chat_template is not None and of_tokenizer:
+    if plan.chat_template is not None and (made or copied):
         _write_chat_template(folder, plan.chat_template)
 
 

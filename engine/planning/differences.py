@@ -22,6 +22,7 @@ from engine.checkpoints.match import Match, Part
 from engine.checkpoints.ranges import Ranges
 from engine.checkpoints.special_tokens import has_chat_template, unused_in_generation
 from engine.checkpoints.structure import Role
+from engine.checkpoints.vocabulary import is_gathered
 from engine.config.schema import Config
 from engine.planning.plan import ExpertPlan, Plan
 from engine.untrusted import listed, shown
@@ -223,6 +224,8 @@ def _squared_change(plan: Plan, expert: ExpertPlan, names: Sequence[str]) -> flo
     total = 0.0
     with Ranges(_folder(plan.base.model), plan.base_header.tensors) as base, _opened(expert) as own:
         known = [name for name in names if expert.match.names(name)]
+        if plan.vocabulary is not None:  # their rows do not correspond
+            known = [name for name in known if not is_gathered(plan.base_header, name)]
         tokens = [name for name in known if plan.base_header.roles.get(name) in TOKENS]
         others = [name for name in known if name not in tokens]
         # Evenly spaced, so that every depth of the model counts.

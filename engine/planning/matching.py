@@ -7,7 +7,8 @@ differences are accepted:
 - a head that is tied to the embedding in one of the two checkpoints
 - buffers
 - a text model as an expert of a model that takes images, which has its language model
-- rows of tokens that only one of the two has, with `tokenizer_source`, or in a text model
+- rows of tokens, with `tokenizer_source`: in any order for a weight-space method, at the end for a learned one
+- rows of tokens at the end of a text model's vocabulary
 - tensors that one of the two lacks, with `on_missing: base`
 """
 
@@ -72,9 +73,10 @@ def _check_vocabulary(
 ) -> None:
     if expert.vocab_size == base.vocab_size and not config.tokenizer_source:
         return
+    if config.tokenizer_source and not config.learned:
+        return  # see `engine.planning.vocabulary`
     # The trainer has the base's rows, so that a learned method cannot take those of another model.
-    rows = (text or config.tokenizer_source) and (tokenizer == base.folder or not config.learned)
-    if expert.vocab_size != base.vocab_size and not rows:
+    if expert.vocab_size != base.vocab_size and not ((text or config.tokenizer_source) and tokenizer == base.folder):
         raise CheckpointError(
             f"the vocabulary has {expert.vocab_size} tokens",
             where,

@@ -14,7 +14,8 @@ from engine.checkpoints.adapter_file import WEIGHTS
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
-from engine.checkpoints.tensors import BaseWithRows, Checkpoint, ComputedTensors
+from engine.checkpoints.tensors import Checkpoint, ComputedTensors
+from engine.checkpoints.vocabulary import is_gathered
 from engine.compiled import keep_compiled
 from engine.planning.plan import ExpertPlan, Layout, ModelPlan, Plan
 from engine.storage.address import Address
@@ -59,25 +60,19 @@ def load_base_config(plan: Plan) -> Any:
 
 
 def open_base(plan: Plan) -> Checkpoint:
-    """Open the base's weights on this node: with its adapter, with the rows of `plan.rows`, and by `plan.layout`."""
-    base: Checkpoint = _plain_base(plan)
+    """Open the base's weights on this node: with its adapter, and by `plan.layout`.
+
+    A tensor whose rows `plan.vocabulary` decides has the model's own rows.
+    """
+    header = plan.base.header
+    assert isinstance(header, ModelHeader)
+    base: Checkpoint = Checkpoint(base_folder(plan), header.tensors)
+    if plan.base.adapter is not None:
+        base = _merged_adapter(base, _adapter(plan.base.adapter))
     if plan.layout is not None:
         # Without experts that need the base: as the base of a slice, an expert is read by itself.
         base = _open_layout(plan, plan.layout, base)
     return base
-
-
-def _plain_base(plan: Plan) -> Checkpoint:
-    """Open the base's own tensors, by its own names."""
-    header = plan.base.header
-    assert isinstance(header, ModelHeader)
-    base = Checkpoint(base_folder(plan), header.tensors)
-    if plan.base.adapter is not None:
-        base = _merged_adapter(base, _adapter(plan.base.adapter))
-    if plan.rows is None:
-        return base
-    assert isinstance(plan.rows.header, ModelHeader)
-    return BaseWithRows(base, Checkpoint(_folder(plan.rows), plan.rows.header.tensors), plan.rows.header)
 
 
 def _merged_adapter(base: Checkpoint, adapter: AdapterExpert) -> Checkpoint:
@@ -103,6 +98,8 @@ def _open_layout(plan: Plan, layout: Layout, base: Checkpoint) -> Checkpoint:
         expert, shape = opened[origin.base], layout.header.tensors[name].shape
         assert isinstance(expert, FullExpert | CheckpointWithAdapter)
         own = expert.whole(name)
+        if plan.vocabulary is not None and is_gathered(layout.header, name):
+            return own.view(-1, *shape[1:])
         numel = math.prod(shape)
         if len(own) < numel:
             own = torch.cat([own, base.read(origin.base_name).reshape(-1)[len(own) :].to(own.dtype)])

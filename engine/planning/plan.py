@@ -11,7 +11,8 @@ from pathlib import Path
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS, ModelHeader
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
-from engine.checkpoints.vocabulary import has_tokens_for_rows, is_matrix
+from engine.checkpoints.vocabulary import Vocabulary, has_tokens_for_rows, is_matrix
+from engine.config.recipe import Slice
 from engine.config.schema import CalibrationFile, Config, ExpertConfig
 from engine.config.slices import described
 from engine.storage.paths import is_uri
@@ -129,8 +130,7 @@ class Plan:
         dtype: The dtype of the merged model during computation, as torch names it.
         hidden_layers: S as indices into `hidden_states`.
         tokenizer: The model that provides the output's tokenizer, valid on any node. None: the base.
-        rows: The model that defines the number of rows of embedding and head, and provides rows that the base lacks.
-            None: the base.
+        vocabulary: The rows of embedding and head; the base's header has its number of rows. None: those of the base.
         chat_template: The text of the output's chat template. None: that of its tokenizer.
         layout: The tensors of the output, if they are not the base's. The experts' matches then have its names.
         images: Image files of each expert's samples, filled in after its records have been read.
@@ -144,7 +144,7 @@ class Plan:
     dtype: str
     hidden_layers: tuple[int, ...]
     tokenizer: str | None = None
-    rows: ModelPlan | None = None
+    vocabulary: Vocabulary | None = None
     chat_template: str | None = None
     layout: Layout | None = None
     images: tuple[tuple[str, ...], ...] = ()
@@ -160,7 +160,8 @@ class Plan:
     def notes(self) -> list[tuple[str, str]]:
         """What a user should know about the models: the name of each, and a line of text."""
         of_experts = [(expert.name, note) for expert in self.experts for note in expert.notes]
-        return [*(("base", note) for note in self.base_header.notes), *of_experts, *self.remarks]
+        of_tokens = [("vocabulary", note) for note in self.vocabulary.notes] if self.vocabulary else []
+        return [*(("base", note) for note in self.base_header.notes), *of_experts, *of_tokens, *self.remarks]
 
     @property
     def stacked(self) -> list[str]:
@@ -250,6 +251,22 @@ class Plan:
         in_base = self.base_header.tensors[name].dtype
         chosen = self.config.out_dtype or self.config.dtype
         return SAFETENSORS[chosen] if chosen and in_base in FLOATS else in_base
+
+
+def slice_of(plan: Plan, tensor: str) -> Slice:
+    """Return the slice of the config that a tensor belongs to."""
+    assert plan.config.recipe is not None
+    return plan.config.recipe.slices[plan.origin(tensor).slice]
+
+
+def experts_of(plan: Plan, tensor: str) -> list[int]:
+    """Return the experts that are merged into a tensor, in the order of its slice; its base is not one of them."""
+    part, places = slice_of(plan, tensor), plan.origin(tensor).sources
+    return [
+        source.expert
+        for place, source in enumerate(part.sources)
+        if source.expert is not None and place != part.base and (places is None or place in places)
+    ]
 
 
 def in_order_of_use(names: Iterable[str]) -> list[str]:

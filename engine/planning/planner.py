@@ -18,7 +18,7 @@ from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_mod
 from engine.checkpoints.match import NO_EXCEPTIONS
 from engine.checkpoints.special_tokens import special_ids
 from engine.checkpoints.structure import Role, Structure
-from engine.checkpoints.vocabulary import with_rows_of
+from engine.checkpoints.vocabulary import with_vocabulary
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
 from engine.planning.chat_templates import find_chat_template
@@ -29,6 +29,7 @@ from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.planning.stacking import as_deep_as, check_recipe, is_stacked, lay_out
 from engine.planning.structures import Structures, without_tied_head
+from engine.planning.vocabulary import check_rules, plan_vocabulary
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import cpu_limit
@@ -50,11 +51,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     config = _located(config, config_folder)
     base_model, base_folder, base_adapter = _find_base(config, config_folder)
     base = without_tied_head(read_model_header(base_folder))
-    tokenizer, rows = _tokenizer(config, config_folder), None
-    if tokenizer is not None and not config.learned and not is_adapter(tokenizer[1]):
-        donor = read_model_header(tokenizer[1])
-        rows = ModelPlan(tokenizer[0], donor) if donor.vocab_size != base.vocab_size else None
-        base = with_rows_of(base, donor, tokenizer[1])
+    tokenizer = _tokenizer(config, config_folder)
     tokens = tokenizer[1] if tokenizer else base_folder
     if (source := _config_source(config, base, config_folder)) is not None:
         base = with_values_of(base, source)
@@ -65,9 +62,10 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     base_plan = ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter)
     experts = tuple(_plan_expert(config, expert, base, tokens, structures, config_folder) for expert in config.models)
     check_recipe(config, experts)
-    layout = None
+    vocabulary, layout = plan_vocabulary(config, base, experts, tokenizer[1] if tokenizer else None), None
     if config.recipe is not None and is_stacked(config.recipe, base, experts):
         layout, experts = lay_out(config, base_plan, experts)
+        layout = replace(layout, header=with_vocabulary(layout.header, vocabulary))
     header = layout.header if layout is not None else base
     merged = tuple(name for name in _merged(config, header) if layout is None or name in layout.origins)
     if not merged:
@@ -80,18 +78,19 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     _check_budget(config, [header.tensors[name].numel for name in merged])
     plan = Plan(
         config=config,
-        base=base_plan,
+        base=replace(base_plan, header=with_vocabulary(base, vocabulary)),
         experts=experts,
         merged=merged,
         dtype=config.dtype or _dtype(config, base),
         hidden_layers=_hidden_layers(config, base) if config.learned else (),
         tokenizer=tokenizer[0] if tokenizer else None,
-        rows=rows,
+        vocabulary=vocabulary,
         chat_template=find_chat_template(config, base_folder, experts),
         layout=layout,
         remarks=remarks_on(config, base_folder, experts),
     )
     check_directions(plan)
+    check_rules(plan)
     return plan
 
 
@@ -285,7 +284,11 @@ def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None
 def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     """Return the model that provides the output's tokenizer and its folder, or None if it is the base."""
     source = config.tokenizer_source
-    if source in (None, "base", config.base_model):
+    if source == "union" and config.learned:
+        raise ConfigError(
+            "a learned merge has no union of vocabularies", "tokenizer_source", "`base`, or one of the models"
+        )
+    if source in (None, "base", "union", config.base_model):
         return None
     named = {model.name: model.model for model in config.models}
     model = named.get(str(source), str(source))

@@ -120,6 +120,9 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_row("method", plan.config.merge_method)
     facts.add_row("base", f"{plan.base.address}: {header.architecture}, {header.num_layers} blocks")
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
+    if plan.vocabulary is not None:
+        made = "a new tokenizer" if plan.vocabulary.tokenizer else "the tokenizer of one model"
+        facts.add_row("vocabulary", f"{plan.vocabulary.rows:,} rows of {made} (`tokenizer_source`)")
     facts.add_row("elements", f"{sum(plan.numels.values()):,} merged of {elements:,}")
     facts.add_row("merged bytes", f"{rich.filesize.decimal(plan.merged_bytes)}, in {plan.dtype}")
     if plan.config.dtype is None and plan.dtype != (own := main_dtype(header)):

@@ -41,13 +41,15 @@ def identity(plan: Plan) -> Identity:
     versions = {"expert-merging": __version__, **{package: version(package) for package in (*PACKAGES, *library)}}
     if plan.chat_template is not None:  # with `auto`, those of the models decide
         options |= {"chat_template.sha256": hashlib.sha256(plan.chat_template.encode()).hexdigest()}
+    if plan.vocabulary is not None:
+        options |= {"vocabulary.sha256": plan.vocabulary.digest}
     return Identity(dict(_flat(options)), versions, dict(_files(plan)))
 
 
 def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
     """Yield the input files that are there, by name."""
     adapters = [model.adapter for model in (plan.base, *plan.experts) if model.adapter is not None]
-    models: list[ModelPlan] = [plan.base, *plan.experts, *adapters, *([plan.rows] if plan.rows else [])]
+    models: list[ModelPlan] = [plan.base, *plan.experts, *adapters]
     for model in models:
         yield from ((file.address, _stat(file.path, file.model)) for file in weight_files(model) if file.path.is_file())
         yield from _companions(model.model, plan, model is plan.base)

@@ -115,7 +115,6 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
     models += [(f"expert {expert.name!r}", expert) for expert in plan.experts]
     models += [("the adapter of the base", plan.base.adapter)] if plan.base.adapter else []
     models += [(f"the adapter of {expert.name!r}", expert.adapter) for expert in plan.experts if expert.adapter]
-    models += [("the model of the vocabulary", plan.rows)] if plan.rows else []
     for label, model in models:
         yield label, str(model.header.folder)
         if is_uri(model.model):

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from engine.checkpoints.structure import Role
-from engine.checkpoints.vocabulary import has_tokens_for_rows
+from engine.checkpoints.vocabulary import has_tokens_for_rows, is_gathered
 from engine.checkpoints.writer import OutputTensor
-from engine.config.recipe import Slice
 from engine.errors import CheckpointError, ConfigError
 from engine.methods.arithmetic.selection import Counts, Threshold, select
 from engine.methods.arithmetic.sparse import kept_of
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.options import Method, Option, Settings, Value
 from engine.methods.registry import NATIVE, get_method, preparation
-from engine.planning.plan import Plan
+from engine.planning.plan import Plan, experts_of, slice_of
+from engine.planning.vocabulary import models_at
+from engine.shards.gathered_rows import GatheredRows
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
 from engine.task_vectors.rounding import Rounding
@@ -28,6 +30,7 @@ class WeightSpace:
 
     def __init__(self, plan: Plan, streams: TaskVectors) -> None:
         self._plan, self._streams = plan, streams
+        self._rows: dict[str, GatheredRows] = {}
 
     def tensor(self, name: str, thresholds: Sequence[Threshold] | None = None, only: int | None = None) -> MergeTensor:
         """Return the `MergeTensor` of a merged tensor.
@@ -43,14 +46,15 @@ class WeightSpace:
         plan, origin = self._plan, self._plan.origin(name)
         part = slice_of(plan, name)
         values, expert_values, base_values = resolve(plan, name)
-        indices = experts_of(plan, name)
+        indices, rows = experts_of(plan, name), self._gathered(name)
         chosen = range(len(indices)) if only is None else [only]
+        task_vectors = [self._task_vector(k, name) for k in indices] if rows is None else rows.task_vectors
         return MergeTensor(
             name=name,
             shape=plan.base_header.tensors[name].shape,
-            base=self._streams.base.read(name),
+            base=self._base(name),
             models=tuple(plan.experts[indices[k]].name for k in chosen),
-            task_vectors=[None if indices[k] == origin.base else self._task_vector(indices[k], name) for k in chosen],
+            task_vectors=[None if indices[k] == origin.base else task_vectors[k] for k in chosen],
             values=values,
             own=[expert_values[k] for k in chosen],
             base_values=base_values,
@@ -79,7 +83,7 @@ class WeightSpace:
         See `tensor` for `thresholds` and `only`.
         """
         name, config = entry.name, self._plan.config
-        base = self._streams.base.read(name)
+        base = self._base(name)
         merged = name in self._plan.merged_set
 
         def prepare() -> Fill:
@@ -93,6 +97,22 @@ class WeightSpace:
 
         rounding = Rounding.of(name, base, config.rounding, config.seed) if merged else None
         return TensorJob(name, entry.shape, dtype or base.dtype, prepare, rounding)
+
+    def _base(self, name: str) -> Tensor:
+        """Return the base's tensor, with the rows of the output's tokens."""
+        rows = self._gathered(name)
+        return self._streams.base.read(name) if rows is None else rows.base
+
+    def _gathered(self, name: str) -> GatheredRows | None:
+        """Return a tensor whose rows the plan's vocabulary decides; None for all others."""
+        plan, streams = self._plan, self._streams
+        if plan.vocabulary is None or not is_gathered(plan.base_header, name):
+            return None
+        if name not in self._rows:
+            experts = [streams.experts[k][1] for k in experts_of(plan, name)]
+            vocabulary = plan.vocabulary.of(models_at(plan, name), slice_of(plan, name).counts_base)
+            self._rows[name] = GatheredRows(vocabulary, name, streams.base.read(name), experts)
+        return self._rows[name]
 
     def _check_buffer(self, name: str) -> None:
         """Check that a parameter that is not of a float dtype is equal in base and experts, since it cannot be merged.
@@ -111,22 +131,6 @@ class WeightSpace:
                     f"expert {model!r}",
                     "the base's values",
                 )
-
-
-def slice_of(plan: Plan, tensor: str) -> Slice:
-    """Return the slice of the config that a tensor belongs to."""
-    assert plan.config.recipe is not None
-    return plan.config.recipe.slices[plan.origin(tensor).slice]
-
-
-def experts_of(plan: Plan, tensor: str) -> list[int]:
-    """Return the experts that are merged into a tensor, in the order of its slice; its base is not one of them."""
-    part, places = slice_of(plan, tensor), plan.origin(tensor).sources
-    return [
-        source.expert
-        for place, source in enumerate(part.sources)
-        if source.expert is not None and place != part.base and (places is None or place in places)
-    ]
 
 
 def method_at(plan: Plan, tensor: str) -> Method:

@@ -103,12 +103,12 @@ class CheckpointWithAdapter:
     """An expert that is a full checkpoint with an adapter on top: τ = θₖ + ΔW − θ₀."""
 
     def __init__(self, checkpoint: FullExpert, adapter: AdapterExpert) -> None:
-        self._full, self._adapter = checkpoint, adapter
+        self._full, self.adapter = checkpoint, adapter
         self.checkpoint = checkpoint.checkpoint
 
     def task_vector(self, name: str) -> TaskVector | None:
         """Return τ of the tensor `name`, or None if neither part changes it."""
-        first, second = self._full.task_vector(name), self._adapter.task_vector(name)
+        first, second = self._full.task_vector(name), self.adapter.task_vector(name)
         return _Sum(first, second) if first is not None and second is not None else first or second
 
     def stored(self, name: str) -> Tensor | None:
@@ -117,7 +117,7 @@ class CheckpointWithAdapter:
 
     def whole(self, name: str) -> Tensor:
         """Return the tensor `name` of the checkpoint with the adapter merged into it, flattened [N]."""
-        return applied(self._full.whole(name), self._adapter.task_vector(name))
+        return applied(self._full.whole(name), self.adapter.task_vector(name))
 
 
 def applied(tensor: Tensor, task_vector: TaskVector | None) -> Tensor:

@@ -72,20 +72,22 @@ class Stored:
         out_N.copy_(self._tau_N[start:stop])
 
 
-class _FromOperand:
+class FromOperand:
     """A task vector whose `block` is computed as its operand θₖ minus θ₀."""
 
     minus_base = True
 
     def operand(self, start: int, stop: int, buffer_N: Tensor) -> Operand:
+        """See `TaskVector`."""
         raise NotImplementedError
 
     def block(self, start: int, stop: int, base_N: Tensor, out_N: Tensor) -> None:
+        """See `TaskVector`."""
         self.operand(start, stop, out_N)
         out_N.sub_(base_N)
 
 
-class _Padded(_FromOperand):
+class _Padded(FromOperand):
     """τ of a tensor with fewer elements than the base's; the base's elements fill the rest, where τ is zero."""
 
     def __init__(self, expert_N: Tensor, base_N: Tensor) -> None:
@@ -98,7 +100,7 @@ class _Padded(_FromOperand):
         return as_operand(buffer_N)
 
 
-class _Parts(_FromOperand):
+class _Parts(FromOperand):
     """τ of a tensor that the expert's files hold in parts, one after the other."""
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
@@ -114,7 +116,7 @@ class _Parts(_FromOperand):
         return as_operand(buffer_N)
 
 
-class _Sum(_FromOperand):
+class _Sum(FromOperand):
     """τ of a checkpoint plus τ of an adapter on top of it."""
 
     def __init__(self, checkpoint: TaskVector, adapter: TaskVector) -> None:

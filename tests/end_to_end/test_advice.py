@@ -420,7 +420,7 @@ ROWS = (
     Row(
         "use models whose vocabularies differ only by tokens at their ends",
         lambda f: (
-            more_tokens(f),
+            more_tokens(f, learned=True),
             edit(f, tokenizer_source="base"),
             put(f, "expert1/tokenizer.json", swapped((f / "expert1/tokenizer.json").read_text())),
         ),

@@ -125,7 +125,16 @@ def test_learning_options_of_the_same_config_are_ignored_and_listed() -> None:
         ("parameters: {normalize: 3}", ["parameters.normalize", "3", "bool"]),
         ("parameters: {trim: all}", ["parameters.trim", "'all'", "tensor, model"]),
         ("parameters: {weight: true}", ["parameters.weight", "True", "float"]),
-        ("tokenizer_source: union", ["union", "`base`"]),
+        ("tokenizer: union", ["'union'", "tokens"]),
+        ("tokenizer: {source: [x]}", ["tokenizer.source", "['x']"]),
+        ("tokenizer: {tokens: [a]}", ["tokenizer.tokens"]),
+        ("tokenizer: {tokens: {a: b}}", ["tokenizer.tokens"]),
+        ("tokenizer: {tokens: {a: {source: z}}}", ["tokenizer.tokens.a", "'z'"]),
+        ("tokenizer: {tokens: {a: {source: x, force: 1}}}", ["tokenizer.tokens.a.force", "1"]),
+        ("tokenizer: {tokens: {a: {source: {kind: none}}}}", ["tokenizer.tokens.a", "model_token"]),
+        ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x}}}}", ["tokenizer.tokens.a", "`token_id`"]),
+        ("tokenizer: {tokens: {a: {source: {kind: model_token, model: x, token_id: -1}}}}", ["tokenizer.tokens.a"]),
+        ("tokenizer: {pad_to_multiple_of: 0}", ["pad_to_multiple_of", "0"]),
         ("recipe: {}", ["'recipe'"]),
         ("slices: []", ["`models`", "`slices`"]),
         ("on_missing: zero", ["on_missing", "'zero'"]),
@@ -176,6 +185,32 @@ def test_gradients_of_words_are_steps() -> None:
     assert [option.resolve([{"mode": ["a", "b", "c"]}], "t", depth) for depth in (0, 0.49, 0.5, 0.99, 1)] == list(
         "aabbc"
     )
+
+
+def test_rules_for_tokens_are_read_and_written_again() -> None:
+    tokens: dict[str, Any] = {
+        "a": {"source": "y", "force": True},
+        "b": {"source": {"kind": "zero"}},
+        "c": {"source": {"kind": "model_token", "model": "b", "token": "d"}},
+        "e": {"source": {"kind": "model_token", "model": "x", "token_id": 0}},
+        "f": {"force": True},
+        "g": {},
+    }
+    tokenizer = {"source": "union", "tokens": tokens, "pad_to_multiple_of": 16, "sauce": 1}
+    config = parse(tokenizer=tokenizer)
+    assert config.recipe is not None and config.tokenizer_source == "union"
+    assert config.unused == ("tokenizer.sauce",)
+    models = {token: rule.model for token, rule in config.recipe.tokens.tokens.items()}
+    assert models == {"a": 2, "b": None, "c": 0, "e": 1, "f": None, "g": None}
+    written = as_yaml(config)
+    assert written["tokenizer"] == {key: value for key, value in tokenizer.items() if key != "sauce"}
+    assert "tokenizer_source" not in written
+    assert parse_config(yaml.safe_load(yaml.safe_dump(written)), Path("again.yaml")).recipe == config.recipe
+    for value, source in ({"source": "base"}, "base"), ({}, "union"), (None, None):
+        config = parse(tokenizer=value)
+        assert config.tokenizer_source == source and "tokenizer" not in as_yaml(config)
+    with refused(ConfigError, facts=["`tokenizer`", "`tokenizer_source`"]):
+        parse(tokenizer={}, tokenizer_source="base")
 
 
 scalars = st.floats(0, 1) | st.integers(0, 1)
