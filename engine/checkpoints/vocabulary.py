@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class Vocabulary:
         notes: What a user should know about it.
     """
 
-    own: tuple[bytes, ...]
+    own: tuple[bytes, ...] = field(repr=False)
     rules: tuple[RowRule, ...] = ()
     with_base: bool = True
     tokenizer: str = ""

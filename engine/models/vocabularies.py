@@ -5,10 +5,11 @@ mergekit decides which tokens a new tokenizer has, and its library makes the fil
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -65,6 +66,12 @@ class Vocabularies:
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has the file of a tokenizer's tokens."""
     return any(name not in _SETTINGS and not is_chat_template(name) for name in tokenizer_files(folder))
+
+
+def are_alike(folders: Iterable[Path]) -> bool:
+    """Return whether the tokenizers of these folders are the same file, byte by byte."""
+    files = [folder / "tokenizer.json" for folder in folders if has_tokenizer(folder)]
+    return all(file.is_file() and filecmp.cmp(files[0], file, shallow=False) for file in files)
 
 
 def plain_vocabularies(asked: Tokenizers) -> Vocabularies | None:

@@ -129,11 +129,18 @@ def _plain_rope(settings: dict[str, Any]) -> dict[str, Any]:
     return plain if kind in ("default", "mrope") else plain | {"rope_type": kind}
 
 
-def notes_on(name: str, expert: ModelHeader, base: ModelHeader, match: Match) -> tuple[str, ...]:
-    """Return what a user should know about an expert of this name, as lines of text."""
+def notes_on(
+    name: str, expert: ModelHeader, base: ModelHeader, match: Match, any_rows: bool = False
+) -> tuple[str, ...]:
+    """Return what a user should know about an expert of this name, as lines of text.
+
+    `any_rows`: the output's vocabulary is planned later, so that the base's says nothing about it.
+    """
     notes, text = list(expert.notes), base.takes_images and not expert.takes_images
     for keys, (of_base, own) in differences(base, expert).items():
         key = ".".join(keys)
+        if any_rows and keys[-1] == "vocab_size":
+            continue
         option = "" if keys[-1] in OF_TENSORS or text else f"; `config_source: {name}` takes the expert's"
         notes.append(f"{key} is {_value(own)} in its config.json, {_value(of_base)} in the output's{option}")
     if match.wrapped:

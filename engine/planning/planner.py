@@ -229,7 +229,8 @@ def _plan_expert(
         like = base if config.recipe is None or config.recipe.plain else as_deep_as(base, header)
         found = structures if like is base else Structures(like, required=False)
         matched = match(expert.name, header, like, config, tokenizer, found)
-        notes = notes_on(expert.name, header, base, matched)
+        any_rows = config.tokenizer_source is not None and not config.learned
+        notes = notes_on(expert.name, header, base, matched, any_rows)
     if adapter_name and config.learned:
         raise _adapter_refused(expert.model)
     return ExpertPlan(

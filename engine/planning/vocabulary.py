@@ -21,6 +21,7 @@ from engine.models.vocabularies import (
     Tokenizers,
     Tokens,
     Vocabularies,
+    are_alike,
     has_tokenizer,
     made_vocabularies,
     plain_vocabularies,
@@ -121,8 +122,9 @@ def new_tokenizer(plan: Plan) -> dict[str, bytes]:
 
 def _asked(config: Config, base: Path, experts: Sequence[ExpertPlan], tokenizer: Path | None) -> Tokenizers:
     assert config.recipe is not None
-    source = None if config.tokenizer_source == "union" else tokenizer or base
     models = dict.fromkeys((base, *(expert.tokenizer_folder(base) for expert in experts)))
+    # A union of equal tokenizers is one of them.
+    source = None if config.tokenizer_source == "union" and not are_alike(models) else tokenizer or base
     return Tokenizers(base, tuple(models), source, tuple(config.recipe.tokens.tokens), config.trust_remote_code)
 
 

@@ -126,6 +126,11 @@ class _Rows:
         if not len(places):
             return
         rows = row_n[places]
+        first, count = int(rows[0]), len(places)
+        together = np.array_equal(rows, np.arange(first, first + count)) and places[-1] - places[0] == count - 1
+        if together and self.added is None:  # most blocks; without a copy in between
+            out_nH[places[0] : places[-1] + 1] = self.own_RH[first : first + count]
+            return
         found_nH = self.own_RH[torch.from_numpy(rows.astype(np.int64))].float()
         if self.added is not None:
             width = self.own_RH.shape[1]

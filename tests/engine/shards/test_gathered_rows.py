@@ -172,12 +172,12 @@ def test_the_bits_depend_neither_on_shards_nor_on_blocks(models: Path, monkeypat
     assert all(torch.equal(in_pieces[name], tensor) for name, tensor in whole.items())
 
 
-def test_an_adapter_of_the_embedding_has_the_base_s_rows(either: Path, tmp_path: Path) -> None:
-    shutil.copytree(either, tmp_path / "m")
-    folder, modules = tmp_path / "m", ["embed_tokens", "lm_head"]
+def test_an_adapter_of_the_embedding_has_the_base_s_rows(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models, tmp_path / "m")
+    folder = tmp_path / "m"
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
-    options = {"r": 2, "target_modules": modules if not base.config.tie_word_embeddings else modules[:1]}
-    adapted = peft.get_peft_model(base, peft.LoraConfig(**options, init_lora_weights=False))
+    options = {"r": 2, "target_modules": ["embed_tokens", "lm_head"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options))
     adapted.save_pretrained(folder / "lora", save_embedding_layers=False)
     tiny.save(adapted.merge_and_unload(), folder / "merged")
     save_tokens(folder / "merged", WORDS)
@@ -187,8 +187,7 @@ def test_an_adapter_of_the_embedding_has_the_base_s_rows(either: Path, tmp_path:
         rules["tokens"]["<new>"]["source"]["model"] = f"@{name}"
         merged.append(ours(config_of(folder, "linear", ("expert0", name), rules, **BASE)))
     for tensor in (EMBEDDING, HEAD):
-        if tensor in merged[0]:
-            torch.testing.assert_close(merged[0][tensor], merged[1][tensor], rtol=0, atol=1e-6)
+        torch.testing.assert_close(merged[0][tensor], merged[1][tensor], rtol=0, atol=1e-6)
 
 
 def test_the_record_of_a_merge_repeats_it(models: Path) -> None:
@@ -202,9 +201,11 @@ def test_the_record_of_a_merge_repeats_it(models: Path) -> None:
     assert identity(other).options["vocabulary.sha256"] != identity(plan).options["vocabulary.sha256"]
 
 
-def test_models_that_have_the_same_tokens_are_merged_as_they_are(models: Path) -> None:
-    plan = plan_of(config_of(models, "linear", ("base", "base+lora"), "base", **BASE))
-    assert plan.vocabulary is None
+def test_models_that_have_the_same_tokens_are_merged_as_they_are(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "has_mergekit", lambda: False)
+    for tokenizer in ("base", "union"):
+        plan = plan_of(config_of(models, "linear", ("base", "base+lora"), tokenizer, **BASE))
+        assert plan.vocabulary is None
 
 
 @pytest.fixture
