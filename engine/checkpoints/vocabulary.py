@@ -8,6 +8,8 @@ vocabularies are then cut to the base's, and shorter ones filled up. Only header
 from __future__ import annotations
 
 import hashlib
+import zlib
+from base64 import b64decode, b64encode
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -113,6 +115,16 @@ def check_tokens(model: ModelHeader, wanted: ModelHeader, wanted_folder: Path, w
             )
 
 
+def packed(rows_R: npt.NDArray[np.int32]) -> str:
+    """Return numbers of rows as a short text: most rows follow the one before."""
+    return b64encode(zlib.compress(np.diff(rows_R, prepend=0).astype("<i4").tobytes())).decode()
+
+
+def unpacked(text: str) -> npt.NDArray[np.int32]:
+    """Return the numbers [R] that `packed` has made a text of."""
+    return np.cumsum(np.frombuffer(zlib.decompress(b64decode(text)), "<i4"), dtype="<i4")
+
+
 # Numbers of rows that stand for something else: no row, as the model lacks the token; and a row of no token.
 LACKING, PADDING = -1, -2
 # Models that stand for something else: zeros, the mean of the models that have the token, and a mean of all rows.
@@ -141,30 +153,27 @@ class Vocabulary:
     Rules take precedence. Rows that belong to no token are the mean of the model's other rows.
 
     Attributes:
-        own: For the base and each expert, the row of each token in that model's own tensors, LACKING or PADDING: the
-            bytes of R int32, little endian.
+        rows: Number of rows R.
+        own: For the base and each expert, the row of each token in that model's own tensors, LACKING or PADDING, as a
+            text (`packed`).
         rules: Rules for single tokens.
         with_base: Whether the base counts as one of the models that have a token.
         tokenizer: SHA-256 of the files of a tokenizer that was made for the merge; "" if it is that of a model.
         notes: What a user should know about it.
     """
 
-    own: tuple[bytes, ...] = field(repr=False)
+    rows: int
+    own: tuple[str, ...] = field(repr=False)
     rules: tuple[RowRule, ...] = ()
     with_base: bool = True
     tokenizer: str = ""
     notes: tuple[str, ...] = ()
 
     @property
-    def rows(self) -> int:
-        """Number of rows R."""
-        return len(self.own[0]) // 4
-
-    @property
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of all that decides the rows and the tokenizer."""
-        rules = repr((self.rules, self.with_base, self.tokenizer))
-        return hashlib.sha256(b"".join((*self.own, rules.encode()))).hexdigest()
+        others = repr((self.rows, self.rules, self.with_base, self.tokenizer)).encode()
+        return hashlib.sha256(b"".join((*(unpacked(rows).tobytes() for rows in self.own), others))).hexdigest()
 
     def of(self, models: Sequence[int], with_base: bool) -> Vocabulary:
         """Return the vocabulary of a tensor into which only some models are merged, counted as in `own`.
@@ -187,9 +196,7 @@ class Vocabulary:
 
     def gather(self, in_base_rows: Collection[int]) -> Gather:
         """Return the source of each row of a tensor, in which models of `in_base_rows` have no rows but the base's."""
-        own_MR = np.stack(
-            [np.frombuffer(self.own[0 if model in in_base_rows else model], "<i4") for model in range(len(self.own))]
-        )
+        own_MR = np.stack([unpacked(self.own[0 if model in in_base_rows else model]) for model in range(len(self.own))])
         counted = slice(0 if self.with_base else 1, None)
         has_MR = own_MR[counted] >= 0
         count_R, first_R = has_MR.sum(axis=0), has_MR.argmax(axis=0) + counted.start

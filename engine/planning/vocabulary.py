@@ -12,7 +12,7 @@ import numpy.typing as npt
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
 from engine.checkpoints.match import NO_EXCEPTIONS, Match
-from engine.checkpoints.vocabulary import LACKING, PADDING, ZERO, RowRule, Vocabulary, check_ids, is_gathered
+from engine.checkpoints.vocabulary import LACKING, PADDING, ZERO, RowRule, Vocabulary, check_ids, is_gathered, packed
 from engine.config.schema import Config
 from engine.config.vocabulary import TokenRow
 from engine.errors import CheckpointError, ConfigError
@@ -77,10 +77,9 @@ def plan_vocabulary(
     fits = all(model.limit == size and model.complete and np.array_equal(model.own_R, whole_R) for model in models)
     if fits and base.vocab_size == size and not any(rule.force for rule in rules):
         return None
-    kept: dict[bytes, bytes] = {}
-    own = tuple(kept.setdefault(rows, rows) for rows in (model.own_R.tobytes() for model in models))
+    own = tuple(packed(model.own_R) for model in models)
     notes = (*_in_no_model(found, models), *_without_tokenizer(found, experts))
-    return Vocabulary(own, tuple(rules), with_base, found.digest, notes)
+    return Vocabulary(size, own, tuple(rules), with_base, found.digest, notes)
 
 
 def models_at(plan: Plan, tensor: str) -> list[int]:

@@ -31,7 +31,10 @@ from engine.planning.open_models import base_folder
 from engine.planning.planner import make_plan
 from engine.planning.vocabulary import new_tokenizer
 from engine.run.inputs import identity
+from engine.run.state import PLAN, encode_plan, load_plan, plan_digest
 from engine.shards import gathered_rows
+from engine.storage.local_folder import LocalFolder
+from engine.storage.sealed import write_sealed
 
 pytest.importorskip("mergekit")
 pytestmark = [
@@ -190,9 +193,11 @@ def test_an_adapter_of_the_embedding_has_the_base_s_rows(models: Path, tmp_path:
         torch.testing.assert_close(merged[0][tensor], merged[1][tensor], rtol=0, atol=1e-6)
 
 
-def test_the_record_of_a_merge_repeats_it(models: Path) -> None:
+def test_plan_and_record_of_a_merge_repeat_it(models: Path, tmp_path: Path) -> None:
     plan = plan_of(config_of(models, "task_arithmetic", ALL, RULES, **BASE))
     assert plan.vocabulary is not None
+    write_sealed(LocalFolder(tmp_path), PLAN, encode_plan(plan))
+    assert load_plan(LocalFolder(tmp_path), plan_digest(plan)) == plan
     again = make_plan(parse_config(as_yaml(plan.resolved), models / "again.yaml"), ROOT)
     assert again.vocabulary == plan.vocabulary and identity(again).options == identity(plan).options
     assert again.base_header.vocab_size == plan.vocabulary.rows == 80
