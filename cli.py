@@ -49,7 +49,7 @@ def main() -> None:
 @click.option("--out", default=_OUT, show_default=True, help="Output folder, or its s3:// or gs:// URI.")
 @_set
 @click.option(
-    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else Ray starts on this machine."
+    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else this machine is used alone."
 )
 @click.option(
     "--fresh",

@@ -1,10 +1,11 @@
 """Compare weight-space merges with mergekit's on the same files: peak anonymous memory and time, by K and method.
 
-Each merge is a `python cli.py merge` on a Ray of its own, or a `mergekit-yaml`, of the same YAML. In a round, the
+Each merge is a `python cli.py merge`, or a `mergekit-yaml`, of the same YAML. In a round, the
 variants run one after the other on the same cores, with all inputs in the page cache; the next round reverses their
 order. A figure is the median of the rounds; a ratio is the median of the rounds' ratios. Every method and K is measured
 with one shard on two cores. The K of `--timed` gets several rounds, and also two shards, and one shard on one core.
-mergekit's ties takes minutes: it gets one round, and none on one core.
+mergekit's ties takes minutes: it gets one round, and none on one core. slerp and passthrough merge one model (K is 1),
+and these and model_stock are measured at one K, in float32 and bfloat16, also on Ray.
 
 `merge` is the time of the merge alone. For this engine it is the seconds in merge/memory.json without the start of
 processes and the SHA-256 of the inputs; for mergekit it is its command's function, timed in its own process without the
@@ -12,7 +13,7 @@ imports. `whole` is the time of the command. This engine forces its files to the
 
 Memory is the shard's own gauge, and RssAnon of mergekit's process and its children every 20 ms. At the largest K, the
 benchmark also measures mergekit with output files of this engine's size, and all processes of this engine together,
-including Ray's; and one shard on a model whose tensors are twice as large. The outputs of both sides are compared.
+the driver too; and one shard on a model whose tensors are twice as large. The outputs of both sides are compared.
 """
 
 from __future__ import annotations
@@ -50,12 +51,15 @@ METHODS: dict[str, dict[str, float]] = {
     "task_arithmetic": {"weight": 0.3},
     "ties": {"weight": 1.0, "density": 0.2},
 }
+# Methods that are measured as whole commands, with the parameters at the top of the config.
+COMMANDS: dict[str, dict[str, float]] = {"passthrough": {}, "slerp": {"t": 0.4}, "model_stock": {}}
+ONE_EXPERT = ("passthrough", "slerp")
 SLOW = "ties"  # in mergekit
 # Size of output files, small enough that two shards both have work. mergekit counts float32 elements.
 FILE_MB = {"large": 200, "tiny": 1}
 PEAK_PART, FLAT = 1 / 3, 1.05
 # Largest ratio of our time to mergekit's; of two shards on two cores to one shard on one core.
-LIMITS = {"linear": 1.0, "task_arithmetic": 1.0, "ties": 1 / 5}
+LIMITS = {"linear": 1.0, "task_arithmetic": 1.0, "ties": 1 / 5} | dict.fromkeys(COMMANDS, 1.0)
 TWO_SHARDS = 1 / 1.6
 SAMPLE_SECONDS = 0.02
 DIFFERENT = 1e-6  # difference of two weights that is more than rounding
@@ -72,27 +76,31 @@ print("{SAID}", time.monotonic() - began)
 
 @dataclass(frozen=True)
 class Way:
-    """A variant of a merge: the number of shards (0: mergekit) and of cores."""
+    """A variant of a merge: the number of shards (0: mergekit) and of cores, and whether it starts Ray."""
 
     shards: int
     cores: int
     small_files: bool = True
+    ray: bool = False
 
     def command(self, config: Path, out: Path, file_mb: int) -> list[str]:
         if self.shards:
             settings = [f"cluster.shards={self.shards}", f"max_shard_size={file_mb}MB"]
-            return [sys.executable, str(merges.ROOT / "cli.py"), *merges.arguments(config, out, settings)]
+            address = ["--address", "local"] if self.ray else []
+            return [sys.executable, str(merges.ROOT / "cli.py"), *merges.arguments(config, out, settings), *address]
         # The models have no tokenizer to copy.
         given = [str(config), str(out), "--quiet", "--no-copy-tokenizer"]
         limit = ["--out-shard-size", f"{file_mb * 10**6 // 4}"] if self.small_files else []
         return [sys.executable, "-c", MERGEKIT, *given, *limit]
 
 
-ONE, TWO, ONE_CORE, THEIRS, THEIRS_ONE_CORE, THEIRS_FILES = (
-    "one shard", "two shards", "one shard, one core", "mergekit", "mergekit, one core", "mergekit, small files",
+ONE, ON_RAY, TWO, ONE_CORE, THEIRS, THEIRS_ONE_CORE, THEIRS_FILES = (
+    "one shard", "one shard on Ray", "two shards", "one shard, one core", "mergekit", "mergekit, one core",
+    "mergekit, small files",
 )  # fmt: skip
 WAYS = {
     ONE: Way(1, 2),
+    ON_RAY: Way(1, 2, ray=True),
     TWO: Way(2, 2),
     ONE_CORE: Way(1, 1),
     THEIRS: Way(0, 2, small_files=False),
@@ -100,7 +108,7 @@ WAYS = {
     THEIRS_FILES: Way(0, 2),
 }
 # The variant of mergekit with the same number of cores.
-AGAINST = {ONE: THEIRS, TWO: THEIRS, ONE_CORE: THEIRS_ONE_CORE}
+AGAINST = {ONE: THEIRS, ON_RAY: THEIRS, TWO: THEIRS, ONE_CORE: THEIRS_ONE_CORE}
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,12 @@ class Random(Models):
         return SHAPES[self.size]
 
     def config(self, path: Path, method: str, experts: int) -> Path:
-        """Write a YAML that this engine and mergekit both read; mergekit's linear takes no base."""
-        entries = [{"model": str(self.expert(k)), "parameters": METHODS[method]} for k in range(experts)]
-        base = {} if method == "linear" else {"base_model": str(self.base())}
+        """Write a YAML that this engine and mergekit both read; mergekit's linear and passthrough take no base."""
+        own = METHODS.get(method, {})
+        entries = [{"model": str(self.expert(k)), "parameters": own} for k in range(experts)]
+        base = {} if method in ("linear", "passthrough") else {"base_model": str(self.base())}
         config = {"merge_method": method, **base, "models": entries, "dtype": self.dtype}
+        config["parameters"] = COMMANDS.get(method, {})
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
 
@@ -220,8 +230,13 @@ def measure(
                 console.print(f"K={k} {method}, {way}: merge {figures.merge:.2f} s, whole {figures.whole:.2f} s")
                 if way not in (ONE, THEIRS):
                     shutil.rmtree(out)
-            compare(report, *(folder / way.replace(" ", "-") for way in (ONE, THEIRS)), f"{method}, K={k}")
+            compare(report, *(folder / way.replace(" ", "-") for way in (ONE, THEIRS)), f"{named(method, made)}, K={k}")
     return figures_of
+
+
+def named(method: str, made: Random) -> str:
+    """Return the name of a method in the report, with the dtype if it is measured in several."""
+    return f"{method} in {made.dtype}" if method in COMMANDS else method
 
 
 def ratio(found: Mapping[str, Sequence[Figures]], one: str, other: str, what: str) -> float:
@@ -244,8 +259,9 @@ def add_times(report: Report, found: Mapping[str, Sequence[Figures]], method: st
             name = f"{way} / {against}, {method}, K={k}, {what}"
             report.time_ratios[name] = value = ratio(found, way, str(against), what)
             ratios.append(f"{1 / value:.2f}")
-            limit = min(TWO_SHARDS, LIMITS[method]) if way == TWO else LIMITS[method]
-            if way != ONE_CORE:
+            most = LIMITS[method.partition(" ")[0]]
+            limit = min(TWO_SHARDS, most) if way == TWO else most
+            if way not in (ONE_CORE, ON_RAY):
                 report.targets.append(Target(name, value, limit))
         rows[way] = [*(f"{seconds:.2f}" for seconds in (merge, starts, hashing, whole)), *ratios]
     for other in (ONE_CORE, ONE) if TWO in found else ():
@@ -303,25 +319,38 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
     "--timed", default=4, show_default=True, help="The K that is measured in all variants and in several rounds."
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--commands", is_flag=True, help="Only the methods that are measured as whole commands.")
 @click.option("--small", is_flag=True, help="A trial of a few minutes: a tiny model, K=2, one round.")
 @json_option()
-def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small: bool, path: Path | None) -> None:
+def main(
+    workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, commands: bool, small: bool, path: Path | None
+) -> None:
     counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
     if len(os.sched_getaffinity(0)) < 2:
         raise click.ClickException("the benchmark needs two cores")
     size = "tiny" if small else "large"
     made, wide = (Random(workdir.absolute(), name) for name in (size, f"{size}-wide"))
-    make(made, counts[-1])
-    make(wide, counts[0])
+    half = Random(workdir.absolute(), size, "bfloat16")
+    for one, count in (
+        (made, timed if commands else counts[-1]),
+        (half, timed),
+        *([] if commands else [(wide, counts[0])]),
+    ):
+        make(one, count)
     settings = {"experts": counts, "timed": timed, "rounds": rounds, "methods": METHODS, "file_mb": FILE_MB[size]}
     sizes = {one.size: {"parameters": sum(one.elements().values()), "largest": max(one.elements().values())}
-             for one in (made, wide)}  # fmt: skip
+             for one in ([made] if commands else [made, wide])}  # fmt: skip
     report = Report(settings | {"sizes": sizes, "dtype": made.dtype})
     console.print(report.settings)
     path = path or workdir / "results" / "weight_space.json"
-    for method in METHODS:
+    for method in COMMANDS:
+        for one in (made, half):
+            k = 1 if method in ONE_EXPERT else timed
+            add_times(report, measure(report, one, method, k, [ONE, ON_RAY, THEIRS], rounds), named(method, one), k)
+            report.save(path)
+    for method in () if commands else METHODS:
         for k in counts:
-            ways = [ONE, THEIRS] if k != timed else [way for way in WAYS if way != THEIRS_FILES]
+            ways = [ONE, THEIRS] if k != timed else [way for way in WAYS if way not in (THEIRS_FILES, ON_RAY)]
             if method == SLOW:
                 ways = [way for way in ways if way != THEIRS_ONE_CORE]
             found = measure(report, made, method, k, ways, rounds if k == timed and method != SLOW else 1)
@@ -329,8 +358,9 @@ def main(workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, small
             report.other[f"{method}: mergekit, K={k}"] = max(figures.peak for figures in found[THEIRS])
             add_times(report, found, method, k)
             report.save(path)
-    measure_more_memory(report, made, wide, counts[0], counts[-1])
-    add_memory(report, counts)
+    if not commands:
+        measure_more_memory(report, made, wide, counts[0], counts[-1])
+        add_memory(report, counts)
     shown = {what: value for what, value in report.other.items() if not what.endswith(" s")}  # already in the tables
     for what, value in {**report.time_ratios, **shown}.items():
         console.print(f"{what}: {in_mb(value)} MB" if isinstance(value, int) else f"{what}: {value:.4g}")

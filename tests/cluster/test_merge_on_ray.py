@@ -26,6 +26,7 @@ from thorough import as_thorough
 from transformers import AutoModelForCausalLM
 
 from cluster.driver import _remarks
+from cluster.processes import OneMachine
 from engine.config.schema import Use
 from engine.errors import InputError
 from engine.shards.parts import tensor_groups
@@ -97,6 +98,13 @@ def test_adamerging_reads_experts_but_never_runs_them_for_one_coefficient_each(
     experts = [actor["role"] for actor in memory["actors"] if actor["role"].startswith("expert")]
     assert experts == ["expert 0"], "one actor surveys both experts, one after the other"
     assert "entropy" in (out / "README.md").read_text()
+
+
+def test_a_merge_that_learns_nothing_has_the_same_bits_on_ray_and_on_this_machine(config: Path, tmp_path: Path) -> None:
+    options = ("merge_method=ties", "parameters.density=0.4", "parameters.trim=model", "max_shard_size=20KB")
+    plan = plan_of(config, *options, "cluster.shards=2")
+    on_ray, here = run_merge(plan, tmp_path / "ray"), run_merge(plan, tmp_path / "here", hosts=OneMachine())
+    assert result(on_ray) == result(here)
 
 
 @pytest.mark.slow
