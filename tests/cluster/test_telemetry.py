@@ -165,6 +165,13 @@ def test_a_run_that_goes_on_without_a_step_logs_at_its_last(trackers: list[FakeT
     assert trackers[0].logged == [(7, {"seconds/writing": 7.0})]
 
 
+def test_without_ray_there_are_trackers_alone(trackers: list[FakeTracker]) -> None:
+    with Telemetry("merged-1", config("wandb"), "out", gauges=False) as telemetry:
+        telemetry.phase("writing", 2)
+        telemetry.phase_seconds("writing", 7.0)
+    assert trackers[0].logged == [(0, {"seconds/writing": 7.0})] and not FakeGauge.values
+
+
 def test_a_merge_without_targets_has_an_entropy_alone(trackers: list[FakeTracker]) -> None:
     nothing: dict[str, Any] = {"kl": None, "hidden": None}
     with Telemetry("merged-1", config("wandb"), "out") as telemetry:
