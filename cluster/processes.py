@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -248,6 +249,9 @@ def _isolate(parent: int, debug: bool) -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+    with suppress(OSError):
+        # Where memory lacks, the kernel ends this process rather than its parent, which reports it.
+        Path("/proc/self/oom_score_adj").write_text("500", encoding="ascii")
     gc.freeze()  # the parent's objects are neither visited nor copied
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent as well, which ends this process
