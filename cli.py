@@ -9,15 +9,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from engine import __version__
-from engine.config.reader import load_config
+from engine.config.documents import Document, read_documents
 from engine.errors import ConfigError, MergeError, OutputError, RunError
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
@@ -33,6 +33,13 @@ _set = click.option(
 )
 _strict = click.option(
     "--strict", is_flag=True, help="Refuse keys and parameters that nothing reads, for mergekit's methods too."
+)
+_kept = click.option(
+    "--intermediate-dir",
+    "-I",
+    "kept",
+    metavar="FOLDER",
+    help="Of a config with several documents: folder or URI in which the other outputs are kept.",
 )
 _OUT = "merged"
 _debug = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
@@ -56,16 +63,11 @@ def main() -> None:
     is_flag=True,
     help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
 )
+@_kept
 @_strict
 @_debug
 def merge(
-    config: Path | None,
-    out: str,
-    overrides: tuple[str, ...],
-    address: str | None,
-    fresh: bool,
-    strict: bool,
-    debug: bool,
+    config: Path | None, out: str, overrides: tuple[str, ...], kept: str | None, strict: bool, **how: Any
 ) -> None:
     """Merge the experts of CONFIG into one model folder.
 
@@ -77,15 +79,23 @@ def merge(
         signal.signal(signal.SIGTERM, _stop)
         target = _target(out)
         check_place(target)
-        plan = _plan(config, overrides, strict, target)
-        from cluster.driver import merge as merge_by
+        documents = _documents(config, overrides, strict)
+        if len(documents) > 1:
+            from cluster.documents import merge_documents
 
-        if merge_by(plan, target, address, fresh, debug):
-            click.echo(f"merged {len(plan.experts)} experts into {target}")
+            made = f"{len(documents)} documents"
+            done = merge_documents(documents, target, _kept_at(kept), click.echo, **how)
+        else:
+            plan = _plan(documents[0], target)
+            from cluster.driver import merge as merge_by
+
+            made, done = f"{len(plan.experts)} experts", merge_by(plan, target, **how)
+        if done:
+            click.echo(f"merged {made} into {target}")
         else:
             click.echo(f"{target} already holds this merge; use --fresh to redo it")
 
-    _guarded(run, debug, "run the same command to resume")
+    _guarded(run, how["debug"], "run the same command to resume")
 
 
 @main.command()
@@ -99,10 +109,11 @@ def merge(
 @click.option("--gpus", type=click.IntRange(0), help="GPUs per node.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
+@_kept
 @_strict
 @_debug
 def plan(
-    config: Path | None, out: str | None, overrides: tuple[str, ...], strict: bool, debug: bool, **machines: Any
+    config: Path | None, out: str | None, overrides: tuple[str, ...], kept: str | None, strict: bool, **machines: Any
 ) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
@@ -111,24 +122,22 @@ def plan(
     """
 
     def run() -> None:
-        from engine.calibration.records import read_records
-        from engine.calibration.samples import about_tokens
-        from engine.planning.costs.rates import GB
-        from engine.planning.costs.scaling import Machines
-        from engine.planning.summary import print_plan, print_weight_space_plan
-
         target = _target(out or _OUT)
         if out is not None:  # else a plan can be made where nothing can be written
             check_place(target)
-        made = _plan(config, overrides, strict, target)
-        if not made.config.learned:
-            print_weight_space_plan(made, target)
+        documents = _documents(config, overrides, strict)
+        if len(documents) == 1:
+            _print(_plan(documents[0], target), machines, target)
             return
-        given = {name: value for name, value in machines.items() if value is not None}
-        given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
-        print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target)
+        from engine.output.outline import outlined, places_of
 
-    _guarded(run, debug)
+        places = places_of(documents, target, _kept_at(kept))
+        with outlined(documents, documents[0].path.absolute().parent) as outlines:
+            for document, made in zip(documents, outlines.plans, strict=True):
+                click.echo(document.label)
+                _print(made, machines, places[document.name] if document.name else target)
+
+    _guarded(run, machines.pop("debug"))
 
 
 @main.command()
@@ -190,48 +199,14 @@ def evaluate(**options: Any) -> None:
     with `choices` and `answer`: accuracy by generation and by likelihood. Other records: perplexity, and with --expert
     kl, top1_agreement, hidden_distance and hidden_relative. docs/evaluate.md defines the metrics.
     """
-    _guarded(lambda: _evaluate(EvaluateOptions(**options)), options["debug"])
 
+    def run() -> None:
+        signal.signal(signal.SIGTERM, _stop)
+        from cluster.evaluate_command import EvaluateOptions, evaluate_and_print
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """The arguments and options of `evaluate`, by their click names."""
+        evaluate_and_print(EvaluateOptions(**options))
 
-    models: tuple[str, ...]
-    files: tuple[str, ...]
-    experts: tuple[str, ...]
-    out: str
-    limit: int | None
-    tasks: tuple[str, ...]
-    task_path: str | None
-    num_gpus: int | None
-    address: str | None
-    debug: bool
-    batch_size: int
-    max_new_tokens: int
-    max_length: int
-    dtype: str
-    trust_remote_code: bool
-
-
-def _evaluate(given: EvaluateOptions) -> None:
-    signal.signal(signal.SIGTERM, _stop)
-    from engine.evaluation.items import read_data
-    from engine.evaluation.results import print_results, results_file, save_results
-
-    folder, name = results_file(given.out)
-    data = read_data(given.files, given.limit)
-    from cluster.evaluate import evaluate as evaluate_by
-    from cluster.evaluate import make_jobs
-    from engine.evaluation.lm_eval_harness import Tasks
-    from engine.evaluation.subject import Options
-
-    options = Options(given.batch_size, given.max_new_tokens, given.max_length, given.dtype, given.trust_remote_code)
-    tasks = Tasks(given.tasks, given.task_path, given.limit)
-    jobs = make_jobs(given.models, data, given.experts, tasks, options)
-    rows = evaluate_by(jobs, given.address, given.debug, given.num_gpus)
-    save_results(rows, folder, name)
-    print_results(rows)
+    _guarded(run, options["debug"])
 
 
 @main.command()
@@ -276,14 +251,39 @@ def _target(out: str) -> str:
     return out if is_uri(out) else str(locate(out, Path.cwd(), OutputError))
 
 
-def _plan(path: Path | None, overrides: tuple[str, ...], strict: bool, target: str) -> Plan:
-    """Return the plan of the merge into `target`, in which no input may lie."""
+def _kept_at(folder: str | None) -> str | None:
+    return None if folder is None else _target(folder)
+
+
+def _documents(path: Path | None, overrides: tuple[str, ...], strict: bool) -> list[Document]:
     path = path or _default_config()
     if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
         raise ConfigError("no such config file", str(path.absolute()))
-    made = make_plan(load_config(path, overrides, strict), path.absolute().parent)
-    check_apart(made, target, path.absolute())
+    return read_documents(path, overrides, strict)
+
+
+def _plan(document: Document, target: str) -> Plan:
+    """Return the plan of the merge into `target`, in which no input may lie."""
+    config = document.path.absolute()
+    made = make_plan(document.config({}), config.parent)
+    check_apart(made, target, config)
     return made
+
+
+def _print(made: Plan, machines: Mapping[str, Any], target: str) -> None:
+    """Print a plan; of a learned merge with estimates on the given machines."""
+    from engine.calibration.records import read_records
+    from engine.calibration.samples import about_tokens
+    from engine.planning.costs.rates import GB
+    from engine.planning.costs.scaling import Machines
+    from engine.planning.summary import print_plan, print_weight_space_plan
+
+    if not made.config.learned:
+        print_weight_space_plan(made, target)
+        return
+    given = {name: value for name, value in machines.items() if value is not None}
+    given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
+    print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target)
 
 
 def _default_config() -> Path:

@@ -50,14 +50,7 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
     Raises:
         StorageError: the file cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in file.tensors:
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [end, end + entry.nbytes]}
-        end += entry.nbytes
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    encoded = len(encoded).to_bytes(8, "little") + encoded
+    encoded = header_of(file)
     digest = hashlib.sha256(encoded)
     with folder.create(file.name) as out:
         out.write(encoded)
@@ -71,6 +64,18 @@ def write_file(folder: Folder, file: OutputFile, parts: Callable[[OutputTensor],
                     written += out.write(data)
             assert written == entry.nbytes, entry.name
     return digest.hexdigest()
+
+
+def header_of(file: OutputFile) -> bytes:
+    """Return the first bytes of a safetensors file: the length of the header, and the header."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in file.tensors:
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [end, end + entry.nbytes]}
+        end += entry.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def torch_dtype(code: str) -> torch.dtype | None:

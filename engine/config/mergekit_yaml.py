@@ -21,6 +21,8 @@ from engine.methods.options import Method
 from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
 from engine.untrusted import shown
 
+# Keys that only the configs of mergekit-moe have.
+MOE_KEYS = ("gate_mode", "experts", "shared_experts")
 # Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both.
 LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")
 # Keys of `cluster` for actors that only a learned merge has.
@@ -33,9 +35,18 @@ def method_of(raw: dict[str, Any], where: Where) -> Method | None:
     `Config` reports a missing name and a name that is not a string.
 
     Raises:
-        ConfigError: The method is unknown, or its library is not installed.
+        ConfigError: The method is unknown, or its library is not installed; or this is no merge, but the construction
+            of a mixture of experts by mergekit-moe.
     """
     name = raw.get("merge_method")
+    built = next((key for key in MOE_KEYS if key in raw and name is None), None)
+    if built is not None:
+        raise ConfigError(
+            "a config of mergekit-moe, which builds a model of another architecture from whole models",
+            where((built,)),
+            "a `merge_method`",
+            "run `mergekit-moe CONFIG FOLDER`; its outputs can be merged with each other",
+        )
     if not isinstance(name, str) or not name:
         return None
     method = find_method(name)

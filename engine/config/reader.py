@@ -22,7 +22,7 @@ from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_whole
 from engine.config.unknown_keys import without_unknown
-from engine.config.yaml_text import DEPTH, DIGITS, Location, check_texts, parse
+from engine.config.yaml_text import DEPTH, DIGITS, Location, check_texts, parse, parse_all
 from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PAPER
 from engine.methods.registry import is_mergekits
@@ -65,7 +65,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), strict: bool = False)
     if not isinstance(raw, dict):
         raise ConfigError("the config is not a mapping of keys to values", str(path), "keys such as `merge_method: …`")
     for override in overrides:
-        _override(raw, override)
+        apply_override(raw, override)
     return parse_config(raw, path, node, strict)
 
 
@@ -190,18 +190,19 @@ def read_recorded(path: Path) -> dict[str, Any]:
 
 
 def parse_recorded(text: str, where: str) -> dict[str, Any]:
-    """Return the keys of the text of a merge/config.yaml, as `read_recorded` does.
+    """Return the keys of the text of a merge/config.yaml, as `read_recorded` does; of several documents, the last.
 
     Raises:
         ConfigError: The text is not YAML, has too many values, or is not a mapping.
     """
-    raw, _ = parse(text, where, RECORD_VALUES, plain=False)
+    documents = parse_all(text, where, RECORD_VALUES, plain=False)
+    raw = documents[-1][0] if documents else None
     if not isinstance(raw, dict):
         raise ConfigError("the recorded config is not a mapping of keys to values", where)
     return raw
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
     """Apply one `key.sub=value`. A number between dots is an index into a list."""
     keys, separator, text = override.partition("=")
     at, names = f"--set {shown(override)}", keys.split(".")

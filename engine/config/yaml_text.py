@@ -86,25 +86,41 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str, where: str, values: int = VALUES, plain: bool = True) -> tuple[Any, yaml.Node | None]:
-    """Return the value of a YAML text and its root node.
+    """Return the value of the YAML text of one document, and its root node; see `parse_all`.
+
+    Raises:
+        ConfigError: There are several documents.
+    """
+    found = parse_all(text, where, values, plain)
+    if len(found) > 1:
+        raise ConfigError(f"the text has {len(found)} YAML documents", where, "one")
+    return found[0] if found else (None, None)
+
+
+def parse_all(text: str, where: str, values: int = VALUES, plain: bool = True) -> list[tuple[Any, yaml.Node]]:
+    """Return the value of each document of a YAML text and its root node.
 
     Args:
         text: The text.
         where: The file that errors name.
-        values: The maximum number of values.
+        values: The maximum number of values in all documents.
         plain: Refuse invisible characters.
 
     Raises:
         ConfigError: The text is not YAML, or exceeds a bound.
     """
+    found: list[tuple[Any, yaml.Node]] = []
     try:
         loader = _Loader(text, values, plain)
-        node = loader.get_single_node()
-        return loader.construct_document(node) if node is not None else None, node
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            found.append((loader.construct_document(node), node))
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"not valid YAML: {problem}", f"{where}:{mark.line + 1}" if mark else where) from error
+    return found
 
 
 def check_texts(value: Any, where: Where, at: Location = ()) -> None:

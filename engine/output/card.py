@@ -50,8 +50,12 @@ def _notes(plan: Plan) -> str:
 
 
 def _models(plan: Plan) -> list[str]:
-    """Return the base and the experts as the hub names them: ids without a revision, once each."""
-    models = [plan.base.model, *(expert.model for expert in plan.experts)]
+    """Return the base and the experts as the hub names them: ids without a revision, once each.
+
+    Outputs of other merges of the same file are not among them.
+    """
+    made = {document.place for document in plan.documents}
+    models = [model for model in (plan.base.model, *(expert.model for expert in plan.experts)) if model not in made]
     return list(dict.fromkeys(public_name(model).partition("@")[0] for model in models))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import yaml
 
+from engine.config.documents import with_models
 from engine.learning.importance import write_importance
 from engine.methods.options import Method
 from engine.output.card import write_card, write_weight_space_card
@@ -90,7 +92,7 @@ def write_record(
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L, plan.numels)
     write_metrics(record / "metrics.parquet", metrics)
     write_card(folder / "README.md", plan, stages[-1])
-    more = priors | {"files": _files(folder, weights), "devices": devices or {}}
+    more = priors | {"files": _files(folder, plan, weights), "devices": devices or {}}
     write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), more)
 
 
@@ -99,16 +101,17 @@ def write_weight_space_record(
 ) -> None:
     """Write the model card and merge/config.yaml of a weight-space merge; see `write_record`."""
     write_weight_space_card(folder / "README.md", plan, method)
-    files = {"files": _files(folder, weights)}
+    files = {"files": _files(folder, plan, weights)}
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), files)
 
 
-def _files(folder: Path, weights: Sequence[str]) -> list[str]:
+def _files(folder: Path, plan: Plan, weights: Sequence[str]) -> list[str]:
     """Return the names of all files of the output: those in `folder` so far, the weights, and those that follow.
 
     `--fresh` replaces an earlier merge only if there is nothing else in its folder.
     """
-    return sorted({*LocalFolder(folder).names(), *weights, *LAST_FILES})
+    last = {*LAST_FILES, *(["merge/documents.json"] if plan.documents else [])}
+    return sorted({*LocalFolder(folder).names(), *weights, *last})
 
 
 def _hashed(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -126,7 +129,8 @@ def write_config(
     """Write merge/config.yaml: the resolved config, and under `record` date, versions, inputs and `more`.
 
     The identity is written beside it, as identity.json; `record` has its SHA-256. `inputs` maps each model to the
-    SHA-256 of its files.
+    SHA-256 of its files. The config of a file of several merges has their documents, and their identities are written
+    to documents.json.
     """
     (path.parent / "identity.json").write_bytes(identity)
     date = datetime.now(UTC).isoformat(timespec="seconds")
@@ -137,8 +141,12 @@ def write_config(
         "inputs": inputs,
         **more,
     }
-    text = yaml.safe_dump({**resolved_config(plan), "record": record}, sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    config = with_models(resolved_config(plan), {document.place: document.name for document in plan.documents})
+    own = yaml.safe_dump(config | {"record": record}, sort_keys=False, allow_unicode=True)
+    path.write_text("---\n".join([*(document.config for document in plan.documents), own]), encoding="utf-8")
+    if plan.documents:
+        identities = {document.name: document.identity for document in plan.documents}
+        (path.parent / "documents.json").write_text(json.dumps(identities, indent=0), encoding="utf-8")
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

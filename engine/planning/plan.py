@@ -119,6 +119,23 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class MergedDocument:
+    """Another merge of the same config file, whose output is a model of this one, or of such a merge.
+
+    Attributes:
+        name: Its name in the file.
+        place: The folder or URI of its output.
+        config: Its resolved config, as YAML.
+        identity: The identity of the merge, encoded.
+    """
+
+    name: str
+    place: str
+    config: str
+    identity: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a merge.
 
@@ -135,6 +152,7 @@ class Plan:
         layout: The tensors of the output, if they are not the base's. The experts' matches then have its names.
         images: Image files of each expert's samples, filled in after its records have been read.
         remarks: Notes on several models: what they are on, and a line of text.
+        documents: The other merges of the config file that this one builds on, in the order in which they were made.
     """
 
     config: Config
@@ -149,6 +167,7 @@ class Plan:
     layout: Layout | None = None
     images: tuple[tuple[str, ...], ...] = ()
     remarks: tuple[tuple[str, str], ...] = ()
+    documents: tuple[MergedDocument, ...] = ()
 
     @property
     def base_header(self) -> ModelHeader:
@@ -161,7 +180,9 @@ class Plan:
         """What a user should know about the models: the name of each, and a line of text."""
         of_experts = [(expert.name, note) for expert in self.experts for note in expert.notes]
         of_tokens = [("vocabulary", note) for note in self.vocabulary.notes] if self.vocabulary else []
-        return [*(("base", note) for note in self.base_header.notes), *of_experts, *of_tokens, *self.remarks]
+        made = [(document.name, "a merge of the same file, see merge/config.yaml") for document in self.documents]
+        of_base = (("base", note) for note in self.base_header.notes)
+        return [*of_base, *of_experts, *of_tokens, *self.remarks, *made]
 
     @property
     def stacked(self) -> list[str]:

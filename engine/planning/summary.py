@@ -88,7 +88,9 @@ def print_weight_space_plan(plan: Plan, out: str) -> None:
     recipe = plan.config.recipe
     assert recipe is not None
     for k, expert in enumerate(plan.experts):
-        experts.add_row(expert.name, expert.kind, recipe.listed(k) or "as at the top level", expert.address)
+        experts.add_row(
+            expert.name, expert.kind, recipe.listed(k) or "as at the top level", _given(plan, expert.address)
+        )
     console.print(experts)
     _print_notes(console, plan)
     for line in _disk_shortages(needs, room):
@@ -98,8 +100,14 @@ def print_weight_space_plan(plan: Plan, out: str) -> None:
 def _print_notes(console: rich.console.Console, plan: Plan) -> None:
     for owner, note in plan.notes:
         console.print(f"{owner}: {note}")
-    for line in left_out_lines(plan, left_out(plan)):
+    # The weights of another merge's output are not known yet.
+    for line in left_out_lines(plan, [] if plan.documents else left_out(plan)):
         console.print(line)
+
+
+def _given(plan: Plan, model: str) -> str:
+    """Return a model as the config gives it, if it is the output of another merge of the same file."""
+    return next((document.name for document in plan.documents if document.place == model), model)
 
 
 def _disk(needs: DiskNeeds, room: DiskRoom | None) -> str:
@@ -118,7 +126,7 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("method", plan.config.merge_method)
-    facts.add_row("base", f"{plan.base.address}: {header.architecture}, {header.num_layers} blocks")
+    facts.add_row("base", f"{_given(plan, plan.base.address)}: {header.architecture}, {header.num_layers} blocks")
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
     if plan.vocabulary is not None:
         made = "a new tokenizer" if plan.vocabulary.tokenizer else "the tokenizer of one model"
@@ -174,7 +182,9 @@ def _experts(plan: Plan, samples: Sequence[int]) -> rich.table.Table:
         experts.add_column(column, overflow="fold")
     for expert, count in zip(plan.experts, samples, strict=True):
         prior = "auto" if expert.weight is None else f"{expert.weight:g}"
-        experts.add_row(expert.name, expert.kind, prior, f"{expert.loss_weight:g}", str(count), expert.model)
+        experts.add_row(
+            expert.name, expert.kind, prior, f"{expert.loss_weight:g}", str(count), _given(plan, expert.model)
+        )
     return experts
 
 

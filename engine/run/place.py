@@ -87,7 +87,7 @@ def check_apart(plan: Plan, out: str, config: Path | None = None) -> None:
     Raises:
         OutputError: the output and an input are in each other's place, or `log_dir` is in the output's.
     """
-    state, inputs = _state_of(out), list(_inputs(plan, config))
+    state, inputs = beside(out, ".run"), list(_inputs(plan, config))
     logs = plan.config.log_dir
     if logs is not None and any(_holds(place, logs) for place in (out, state)):
         # The folder of the state is removed at the end, and the output holds the files of the merge alone.
@@ -132,11 +132,12 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
         yield _IMAGES, plan.config.calibration.image_folder
 
 
-def _state_of(out: str) -> str:
+def beside(out: str, suffix: str) -> str:
+    """Return the folder or URI beside an output whose name is the output's with a suffix."""
     if is_uri(out):
         address = Address.of(out, OutputError)
-        return str(replace(address, path=f"{address.path}.run"))
-    return str(Path(out).with_name(f"{Path(out).name}.run"))
+        return str(replace(address, path=f"{address.path}{suffix}"))
+    return str(Path(out).with_name(f"{Path(out).name}{suffix}"))
 
 
 def _holds(outer: str, inner: str) -> bool:

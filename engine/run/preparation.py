@@ -41,7 +41,7 @@ def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
     """
     before = identity(plan)
     again = make_plan(plan.resolved, ROOT)
-    if replace(again, config=plan.config) != plan:
+    if replace(again, config=plan.config, documents=plan.documents) != plan:
         pairs = zip((plan.base, *plan.experts), (again.base, *again.experts), strict=True)
         raise _changed([f"{old.model} changed" for old, new in pairs if old.header != new.header])
     records: Records = []

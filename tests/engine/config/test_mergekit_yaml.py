@@ -146,6 +146,14 @@ def test_a_fault_is_reported_with_its_place(tmp_path: Path, text: str, facts: li
         load_config(path)
 
 
+def test_a_config_of_mergekit_moe_is_named(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "base_model: b\ngate_mode: hidden\nexperts:\n- source_model: x\n  positive_prompts: [code]\n"
+    )
+    with refused(ConfigError, where=f"{path}:2", do="mergekit-moe", facts=["merge_method"]):
+        load_config(path)
+
+
 def test_a_fault_of_one_model_is_reported_at_that_model(tmp_path: Path) -> None:
     text = "merge_method: ties\nbase_model: b\nmodels:\n- model: x\n- model: y\n  parameters: {density: -1}\n"
     path = write(tmp_path, text)

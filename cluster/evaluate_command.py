@@ -1,0 +1,46 @@
+"""The command `evaluate`: its options, and the run from data files to printed results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """The arguments and options of `evaluate`, by the names that the command line has for them."""
+
+    models: tuple[str, ...]
+    files: tuple[str, ...]
+    experts: tuple[str, ...]
+    out: str
+    limit: int | None
+    tasks: tuple[str, ...]
+    task_path: str | None
+    num_gpus: int | None
+    address: str | None
+    debug: bool
+    batch_size: int
+    max_new_tokens: int
+    max_length: int
+    dtype: str
+    trust_remote_code: bool
+
+
+def evaluate_and_print(given: EvaluateOptions) -> None:
+    """Evaluate models, write the results and print them. Raises what `cluster.evaluate.make_jobs` raises."""
+    from engine.evaluation.items import read_data
+    from engine.evaluation.results import print_results, results_file, save_results
+
+    folder, name = results_file(given.out)
+    data = read_data(given.files, given.limit)
+    from cluster.evaluate import evaluate as evaluate_by
+    from cluster.evaluate import make_jobs
+    from engine.evaluation.lm_eval_harness import Tasks
+    from engine.evaluation.subject import Options
+
+    options = Options(given.batch_size, given.max_new_tokens, given.max_length, given.dtype, given.trust_remote_code)
+    tasks = Tasks(given.tasks, given.task_path, given.limit)
+    jobs = make_jobs(given.models, data, given.experts, tasks, options)
+    rows = evaluate_by(jobs, given.address, given.debug, given.num_gpus)
+    save_results(rows, folder, name)
+    print_results(rows)
