@@ -12,7 +12,8 @@ FOLDERS = tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.
 MARKED = $(shell grep -rlE --include='test_*.py' $(1) $(FOLDERS))
 STAMP := .venv/.installed
 
-.PHONY: install demo test test-slow test-thorough chaos bench gpu-check gpu-check-ray gpu-check-dry quality check clean
+.PHONY: install demo test test-slow test-thorough mergekit-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
+	quality check clean
 
 install: $(STAMP)
 
@@ -35,6 +36,11 @@ test-slow: install
 # The rest of the tests with many parameters, and long property tests; ten minutes on two cores. Not a part of CI.
 test-thorough: install
 	$(PYTEST) -n $(WORKERS) -m thorough $(call MARKED,'thorough|cases')
+
+# 113 configs that people published, with tiny models, through mergekit and through this engine: ten minutes on a core,
+# half of it the second time. ARGS: parts of the names of configs, and --record to store the verdicts for the tests.
+mergekit-parity: install
+	PYTHONPATH=.:tests $(BIN)/python -m parity $(ARGS)
 
 # Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
 chaos: install

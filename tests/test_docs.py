@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from parity.table import PAGE, page, recorded, rows
+
 from engine.methods.registry import ALIASES, LEARNED, NATIVE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +18,14 @@ def test_the_methods_page_is_up_to_date() -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert done.stdout.decode() == page, "python -m engine.methods.catalog > docs/methods.md"
     assert all(f"`{name}`" in page for name in (*LEARNED, *NATIVE, *ALIASES))
+
+
+def test_the_figures_of_mergekits_configs_are_those_recorded() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(recorded()) in text, "make mergekit-parity ARGS=--record"
+    _, wanted, accepted, equal = rows(recorded())[0]
+    assert f"{accepted} of {wanted}" in text and f"{equal} of {wanted}" in text
+    assert f"{accepted} of {wanted}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_option_has_a_default_and_a_description() -> None:
