@@ -89,7 +89,7 @@ def merge(
             plan = _plan(documents[0], target)
             from cluster.driver import merge as merge_by
 
-            made, done = f"{len(plan.experts)} experts", merge_by(plan, target, **how)
+            made, done = plan.described_models, merge_by(plan, target, **how)
         if done:
             click.echo(f"merged {made} into {target}")
         else:

@@ -23,7 +23,7 @@ def write_weight_space_card(path: Path, plan: Plan, method: Method) -> None:
         f"""---
 {dump(front)}---
 
-# A merge of {len(plan.experts)} models by {method.name}
+# A merge of {plan.described_models} by {method.name}
 
 {output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are merged; all other
 tensors are those of {code(public_name(plan.base.address))}.

@@ -30,6 +30,11 @@ _ALIASES = {"vision_model": VISION}
 
 # Keys of config.json with the number of layers, and lists in it that name layers by their numbers.
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "depth")
+# Those of the two stacks of an encoder-decoder model.
+_COUNTS_OF = {
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
 _NUMBERS = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids")
 # Parts of the names of lists with an entry per layer.
 _PER_LAYER = ("layer", "block", "pattern", "heads", "multipliers")
@@ -78,7 +83,7 @@ def stack_of(names: Iterable[str], count: int | None) -> Stack:
         layers = layers[:count]
     others = [name for name in names if name not in numbered or numbered[name][1] != prefix]
     before = tuple(name for name in others if _BEFORE.search(name))
-    return Stack(before, prefix, layers, tuple(name for name in others if name not in set(before)))
+    return Stack(before, prefix, layers, tuple(name for name in others if not _BEFORE.search(name)))
 
 
 def modules_of(model: ModelHeader, keys: Sequence[str]) -> dict[str, list[str]]:
@@ -121,7 +126,7 @@ def depth_of(model: ModelHeader, module: str) -> int | None:
     if _ALIASES.get(module, module) == VISION and model.takes_images:
         section = model.config["vision_config"]
         return next((section[key] for key in _COUNTS if type(section.get(key)) is int), None)
-    return None if module == PROJECTOR else model.num_layers
+    return model.num_layers if module in ("", DEFAULT, TEXT) else None
 
 
 def deeper(base: ModelHeader, stack: Stack, count: int) -> ModelHeader:
@@ -175,8 +180,9 @@ def stacked_config(
     """
     config = json.loads(json.dumps(config))
     section = _section(config, module)
+    counts = _COUNTS_OF.get(module, _COUNTS)
     for key, value in list(section.items()):
-        if key in _COUNTS and value == count:
+        if key in counts and value == count:
             section[key] = len(taken)
         elif key in _NUMBERS and isinstance(value, list):
             section[key] = [new for new, (of, old) in enumerate(taken) if old in (_section(of, module).get(key) or ())]

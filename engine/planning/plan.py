@@ -193,6 +193,14 @@ class Plan:
         return described(recipe, [expert.name for expert in self.experts])
 
     @property
+    def described_models(self) -> str:
+        """The number of the models that are merged, in words; a base that is listed among them counts."""
+        recipe = self.config.recipe
+        sources = [one.expert for part in recipe.slices for one in part.sources] if recipe is not None else []
+        count = len(self.experts) + (None in sources)
+        return f"{count} {'expert' if recipe is None else 'model'}{'s' if count != 1 else ''}"
+
+    @property
     def priors(self) -> list[float]:
         """The prior ᾱₖ of every expert. All must be known."""
         weights = [expert.weight for expert in self.experts]

@@ -259,6 +259,12 @@ class _Stacking:
         layers = _lead(part).layers or part.sources[0].layers
         return (layers[0], layers[1] - layers[0]) if layers else (0, len(stack.layers))
 
+    def _where(self, index: int) -> str:
+        """Return the place of a slice in the config."""
+        module = self._recipe.slices[index].module
+        number = sum(part.module == module for part in self._recipe.slices[:index])
+        return f"modules.{module}.slices.{number}" if module else f"slices.{number}"
+
     def _check(self, index: int, part: Slice, stack: Stack) -> None:
         """Check that every model of a slice has the layers, and that a base which is not listed has a range."""
         for place, source in enumerate(part.sources):
@@ -269,14 +275,14 @@ class _Stacking:
                 raise ConfigError(
                     f"the slice takes the layers {source.layers[0]} to {source.layers[1] - 1}, "
                     f"but the model has {count}",
-                    f"{_where(index, place, part)}.layer_range ({model.folder})",
+                    f"{self._where(index)}.sources.{place}.layer_range ({model.folder})",
                     f"[first, end] with end <= {count}",
                     "correct the numbers, or name the model that the file was made for",
                 )
         if part.has_base and part.base is None and len({source.layers for source in part.sources}) > 1:
             raise ConfigError(
                 "the slice takes different layers of its models, and does not say which of the base",
-                _where(index, None, part),
+                self._where(index),
                 "the base among the sources",
                 "list the base there with its `layer_range`",
             )
@@ -295,11 +301,6 @@ def _lead(part: Slice) -> Source:
     if part.base is not None:
         return part.sources[part.base]
     return Source(expert=None) if part.has_base else part.sources[0]
-
-
-def _where(index: int, place: int | None, part: Slice) -> str:
-    inside = f"modules.{part.module}.slices" if part.module else f"slices.{index}"
-    return inside if place is None else f"{inside}.sources.{place}"
 
 
 def _renamed(header: AdapterHeader, names: Mapping[str, str]) -> AdapterHeader:

@@ -135,7 +135,7 @@ def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, 
 
 def options_of(merge: Merged) -> ReportSection:
     """Return the section of all options, collapsed."""
-    keys = {key: value for key, value in as_yaml(merge.config).items() if key not in ("models", "slices", "modules")}
+    keys = {key: value for key, value in as_yaml(merge.config).items() if key != "models"}
     rows = sorted((key, str(value)) for key, value in flat(keys).items())
     return ReportSection("Options", folded=Table(rows, title="All options, including defaults"))
 

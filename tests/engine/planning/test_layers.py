@@ -92,6 +92,12 @@ def test_kinds_of_layers_that_follow_from_their_position_are_written(tmp_path: P
     assert with_kinds(read_model_header(tmp_path))["layer_types"] == kinds and len(set(kinds)) == 2
 
 
+def test_the_stacks_of_an_encoder_and_a_decoder_have_keys_of_their_own() -> None:
+    config = {"num_layers": 2, "num_decoder_layers": 2}
+    assert stacked_config(config, "decoder", 2, [(config, 0)] * 3) == config | {"num_decoder_layers": 3}
+    assert stacked_config(config, "encoder", 2, [(config, 0)] * 3) == config | {"num_layers": 3}
+
+
 MODULES = ("text_decoder", "vision_tower", "multi_modal_projector")
 
 
