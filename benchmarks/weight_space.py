@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -113,12 +114,13 @@ AGAINST = {ONE: THEIRS, ON_RAY: THEIRS, TWO: THEIRS, ONE_CORE: THEIRS_ONE_CORE}
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds of the merge, of hashing and of the whole command, and peak memory in bytes; the rest is start-up."""
+    """Seconds of the merge, of hashing and of the whole command, peak bytes, CPU seconds; the rest is start-up."""
 
     merge: float
     hashing: float
     whole: float
     peak: int
+    cpu: float
 
 
 @dataclass(frozen=True)
@@ -161,10 +163,13 @@ def anonymous(pid: int) -> int:
     return nbytes + sum(anonymous(int(child)) for child in listed.split())
 
 
-def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, int, str]:
-    """Run a command on `cores` cores and return its seconds, its output, and with `gauge` its peak memory in bytes."""
+def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, float, int, str]:
+    """Run a command on `cores` cores. Return its seconds, its CPU seconds, with `gauge` its peak bytes, its output.
+
+    CPU seconds are those of the command and of all processes below it that it has waited for.
+    """
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-    peak, began = 0, time.monotonic()
+    peak, used, began = 0, children_cpu(), time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             ["taskset", "-c", cpus, *command], env=merges.ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
@@ -178,20 +183,26 @@ def execute(command: Sequence[str], cores: int, gauge: bool) -> tuple[float, int
         text = output.read()
     if code:
         raise click.ClickException(f"{' '.join(command)} ended with {code}:\n{text}")
-    return seconds, peak, text
+    return seconds, children_cpu() - used, peak, text
+
+
+def children_cpu() -> float:
+    """Return the CPU seconds of all ended child processes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run(way: Way, config: Path, out: Path, file_mb: int) -> Figures:
-    whole, peak, text = execute(way.command(config, out, file_mb), way.cores, gauge=not way.shards)
+    whole, cpu, peak, text = execute(way.command(config, out, file_mb), way.cores, gauge=not way.shards)
     os.sync()  # pending writes of one merge must not slow down the next
     if not way.shards:
         merge = next(float(line.removeprefix(SAID)) for line in text.splitlines() if line.startswith(SAID))
-        return Figures(merge, 0.0, whole, peak)
+        return Figures(merge, 0.0, whole, peak, cpu)
     memory = json.loads((out / "merge" / "memory.json").read_text())
     seconds = dict(memory["seconds"])
     hashing, _ = seconds.pop("hashing the inputs"), seconds.pop("starting")
     peaks = [actor["peak_anonymous_bytes"] for actor in memory["actors"] if actor["role"] == "shard 0"]
-    return Figures(sum(seconds.values()), hashing, whole, peaks[0])
+    return Figures(sum(seconds.values()), hashing, whole, peaks[0], cpu)
 
 
 @contextmanager
@@ -227,7 +238,8 @@ def measure(
             for way in ways if number % 2 == 0 else ways[::-1]:
                 out = folder / way.replace(" ", "-")
                 figures_of[way].append(figures := run(WAYS[way], config, out, FILE_MB[made.size]))
-                console.print(f"K={k} {method}, {way}: merge {figures.merge:.2f} s, whole {figures.whole:.2f} s")
+                seconds = f"merge {figures.merge:.2f} s, whole {figures.whole:.2f} s, CPU {figures.cpu:.2f} s"
+                console.print(f"K={k} {method} {made.dtype}, {way}: {seconds}")
                 if way not in (ONE, THEIRS):
                     shutil.rmtree(out)
             compare(report, *(folder / way.replace(" ", "-") for way in (ONE, THEIRS)), f"{named(method, made)}, K={k}")
@@ -253,24 +265,25 @@ def add_times(report: Report, found: Mapping[str, Sequence[Figures]], method: st
             statistics.median(getattr(f, w) for f in rounds) for w in ("merge", "hashing", "whole")
         )
         starts = statistics.median(f.whole - f.merge - f.hashing for f in rounds)
+        cpu = statistics.median(f.cpu for f in rounds)
         report.other |= {f"{way}, {method}, K={k}, merge s": merge, f"{way}, {method}, K={k}, whole s": whole}
         against, ratios = AGAINST.get(way), []
-        for what in ("merge", "whole") if against in found else ():
+        for what in ("merge", "whole", "cpu") if against in found else ():
             name = f"{way} / {against}, {method}, K={k}, {what}"
             report.time_ratios[name] = value = ratio(found, way, str(against), what)
             ratios.append(f"{1 / value:.2f}")
             most = LIMITS[method.partition(" ")[0]]
             limit = min(TWO_SHARDS, most) if way == TWO else most
-            if way not in (ONE_CORE, ON_RAY):
+            if way not in (ONE_CORE, ON_RAY) and what != "cpu":
                 report.targets.append(Target(name, value, limit))
-        rows[way] = [*(f"{seconds:.2f}" for seconds in (merge, starts, hashing, whole)), *ratios]
+        rows[way] = [*(f"{seconds:.2f}" for seconds in (merge, starts, hashing, whole, cpu)), *ratios]
     for other in (ONE_CORE, ONE) if TWO in found else ():
         for what in ("merge", "whole"):
             name = f"{TWO} / {other}, {method}, K={k}, {what}"
             report.time_ratios[name] = value = ratio(found, TWO, other, what)
             if (other, what) == (ONE_CORE, "merge"):
                 report.targets.append(Target(name, value, TWO_SHARDS))
-    columns = ["merge", "starts", "hashing", "whole", "mergekit / it, merge", "mergekit / it, whole"]
+    columns = ["merge", "starts", "hashing", "whole", "CPU", "mergekit / it, merge", "whole", "CPU"]
     print_table(f"seconds, {method}, K={k}, rounds: {len(next(iter(found.values())))}", columns, rows)
 
 
@@ -308,7 +321,7 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
                 figures = run(WAYS[THEIRS_FILES], config, folder / "out", file_mb)
                 report.other[f"{method}: {THEIRS_FILES}, K={high}"] = figures.peak
     with temporary(made, "linear", high) as (folder, config):
-        _, peak, _ = execute(WAYS[ONE].command(config, folder / "out", file_mb), WAYS[ONE].cores, gauge=True)
+        _, _, peak, _ = execute(WAYS[ONE].command(config, folder / "out", file_mb), WAYS[ONE].cores, gauge=True)
         report.other[f"linear: all processes of ours, K={high}"] = peak
 
 

@@ -39,6 +39,7 @@ ENGINE = (
     "actors.expert",
     "actors.shard",
     "actors.trainer",
+    "cluster.driver",
     "engine.evaluation.measure",
     "engine.output.model_folder",
     "engine.report.page",
