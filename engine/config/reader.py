@@ -22,7 +22,7 @@ from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_whole
 from engine.config.unknown_keys import without_unknown
-from engine.config.yaml_text import DEPTH, DIGITS, Location, check_texts, parse, parse_all
+from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PAPER
 from engine.methods.registry import is_mergekits
@@ -113,8 +113,19 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
             raw = with_defaults(raw, method.name)
         else:
             raw, recipe, unused, places = read_recipe(raw, method, where)
+    config = _validated(raw, path, where)
+    config = config.model_copy(update={"recipe": recipe, "unused": (*unused, *unknown)})
+    # A learned method's config may list the base among the models, as mergekit's do; `read_recipe` knows it by itself.
+    base = config.base_model if config.learned else None
+    experts = [(at, one) for at, one in enumerate(config.models) if one.model != base or one.calibration]
+    _check(config, experts, where)
+    return config.model_copy(update={"models": tuple(expert for _, expert in experts)})
+
+
+def _validated(raw: dict[str, Any], path: Path, where: Where) -> Config:
+    """Return the config of keys and values, or raise a `ConfigError` for their faults."""
     try:
-        config = Config.model_validate(raw)
+        return Config.model_validate(raw)
     except pydantic.ValidationError as error:
         faults = [f for f in error.errors(include_url=False) if f["type"] != "default_factory_not_called"]
         by_location = {_location(fault): fault for fault in reversed(faults)}
@@ -126,12 +137,6 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
             raise errors[0] from None
         first = f"{len(errors):,} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
         raise ConfigError("\n".join([first, *map(str, errors[:5])]), str(path)) from None
-    config = config.model_copy(update={"recipe": recipe, "unused": (*unused, *unknown)})
-    # A learned method's config may list the base among the models, as mergekit's do; `read_recipe` knows it by itself.
-    base = config.base_model if config.learned else None
-    experts = [(at, one) for at, one in enumerate(config.models) if one.model != base or one.calibration]
-    _check(config, experts, where)
-    return config.model_copy(update={"models": tuple(expert for _, expert in experts)})
 
 
 def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: Any) -> None:

@@ -17,8 +17,8 @@ from engine.checkpoints.find import COMPANIONS, check_file, check_inside, is_cha
 from engine.checkpoints.headers import BYTES, read_json
 from engine.checkpoints.special_tokens import generation_with_ids_of, with_ids_of
 from engine.checkpoints.writer import OutputFile, OutputTensor
+from engine.planning.layout.vocabulary import new_tokenizer
 from engine.planning.plan import Plan
-from engine.planning.vocabulary import new_tokenizer
 
 # Config keys of how the machine that saved a model computed it. A name of a hub repository would make transformers
 # fetch code.

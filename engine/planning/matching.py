@@ -74,7 +74,7 @@ def _check_vocabulary(
     if expert.vocab_size == base.vocab_size and not config.tokenizer_source:
         return
     if config.tokenizer_source and not config.learned:
-        return  # see `engine.planning.vocabulary`
+        return  # see `engine.planning.layout.vocabulary`
     # The trainer has the base's rows, so that a learned method cannot take those of another model.
     if expert.vocab_size != base.vocab_size and not ((text or config.tokenizer_source) and tokenizer == base.folder):
         raise CheckpointError(

@@ -17,7 +17,7 @@ from engine.checkpoints.find import check_folder, find_model, portable
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
 from engine.checkpoints.special_tokens import special_ids
-from engine.checkpoints.structure import Role, Structure
+from engine.checkpoints.structure import Role
 from engine.checkpoints.vocabulary import with_vocabulary
 from engine.config.schema import LEARNED_EXCLUDES, Config, ExpertConfig
 from engine.errors import CalibrationError, CheckpointError, ConfigError, InputError
@@ -25,11 +25,11 @@ from engine.planning.chat_templates import find_chat_template
 from engine.planning.costs.trainers import check_trainers
 from engine.planning.differences import notes_on, remarks_on, with_values_of
 from engine.planning.factors import check_directions
+from engine.planning.layout.stacking import as_deep_as, check_recipe, is_stacked, lay_out
+from engine.planning.layout.vocabulary import check_rules, plan_vocabulary
 from engine.planning.matching import match
 from engine.planning.plan import ExpertPlan, ModelPlan, Plan
-from engine.planning.stacking import as_deep_as, check_recipe, is_stacked, lay_out
-from engine.planning.structures import Structures, without_tied_head
-from engine.planning.vocabulary import check_rules, plan_vocabulary
+from engine.planning.structures import Structures, check_names, without_tied_head
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri, locate
 from engine.untrusted import cpu_limit
@@ -56,7 +56,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     if (source := _config_source(config, base, config_folder)) is not None:
         base = with_values_of(base, source)
     structures = Structures(base, required=config.learned)
-    _check_names(base, structures.base)
+    check_names(base, structures.base)
     base = replace(base, roles=structures.base.roles)
     adapter = _plan_adapter(base_adapter, base, structures, config_folder)
     base_plan = ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter)
@@ -109,17 +109,6 @@ def _dtype(config: Config, base: ModelHeader) -> str:
     """Return the dtype of the computation: the base's, or bfloat16 for float16, where small gradients become 0."""
     own = main_dtype(base)
     return "bfloat16" if config.learned and own == "float16" else own
-
-
-def _check_names(base: ModelHeader, structure: Structure) -> None:
-    """Check that transformers can read the base's names, since the output has them too."""
-    if structure.wrapped:
-        raise CheckpointError(
-            f"the base's tensors have the prefix of a wrapper (first: {min(structure.wrapped)!r})",
-            str(base.folder),
-            "names that `from_pretrained` reads",
-            "save the model that the wrapper holds with `save_pretrained`",
-        )
 
 
 def _located(config: Config, config_folder: Path) -> Config:

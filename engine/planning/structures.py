@@ -160,3 +160,18 @@ def _build(header: ModelHeader, required: bool) -> Any:
         if required:
             raise
         return None
+
+
+def check_names(base: ModelHeader, structure: Structure) -> None:
+    """Check that transformers can read the base's names, since the output has them too.
+
+    Raises:
+        CheckpointError: They have the prefix of a wrapper.
+    """
+    if structure.wrapped:
+        raise CheckpointError(
+            f"the base's tensors have the prefix of a wrapper (first: {min(structure.wrapped)!r})",
+            str(base.folder),
+            "names that `from_pretrained` reads",
+            "save the model that the wrapper holds with `save_pretrained`",
+        )

@@ -16,8 +16,8 @@ from engine.methods.arithmetic.sparse import kept_of
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.options import Method, Option, Settings, Value
 from engine.methods.registry import NATIVE, get_method, preparation
+from engine.planning.layout.vocabulary import models_at
 from engine.planning.plan import Plan, experts_of, slice_of
-from engine.planning.vocabulary import models_at
 from engine.shards.gathered_rows import GatheredRows
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of

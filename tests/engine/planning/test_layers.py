@@ -14,7 +14,7 @@ from thorough import thorough_but
 
 from engine.checkpoints.headers import ModelHeader, TensorHeader, read_model_header
 from engine.errors import ConfigError
-from engine.planning.layers import deeper, depth_of, modules_of, stack_of, stacked_config, with_kinds
+from engine.planning.layout.layers import deeper, depth_of, modules_of, stack_of, stacked_config, with_kinds
 
 
 def header(*names: str, **config: Any) -> ModelHeader:

@@ -27,9 +27,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.models import vocabularies
 from engine.output.model_folder import output_files, write_companions
 from engine.planning import vocabulary
+from engine.planning.layout.vocabulary import new_tokenizer
 from engine.planning.open_models import base_folder
 from engine.planning.planner import make_plan
-from engine.planning.vocabulary import new_tokenizer
 from engine.run.inputs import identity
 from engine.run.state import PLAN, encode_plan, load_plan, plan_digest
 from engine.shards import gathered_rows

@@ -16,7 +16,7 @@ from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config
 from engine.errors import CheckpointError, ConfigError
 from engine.methods.registry import check_inputs, get_method
-from engine.planning.layers import (
+from engine.planning.layout.layers import (
     DEFAULT,
     TEXT,
     Stack,

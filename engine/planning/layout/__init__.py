@@ -1,0 +1,1 @@
+"""From which model each tensor of the output, and each row of its embedding, comes."""
