@@ -111,6 +111,29 @@ def test_thresholds_over_the_whole_model_do_not_depend_on_the_shards(llama_merge
     assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
 
 
+@pytest.mark.slow
+def test_a_stack_is_a_model_that_says_what_it_is_and_can_be_made_again(llama_merge: Path, tmp_path: Path) -> None:
+    models, out, again = llama_merge.parent, tmp_path / "stack", tmp_path / "again"
+    layers = [("base", [0, 3]), ("expert0", [1, 3])]
+    sources = [{"model": str(models / name), "layer_range": taken} for name, taken in layers]
+    config = tmp_path / "stack.yaml"
+    slices = [{"sources": [source]} for source in sources]
+    config.write_text(yaml.safe_dump({"merge_method": "passthrough", "slices": slices}))
+    done = cli("merge", config, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert len(AutoModelForCausalLM.from_pretrained(out).model.layers) == 5
+    merged, expert = weights(out), weights(models / "expert0")
+    for name in (name for name in expert if ".layers.1." in name):
+        assert torch.equal(merged[name.replace(".1.", ".3.")], expert[name])
+    lines = json.loads((out / "merge" / "memory.json").read_text())["slices"]
+    assert lines == ["layers 0 to 2: base[0:3]", "layers 3 to 4: expert0[1:3]"]
+    assert all(line in (out / "merge" / "report.html").read_text() for line in lines)
+    options = ("--set", "cluster.shards=2", "--set", "max_shard_size=20KB")
+    done = cli("merge", out / "merge" / "config.yaml", *options, "--out", again)
+    assert done.returncode == 0, done.stderr
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in weights(again).items())
+
+
 def test_the_methods_are_listed() -> None:
     done = cli("methods")
     assert done.returncode == 0, done.stderr
