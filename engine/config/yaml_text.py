@@ -93,7 +93,8 @@ def parse(text: str, where: str, values: int = VALUES, plain: bool = True) -> tu
     """
     found = parse_all(text, where, values, plain)
     if len(found) > 1:
-        raise ConfigError(f"the text has {len(found)} YAML documents", where, "one")
+        line = found[1][1].start_mark.line + 1
+        raise ConfigError("there is another document", f"{where}:{line}" if where else "", "a single YAML document")
     return found[0] if found else (None, None)
 
 

@@ -464,7 +464,7 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated(path: Path, uri: str
         (HEAD + MODELS + "\tseed: 1  # here\n", "\\t"),
         (HEAD + MODELS + "seed: *unknown  # here\n", "alias 'unknown'"),
         (HEAD + MODELS + "seed: !!python/object:os.system {}  # here\n", "python/object:os.system"),
-        (HEAD + MODELS + "---  # here\nseed: 1\n", "another document"),
+        (HEAD + MODELS + "---\nseed: 1  # here\n", "another document"),
         (HEAD + "models: [  # here", "<stream end>"),
     ],
 )
