@@ -77,8 +77,8 @@ CONFIGS: Cases = {
     "nothing as a key": (lambda f: add(f, "null: 1"), [LAST, "YAML", "a key"]),
     "list for a mapping": (lambda f: add(f, "calibration: [a]"), [LAST, "calibration", "['a']"]),
     "mapping for a list": (lambda f: edit(f, models={"model": "a"}), ["merge.yaml:4", "models", "{'model': 'a'}"]),
-    "list at the top": (lambda f: put(f, "merge.yaml", "- seed: 1\n"), ["merge.yaml: ", "mapping", "merge_method"]),
-    "two documents": (lambda f: add(f, "---\na: 1"), [LAST, "another document"]),
+    "list at the top": (lambda f: put(f, "merge.yaml", "- seed: 1\n"), ["merge.yaml:1: ", "mapping", "merge_method"]),
+    "two documents": (lambda f: add(f, "---\na: 1"), ["merge.yaml:21: ", "`name`"]),
     "100,000 models": (lambda f: put(f, "merge.yaml", many_models()), ["merge.yaml:33335", "100,000 values"]),
     "10,000 faults": (
         lambda f: put(f, "merge.yaml", many_models("  kex: 1\n")),
