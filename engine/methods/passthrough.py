@@ -28,9 +28,12 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """Return the tensor's `Fill`: one pass over the model."""
-    if not tensor.models:  # the base alone
-        scale = (tensor.base_values or {}).get("scale")
-        return tensor.sum_of_models(1.0 if scale is None else float(scale), [])
-    (scale,) = tensor.each_own("scale")
-    return tensor.sum_of_models(0.0, [1.0 if scale is None else float(scale)])
+    """Return the tensor's `Fill`: a copy of the base, if the model is that, or else one pass over the model."""
+    from engine.task_vectors.pipeline import copy_of
+
+    (own,) = tensor.own or [tensor.base_values or {}]
+    scale = own.get("scale")
+    if scale is None and all(task_vector is None for task_vector in tensor.task_vectors):
+        return copy_of(tensor.base)
+    factor = 1.0 if scale is None else float(scale)
+    return tensor.sum_of_models(0.0 if tensor.models else factor, [factor] * len(tensor.models))

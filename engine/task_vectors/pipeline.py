@@ -48,14 +48,25 @@ class TensorJob:
     rounding: Rounding | None = None
 
 
+@dataclass(frozen=True)
+class Copy:
+    """The fill that copies a tensor [N], rounding it if the output has another dtype."""
+
+    tensor_N: Tensor
+
+    def __call__(self, piece: Piece, out_N: Tensor) -> None:
+        """Copy a piece to `out_N`."""
+        out_N.copy_(self.tensor_N[piece.start : piece.stop])
+
+    def has_bits_of(self, dtype: torch.dtype, rounding: Rounding | None) -> bool:
+        """Return whether the output is the tensor itself, bit for bit, and so is the base, if there is a rounding."""
+        of_base = rounding is None or rounding.base.data_ptr() == self.tensor_N.data_ptr()
+        return self.tensor_N.dtype == dtype and of_base
+
+
 def copy_of(tensor: Tensor) -> Fill:
-    """Return a fill that copies `tensor`, rounding it if the output has another dtype."""
-    tensor_N = tensor.reshape(-1)
-
-    def fill(piece: Piece, out_N: Tensor) -> None:
-        out_N.copy_(tensor_N[piece.start : piece.stop])
-
-    return fill
+    """Return a fill that copies `tensor`."""
+    return Copy(tensor.reshape(-1))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -109,7 +120,11 @@ def _computed(
     fill: Fill, piece: Piece, dtype: torch.dtype, rounding: Rounding | None
 ) -> tuple[Tensor, dict[str, Survival]]:
     survived: dict[str, Survival] = {}
-    if rounding is None:
+    if isinstance(fill, Copy) and fill.has_bits_of(dtype, rounding):
+        # The file's memory itself, which the writer reads.
+        out_N = fill.tensor_N[piece.start : piece.stop]
+        survived |= {piece.name: Survival()} if rounding is not None else {}
+    elif rounding is None:
         out_N = torch.empty(piece.numel, dtype=dtype)
         fill(piece, out_N)
     else:
