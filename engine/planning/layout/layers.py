@@ -54,12 +54,14 @@ class Stack:
         prefix: The prefix of the layers' names; empty if the module has none.
         layers: Of each layer, the names after its number.
         after: Names of those that come after the layers.
+        others: Prefixes of other stacks among these.
     """
 
     before: tuple[str, ...]
     prefix: str
     layers: tuple[tuple[str, ...], ...]
     after: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
 
 def stack_of(names: Iterable[str], count: int | None) -> Stack:
@@ -83,7 +85,8 @@ def stack_of(names: Iterable[str], count: int | None) -> Stack:
         layers = layers[:count]
     others = [name for name in names if name not in numbered or numbered[name][1] != prefix]
     before = tuple(name for name in others if _BEFORE.search(name))
-    return Stack(before, prefix, layers, tuple(name for name in others if not _BEFORE.search(name)))
+    after = tuple(name for name in others if not _BEFORE.search(name))
+    return Stack(before, prefix, layers, after, tuple(one for one in sizes if one != prefix and len(found[one]) > 1))
 
 
 def modules_of(model: ModelHeader, keys: Sequence[str]) -> dict[str, list[str]]:

@@ -90,13 +90,8 @@ def lay_out(config: Config, base: ModelPlan, experts: Sequence[ExpertPlan]) -> t
         )
     stacking = _Stacking(config, header, [_with_checkpoint(expert, base) for expert in experts])
     keys = list(dict.fromkeys(part.module for part in config.recipe.slices))
-    if keys in ([""], [DEFAULT]) and header.takes_images:
-        raise ConfigError(
-            "the model has modules with layers of their own",
-            "slices",
-            "`modules`",
-            f"put the slices under `modules: {{{TEXT}: {{slices: […]}}}}`",
-        )
+    if keys in ([""], [DEFAULT]):
+        _check_one_stack(header)
     members = {"": list(header.tensors)} if keys == [""] else modules_of(header, keys)
     for key, names in members.items():
         stacking.add_module(key, stack_of(names, depth_of(header, key)))
@@ -286,6 +281,21 @@ class _Stacking:
                 "the base among the sources",
                 "list the base there with its `layer_range`",
             )
+
+
+def _check_one_stack(model: ModelHeader) -> None:
+    """Check that slices without `modules` can only mean one stack of layers."""
+    stack = stack_of(model.tensors, model.num_layers)
+    if not stack.others and not model.takes_images:
+        return
+    parts = {part for other in stack.others for part in other.split(".")}
+    own = TEXT if model.takes_images else next((one for one in stack.prefix.split(".") if one not in parts), DEFAULT)
+    raise ConfigError(
+        "the model has modules with layers of their own",
+        "slices",
+        "`modules`",
+        f"put the slices under `modules: {{{own}: {{slices: […]}}}}`",
+    )
 
 
 def _with_checkpoint(expert: ExpertPlan, base: ModelPlan) -> ExpertPlan:

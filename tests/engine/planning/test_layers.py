@@ -42,6 +42,9 @@ def test_experts_of_a_mixture_and_other_numbers_are_no_layers() -> None:
     assert (stack.prefix, len(stack.layers)) == ("model.layers", 2)
     assert stack.layers[1] == tuple(f"mlp.experts.{e}.up.weight" for e in range(3))
     assert (stack.before, stack.after) == (("model.embed_tokens.weight",), ("score.0.weight", "lm_head.weight"))
+    assert stack.others == ()
+    both = [f"{part}.block.{i}.x" for part in ("encoder", "decoder") for i in range(2)]
+    assert {(one := stack_of(both, 2)).prefix, *one.others} == {"encoder.block", "decoder.block"}
 
 
 def test_layers_beyond_the_number_of_the_config_are_left_out() -> None:
