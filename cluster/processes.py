@@ -234,12 +234,10 @@ def _serve(make: Callable[[], Shard], connection: Connection, theirs: Connection
             return
         try:
             answer = False, getattr(shard, method)(*arguments)
-        except MergeError as error:
-            answer = True, error
         except Exception as error:  # noqa: BLE001 - raised in the driver, as Ray does
             if debug:
                 traceback.print_exc()
-            answer = True, f"{type(error).__name__}: {error}"
+            answer = True, error if isinstance(error, MergeError) else f"{type(error).__name__}: {error}"
         connection.send(answer)
 
 
