@@ -28,8 +28,9 @@ class Comparison:
 
     Attributes:
         differences: What differs in names, shapes, dtypes, config.json and tokenizer, in words.
-        known: Differences that docs/mergekit.md describes: `names`, `dtypes`.
-        worst: The largest difference of any element in float32; of a random method, which draws other numbers, None.
+        known: Differences that docs/mergekit.md describes: `names`, `dtypes`, `rounded adapters`.
+        worst: The largest difference of any element in float32; None where a known difference or a random method, which
+            draws other numbers, changes the values.
         at_threshold: Whether each element that differs is one of several of a task vector that are equal in size at the
             threshold of `density`, of which mergekit keeps any and this engine the first.
     """
@@ -71,9 +72,14 @@ def compare(config: Path, ours: Path, theirs: Path) -> Comparison:
         differences += _tokenizers(ours / AS_IS, theirs / AS_IS)
     if random_methods(text):
         return Comparison(tuple(differences), tuple(known), None)
+    step = max(torch.finfo(tensor.dtype).eps for tensor in other.values() if tensor.is_floating_point())
     mine, other = (tensors(folder / FLOAT32) for folder in (ours, theirs))
     both = {name: (mine[name], other[name]) for name in mine if _comparable(mine[name], other.get(name))}
     worst = max((float((a.double() - b.double()).abs().max()) for a, b in both.values() if a.numel()), default=0.0)
+    size = max((float(a.abs().max()) for a, _ in both.values() if a.numel()), default=0.0)
+    if CLOSE < worst <= text.count("+m/") * step * size:
+        # mergekit rounds a model with its adapter to the model's dtype before it merges.
+        return Comparison(tuple(differences), (*known, "rounded adapters"), None)
     at_threshold = worst > CLOSE and _at_threshold(yaml.safe_load(text), config.parent, both)
     return Comparison(tuple(differences), tuple(known), worst, at_threshold)
 
@@ -139,8 +145,10 @@ def _tokenizers(ours: Path, theirs: Path) -> list[str]:
 
 def _at_threshold(config: dict[str, Any], folder: Path, both: dict[str, tuple[Tensor, Tensor]]) -> bool:
     """Return whether every element that differs is at the threshold of a task vector, with others of its size."""
-    entries = config.get("models")
-    if not isinstance(entries, list) or not config.get("base_model"):
+    part = (config.get("modules") or {}).get("default", config)
+    slices = part.get("slices") or []
+    entries = part.get("models") or (slices[0]["sources"] if len(slices) == 1 else [])
+    if not entries or not config.get("base_model"):
         return False
     base = tensors(folder / config["base_model"])
     top = (config.get("parameters") or {}).get("density", 1.0)
@@ -152,7 +160,11 @@ def _at_threshold(config: dict[str, Any], folder: Path, both: dict[str, tuple[Te
     for name, (ours, theirs) in both.items():
         differs = (ours - theirs).abs() > CLOSE
         if differs.any():
-            sizes = [((expert[name].float() - base[name].float()).abs(), density) for expert, density in experts]
+            if not all(name in expert for expert, _ in experts):
+                return False  # an adapter, whose task vector is a product
+            # An expert may have more rows than the base, for more tokens.
+            own = [(expert[name][: len(base[name])].float(), density) for expert, density in experts]
+            sizes = [((tensor - base[name].float()).abs(), density) for tensor, density in own]
             tied = torch.stack([_tied(size, density) for size, density in sizes]).any(dim=0)
             if (differs & ~tied).any():
                 return False

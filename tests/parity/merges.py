@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -154,8 +155,21 @@ def _merge(text: str, folder: Path) -> None:
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
 
+    class InOrder(MergeConfiguration):  # type: ignore[misc]
+        """A config whose models are in the order of the file.
+
+        Without `base_model`, mergekit takes config.json and tokenizer of the first one of a set, which is another one
+        in each process.
+        """
+
+        def referenced_models(self) -> list[Any]:
+            found = {
+                model: re.search(rf"{re.escape(str(model))}(?![\w/.+-])", text) for model in super().referenced_models()
+            }
+            return sorted(found, key=lambda model: found[model].start())
+
     LoaderCache().loaders.clear()
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(folder), _options(folder))
+    run_merge(InOrder.model_validate(yaml.safe_load(text)), str(folder), _options(folder))
 
 
 def _merge_all(text: str, folder: Path) -> None:
