@@ -6,14 +6,14 @@ The sections that only this program has (`cluster`, `calibration`) stay strict.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from engine.config.schema import INTERNAL, Config, ExpertConfig
 from engine.config.slices import MODULE_KEYS, SLICE_KEYS
 from engine.config.yaml_text import Location
 from engine.methods.options import Method
-from engine.methods.registry import known_options
+from engine.methods.registry import find_method, known_options
 from engine.untrusted import shown
 
 # The keys of mergekit's sections. `Config` and `ExpertConfig` have those that are not here.
@@ -31,18 +31,19 @@ def without_unknown(raw: dict[str, Any], method: Method) -> tuple[dict[str, Any]
     Returns:
         The config without them, and for each its path in the config with the nearest known key.
     """
-    pruned = _Pruned(method, _parameters_of(raw))
+    pruned = _Pruned([method, *_methods_of_slices(raw)], _parameters_of(raw))
     return pruned.section(raw, (), TOP), tuple(pruned.found)
 
 
 class _Pruned:
     """The removal of unknown keys from the sections of one config; `found` describes those that were removed."""
 
-    def __init__(self, method: Method, top: set[str]) -> None:
-        self._options = set(method.by_name)
+    def __init__(self, methods: Sequence[Method], top: set[str]) -> None:
+        self._options = {name for method in methods for name in method.by_name}
         self._known = self._options | set(known_options())
         # mergekit refuses a merge in which one of these has no value.
-        self._required = self._options & {"weight", *(o.name for o in method.options if o.required)} - top
+        required = {option.name for method in methods for option in method.options if option.required}
+        self._required = self._options & {"weight", *required} - top
         self.found: list[str] = []
 
     def section(self, value: Any, at: Location, known: Iterable[str]) -> Any:
@@ -92,6 +93,16 @@ class _Pruned:
             meant = f"; did you mean {f'parameters.{near[0]}' if near[0] in options else near[0]!r}?" if near else ""
             self.found.append(f"{shown('.'.join(map(str, (*at, key))))} (unknown{meant})")
         return {key: inner for key, inner in value.items() if key in known}
+
+
+def _methods_of_slices(raw: dict[str, Any]) -> list[Method]:
+    """Return the methods that slices name for themselves."""
+    modules = raw.get("modules")
+    parts = [raw, *(modules.values() if isinstance(modules, dict) else [])]
+    slices = [part.get("slices") for part in parts if isinstance(part, dict)]
+    names = [one.get("merge_method") for each in slices if isinstance(each, list) for one in each if isinstance(one, dict)]
+    found = (find_method(name) for name in names if isinstance(name, str))
+    return [method for method in found if method is not None]
 
 
 def _parameters_of(section: dict[str, Any]) -> set[str]:

@@ -42,6 +42,8 @@ else the base's. They have the semantics of mergekit 0.1.5 where it has the meth
 - Random masks differ.
 - With `tokenizer_source: MODEL`, config.json and generation_config.json name the special tokens of that model's
   tokenizer; mergekit keeps the base's.
+- In a stack of a model type that mergekit has no definition of, it merges the final norm and the head as the first
+  slice says, this engine as the last one says.
 """
 
 
