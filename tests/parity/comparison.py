@@ -162,10 +162,16 @@ def _at_threshold(config: dict[str, Any], folder: Path, both: dict[str, tuple[Te
         if differs.any():
             if not all(name in expert for expert, _ in experts):
                 return False  # an adapter, whose task vector is a product
-            # An expert may have more rows than the base, for more tokens.
-            own = [(expert[name][: len(base[name])].float(), density) for expert, density in experts]
+            # Output and experts may have more tokens than the base. Then the threshold is one of the tensor with their
+            # rows, so that any size that occurs more than once may be it.
+            rows = len(base[name])
+            own = [(expert[name][:rows].float(), density) for expert, density in experts]
             sizes = [((tensor - base[name].float()).abs(), density) for tensor, density in own]
-            tied = torch.stack([_tied(size, density) for size, density in sizes]).any(dim=0)
+            more = len(ours) > rows
+            tied = torch.stack([_tied(size, [density] if more else density) for size, density in sizes]).any(dim=0)
+            differs, beyond = differs[:rows], differs[rows:]
+            if beyond.any():
+                return False
             if (differs & ~tied).any():
                 return False
     return True
@@ -174,7 +180,7 @@ def _at_threshold(config: dict[str, Any], folder: Path, both: dict[str, tuple[Te
 def _tied(sizes: Tensor, density: Any) -> Tensor:
     """Return where a task vector has the size of its threshold, and other elements with the same size."""
     flat = sizes.flatten()
-    if isinstance(density, list):  # a gradient: any size between its ends may be the threshold
+    if isinstance(density, list):  # as of a gradient, of which any size between its ends may be the threshold
         values, counts = flat.unique(return_counts=True)
         return torch.isin(sizes, values[counts > 1])
     kept = {int(density * flat.numel()), int(density * flat.numel()) + 1}
