@@ -100,7 +100,9 @@ def _methods_of_slices(raw: dict[str, Any]) -> list[Method]:
     modules = raw.get("modules")
     parts = [raw, *(modules.values() if isinstance(modules, dict) else [])]
     slices = [part.get("slices") for part in parts if isinstance(part, dict)]
-    names = [one.get("merge_method") for each in slices if isinstance(each, list) for one in each if isinstance(one, dict)]
+    names = [
+        one.get("merge_method") for each in slices if isinstance(each, list) for one in each if isinstance(one, dict)
+    ]
     found = (find_method(name) for name in names if isinstance(name, str))
     return [method for method in found if method is not None]
 

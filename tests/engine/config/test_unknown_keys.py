@@ -62,6 +62,14 @@ def test_a_weight_that_is_not_among_the_parameters_is_refused(path: Path) -> Non
     assert len(load_config(path).unused) == 1
 
 
+def test_options_of_a_slice_s_own_method_are_known(path: Path) -> None:
+    pytest.importorskip("mergekit")
+    sources = "[{model: x, layer_range: [0, 1]}, {model: y, layer_range: [0, 1]}]"
+    own = "merge_method: nuslerp, parameters: {nuslerp_row_wise: true, weight: 1}"
+    path.write_text(f"merge_method: linear\nslices:\n- {{sources: {sources}, {own}}}\n")
+    assert load_config(path).unused == ()
+
+
 def test_the_name_of_a_merge_is_no_unknown_key(path: Path) -> None:
     path.write_text(f"name: other\nmerge_method: ties\n{HEAD}")
     assert load_config(path, strict=True).unused == ()
