@@ -125,7 +125,7 @@ def read_recipe(
     cluster = raw.get("cluster")
     of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
     unused += [*dropped, *(key for key in LEARNING_KEYS if key in raw), *of_actors]
-    tokens, unknown = read_tokens(tokenizer, raw.get("base_model"), experts.models, where)
+    tokens = read_tokens(tokenizer, raw.get("base_model"), experts.models, where)
     recipe = WeightSpaceSettings(
         slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless, tokens=tokens
     )
@@ -134,7 +134,7 @@ def read_recipe(
     return (
         {"exclude": [], **rest, **base, "models": experts.models},
         recipe,
-        tuple(dict.fromkeys([*unused, *unknown])),
+        tuple(dict.fromkeys(unused)),
         experts.places,
     )
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from engine.config.yaml_text import Location
 from engine.errors import ConfigError
 from engine.fields import Int, Section
 from engine.untrusted import shown
 
-Location = tuple[int | str, ...]
 # The most rows that `pad_to_multiple_of` may add.
 MULTIPLE = 1 << 20
 KEYS, RULE_KEYS = ("source", "tokens", "pad_to_multiple_of"), ("source", "force")
@@ -68,10 +68,8 @@ def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str])
     return others | {"tokenizer_source": given.get("source", "union")}, given
 
 
-def read_tokens(
-    given: Any, base: Any, models: Sequence[Any], where: Callable[[Location], str]
-) -> tuple[TokenSettings, tuple[str, ...]]:
-    """Return the rules of a `tokenizer` that `with_tokenizer_source` accepted, and the keys that mean nothing there.
+def read_tokens(given: Any, base: Any, models: Sequence[Any], where: Callable[[Location], str]) -> TokenSettings:
+    """Return the rules of a `tokenizer` that `with_tokenizer_source` accepted.
 
     Args:
         given: The value of `tokenizer`, or None.
@@ -80,10 +78,10 @@ def read_tokens(
         where: Returns the place of a key.
 
     Raises:
-        ConfigError: A rule or a number has another form, or names a model that is not merged.
+        ConfigError: A key is unknown, a rule or a number has another form, or a rule names a model that is not merged.
     """
     if given is None:
-        return TokenSettings(), ()
+        return TokenSettings()
     experts = [entry for entry in models if isinstance(entry, dict) and entry.get("model") != base]
     named = [(entry.get(key), place) for key in ("model", "name") for place, entry in enumerate(experts, 1)]
     # The first of several entries of a model.
@@ -91,9 +89,10 @@ def read_tokens(
     rules = given.get("tokens") or {}
     if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
         raise ConfigError("tokenizer.tokens is not a mapping", where(("tokenizer", "tokens")), "TOKEN: {source: …}")
-    read, unused = {}, [f"tokenizer.{key}" for key in given if key not in KEYS]
+    _check_keys(given, KEYS, ("tokenizer",), where)
+    read = {}
     for token, rule in rules.items():
-        unused += [f"tokenizer.tokens.{shown(token)}.{key}" for key in rule if key not in RULE_KEYS]
+        _check_keys(rule, RULE_KEYS, ("tokenizer", "tokens", token), where)
         read[token] = _rule(token, rule, places, where(("tokenizer", "tokens", token)))
     multiple = given.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= MULTIPLE):
@@ -102,7 +101,14 @@ def read_tokens(
             where(("tokenizer", "pad_to_multiple_of")),
             f"a whole number from 1 to {MULTIPLE:,}",
         )
-    return TokenSettings(tokens=read, pad_to_multiple_of=multiple), tuple(unused)
+    return TokenSettings(tokens=read, pad_to_multiple_of=multiple)
+
+
+def _check_keys(section: dict[str, Any], known: Sequence[str], at: Location, where: Callable[[Location], str]) -> None:
+    for key in section:
+        if key not in known:
+            name = ".".join(shown(str(part)) for part in (*at, key))
+            raise ConfigError(f"unknown key {name!r}", where((*at, key)), f"one of {', '.join(known)}")
 
 
 def _rule(token: str, rule: dict[str, Any], places: dict[str, int], at: str) -> TokenRow:
