@@ -28,12 +28,14 @@ METHOD = Method(
 
 
 def prepare(tensor: MergeTensor) -> Fill:
-    """Return the tensor's `Fill`: a copy of the base, if the model is that, or else one pass over the model."""
+    """Return the tensor's `Fill`: a copy of the model, if that is read as the base, or else one pass over it."""
     from engine.task_vectors.pipeline import copy_of
 
     (own,) = tensor.own or [tensor.base_values or {}]
     scale = own.get("scale")
-    if scale is None and all(task_vector is None for task_vector in tensor.task_vectors):
+    # Without a base, the first model is read in its place, and there is no other one.
+    is_base = not tensor.has_base or all(task_vector is None for task_vector in tensor.task_vectors)
+    if scale is None and is_base:
         return copy_of(tensor.base)
     factor = 1.0 if scale is None else float(scale)
     return tensor.sum_of_models(0.0 if tensor.models else factor, [factor] * len(tensor.models))
