@@ -83,6 +83,7 @@ CASES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     },
     "a union of vocabularies": {
         "merge_method": "linear",
+        "parameters": {"weight": 0.2},
         "models": [HALF, {"model": CHAT, "parameters": {"weight": 0.5}}],
         "tokenizer_source": "union",
         "base_model": BASE,
@@ -90,6 +91,7 @@ CASES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "rules for tokens": {
         "merge_method": "linear",
         "base_model": BASE,
+        "parameters": {"weight": 0.2},
         "models": [HALF, {"model": CHAT, "parameters": {"weight": 0.5}}],
         "tokenizer": {
             "source": "union",
@@ -100,6 +102,7 @@ CASES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
     "a chat template": {
         "merge_method": "linear",
         "base_model": BASE,
+        "parameters": {"weight": 0.2},
         "models": [HALF, OTHER],
         "chat_template": "chatml",
     },
@@ -107,15 +110,6 @@ CASES: dict[str, dict[str, Any] | list[dict[str, Any]]] = {
         {"name": "one", "merge_method": "task_arithmetic", "base_model": BASE, "models": [HALF, OTHER]},
         {"merge_method": "nuslerp", "models": [{"model": "one", "parameters": {"weight": 0.6}}, OTHER]},
     ],
-}
-# Features that are refused as yet.
-PENDING = {
-    "stacked layers",
-    "modules",
-    "an adapter of the base, and the base alone",
-    "a union of vocabularies",
-    "rules for tokens",
-    "a chat template",
 }
 
 
@@ -126,12 +120,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _case(feature: str) -> Any:
-    marks = [pytest.mark.xfail(strict=True, raises=AssertionError)] if feature in PENDING else []
-    return pytest.param(feature, marks=marks)
-
-
-@pytest.mark.parametrize("feature", [_case(feature) for feature in CASES])
+@pytest.mark.parametrize("feature", CASES)
 def test_a_feature_gives_the_merge_of_mergekit(work: Path, feature: str) -> None:
     given = CASES[feature]
     documents = [one | {"dtype": "float32"} for one in (given if isinstance(given, list) else [given])]
