@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import cache
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import tiny
 import torch
 import yaml
@@ -222,3 +227,18 @@ def worst(found: Tensors, expected: Tensors) -> float:
 def difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference of two tensors' elements."""
     return (found.double() - expected.double()).abs().max().item()
+
+
+@contextmanager
+def configs_read_once() -> Iterator[None]:
+    """Make mergekit read the config.json of a folder once, and not ten times a merge. It gets a copy each time."""
+    import mergekit.common
+
+    read_config = cache(mergekit.common.AutoConfig.from_pretrained)
+
+    def from_pretrained(path: str, **options: Any) -> Any:
+        return deepcopy(read_config(path, **options))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(mergekit.common, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+        yield

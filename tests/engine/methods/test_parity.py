@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +17,7 @@ from torch import Tensor
 from weight_space import (
     Tensors,
     combine,
+    configs_read_once,
     difference,
     entries,
     make_models,
@@ -57,17 +55,8 @@ def record(request: pytest.FixtureRequest) -> Record:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def configs_read_once() -> Iterator[None]:
-    """Make mergekit read the config.json of a folder once, and not ten times a merge. It gets a copy each time."""
-    import mergekit.common
-
-    read_config = cache(mergekit.common.AutoConfig.from_pretrained)
-
-    def from_pretrained(path: str, **options: Any) -> Any:
-        return deepcopy(read_config(path, **options))
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(mergekit.common, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+def read_once() -> Iterator[None]:
+    with configs_read_once():
         yield
 
 

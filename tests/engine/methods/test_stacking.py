@@ -6,10 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from copy import deepcopy
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -27,7 +24,7 @@ from peft_adapters import build
 from safetensors.torch import load_file
 from thorough import as_thorough
 from transformers import AutoModelForCausalLM
-from weight_space import combine, make_models, mergekits, ours, read, worst, write_config
+from weight_space import combine, configs_read_once, make_models, mergekits, ours, read, worst, write_config
 
 from engine.config.mergekit_yaml import as_yaml
 from engine.errors import CheckpointError, ConfigError
@@ -51,17 +48,8 @@ CLOSE = 1e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def configs_read_once() -> Iterator[None]:
-    """Make mergekit read the config.json of a folder once. It gets a copy each time."""
-    import mergekit.common
-
-    read_config = cache(mergekit.common.AutoConfig.from_pretrained)
-
-    def from_pretrained(path: str, **options: Any) -> Any:
-        return deepcopy(read_config(path, **options))
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(mergekit.common, "AutoConfig", SimpleNamespace(from_pretrained=from_pretrained))
+def read_once() -> Iterator[None]:
+    with configs_read_once():
         yield
 
 
