@@ -60,8 +60,14 @@ class Copy:
 
     def has_bits_of(self, dtype: torch.dtype, rounding: Rounding | None) -> bool:
         """Return whether the output is the tensor itself, bit for bit, and so is the base, if there is a rounding."""
-        of_base = rounding is None or rounding.base.data_ptr() == self.tensor_N.data_ptr()
-        return self.tensor_N.dtype == dtype and of_base
+        bases = [] if rounding is None else [rounding.base]
+        # Tensors that are gathered where they are read, in float32, have no memory of their own.
+        stored = all(isinstance(tensor, Tensor) for tensor in (self.tensor_N, *bases))
+        return (
+            stored
+            and self.tensor_N.dtype == dtype
+            and all(base.data_ptr() == self.tensor_N.data_ptr() for base in bases)
+        )
 
 
 def copy_of(tensor: Tensor) -> Fill:

@@ -15,10 +15,11 @@ import torch
 import transformers
 from conftest import cut_small, plan_of
 from errors import refused
+from safetensors.torch import load_file
 from thorough import as_thorough
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
-from weight_space import Tensors, combine, difference, mergekits, noise, ours, read, write_config
+from weight_space import Tensors, combine, difference, entries, mergekits, noise, ours, read, write_config
 
 from engine.checkpoints.find import ROOT
 from engine.config.mergekit_yaml import as_yaml
@@ -26,7 +27,7 @@ from engine.config.reader import parse_config
 from engine.errors import CheckpointError, ConfigError
 from engine.models import vocabularies
 from engine.output.model_folder import output_files, write_companions
-from engine.planning import vocabulary
+from engine.planning.layout import vocabulary
 from engine.planning.layout.vocabulary import new_tokenizer
 from engine.planning.open_models import base_folder
 from engine.planning.planner import make_plan
@@ -101,9 +102,9 @@ def config_of(folder: Path, method: str, names: Sequence[str], tokenizer: Any, *
             return {key: located(inner) for key, inner in value.items()}
         return str(folder / value[1:]) if isinstance(value, str) and value.startswith("@") else value
 
-    entries = [{"model": name, "parameters": {"weight": 0.2 + 0.3 * k}} for k, name in enumerate(names)]
+    listed = [{"model": name, "parameters": {"weight": 0.2 + 0.3 * k}} for k, name in enumerate(names)]
     tokenizer = {"tokenizer_source": tokenizer} if isinstance(tokenizer, str) else {"tokenizer": tokenizer}
-    return write_config(folder, merge_method=method, models=entries, dtype="float32", **located(tokenizer), **keys)
+    return write_config(folder, merge_method=method, models=listed, dtype="float32", **located(tokenizer), **keys)
 
 
 def by_token(tensors: Tensors, folder: Path) -> Tensors:
@@ -147,13 +148,17 @@ ALL, BASE = ("expert0", "expert1", "expert2"), {"base_model": "base"}
 def test_a_merge_is_as_by_mergekit(
     either: Path, method: str, names: Sequence[str], tokenizer: Any, keys: dict[str, Any]
 ) -> None:
-    config = config_of(either, method, names, tokenizer, **keys)
+    check_as_by_mergekit(config_of(either, method, names, tokenizer, **keys), either)
+
+
+def check_as_by_mergekit(config: Path, models: Path) -> None:
+    """Merge a config by both, and compare tensors, number of tokens and tokenizer."""
     plan, folder = plan_of(config), config.with_suffix(".ours")
     combine(plan, folder, shards=2)
     write_companions(folder, plan, base_folder(plan), output_files(plan), plan.tokenizer and Path(plan.tokenizer))
     reference = config.with_suffix(".mergekit")
     wanted, theirs = (
-        by_token(mergekits(config, lora_merge_cache=str(either / "loras")), reference),
+        by_token(mergekits(config, lora_merge_cache=str(models / "loras")), reference),
         by_token(read(folder), folder),
     )
     assert theirs.keys() == wanted.keys()
@@ -164,6 +169,40 @@ def test_a_merge_is_as_by_mergekit(
     assert mine.get_vocab().keys() == other.get_vocab().keys() and mine.special_tokens_map == other.special_tokens_map
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert model(torch.tensor([[len(wanted[EMBEDDING]) - 1]])).logits.isfinite().all()
+
+
+def layers(first: int, last: int, *models: str) -> dict[str, Any]:
+    """Return a slice of a YAML."""
+    listed = [{"model": name, "parameters": {"weight": 0.5 + 0.1 * k}} for k, name in enumerate(models)]
+    return {"sources": [entry | {"layer_range": [first, last]} for entry in listed]}
+
+
+@pytest.mark.parametrize(
+    ("method", "slices", "keys"),
+    [
+        ("passthrough", [layers(0, 2, "expert0"), layers(1, 3, "base")], BASE | {"tokenizer_source": "base"}),
+        as_thorough(("passthrough", [layers(0, 2, "expert0"), layers(1, 3, "expert1")], BASE)),
+        as_thorough(("linear", [layers(0, 2, "base", "expert1"), layers(1, 3, "expert0", "expert1")], BASE)),
+        as_thorough(("linear", [layers(0, 3, *ALL)], BASE)),
+        as_thorough(
+            ("slerp", [layers(0, 2, "expert0", "base")] * 2, {"base_model": "expert0", "parameters": {"t": 0.3}})
+        ),
+    ],
+)
+def test_a_stack_is_as_by_mergekit(
+    models: Path, method: str, slices: list[dict[str, Any]], keys: dict[str, Any]
+) -> None:
+    keys = {"tokenizer_source": "union", "dtype": "float32", "merge_method": method} | keys
+    check_as_by_mergekit(write_config(models, slices=slices, **keys), models)
+
+
+def test_an_excluded_embedding_is_the_base_s_with_the_rows_of_the_output(models: Path) -> None:
+    keys = BASE | {"tokenizer_source": str(models / "expert0"), "dtype": "bfloat16", "exclude": [".*(embed|head)"]}
+    merged = ours(write_config(models, merge_method="linear", models=entries({"weight": 1}, {"weight": 1}), **keys))
+    base = load_file(models / "base" / "model.safetensors")
+    for row, token in enumerate(TOKENS["expert0"]):
+        for name in (EMBEDDING, HEAD) if token in WORDS else ():
+            assert torch.equal(merged[name][row], base[name][WORDS.index(token)].bfloat16())
 
 
 def test_the_bits_depend_neither_on_shards_nor_on_blocks(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
