@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ def _by_mergekit(asked: Tokenizers, models: Sequence[Path], work: Path) -> tuple
         from mergekit.tokenizer.build import build_tokenizer
 
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+        _order_tokens()
 
         def reference(folder: Path) -> Any:
             return ModelReference(model=ModelPath(path=str(folder)))
@@ -162,3 +164,18 @@ def _by_mergekit(asked: Tokenizers, models: Sequence[Path], work: Path) -> tuple
         info.tokenizer.save_pretrained(work / "tokenizer")
         of_models = [info.original_vocabs.get(reference(folder)) for folder in models]
         return info.tokenizer.get_vocab(), of_models
+
+
+def _order_tokens() -> None:
+    """Make the tokenizers of this process list their tokens by id.
+
+    Their library has another order each time, in which mergekit would number the tokens that are new in a union.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    unordered = PreTrainedTokenizerFast.get_vocab
+
+    def get_vocab(tokenizer: Any) -> Tokens:
+        return dict(sorted(unordered(tokenizer).items(), key=itemgetter(1)))
+
+    PreTrainedTokenizerFast.get_vocab = get_vocab

@@ -196,7 +196,9 @@ def _rule(token: str, number: int, rule: TokenRow, models: Sequence[_Model]) -> 
 def _in_no_model(found: Vocabularies, models: Sequence[_Model]) -> Iterator[str]:
     """Yield a note on the tokens that no model has."""
     has_R = np.any([model.own_R >= 0 for model in models], axis=0)
-    tokens = [token for token, number in found.output.items() if not has_R[number]]
+    tokens = sorted(
+        (token for token, number in found.output.items() if not has_R[number]), key=found.output.__getitem__
+    )
     if tokens:
         names = listed([shown(repr(token)) for token in tokens])
         yield f"no model has a row for {names}, so that it is zero unless a rule says otherwise"
