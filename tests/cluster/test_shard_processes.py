@@ -71,14 +71,16 @@ def test_shards_that_are_killed_are_replaced_with_the_same_bits(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_a_shard_that_hangs_is_named_and_replaced_with_the_same_bits(
     llama_merge: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strike = Strike(signal.SIGSTOP)
-    other = run_merge(plan_of(llama_merge, *LINEAR, "cluster.hang=2"), tmp_path / "out", strike, OneMachine())
+    other = run_merge(plan_of(llama_merge, *LINEAR, "cluster.hang=6"), tmp_path / "out", strike, OneMachine())
     assert result(other) == result(merged)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "hangs" in line]
-    assert "shard 0" in line and not any(map(pid_exists, strike.struck))
+    # On a busy machine, a shard that does not hang may be as silent.
+    lines = [line for line in capsys.readouterr().out.splitlines() if "hangs" in line]
+    assert lines and "shard 0" in lines[0] and not any(map(pid_exists, strike.struck))
 
 
 def shard_that(does: Callable[[], Any], debug: bool = False) -> Any:
