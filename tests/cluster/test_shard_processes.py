@@ -137,11 +137,12 @@ def test_with_debug_a_process_prints_to_the_terminal(debug: bool, capfd: pytest.
 
 def test_answers_come_in_the_order_of_the_calls_and_silence_has_a_name() -> None:
     process = shard_that(lambda: signal.pause())
-    watch = ProcessWatch(print, patience=0.1)
+    watch = ProcessWatch(print)
     watch.on(process, "", process.name)
     try:
         first, second = process.forget.remote(), process.forget.remote()
         assert watch.answer(second, "forgetting") is watch.answer(first, "forgetting") is None
+        watch.patience = 0.1
         with pytest.raises(Hung, match="shard 0"):
             watch.answer(process.report.remote(), "waiting")
     finally:
