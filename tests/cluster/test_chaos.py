@@ -9,6 +9,7 @@ from pathlib import Path
 import chaos
 import pytest
 from processes import kill
+from thorough import thorough_but
 
 from engine.errors import RunError
 
@@ -27,6 +28,8 @@ CELLS = [
     ("node of Shard", "writing"),
     ("driver", "stage 1"),
 ]
+# The other cells are like these, of another process or phase.
+QUICK = [CELLS[0], CELLS[2], CELLS[5], CELLS[7], CELLS[8]]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def given(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[chao
         yield given
 
 
-@pytest.mark.parametrize(("victim", "phase"), CELLS)
+@pytest.mark.parametrize(("victim", "phase"), thorough_but(QUICK, CELLS))
 def test_the_output_after_a_fault_is_bit_identical(given: chaos.Given, victim: str, phase: str, tmp_path: Path) -> None:
     outcome = chaos.run_cell(given, victim, phase, SEED, tmp_path)
     assert outcome.struck

@@ -22,7 +22,7 @@ from conftest import plan_of
 from errors import refused
 from peft_adapters import adapters
 from plain import Plain, Received
-from thorough import as_thorough
+from thorough import as_thorough, thorough_but
 from transformers import AutoModelForCausalLM
 
 from cluster.driver import _remarks
@@ -161,7 +161,9 @@ def test_orthogonal_task_vectors_are_learned_over_and_written(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factors", ["always"], indirect=True, scope="module")
-@pytest.mark.parametrize("phase", ["reading the experts", "orthogonal task vectors", "stage 1"])
+@pytest.mark.parametrize(
+    "phase", thorough_but(["reading the experts"], ["reading the experts", "orthogonal task vectors", "stage 1"])
+)
 def test_a_stop_between_readings_and_damage_give_the_same_bits(
     config: Path, orthogonal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], phase: str
 ) -> None:

@@ -13,6 +13,7 @@ import tiny_images
 from cluster_helpers import result, run_merge
 from conftest import plan_of
 from ray.cluster_utils import Cluster
+from thorough import as_thorough
 
 from cluster.session import ENVIRONMENT, nodes
 
@@ -24,7 +25,7 @@ from cluster.session import ENVIRONMENT, nodes
     "make",
     [
         partial(tiny.make_merge, experts=2, sharded=True, parameters={"budget": 1.5}),
-        partial(tiny_images.make_merge, family="qwen2_5_vl", exclude=[], parameters={"budget": 1.5}),
+        as_thorough(partial(tiny_images.make_merge, family="qwen2_5_vl", exclude=[], parameters={"budget": 1.5})),
     ],
     ids=["text", "images"],
 )
