@@ -201,7 +201,9 @@ def _plan_expert(
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
     model, adapter_name = _model_and_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
-    if adapter_name and folder == base.folder and _model_and_adapter(config.base_model, config_folder)[1] is None:
+    baseless = config.recipe is not None and config.recipe.baseless
+    on_base = folder == base.folder and _model_and_adapter(config.base_model, config_folder)[1] is None
+    if adapter_name and on_base and not baseless:
         model, adapter_name = adapter_name, None
         folder = find_model(model, config_folder)
         if not is_adapter(folder):
@@ -210,7 +212,7 @@ def _plan_expert(
     matched = NO_EXCEPTIONS
     notes: tuple[str, ...] = ()
     if is_adapter(folder):
-        if config.recipe is not None and config.recipe.baseless:
+        if baseless:
             raise CheckpointError("an adapter needs a base", str(folder), do="set `base_model`")
         header = read_adapter_header(folder, base, structures.tensor)
     else:

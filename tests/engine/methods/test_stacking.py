@@ -361,6 +361,11 @@ def test_an_adapter_on_the_base_is_part_of_the_base(models: Path, tmp_path: Path
     assert worst(found, mergekits(moved, lora_merge_cache=str(tmp_path / "cache"))) <= CLOSE
     alone = write_config(models, **across, slices=[{"sources": [sources[0], source("adapter", 2, 4)]}], dtype="float32")
     assert worst(ours(alone), found) == 0
+    # Without a base, the first model may be an adapter's checkpoint.
+    baseless = write_config(
+        models, merge_method="passthrough", slices=[{"sources": [one]} for one in sources], dtype="float32"
+    )
+    assert worst(ours(baseless), mergekits(baseless, lora_merge_cache=str(tmp_path / "cache"))) <= CLOSE
 
 
 def test_models_of_other_depths_share_a_stack(models: Path, tmp_path: Path) -> None:
