@@ -22,6 +22,8 @@ from engine.untrusted import read_text, shown
 
 # The keys whose values name a model, at any depth.
 MODEL_KEYS = ("base_model", "model", "tokenizer_source", "source")
+# Of the keys of a tokenizer, values with a meaning of their own.
+TOKENIZERS, MEANINGS = ("tokenizer_source", "source"), ("base", "union")
 # Characters of a name, which also names a folder, and its most bytes.
 NAME, NAME_BYTES = re.compile(r"[\w][\w .-]*"), 200
 
@@ -102,9 +104,13 @@ def with_models(value: Any, names: Mapping[str, str]) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key: _renamed(inner, names) if key in MODEL_KEYS and isinstance(inner, str) else with_models(inner, names)
+        key: _renamed(inner, names) if _is_model(key, inner) else with_models(inner, names)
         for key, inner in value.items()
     }
+
+
+def _is_model(key: str, value: Any) -> bool:
+    return key in MODEL_KEYS and isinstance(value, str) and not (key in TOKENIZERS and value in MEANINGS)
 
 
 def _renamed(model: str, names: Mapping[str, str]) -> str:
@@ -119,7 +125,7 @@ def _used(value: Any, names: Sequence[str]) -> set[str]:
     if not isinstance(value, dict):
         return set()
     found = {name for inner in value.values() for name in _used(inner, names)}
-    models = [inner for key, inner in value.items() if key in MODEL_KEYS and isinstance(inner, str)]
+    models = [inner for key, inner in value.items() if _is_model(key, inner)]
     return found | {name for name in names if any(model == name or model.startswith(f"{name}+") for model in models)}
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config, last_part
-from engine.config.slices import GivenSlice, as_slices, given_slices, reference
-from engine.config.vocabulary import TokenSettings, read_tokens, tokenizer_yaml, with_tokenizer_source
+from engine.config.slices import GivenSlice, as_slices, given_slices
+from engine.config.vocabulary import TokenSettings, read_tokens, reference, tokenizer_yaml, with_tokenizer_source
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
@@ -125,7 +125,7 @@ def read_recipe(
     cluster = raw.get("cluster")
     of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
     unused += [*dropped, *(key for key in LEARNING_KEYS if key in raw), *of_actors]
-    tokens = read_tokens(tokenizer, raw.get("base_model"), experts.models, where)
+    tokens = read_tokens(tokenizer, reference(raw.get("base_model")), experts.models, where)
     recipe = WeightSpaceSettings(
         slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless, tokens=tokens
     )

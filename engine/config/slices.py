@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.config.recipe import Slice, WeightSpaceSettings
 from engine.config.schema import Config
+from engine.config.vocabulary import reference
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.untrusted import shown
@@ -102,16 +103,6 @@ def _bounded(slices: list[GivenSlice], where: Where) -> list[GivenSlice]:
             "use fewer slices, or shorter ones",
         )
     return slices
-
-
-def reference(model: Any) -> Any:
-    """Return a model as a text, which mergekit also writes as a mapping with `model`, `lora`, `path` and `revision`."""
-    if not isinstance(model, dict):
-        return model
-    if "path" in model:
-        return f"{model['path']}@{model['revision']}" if model.get("revision") else model["path"]
-    inner, lora = reference(model.get("model")), reference(model.get("lora"))
-    return f"{inner}+{lora}" if lora else inner
 
 
 def check_whole(raw: dict[str, Any], where: Where) -> None:

@@ -44,6 +44,16 @@ class TokenSettings(Section):
     pad_to_multiple_of: Annotated[Int, Field(ge=1, le=MULTIPLE)] | None = None
 
 
+def reference(model: Any) -> Any:
+    """Return a model as a text, which mergekit also writes as a mapping with `model`, `lora`, `path` and `revision`."""
+    if not isinstance(model, dict):
+        return model
+    if "path" in model:
+        return f"{model['path']}@{model['revision']}" if model.get("revision") else model["path"]
+    inner, lora = reference(model.get("model")), reference(model.get("lora"))
+    return f"{inner}+{lora}" if lora else inner
+
+
 def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str]) -> tuple[dict[str, Any], Any]:
     """Replace `tokenizer` by `tokenizer_source`.
 
@@ -55,17 +65,20 @@ def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str])
     """
     given = raw.get("tokenizer")
     if given is None:
-        return {key: value for key, value in raw.items() if key != "tokenizer"}, None
+        source = reference(raw.get("tokenizer_source"))
+        raw = {key: value for key, value in raw.items() if key != "tokenizer"}
+        return raw if source is None else raw | {"tokenizer_source": source}, None
     at = where(("tokenizer",))
     if not isinstance(given, dict):
         raise ConfigError(f"tokenizer is {shown(repr(given))}", at, f"a mapping with {', '.join(KEYS)}")
     if raw.get("tokenizer_source"):
         raise ConfigError("both `tokenizer` and `tokenizer_source` are given", at, "one of them")
-    if not isinstance(given.get("source", ""), str):
-        source = shown(repr(given["source"]))
-        raise ConfigError(f"tokenizer.source is {source}", at, "union, base, or one of the models")
+    source = reference(given.get("source", "union"))
+    if not isinstance(source, str):
+        what = f"tokenizer.source is {shown(repr(given['source']))}"
+        raise ConfigError(what, at, "union, base, or one of the models")
     others = {key: value for key, value in raw.items() if key != "tokenizer"}
-    return others | {"tokenizer_source": given.get("source", "union")}, given
+    return others | {"tokenizer_source": source}, given
 
 
 def read_tokens(given: Any, base: Any, models: Sequence[Any], where: Callable[[Location], str]) -> TokenSettings:
@@ -119,14 +132,13 @@ def _rule(token: str, rule: dict[str, Any], places: dict[str, int], at: str) -> 
         raise ConfigError(f"{name}.force is {shown(repr(force))}", at, "true or false")
     if source is None:
         return TokenRow(force=force)
-    kind = source.get("kind") if isinstance(source, dict) else None
+    row = source if isinstance(source, dict) and {"kind", "token", "token_id"} & source.keys() else {"model": source}
+    kind, other, number = row.get("kind"), row.get("token"), row.get("token_id")
     if kind == "zero":
         return TokenRow(zero=True, force=force)
-    model, other, number = source, None, None
-    if isinstance(source, dict):
-        model, other, number = source.get("model"), source.get("token"), source.get("token_id")
+    model = reference(row.get("model"))
     one = isinstance(other, str) if number is None else type(number) is int and number >= 0 and other is None
-    if not isinstance(model, str) or (isinstance(source, dict) and not (kind == "model_token" and one)):
+    if not isinstance(model, str) or (row is source and not (kind == "model_token" and one)):
         raise ConfigError(f"{name}.source is {shown(repr(source))}", at, FORMS)
     if model not in places:
         raise ConfigError(f"{name} takes a row of {shown(repr(model))}, which is not merged", at, "one of the models")

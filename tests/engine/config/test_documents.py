@@ -55,6 +55,15 @@ def test_a_name_stands_for_the_output_wherever_a_model_may_be_named(tmp_path: Pa
     assert [model.model for model in config.models] == ["/made/one", "/made/two+adapter", "ones"]
 
 
+@pytest.mark.parametrize("name", ["base", "union"])
+def test_a_tokenizer_may_be_the_bases_or_a_union_whatever_the_names_of_merges(tmp_path: Path, name: str) -> None:
+    tokenizer = {"source": name, "tokens": {"a": {"source": "y"}}}
+    first, last = merge("x", "y", name=name, tokenizer_source=name), merge(name, "y", tokenizer=tokenizer)
+    *_, document = read(tmp_path, last, first)
+    config = document.config({name: "/made"})
+    assert config.tokenizer_source == name and [model.model for model in config.models] == ["/made", "y"]
+
+
 def test_overrides_are_of_all_merges_or_of_one(tmp_path: Path) -> None:
     given = ("seed=3", "one.seed=4", "two.x.seed=5")
     documents = read(

@@ -216,6 +216,14 @@ def test_rules_for_tokens_are_read_and_written_again() -> None:
     for value, source in ({"source": "base"}, "base"), ({}, "union"), (None, None):
         config = parse(tokenizer=value)
         assert config.tokenizer_source == source and "tokenizer" not in as_yaml(config)
+    # mergekit takes a mapping for a model in all of these places.
+    y = {"model": {"path": "y"}}
+    mapped = {"a": {"source": y, "force": True}, "c": {"source": {"kind": "model_token", "model": y, "token": "d"}}}
+    config = parse(tokenizer={"source": y, "tokens": mapped})
+    assert config.recipe is not None and config.tokenizer_source == parse(tokenizer_source=y).tokenizer_source == "y"
+    assert {rule.model for rule in config.recipe.tokens.tokens.values()} == {2}
+    with refused(ConfigError, facts=["tokenizer.tokens.a.source"]):
+        parse(tokenizer={"tokens": {"a": {"source": {"model": "y", "token": "b"}}}})
     with refused(ConfigError, facts=["`tokenizer`", "`tokenizer_source`"]):
         parse(tokenizer={}, tokenizer_source="base")
 
