@@ -31,6 +31,7 @@ FOLLOWED = {
     "test_advice_on_documents": ("cluster/documents", "engine/output/outline"),
     "test_advice_on_clusters": (
         "cluster/placement",
+        "cluster/processes",
         "cluster/readiness",
         "cluster/telemetry",
         "cluster/watch",

@@ -17,7 +17,10 @@ Start = Callable[..., Process]
 
 
 def alive(process: Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has ended between the two calls
+        return False
 
 
 def wait_until(done: Callable[[], object]) -> None:

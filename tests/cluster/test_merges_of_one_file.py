@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import yaml
 from errors import refused
 from parity.merges import write
@@ -39,7 +40,10 @@ LAST = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_models(tmp_path_factory.mktemp("models"), layers=2)
+    folder = make_models(tmp_path_factory.mktemp("models"), layers=2)
+    for model in ("base", "expert0", "expert1", "expert2"):
+        tiny.save_tokenizer(folder / model)
+    return folder
 
 
 def written(models: Path, *documents: dict[str, Any], overrides: tuple[str, ...] = ()) -> list[Document]:
