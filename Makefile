@@ -8,7 +8,7 @@ WORKERS ?= 2
 # environment says otherwise, as tests start many processes.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 # The files with tests of a marker, those that start Ray first. Each process would collect all other files in vain.
-FOLDERS = tests/cluster tests/end_to_end tests/actors tests/engine tests/test_*.py
+FOLDERS = tests/cluster tests/end_to_end tests/parity tests/actors tests/engine tests/test_*.py
 MARKED = $(shell grep -rlE --include='test_*.py' $(1) $(FOLDERS))
 STAMP := .venv/.installed
 
