@@ -32,11 +32,17 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 MODELS = ("base", "expert0", "expert1")
 
 
-def cases(thorough: Collection[str] = (), **kinds: Cases) -> pytest.MarkDecorator:
-    """Parametrise a test by cases, with "kind, name" as ids; those whose names are in `thorough` are marked so."""
+def cases(thorough: Collection[str] = (), every: int = 1, **kinds: Cases) -> pytest.MarkDecorator:
+    """Parametrise a test by cases, with "kind, name" as ids.
+
+    Those whose names are in `thorough` are marked so, and all but every `every`-th.
+    """
     named = {f"{kind}, {name}": (name, case) for kind, cases in kinds.items() for name, case in cases.items()}
     assert set(thorough) <= {name for name, _ in named.values()}
-    values = [as_thorough(case) if name in thorough else case for name, case in named.values()]
+    values = [
+        as_thorough(case) if name in thorough or number % every else case
+        for number, (name, case) in enumerate(named.values())
+    ]
     return pytest.mark.parametrize(("spoil", "facts"), values, ids=list(named))
 
 

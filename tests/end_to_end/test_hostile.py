@@ -305,6 +305,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
 
 
 @cases(
+    every=3,
     thorough=["100,000 files", "100,000 tensors", "pattern that never ends"],
     model=MODELS,
     index=INDICES,

@@ -184,6 +184,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
 
 
 @cases(
+    every=3,
     thorough=[
         "1 MB name",
         "10,000 faults",

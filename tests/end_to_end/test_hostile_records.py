@@ -305,7 +305,7 @@ def folder(llama_merge: Path, tmp_path: Path) -> Path:
     return shutil.copytree(llama_merge.parent, tmp_path / "in")
 
 
-@cases(thorough=["10 million lines", "20 GB in a kilobyte"], record=RECORDS, table=TABLES)
+@cases(every=2, thorough=["10 million lines", "20 GB in a kilobyte"], record=RECORDS, table=TABLES)
 def test_hostile_records_are_refused_by_a_plan(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("plan", "merge.yaml", cwd=folder), facts)

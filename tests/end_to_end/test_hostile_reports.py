@@ -133,7 +133,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "in")
 
 
-@cases(report=REPORTS)
+@cases(every=2, report=REPORTS)
 def test_a_hostile_output_folder_is_refused(planner: Server, folder: Path, spoil: Spoil, facts: list[str]) -> None:
     spoil(folder)
     refused(planner.run("report", "m", cwd=folder), facts, memory=page.MEMORY)
