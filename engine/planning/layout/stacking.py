@@ -104,7 +104,7 @@ class _Stacking:
     def __init__(self, config: Config, base: ModelHeader, experts: Sequence[ExpertPlan]) -> None:
         assert config.recipe is not None
         self._recipe, self._base, self._experts = config.recipe, base, experts
-        self._keep = config.on_missing == "base"
+        self._keep, self._method = config.on_missing == "base", config.merge_method
         self._tensors: dict[str, TensorHeader] = {}
         self._roles: dict[str, Role] = {}
         self._origins: dict[str, Origin] = {}
@@ -140,7 +140,8 @@ class _Stacking:
                 taken.append((self._config_of(lead.expert), start + offset))
         # As in mergekit: not more models than the first slice has.
         few = tuple(range(min(len(opening.sources), len(closing.sources))))
-        sources = few if closing.base is None or closing.base in few else None
+        needed = get_method(closing.merge_method or self._method).base == "required"
+        sources = None if needed and closing.base is not None and closing.base not in few else few
         for name in stack.after if stack.prefix else ():
             self._add(name, Origin(last, 0.0, name, sources=sources))
         if stack.prefix and ([number for _, number in taken] != [*range(len(stack.layers))] or len(slices) > 1):

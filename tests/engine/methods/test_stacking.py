@@ -398,6 +398,20 @@ def test_layers_of_another_kind_are_stacked_but_not_merged(tmp_path: Path) -> No
     assert len(model.model.layers) == 4 and not any(found.values())
 
 
+def test_a_base_beyond_the_number_of_models_of_the_first_slice_is_not_in_the_last_tensors(models: Path) -> None:
+    """As in mergekit, for methods that need no base."""
+    last = [source("expert1", 1, 3, weight=0.5), source("base", 1, 3, weight=0.4)]
+    config = write_config(
+        models,
+        merge_method="linear",
+        base_model="base",
+        slices=[{"sources": [source("expert0", 0, 2, weight=0.3)]}, {"sources": last}],
+        parameters={"normalize": False},
+        dtype="float32",
+    )
+    assert worst(ours(config), mergekits(config)) <= CLOSE
+
+
 def test_a_slice_may_have_a_method_of_its_own(models: Path) -> None:
     """This is no key of mergekit's."""
     halves = [[source("base", 0, 2), source("expert0", 0, 2)], [source("base", 2, 4), source("expert1", 2, 4)]]
