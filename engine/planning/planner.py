@@ -283,7 +283,7 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     if source in (None, "base", "union", config.base_model):
         return None
     named = {model.name: model.model for model in config.models}
-    model = named.get(str(source), str(source))
+    model, _ = _model_and_adapter(named.get(str(source), str(source)), config_folder)
     folder = find_model(model, config_folder)
     check_folder(folder)
     special_ids(folder)  # read when the output is written; a fault in its files is found before the work

@@ -287,6 +287,12 @@ def write_adapter(folder: Path) -> None:
     save_file(factors, folder / "adapter_model.safetensors")
 
 
+def test_the_tokenizer_of_a_model_with_an_adapter_is_that_of_the_model(config: Path) -> None:
+    write_adapter(config.parent / "adapter")
+    plan = plan_of(config, "tokenizer_source=expert0+adapter")
+    assert plan.tokenizer == str(config.parent / "expert0")
+
+
 def test_an_adapter_may_be_an_expert_and_not_a_base(config: Path) -> None:
     write_adapter(config.parent / "adapter")
     plan = plan_of(config, "models.0.model=adapter")
