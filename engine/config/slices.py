@@ -14,7 +14,7 @@ from typing import Any
 from engine.config.recipe import Slice, WeightSpaceSettings
 from engine.config.schema import Config
 from engine.config.vocabulary import reference
-from engine.config.yaml_text import Location, Where
+from engine.config.yaml_text import DIGITS, Location, Where
 from engine.errors import ConfigError
 from engine.untrusted import shown
 
@@ -228,7 +228,7 @@ def _referring(entry: Any) -> Any:
 def _layers(source: dict[str, Any], at: Location, where: Where) -> tuple[int, int]:
     """Return the first layer of a source and the one after its last."""
     given = source.get("layer_range")
-    numbers = given if isinstance(given, list) and all(type(number) is int for number in given) else []
+    numbers = [_integer(number) for number in given] if isinstance(given, list) else []
     if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
         raise ConfigError(
             "the model has no `layer_range`" if given is None else f"`layer_range` is {shown(repr(given))}",
@@ -237,6 +237,14 @@ def _layers(source: dict[str, Any], at: Location, where: Where) -> tuple[int, in
             "give the numbers of the layers, or list the models under `models` to merge all layers",
         )
     return numbers[0], numbers[1]
+
+
+def _integer(number: Any) -> int:
+    """Return a whole number, which mergekit also takes as a text or a float; -1 for all else."""
+    if isinstance(number, str) and number.isdecimal() and len(number) <= DIGITS:
+        return int(number)
+    whole = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
+    return int(number) if whole else -1
 
 
 def _known(section: dict[str, Any], keys: tuple[str, ...], at: Location, where: Where) -> None:

@@ -75,6 +75,19 @@ def test_a_model_may_be_a_mapping_as_mergekit_writes_it() -> None:
     assert (config.base_model, [model.model for model in config.models]) == ("o/b@v1+l", ["x"])
 
 
+@pytest.mark.parametrize(("given", "layers"), [([0, 2], (0, 2)), (["1", 3.0], (1, 3))])
+def test_the_numbers_of_layers_may_be_texts_and_floats_as_mergekit_takes_them(given: Any, layers: Any) -> None:
+    slices = [{"sources": [{"model": "x", "layer_range": given}]}]
+    config = parse_config({"merge_method": "passthrough", "slices": slices}, Path("merge.yaml"))
+    assert config.recipe is not None and config.recipe.slices[0].sources[0].layers == layers
+    for wrong in ([0, True], [0, 2.5], [0, "two"], [-1, 2], [2, 2]):
+        with refused(ConfigError, facts=["layer_range"]):
+            parse_config(
+                {"merge_method": "passthrough", "slices": [{"sources": [{"model": "x", "layer_range": wrong}]}]},
+                Path("m"),
+            )
+
+
 def test_the_same_model_twice_in_a_slice_is_two_experts() -> None:
     sources = [{"model": "x", "layer_range": [0, 2]}, {"model": "x", "layer_range": [2, 4]}]
     config = parse_config(HEAD | {"slices": [{"sources": sources}, {"sources": sources}]}, Path("merge.yaml"))
