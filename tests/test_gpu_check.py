@@ -61,7 +61,7 @@ def test_a_check_that_raises_or_misses_fails_and_hides_no_other(
     assert {name: result["ok"] for name, result in written.items()} == {"raises": False, "missed": False, "met": True}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(900)  # two merges and a third start of Ray, on a machine that may be busy
 def test_the_checks_with_ray_pass_on_a_cpu(tmp_path: Path) -> None:
     results = checked(tmp_path / "results.json", "gpu_check.on_ray", "--device", "cpu")
