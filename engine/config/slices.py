@@ -14,7 +14,7 @@ from typing import Any
 from engine.config.recipe import Slice, WeightSpaceSettings
 from engine.config.schema import Config
 from engine.config.vocabulary import reference
-from engine.config.yaml_text import DIGITS, Location, Where
+from engine.config.yaml_text import DIGITS, Location, Where, check_keys
 from engine.errors import ConfigError
 from engine.untrusted import shown
 
@@ -78,7 +78,7 @@ def given_slices(raw: dict[str, Any], where: Where) -> tuple[list[GivenSlice], d
             raise ConfigError(
                 "the module has neither `slices` nor `models`", where(at), "{slices: […]} or {models: […]}"
             )
-        _known(module, MODULE_KEYS, at, where)
+        check_keys(module, MODULE_KEYS, at, where)
         if "slices" in module and "models" in module:
             raise ConfigError("the module has both `slices` and `models`", where(at), "one of them", "remove the other")
         key = "slices" if "slices" in module else "models"
@@ -204,7 +204,7 @@ def _slice(given: Any, at: Location, module: str, where: Where) -> GivenSlice:
         raise ConfigError(
             "the slice has no list of `sources`", where(at), "{sources: [{model: …, layer_range: [0, 8]}]}"
         )
-    _known(given, SLICE_KEYS, at, where)
+    check_keys(given, SLICE_KEYS, at, where)
     places: list[Location] = [(*at, "sources", index) for index in range(len(sources))]
     layers = [_layers(source, place, where) for source, place in zip(sources, places, strict=True)]
     lengths = [last - first for first, last in layers]
@@ -245,9 +245,3 @@ def _integer(number: Any) -> int:
         return int(number)
     whole = isinstance(number, int | float) and not isinstance(number, bool) and number == number // 1
     return int(number) if whole else -1
-
-
-def _known(section: dict[str, Any], keys: tuple[str, ...], at: Location, where: Where) -> None:
-    for key in section:
-        if key not in keys:
-            raise ConfigError(f"unknown key {key!r}", where((*at, key)), ", ".join(keys))

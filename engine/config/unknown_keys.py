@@ -11,17 +11,16 @@ from typing import Any
 
 from engine.config.schema import INTERNAL, Config, ExpertConfig
 from engine.config.slices import MODULE_KEYS, SLICE_KEYS
+from engine.config.vocabulary import TOKEN_KEYS, TOKENIZER_KEYS
 from engine.config.yaml_text import Location
 from engine.methods.options import Method
 from engine.methods.registry import find_method, known_options
 from engine.untrusted import shown
 
 # The keys of mergekit's sections. `Config` and `ExpertConfig` have those that are not here.
-TOP = (*(key for key in Config.model_fields if key not in INTERNAL), "slices", "modules", "tokenizer", "chat_template")
+TOP = (*(key for key in Config.model_fields if key not in INTERNAL), "slices", "modules", "tokenizer")
 MODEL = tuple(ExpertConfig.model_fields)
 SOURCE = (*MODEL, "layer_range")
-TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
-TOKEN = ("source", "force")
 CONDITION = ("filter", "value")
 
 
@@ -54,8 +53,8 @@ class _Pruned:
             "slices": lambda inner, place: self._each(inner, place, SLICE_KEYS),
             "sources": lambda inner, place: self._each(inner, place, SOURCE),
             "modules": lambda inner, place: self._each(inner, place, MODULE_KEYS),
-            "tokenizer": lambda inner, place: self.section(inner, place, TOKENIZER),
-            "tokens": lambda inner, place: self._each(inner, place, TOKEN),
+            "tokenizer": lambda inner, place: self.section(inner, place, TOKENIZER_KEYS),
+            "tokens": lambda inner, place: self._each(inner, place, TOKEN_KEYS),
         }
         if isinstance(value, dict):
             # A weight beside `parameters` instead of in it: without it, this would be another merge. `Config` refuses.

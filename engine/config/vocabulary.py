@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from engine.config.yaml_text import Location
+from engine.config.yaml_text import Where, check_keys
 from engine.errors import ConfigError
 from engine.fields import Int, Section
 from engine.untrusted import shown
 
 # The most rows that `pad_to_multiple_of` may add.
 MULTIPLE = 1 << 20
-KEYS, RULE_KEYS = ("source", "tokens", "pad_to_multiple_of"), ("source", "force")
+TOKENIZER_KEYS, TOKEN_KEYS = ("source", "tokens", "pad_to_multiple_of"), ("source", "force")
 FORMS = "a model, {kind: zero}, or {kind: model_token, model: …} with `token` or `token_id`"
 
 
@@ -54,7 +54,7 @@ def reference(model: Any) -> Any:
     return f"{inner}+{lora}" if lora else inner
 
 
-def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str]) -> tuple[dict[str, Any], Any]:
+def with_tokenizer_source(raw: dict[str, Any], where: Where) -> tuple[dict[str, Any], Any]:
     """Replace `tokenizer` by `tokenizer_source`.
 
     Returns:
@@ -70,7 +70,7 @@ def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str])
         return raw if source is None else raw | {"tokenizer_source": source}, None
     at = where(("tokenizer",))
     if not isinstance(given, dict):
-        raise ConfigError(f"tokenizer is {shown(repr(given))}", at, f"a mapping with {', '.join(KEYS)}")
+        raise ConfigError(f"tokenizer is {shown(repr(given))}", at, f"a mapping with {', '.join(TOKENIZER_KEYS)}")
     if raw.get("tokenizer_source"):
         raise ConfigError("both `tokenizer` and `tokenizer_source` are given", at, "one of them")
     source = reference(given.get("source", "union"))
@@ -81,13 +81,13 @@ def with_tokenizer_source(raw: dict[str, Any], where: Callable[[Location], str])
     return others | {"tokenizer_source": source}, given
 
 
-def read_tokens(given: Any, base: Any, models: Sequence[Any], where: Callable[[Location], str]) -> TokenSettings:
+def read_tokens(given: Any, base: Any, experts: Sequence[Any], where: Where) -> TokenSettings:
     """Return the rules of a `tokenizer` that `with_tokenizer_source` accepted.
 
     Args:
         given: The value of `tokenizer`, or None.
         base: The base, as the config names it; None without one.
-        models: The entries of `models`, in which the base may be listed.
+        experts: The experts' entries, in the order of `Config.models`. One of them may be the base's model once more.
         where: Returns the place of a key.
 
     Raises:
@@ -95,17 +95,17 @@ def read_tokens(given: Any, base: Any, models: Sequence[Any], where: Callable[[L
     """
     if given is None:
         return TokenSettings()
-    experts = [entry for entry in models if isinstance(entry, dict) and entry.get("model") != base]
-    named = [(entry.get(key), place) for key in ("model", "name") for place, entry in enumerate(experts, 1)]
+    entries = [(place, entry) for place, entry in enumerate(experts, 1) if isinstance(entry, dict)]
+    named = [(entry.get(key), place) for key in ("model", "name") for place, entry in entries]
     # The first of several entries of a model.
     places = {name: place for name, place in reversed([(base, 0), *named]) if isinstance(name, str)}
     rules = given.get("tokens") or {}
     if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
         raise ConfigError("tokenizer.tokens is not a mapping", where(("tokenizer", "tokens")), "TOKEN: {source: …}")
-    _check_keys(given, KEYS, ("tokenizer",), where)
+    check_keys(given, TOKENIZER_KEYS, ("tokenizer",), where)
     read = {}
     for token, rule in rules.items():
-        _check_keys(rule, RULE_KEYS, ("tokenizer", "tokens", token), where)
+        check_keys(rule, TOKEN_KEYS, ("tokenizer", "tokens", token), where)
         read[token] = _rule(token, rule, places, where(("tokenizer", "tokens", token)))
     multiple = given.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= MULTIPLE):
@@ -115,13 +115,6 @@ def read_tokens(given: Any, base: Any, models: Sequence[Any], where: Callable[[L
             f"a whole number from 1 to {MULTIPLE:,}",
         )
     return TokenSettings(tokens=read, pad_to_multiple_of=multiple)
-
-
-def _check_keys(section: dict[str, Any], known: Sequence[str], at: Location, where: Callable[[Location], str]) -> None:
-    for key in section:
-        if key not in known:
-            name = ".".join(shown(str(part)) for part in (*at, key))
-            raise ConfigError(f"unknown key {name!r}", where((*at, key)), f"one of {', '.join(known)}")
 
 
 def _rule(token: str, rule: dict[str, Any], places: dict[str, int], at: str) -> TokenRow:

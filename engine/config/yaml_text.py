@@ -6,7 +6,7 @@ The text of a chat template may be long and have several lines; `check_texts` re
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -122,6 +122,18 @@ def parse_all(text: str, where: str, values: int = VALUES, plain: bool = True) -
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"not valid YAML: {problem}", f"{where}:{mark.line + 1}" if mark else where) from error
     return found
+
+
+def check_keys(section: Mapping[str, Any], known: Sequence[str], at: Location, where: Where) -> None:
+    """Check that a section of a config, at the place `at`, has no other keys than those that are known.
+
+    Raises:
+        ConfigError: It has.
+    """
+    for key in section:
+        if key not in known:
+            name = ".".join(shown(str(part)) for part in (*at, key))
+            raise ConfigError(f"unknown key {name!r}", where((*at, key)), f"one of {', '.join(known)}")
 
 
 def check_texts(value: Any, where: Where, at: Location = ()) -> None:

@@ -241,6 +241,17 @@ def test_rules_for_tokens_are_read_and_written_again() -> None:
         parse(tokenizer={}, tokenizer_source="base")
 
 
+def test_a_rule_counts_experts_as_the_config_does_where_the_base_is_listed_twice() -> None:
+    sources = [
+        {"model": model, "layer_range": layers} for model, layers in (("b", [0, 2]), ("b", [2, 4]), ("x", [0, 2]))
+    ]
+    tokenizer = {"source": "base", "tokens": {"a": {"source": "x"}, "c": {"source": "b"}}}
+    raw = HEAD | {"merge_method": "linear", "slices": [{"sources": sources}], "tokenizer": tokenizer}
+    config = parse_config(raw, Path("merge.yaml"))
+    assert [expert.model for expert in config.models] == ["b", "x"] and config.recipe is not None
+    assert {token: rule.model for token, rule in config.recipe.tokens.tokens.items()} == {"a": 2, "c": 0}
+
+
 scalars = st.floats(0, 1) | st.integers(0, 1)
 gradients = st.lists(scalars, min_size=1, max_size=4)
 settings = (
