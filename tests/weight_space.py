@@ -30,6 +30,12 @@ from engine.shards.weight_space import model_thresholds
 from engine.storage.local_folder import LocalFolder
 
 Tensors = dict[str, Tensor]
+# The marks of tests that also run mergekit.
+BESIDE_MERGEKIT = [
+    pytest.mark.usefixtures("one_thread"),
+    # mergekit's pickle reader uses the deprecated module numpy.core.
+    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
+]
 _numbers = count()
 
 

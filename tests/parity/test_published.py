@@ -13,13 +13,10 @@ from parity.models import make
 from parity.table import index, recorded
 from parity.verdicts import verdicts
 from thorough import thorough_but
+from weight_space import BESIDE_MERGEKIT
 
 pytest.importorskip("mergekit")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # mergekit's pickle reader uses the deprecated module numpy.core.
-    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
-]
+pytestmark = BESIDE_MERGEKIT
 
 MODELS = "m/llama2-fp32"
 BASE, ONE, TWO, CHAT = (f"{MODELS}/{name}" for name in ("base", "e1", "e2", "e3c"))

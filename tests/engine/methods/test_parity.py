@@ -15,6 +15,7 @@ from peft_adapters import build
 from thorough import as_thorough, thorough_but
 from torch import Tensor
 from weight_space import (
+    BESIDE_MERGEKIT,
     Tensors,
     combine,
     configs_read_once,
@@ -37,11 +38,7 @@ from engine.planning.open_models import open_task_vectors
 from engine.shards.weight_space import WeightSpace
 
 pytest.importorskip("mergekit")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # mergekit's pickle reader uses the deprecated module numpy.core.
-    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
-]
+pytestmark = BESIDE_MERGEKIT
 
 Record = Callable[[str, object], None]
 # Difference of float32 sums in different orders, for weights of about one.

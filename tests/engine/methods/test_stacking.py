@@ -24,7 +24,17 @@ from peft_adapters import build
 from safetensors.torch import load_file
 from thorough import as_thorough
 from transformers import AutoModelForCausalLM
-from weight_space import combine, configs_read_once, make_models, mergekits, ours, read, worst, write_config
+from weight_space import (
+    BESIDE_MERGEKIT,
+    combine,
+    configs_read_once,
+    make_models,
+    mergekits,
+    ours,
+    read,
+    worst,
+    write_config,
+)
 
 from engine.config.mergekit_yaml import as_yaml
 from engine.errors import CheckpointError, ConfigError
@@ -36,11 +46,7 @@ from engine.planning.plan import Plan
 from engine.shards.weight_space import experts_of, resolve, slice_of
 
 pytest.importorskip("mergekit")
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    # mergekit's pickle reader uses the deprecated module numpy.core.
-    pytest.mark.filterwarnings("ignore:numpy.core is deprecated:DeprecationWarning"),
-]
+pytestmark = BESIDE_MERGEKIT
 
 LAYERS = 4
 # Difference of float32 sums in different orders, for weights of about one.
