@@ -27,14 +27,14 @@ class EvaluateOptions:
 
 
 def evaluate_and_print(given: EvaluateOptions) -> None:
-    """Evaluate models, write the results and print them. Raises what `cluster.evaluate.make_jobs` raises."""
+    """Evaluate models, write the results and print them. Raises what `cluster.evaluation.make_jobs` raises."""
     from engine.evaluation.items import read_data
     from engine.evaluation.results import print_results, results_file, save_results
 
     folder, name = results_file(given.out)
     data = read_data(given.files, given.limit)
-    from cluster.evaluate import evaluate as evaluate_by
-    from cluster.evaluate import make_jobs
+    from cluster.evaluation import evaluate as evaluate_by
+    from cluster.evaluation import make_jobs
     from engine.evaluation.lm_eval_harness import Tasks
     from engine.evaluation.subject import Options
 

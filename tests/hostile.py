@@ -46,7 +46,7 @@ MERGE = (
     "PIL.TiffImagePlugin",
     "PIL.WebPImagePlugin",
     "cluster.driver",
-    "cluster.evaluate",
+    "cluster.evaluation",
     "engine.evaluation.results",
     "ray",
     "transformers.conversion_mapping",

@@ -8,9 +8,9 @@ import pytest
 import torch
 from fake_gpus import FakeGpus
 
-import cluster.evaluate
+import cluster.evaluation
 from actors.gpus import Gpus
-from cluster.evaluate import EvaluationJob
+from cluster.evaluation import EvaluationJob
 from engine.evaluation.lm_eval_harness import Tasks
 from engine.evaluation.subject import Options
 from engine.models.devices import Room
@@ -27,8 +27,8 @@ def test_the_seat_of_a_task_decides(monkeypatch: pytest.MonkeyPatch, seat: Gpus,
     def load(device: torch.device, room: Room) -> None:
         loaded.extend((device, *room.others))
 
-    monkeypatch.setattr(cluster.evaluate, "Subject", lambda *given: SimpleNamespace(load=load))
-    monkeypatch.setattr(cluster.evaluate, "Evaluation", lambda subject, device: loaded.append(device))
-    assert cluster.evaluate._run(EvaluationJob("model", "model", (), Tasks(()), Options()), seat) == []
+    monkeypatch.setattr(cluster.evaluation, "Subject", lambda *given: SimpleNamespace(load=load))
+    monkeypatch.setattr(cluster.evaluation, "Evaluation", lambda subject, device: loaded.append(device))
+    assert cluster.evaluation._run(EvaluationJob("model", "model", (), Tasks(()), Options()), seat) == []
     expected = [torch.device("cuda", place) for place in places] or [torch.device("cpu")]
     assert loaded == [*expected, expected[0]]

@@ -23,6 +23,7 @@ import cluster.ray_watch
 import cluster.session
 import cluster.telemetry
 import cluster.watch
+from cluster.commands.common import guarded
 from cluster.placement import Devices, arrange, check_memory, lay_out, lay_out_shards, machines
 from cluster.ray_watch import RayWatch
 from cluster.seats import KIND, Node
@@ -266,7 +267,7 @@ def test_with_debug_the_place_in_the_actor_is_shown(failing: Callable[[Exception
     option = found("run with (--debug)", refusal(run))[1]
     assert option in {name for parameter in cli.merge.params for name in parameter.opts}
     with pytest.raises(MergeError) as shown:
-        cli._guarded(run, debug=True)
+        guarded(run, debug=True)
     assert "File shard.py, line 7" in "".join(traceback.format_exception(shown.value))
 
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from thorough import thorough_but
 
 import cli
-from cluster.evaluate import task_cpus
+from cluster.evaluation import task_cpus
 from cluster.seats import Node
 from engine.errors import MergeError
 from engine.evaluation.lm_eval_harness import Tasks, check_tasks

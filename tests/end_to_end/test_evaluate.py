@@ -18,7 +18,7 @@ import pytest
 import tiny
 from hostile import Server, refused
 
-from cluster.evaluate import EvaluationJob, spread, task_cpus
+from cluster.evaluation import EvaluationJob, spread, task_cpus
 from cluster.seats import Node
 from engine.calibration.records import Record
 from engine.errors import ClusterError

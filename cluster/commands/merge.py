@@ -1,0 +1,72 @@
+"""The command `merge`, of one document or several."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.commands.common import (
+    OUT,
+    config_argument,
+    debug_option,
+    documents_of,
+    guarded,
+    kept_at,
+    kept_option,
+    plan_of,
+    set_option,
+    stop,
+    strict_option,
+    target_of,
+)
+from engine.run.place import check_place
+
+
+@click.command()
+@config_argument
+@click.option("--out", default=OUT, show_default=True, help="Output folder, or its s3:// or gs:// URI.")
+@set_option
+@click.option(
+    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else this machine is used alone."
+)
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
+)
+@kept_option
+@strict_option
+@debug_option
+def merge(
+    config: Path | None, out: str, overrides: tuple[str, ...], kept: str | None, strict: bool, **how: Any
+) -> None:
+    """Merge the experts of CONFIG into one model folder.
+
+    CONFIG defaults to merge.yaml in the current folder, else to the bundled quickstart.
+    """
+
+    def run() -> None:
+        # Set first, so that SIGTERM at any later time raises KeyboardInterrupt, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, stop)
+        target = target_of(out)
+        check_place(target)
+        documents = documents_of(config, overrides, strict)
+        if len(documents) > 1:
+            from cluster.documents import merge_documents
+
+            made = f"{len(documents)} documents"
+            done = merge_documents(documents, target, kept_at(kept), click.echo, **how)
+        else:
+            plan = plan_of(documents[0], target)
+            from cluster.driver import merge as merge_by
+
+            made, done = plan.described_models, merge_by(plan, target, **how)
+        if done:
+            click.echo(f"merged {made} into {target}")
+        else:
+            click.echo(f"{target} already holds this merge; use --fresh to redo it")
+
+    guarded(run, how["debug"], "run the same command to resume")

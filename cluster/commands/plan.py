@@ -1,0 +1,84 @@
+"""The command `plan`, which checks and estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.commands.common import (
+    OUT,
+    config_argument,
+    debug_option,
+    documents_of,
+    guarded,
+    kept_at,
+    kept_option,
+    plan_of,
+    set_option,
+    strict_option,
+    target_of,
+)
+from engine.planning.plan import Plan
+from engine.run.place import check_place
+
+
+@click.command()
+@config_argument
+@click.option("--out", help=f"Output folder or URI of the merge, which is checked as well. Default: {OUT}.")
+@set_option
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Number of equal nodes.")
+@click.option(
+    "--cpus", type=click.FloatRange(1), help="CPUs per node. Default for this and the next three: as on this machine."
+)
+@click.option("--gpus", type=click.IntRange(0), help="GPUs per node.")
+@click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
+@click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
+@kept_option
+@strict_option
+@debug_option
+def plan(
+    config: Path | None, out: str | None, overrides: tuple[str, ...], kept: str | None, strict: bool, **machines: Any
+) -> None:
+    """Check CONFIG and its inputs, and estimate the merge.
+
+    Reads file headers and a small sample of the weights. The estimates are disk space, memory, traffic, time, and the
+    share of each expert's change that is not merged.
+    """
+
+    def run() -> None:
+        target = target_of(out or OUT)
+        if out is not None:  # else a plan can be made where nothing can be written
+            check_place(target)
+        documents = documents_of(config, overrides, strict)
+        if len(documents) == 1:
+            _print(plan_of(documents[0], target), machines, target)
+            return
+        from engine.output.outline import outlined, places_of
+
+        places = places_of(documents, target, kept_at(kept))
+        with outlined(documents, documents[0].path.absolute().parent) as outlines:
+            for document, made in zip(documents, outlines.plans, strict=True):
+                click.echo(document.label)
+                _print(made, machines, places[document.name] if document.name else target)
+
+    guarded(run, machines.pop("debug"))
+
+
+def _print(made: Plan, machines: Mapping[str, Any], target: str) -> None:
+    """Print a plan; of a learned merge with estimates on the given machines."""
+    from engine.calibration.records import read_records
+    from engine.calibration.samples import about_tokens
+    from engine.planning.costs.rates import GB
+    from engine.planning.costs.scaling import Machines
+    from engine.planning.summary import print_plan, print_weight_space_plan
+
+    if not made.config.learned:
+        print_weight_space_plan(made, target)
+        return
+    given = {name: value for name, value in machines.items() if value is not None}
+    given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
+    print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target)
