@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,39 @@ def descend(
     return merged.detach()
 
 
+def swudi(
+    taus_Kmn: Tensor,
+    time: float = 300,
+    rank: float = 0.85,
+    cut: str = "",
+    start: str = "sum",
+    start_scale: float = 1.0,
+    count: int = 0,
+) -> Tensor:
+    """SWUDI: of the gradient flow from the start, the part along the leading right singular vectors of all experts.
+
+    The flow is dτ/dt = D − τ·C, whose solution is τ(t) = D·C⁺ + (τ₀ − D·C⁺)·exp(−C·t); without a time, D·C⁺.
+    """
+    count = count or len(taus_Kmn)
+    norms = taus_Kmn.flatten(1).norm(dim=1)[:, None, None]
+    c = (taus_Kmn.transpose(1, 2) @ taus_Kmn / norms**2).sum(0)
+    d = (taus_Kmn @ taus_Kmn.transpose(1, 2) @ taus_Kmn / norms**2).sum(0)
+    begin = {"sum": taus_Kmn.sum(0), "mean": taus_Kmn.sum(0) / count, "zero": torch.zeros_like(d)}[start] * start_scale
+    _, s, vt = torch.linalg.svd((taus_Kmn / norms).flatten(0, 1), full_matrices=False)
+    rows, columns = count * taus_Kmn.shape[1], taus_Kmn.shape[2]
+    kept = math.ceil(rank * columns)
+    if cut == "participation":
+        kept = math.ceil(s.sum() ** 2 / s.square().sum())
+    elif cut == "gavish_donoho":
+        all_of_them = torch.cat([s, torch.zeros(min(rows, columns) - len(s), dtype=s.dtype)])
+        beta = min(rows, columns) / max(rows, columns)
+        kept = int((s > (0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43) * all_of_them.median()).sum())
+    v = vt[: min(kept, int((s.square() >= 1e-8).sum()))].T
+    end = d @ torch.linalg.pinv(c, hermitian=True)
+    moved = end - begin if cut else (end - begin) @ (torch.eye(columns, dtype=c.dtype) - torch.matrix_exp(-c * time))
+    return begin + moved @ v @ v.T
+
+
 Dense = Callable[..., Tensor]
 # Method, its options other than λ, and its function of the stacked task vectors of a matrix.
 CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
@@ -135,8 +169,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Dense]] = {
         wudi2,
     ),
     "wudi2-mixed": ("wudi2", {"center": True, "start": "mean", "optimizer": "adam", "steps": 50}, wudi2),
+    "swudi": ("swudi", {}, swudi),
+    "swudi-mean": ("swudi", {"time": 2.5, "rank": 0.4, "start": "mean", "start_scale": 0.3}, swudi),
+    "swudi-start": ("swudi", {"time": 0.0}, swudi),
+    "swudi_a": ("swudi_a", {"cut": "participation", "start": "zero"}, swudi),
+    "swudi_a-threshold": ("swudi_a", {"cut": "gavish_donoho"}, swudi),
 }
-each_case = pytest.mark.parametrize("case", thorough_but(["iso", "svd", "wudi", "wudi2"], CASES))
+each_case = pytest.mark.parametrize("case", thorough_but(["iso", "svd", "wudi", "wudi2", "swudi", "swudi_a"], CASES))
 
 
 def dense(base: Tensors, experts: list[Tensors], scale: float, of: Dense, **options: Any) -> Tensors:
@@ -197,7 +236,7 @@ def test_one_expert_alone(case: str, tmp_path: Path) -> None:
     )
     found = ours(config)
     assert_near(found, dense(base, experts, 1.0, of, **options), base)
-    if method != "iso" and "rank" not in options:
+    if method != "iso" and not {"rank", "cut"} & set(options):
         assert worst(found, experts[0]) <= 1e-6
 
 
@@ -217,7 +256,9 @@ def test_more_experts_than_a_matrix_has_singular_values(case: str, tmp_path: Pat
 def test_an_expert_that_is_the_base_adds_nothing(case: str, tmp_path: Path) -> None:
     """It adds nothing to matrices, but counts as an expert in means and for the rank 1/K."""
     method, options, of = CASES[case]
-    counts = {"svd": {"rank": 1 / 3}, "wudi2": {"count": 3}}.get(method, {})
+    counts = {"svd": {"rank": 1 / 3}, "wudi2": {"count": 3}, "swudi": {"count": 3}, "swudi_a": {"count": 3}}.get(
+        method, {}
+    )
     base, experts = write_arrays(tmp_path, experts=2)
     write_checkpoint(tmp_path / "expert2", base)
     config = write_config(
@@ -457,6 +498,7 @@ NATIVE = [
     ("svd", {}),
     ("wudi", {"steps": 3}),
     ("wudi2", {"steps": 3}),
+    ("swudi", {}),
 ]
 
 
