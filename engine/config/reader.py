@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
+from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
@@ -84,7 +85,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
 
     places: list[Location] = []
 
-    def where(location: Location) -> str:
+    def given(location: Location) -> str:
         if location[:1] == ("models",) and len(location) > 1 and places:
             location = (*places[int(location[1])], *location[2:])
         line = _line(node, location)
@@ -92,7 +93,8 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
 
     for key in INTERNAL:
         if key in raw:
-            raise ConfigError(f"unknown key {key!r}", where((key,)))
+            raise ConfigError(f"unknown key {key!r}", given((key,)))
+    raw, where = expand(raw, path.absolute().parent, given)
     for location, uri in addresses_in(raw):
         check_no_secret(uri, ConfigError, where(location))
     recipe: WeightSpaceSettings | None = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.task_vectors.pipeline import Fill
 
 
-def total_weight(tensor: str, values: Settings, own: Sequence[Settings], base: Settings | None) -> float:
+def total_weight(values: Settings, own: Sequence[Settings], base: Settings | None, tensor: str) -> float:
     """Return Σᵢ wᵢ of a tensor, or 1 without `normalize`.
 
     Raises:
@@ -44,13 +44,13 @@ METHOD = Method(
     "θ = Σᵢ wᵢ·θᵢ / Σᵢ wᵢ",
     (Option("weight", 1.0, "wᵢ, the weight of the model", "model"), normalize(True)),
     base="ignored",
-    check=total_weight,
+    check=lambda tensor, models, values, own, base: total_weight(values, own, base, tensor),
 )
 
 
 def prepare(tensor: MergeTensor) -> Fill:
     """Return the tensor's `Fill`: one pass over every model. For errors see `total_weight`."""
-    total = total_weight(tensor.name, tensor.values, tensor.own, tensor.base_values)
+    total = total_weight(tensor.values, tensor.own, tensor.base_values, tensor.name)
     base_weight = float(tensor.base_values["weight"]) if tensor.base_values is not None else 0.0
     weights = [float(weight) for weight in tensor.each_own("weight")]
     return tensor.sum_of_models(base_weight / total, [weight / total for weight in weights])

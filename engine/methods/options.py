@@ -155,8 +155,8 @@ class Method:
         aliases: Other names accepted in a config.
         learned: Its coefficients are learned.
         least, most: Bounds of the number of models, the base included.
-        check: Checks a tensor's values together: called with its name and the values of the merge, of each expert, and
-            of the base (None if it is not one of the models). Raises ConfigError.
+        check: Checks a tensor's values together: called with its name, the names of its experts, and the values of the
+            merge, of each expert, and of the base (None if it is not one of the models). Raises ConfigError.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Method:
     learned: bool = False
     least: int = 1
     most: int | None = None
-    check: Callable[[str, Settings, Sequence[Settings], Settings | None], object] | None = None
+    check: Callable[[str, Sequence[str], Settings, Sequence[Settings], Settings | None], object] | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Option]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.methods import (
+    checkpoint_average,
     dare,
     iso,
     learned,
@@ -41,6 +42,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (linear.METHOD, linear.prepare),
         (weight_average.METHOD, weight_average.prepare),
         (task_arithmetic.METHOD, task_arithmetic.prepare),
+        (checkpoint_average.METHOD, checkpoint_average.prepare),
         (ties.METHOD, ties.prepare),
         (dare.LINEAR, dare.prepare_linear),
         (dare.TIES, dare.prepare_ties),

@@ -172,7 +172,7 @@ def check_settings(plan: Plan) -> None:
                 "set `trim: tensor`",
             )
         if method.check is not None:
-            method.check(name, *values)
+            method.check(name, [plan.experts[k].name for k in experts_of(plan, name)], *values)
 
 
 def resolve(plan: Plan, tensor: str) -> tuple[dict[str, Value], list[dict[str, Value]], dict[str, Value] | None]:
