@@ -25,6 +25,7 @@ from engine.methods import (
     task_arithmetic,
     ties,
     weight_average,
+    widen,
     wudi,
 )
 from engine.methods.options import Method, Option
@@ -51,6 +52,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (svd.INTERMEDIATE, svd.prepare_intermediate),
         (wudi.METHOD, wudi.prepare),
         (wudi.SECOND, wudi.prepare),
+        (widen.METHOD, widen.prepare),
         (swudi.METHOD, swudi.prepare),
         (swudi.ADAPTIVE, swudi.prepare),
         (passthrough.METHOD, passthrough.prepare),
