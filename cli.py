@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from cluster.commands.cache import cache
 from cluster.commands.evaluate import evaluate
 from cluster.commands.merge import merge
 from cluster.commands.methods import methods
@@ -18,7 +19,7 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (merge, plan, evaluate, report, methods):
+for command in (merge, plan, evaluate, report, methods, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -21,8 +21,12 @@ import pyarrow.parquet
 from engine.planning.schedule import CPU_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
-# Merges start a Ray of their own even if the shell names a cluster. Models are folders, so no hub is needed.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"HF_HUB_OFFLINE": "1"}
+# Merges start a Ray of their own even if the shell names a cluster. Models are folders, so no hub is needed. A merge
+# uses nothing that another one computed, unless its config names a cache.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
+    "HF_HUB_OFFLINE": "1",
+    "EXPERT_MERGING_RUN_CACHE": "off",
+}
 # Default number of tokens per pass.
 BATCH_TOKENS = CPU_TOKENS
 

@@ -152,6 +152,7 @@ def main(
     os.environ["RAY_free_objects_period_milliseconds"] = "0"  # noqa: SIM112 - Ray's own spelling
     os.environ.pop("RAY_ADDRESS", None)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["EXPERT_MERGING_RUN_CACHE"] = "off"
     made = Models(workdir.absolute(), size, dtype, own_heads)
     counts, placements = sorted(set(experts)), sorted(set(shards))
     ways: dict[str, list[str]] = {f"shards={count}": [f"cluster.shards={count}"] for count in placements}

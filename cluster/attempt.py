@@ -113,6 +113,7 @@ class Attempt:
         missing = sorted(files - known.keys())
         hashed = self.dealt("hashing the inputs", shards, missing, lambda shard, share: shard.digests.remote(share))
         self.folder.check_unchanged(self.plan, hashed)
+        self.folder.reuse.keep_digests(self.folder.identity, sorted(files))
         return known | hashed
 
     def dealt(
@@ -166,6 +167,7 @@ class Attempt:
             **({"slices": self.plan.stacked} if self.plan.stacked else {}),
             "bytes_targets": counts["target_bytes"],
             "expert_forwards": counts["forwards"],
+            "reused": self.folder.reuse.counts,
             "decompositions_by_lapack": counts["by_lapack"],
             "not_deterministic": self._not_deterministic(),
             "seconds": self.progress.seconds,

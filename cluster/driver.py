@@ -77,6 +77,7 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
                 run.discard()
         return False
     with open_run(out, now, fresh) as run:
+        run.share(plan.config)
         samples = prepare(plan, records, run) if plan.config.learned else []
         # As on GPUs, where stored task vectors take the least. The attempt checks again when it knows the devices.
         least = factored(plan, True, plan.config.cluster.factors)
@@ -88,7 +89,10 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
             _telemetry(plan, run, on_ray) as telemetry,
             Progress(telemetry) as progress,
         ):
-            _run(plan, samples, run, progress, hosts)
+            try:
+                _run(plan, samples, run, progress, hosts)
+            finally:
+                run.reuse.trim()
     return True
 
 
@@ -111,7 +115,9 @@ def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts
 def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
     """Return whether a merge needs Ray: it learns, a cluster is asked for, or object storage is read or written."""
     asked = address or os.environ.get("RAY_ADDRESS") or plan.config.cluster.labels
-    return bool(plan.config.learned or asked or [*addresses_in([out, plan.resolved.model_dump(mode="json")])])
+    # The cache is used by this process alone.
+    config = plan.resolved.model_dump(mode="json", exclude={"cache"})
+    return bool(plan.config.learned or asked or [*addresses_in([out, config])])
 
 
 @contextmanager

@@ -37,6 +37,8 @@ from engine.planning.factors import decomposed, directions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import Plan
 from engine.planning.schedule import CPU_TOKENS
+from engine.run.inputs import identity
+from engine.run.keys import Computing, Keys
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import PARTS, tensor_groups
 from engine.task_vectors.coefficients import Array, Coefficients
@@ -66,15 +68,29 @@ class LearnedMerge(Attempt):
 
     def _merge(self, seats: Seating) -> None:
         """Compute and write the result with actors in these seats."""
+        computing, reuse = Computing(asdict(self._readiness.devices), seats.factored), self.folder.reuse
+        reuse.bring(Keys(self.plan, self.folder.identity), self.samples, computing)
+        if reused := reuse.said():
+            self.progress.say(reused)
+        try:
+            self._compute(seats, computing)
+        finally:
+            # Also after an error or a stop: another merge may need what is complete.
+            if not self.folder.identity.changed_files(identity(self.plan)):
+                reuse.keep(Keys(self.plan, self.folder.identity), self.samples, computing)
+        self._record()
+
+    def _compute(self, seats: Seating, computing: Computing) -> None:
+        """Learn the coefficients, and write the weights."""
         with Crew(self.plan, self.folder.state, seats, self.watch) as crew:
             trainer = None if self._in_turns else crew.trainer()
             asked = self._ask(trainer)
             kept = self._kept_magnitudes()
-            targets = self._experts(crew, survey=kept is None)
+            self._targets = targets = self._experts(crew, survey=kept is None)
             self._check(asked)
             targets.begin()
             magnitudes = self._magnitudes(crew, targets) if kept is None else kept
-            digests = self.digests(crew.shards)
+            self._digests = self.digests(crew.shards)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
@@ -82,32 +98,37 @@ class LearnedMerge(Attempt):
                 trainer = crew.trainer()
                 self._check(self._ask(trainer))
             trainers = Trainers(self, crew, targets, trainer)
-            training = Stages(self, self.samples, trainers, targets)
+            training = Stages(self, self.samples, trainers, targets, computing)
             self.plan = training.find_prior()
-            stages = [training.stage(first_stage(self.plan))]
-            importance = None
+            self._stages = [training.stage(first_stage(self.plan))]
+            self._importance = None
             if self.plan.config.stages == 2:
                 self.progress.phase("importance", 1)
                 options = self.plan.config.parameters
                 along, each = directions(self.plan), options.chunks == "direction"
-                layout, importance = stage_2_layout(stages[0], magnitudes, options.budget, options.kappa, along, each)
+                first = self._stages[0]
+                layout, importance = stage_2_layout(first, magnitudes, options.budget, options.kappa, along, each)
+                self._importance = importance
                 self.progress.advance("importance", 1)
-                stages.append(training.stage(second_stage(self.plan, layout, stages[0])))
+                self._stages.append(training.stage(second_stage(self.plan, layout, first)))
             trainers.end()
-            self._write(crew, stages[-1])
+            self._write(crew, self._stages[-1])
             for shard in crew.shards:
                 self.report(shard)
+
+    def _record(self) -> None:
+        """Write the record of the merge, and complete the output."""
         metrics = self.folder.metrics()
         files = self.weight_files()
         self.folder.check_unchanged(self.plan)
-        identity = self.folder.identity.encode()
-        devices = self.folder.load_devices()
-        write_record(self.folder.composed, self.plan, identity, digests, stages, importance, metrics, files, devices)
-        self.reports[:0] = targets.reports
+        encoded, devices = self.folder.identity.encode(), self.folder.load_devices()
+        results = self._digests, self._stages, self._importance, metrics, files, devices
+        write_record(self.folder.composed, self.plan, encoded, *results)
+        self.reports[:0] = self._targets.reports
         by_lapack = sum(report.counts.get("by_lapack", 0) for report in self.reports)
         if by_lapack:
             self.progress.say(f"matrix products did not converge for {by_lapack} matrices, which LAPACK decomposed")
-        self.finish(forwards=targets.before, target_bytes=targets.nbytes)
+        self.finish(forwards=self._computed, target_bytes=self._targets.nbytes)
 
     def _resumed(self) -> str:
         """Return what this attempt goes on from: the stage and its step, and the targets and files that are kept."""
@@ -190,6 +211,7 @@ class LearnedMerge(Attempt):
         """
         wanted = self.samples if self.plan.config.has_targets else []
         stored = self._intact_targets(crew) if wanted else set()
+        self._computed = len(stored.difference(self.folder.reused().get("targets", [])))
         missing = [[sample for sample in samples if self.folder.target(sample) not in stored] for samples in wanted]
         surveyed = self.folder.surveyed(self.plan) if survey else {}
         groups = range(len(tensor_groups(self.plan)) if survey else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
+from engine.run.keys import Computing, Keys
 from engine.run.state import StageState
 from engine.task_vectors.coefficients import Coefficients
 
@@ -35,17 +37,20 @@ class Stages:
     samples: Sequence[Sequence[Sample]]
     trainers: Trainers
     targets: TargetComputation
+    computing: Computing
 
     def find_prior(self) -> Plan:
         """Return the plan with every prior; `auto` becomes the common weight of the smallest loss over all samples."""
         if not needs_prior(self.attempt.plan):
             return self.attempt.plan
-        kept = self.attempt.folder.kept("prior", (None,), "the prior is searched again")
-        losses = [] if kept is None else kept.tolist()[: len(PRIORS)]
         once = windows(
             training_order([len(samples) for samples in self.samples], 1),
             self.attempt.plan.config.parameters.gradient_accumulation,
         )
+        reuse, key = self.attempt.folder.reuse, self._keys.prior(self._samples(once), self.computing)
+        reuse.bring_prior(key)
+        kept = self.attempt.folder.kept("prior", (None,), "the prior is searched again")
+        losses = [] if kept is None else kept.tolist()[: len(PRIORS)]
         self.attempt.progress.phase("prior", len(PRIORS), len(losses))
         for weight in PRIORS[len(losses) :]:
             coefficients = ray.put(common_prior(self.attempt.plan, weight))
@@ -55,6 +60,8 @@ class Stages:
             losses.append(sum(self.attempt.watch.answer(loss, "measuring a prior") for loss in measured))
             self.attempt.folder.keep("prior", np.array(losses))
             self.attempt.progress.advance("prior", len(losses))
+        self.attempt.folder.check_unchanged(self.attempt.plan)
+        reuse.keep_prior(key)
         return with_prior(self.attempt.plan, PRIORS[int(np.argmin(losses))])
 
     def stage(self, stage: Stage) -> Coefficients:
@@ -62,6 +69,9 @@ class Stages:
         parameters = self.attempt.plan.config.parameters
         order = training_order([len(samples) for samples in self.samples], parameters.epochs)
         steps = windows(order, parameters.gradient_accumulation)
+        reuse, before = self.attempt.folder.reuse, self._last.get(1) if stage.number == 2 else ""
+        keys = self._keys.steps(self._samples(steps), self.computing, before)
+        reuse.bring_steps(stage.number, keys)
         state = self._state(stage, len(steps))
         phase = f"stage {stage.number}"
         self.attempt.progress.phase(phase, len(steps), state.steps)
@@ -73,6 +83,11 @@ class Stages:
             windows = [self._window(window) for window in (steps[number], *ahead)]
             return self.trainers.step(reference, state.learner, number, *windows)
 
+        # A merge of fewer epochs goes through these states, and one of more epochs through the last but one.
+        epochs = {
+            end // parameters.gradient_accumulation for end in range(0, len(order), len(order) // parameters.epochs)
+        }
+        states: dict[int, StageState] = {}
         taken = None
         for number in range(state.steps, len(steps)):
             step = self.attempt.watch.answer(taken or begin(number), "taking a step")
@@ -80,11 +95,27 @@ class Stages:
             # Before the state is on the disk: a run that stops meanwhile takes the step again, with the same result.
             taken = begin(number + 1) if following and self.targets.has(following[0]) else None
             self.attempt.folder.save_stage(stage.number, state, step.rows)
+            states |= {number + 1: state} if number + 1 in epochs or number + 2 >= len(steps) else {}
             self.attempt.progress.step(phase, number + 1, step.rows, step.traffic | {"targets": self.targets.nbytes})
+        self.attempt.folder.check_unchanged(self.attempt.plan)
+        reuse.keep_steps(stage.number, keys, states)
+        self._last.update({stage.number: keys[-1]} if keys else {})
         learner = Learner(parameters, stage)
         assert state.learner is not None
         learner.restore(state.learner)
         return learner.coefficients
+
+    @property
+    def _keys(self) -> Keys:
+        return Keys(self.attempt.plan, self.attempt.folder.identity)
+
+    @cached_property
+    def _last(self) -> dict[int, str]:
+        """The key of the last state of each stage that is complete."""
+        return {}
+
+    def _samples(self, windows: Sequence[Sequence[tuple[int, int]]]) -> list[list[Sample]]:
+        return [[self.samples[k][i] for k, i in window] for window in windows]
 
     def _state(self, stage: Stage, steps: int) -> StageState:
         """Return the stored state of a stage, if it is one of this stage."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from resource import RLIM_INFINITY, RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_NOFILE, RLIMIT_NPROC, getrlimit
 
@@ -30,6 +33,17 @@ def usable_cpus(groups: Path = GROUPS, mount: Path = MOUNT) -> int:
         if len(numbers) == 2 and min(numbers) > 0:
             most = min(most, numbers[0] // numbers[1])
     return max(1, most)
+
+
+@cache
+def processor() -> str:
+    """Return the model of this machine's processor, on which the last bits of a sum may depend."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+        if models:
+            return ", ".join(sorted(models))
+    return platform.machine()
 
 
 def usable_memory(groups: Path = GROUPS, mount: Path = MOUNT) -> int:

@@ -40,6 +40,7 @@ def run_merge(
                 each_step(name)
 
             progress.advance = watched  # type: ignore[method-assign]
+        run.share(plan.config)
         samples = prepare(plan, records, run) if plan.config.learned else []
         run.keep_plan(plan)
         losses = count()

@@ -13,6 +13,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Many threads share few cores in tests, so waiting threads must not spin. Takes effect only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# No merge finds what another one computed, unless a test says so.
+os.environ["EXPERT_MERGING_RUN_CACHE"] = "off"
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait

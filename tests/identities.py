@@ -10,6 +10,12 @@ from engine.run.contents import MANIFEST
 from engine.run.identity import Identity
 from engine.run.ownership import RECORD, RECORDED_IDENTITY
 
+# What a merge on CPUs keeps of its devices.
+ON_CPU = {
+    **{"trainer": 0.0, "expert": 0.0, "threads": 2, "kinds": []},
+    **{"batch_tokens": 192, "logit_bytes": 1 << 20, "gradients": "accumulate"},
+}
+
 
 def merge_of(name: str) -> Identity:
     """Return the identity of a merge that differs from those of other names in one option."""

@@ -44,6 +44,7 @@ UNIONS: dict[int | str, str] = {
     "trainers": f"auto, or a whole number from 1 to {GPUS:,}",
     "hang": f"auto, or a number of seconds above 0 and of at most {WAIT:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
+    "cache_size": "a number of bytes, or a string such as 50GB",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
 
@@ -82,6 +83,11 @@ def _tracker(value: str) -> str:
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _cache(value: Any) -> Any:
+    """Return what YAML reads as false as the text `off` again."""
+    return "off" if value is False else value
 
 
 def _files(value: Any) -> Any:
@@ -268,6 +274,10 @@ class Config(Section):
     # Trackers that log every step, and the folder of those that write files. They do not change the result.
     log_with: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_listed)] = ()
     log_dir: Annotated[str, Field(min_length=1)] | None = None
+    # A folder or URI of what merges have computed, which others use again, or `off` (`engine.run.reuse`), and the bytes
+    # that it may take. None: the environment's, or a folder of this user's.
+    cache: Annotated[str, BeforeValidator(_cache), Field(min_length=1)] | None = None
+    cache_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=0)] = 50_000_000_000
     # Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is itself a config.
     record: dict[str, Any] | None = None
     # INTERNAL: the settings of a weight-space method, and the given keys that the method does not use.

@@ -57,6 +57,7 @@ def public_config(config: Config) -> Config:
             "models": experts,
             "tokenizer_source": named(config.tokenizer_source),
             "log_dir": named(config.log_dir),
+            "cache": named(config.cache),
             "calibration": config.calibration.model_copy(update=image_folder),
             "cluster": cluster.model_copy(update={"labels": {}, **actors}),
         }

@@ -116,6 +116,8 @@ def _located(config: Config, config_folder: Path) -> Config:
     located: dict[str, Any] = {}
     if config.log_dir:
         located["log_dir"] = str(locate(config.log_dir, config_folder, ConfigError))
+    if config.cache not in (None, "off") and not is_uri(config.cache):
+        located["cache"] = str(locate(config.cache, config_folder, ConfigError))
     images = locate(config.calibration.image_folder or ".", config_folder, ConfigError)
     located["calibration"] = config.calibration.model_copy(update={"image_folder": str(images)})
     return config.model_copy(update=located)

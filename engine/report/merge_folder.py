@@ -88,6 +88,7 @@ class Memory:
     expert_forwards: int
     seconds: dict[str, float]
     not_deterministic: tuple[str, ...] = ()
+    reused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
         if used:
             peak, role, name = max(used)
             yield "fullest GPU", f"{decimal(peak)}, {role} on {name}"
+        if memory.reused:
+            yield "from earlier merges", ", ".join(f"{count:,} {what}" for what, count in memory.reused.items())
         if memory.not_deterministic:
             yield "not deterministic", ", ".join(memory.not_deterministic)
         yield "time", f"{sum(memory.seconds.values()):,.1f} s, sum of all phases"

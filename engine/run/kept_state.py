@@ -21,6 +21,7 @@ from engine.run.state import (
     StageState,
     decode_array,
     decode_devices,
+    decode_names,
     decode_rows,
     decode_samples,
     decode_stage,
@@ -35,6 +36,8 @@ from engine.storage.sealed import read_sealed, refuse, write_sealed
 
 # Small files of the state that are read at a time.
 READERS = 16
+# The files of arrays that `keep` stores, and the list of files that come from a cache (`engine.run.reuse`).
+MAGNITUDES, PRIOR, REUSED = "magnitudes.safetensors", "prior.safetensors", "reused.json"
 
 
 class KeptState:
@@ -116,7 +119,7 @@ class KeptState:
 
         Without the metrics of all of its steps, a state is not used.
         """
-        name, again = f"stage-{stage}.safetensors", f"stage {stage} is computed again"
+        name, again = stage_file(stage), f"stage {stage} is computed again"
         content = self._read(name, again)
         if content is None:
             return None
@@ -126,7 +129,7 @@ class KeptState:
             self._damaged(name, again)
             return None
         stored = self.state.names("metrics")
-        for rows in (_rows(stage, steps + 1) for steps in range(state.steps)):
+        for rows in (rows_file(stage, steps + 1) for steps in range(state.steps)):
             if rows not in stored or self._rows_of(rows) is None:
                 self._damaged(rows, again)
                 return None
@@ -139,8 +142,8 @@ class KeptState:
             StorageError: a file cannot be written, or another process has taken the run over.
         """
         self.held()
-        write_sealed(self.state, _rows(stage, state.steps), json.dumps(rows).encode())
-        write_sealed(self.state, f"stage-{stage}.safetensors", encode_stage(state))
+        write_sealed(self.state, rows_file(stage, state.steps), json.dumps(rows).encode())
+        write_sealed(self.state, stage_file(stage), encode_stage(state))
 
     def steps_taken(self) -> int:
         """Return the number of optimiser steps whose metrics are stored."""
@@ -186,6 +189,13 @@ class KeptState:
             return None
         return array
 
+    def reused(self) -> dict[str, list[str]]:
+        """Return the names of the files that come from a cache, by kind; see `engine.run.reuse`."""
+        try:
+            return decode_names(read_sealed(self.state, REUSED), self._where(REUSED))
+        except (FileNotFoundError, DamagedError):
+            return {}
+
     def keep_devices(self, devices: dict[str, Any]) -> None:
         """Store what the trainer and the experts compute on: GPUs, threads and types of GPUs."""
         write_sealed(self.state, "devices.json", json.dumps(devices).encode())
@@ -227,6 +237,11 @@ class KeptState:
             self.say(f"{self._where(name)}: damaged or missing; {again}")
 
 
-def _rows(stage: int, steps: int) -> str:
+def stage_file(stage: int) -> str:
+    """Return the file name of the state of a stage."""
+    return f"stage-{stage}.safetensors"
+
+
+def rows_file(stage: int, steps: int) -> str:
     """Return the file name of the metrics rows of the step after which a stage has completed `steps`."""
     return f"metrics/{stage}-{steps:06}.json"

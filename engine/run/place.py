@@ -77,7 +77,7 @@ def check_place(out: str) -> None:
 def check_apart(plan: Plan, out: str, config: Path | None = None) -> None:
     """Check that no input lies at or below `out` or the folder of the run's state, and that `out` lies below no input.
 
-    `log_dir` lies in neither folder either.
+    `log_dir` and `cache` lie in neither folder either.
 
     Args:
         plan: The plan.
@@ -85,18 +85,18 @@ def check_apart(plan: Plan, out: str, config: Path | None = None) -> None:
         config: The config file, if there is one.
 
     Raises:
-        OutputError: the output and an input are in each other's place, or `log_dir` is in the output's.
+        OutputError: the output and an input are in each other's place, or `log_dir` or `cache` is in the output's.
     """
     state, inputs = beside(out, ".run"), list(_inputs(plan, config))
-    logs = plan.config.log_dir
-    if logs is not None and any(_holds(place, logs) for place in (out, state)):
-        # The folder of the state is removed at the end, and the output holds the files of the merge alone.
-        raise OutputError(
-            "the output is in the place of `log_dir`",
-            logs,
-            "a folder outside the output and its state",
-            "set another `log_dir`",
-        )
+    for key, folder in (("log_dir", plan.config.log_dir), ("cache", plan.config.cache)):
+        if folder not in (None, "off") and any(_holds(place, folder) for place in (out, state)):
+            # The folder of the state is removed at the end, and the output holds the files of the merge alone.
+            raise OutputError(
+                f"the output is in the place of `{key}`",
+                folder,
+                "a folder outside the output and its state",
+                f"set another `{key}`",
+            )
     for label, where in inputs:
         for place in (out, state):
             if _holds(place, where):

@@ -25,6 +25,7 @@ from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
 from engine.run.identity import Identity
 from engine.run.inputs import IMAGE, identity
+from engine.run.keys import Keys
 from engine.run.run_folder import RunFolder
 from engine.task_vectors.experts import CheckpointWithAdapter, FullExpert
 from engine.untrusted import listed
@@ -117,8 +118,16 @@ def prepare(plan: Plan, records: Records, run: RunFolder) -> list[list[Sample]]:
     def keep(sample: Sample, inputs: Mapping[str, Tensor]) -> None:
         save_target(without_targets(sample, inputs), run.state, run.inputs(sample))
 
-    with bounded_encoder(plan, records) as encoder:
-        samples = make_samples(records, encoder, plan, keep)
+    reused: list[list[Sample] | None] = [None] * len(records)
+    if run.reuse.on:
+        reused = run.reuse.samples(Keys(plan, run.identity), records)
+    # Experts without records have no samples here.
+    missing = [[] if mine is not None else own for mine, own in zip(reused, records, strict=True)]
+    made: list[list[Sample]] = [[] for _ in missing]
+    if any(missing):
+        with bounded_encoder(plan, records) as encoder:
+            made = make_samples(missing, encoder, plan, keep)
+    samples = [own if mine is None else mine for mine, own in zip(reused, made, strict=True)]
     check_positions(plan, samples)
     run.keep_samples(samples)
     return samples

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from engine.config.schema import Config
 from engine.errors import CheckpointError, DamagedError, OutputError
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
@@ -43,6 +44,7 @@ from engine.run.ownership import (
     write_identity,
 )
 from engine.run.place import check_place
+from engine.run.reuse import Reuse, open_cache
 from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import SURVEY
 from engine.storage.address import Address
@@ -84,6 +86,7 @@ class RunFolder(KeptState):
         weights: The folder for the output's weight files.
         composed: The local folder for all other files of the output.
         identity: The identity of the merge; set by `open_run`.
+        reuse: What the run shares with other merges.
         held, say: See `KeptState`.
     """
 
@@ -104,11 +107,21 @@ class RunFolder(KeptState):
             super().__init__(open_folder(str(replace(address, path=f"{address.path}.run"))))
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
+        self.reuse = Reuse(self)
 
     def begin(self, now: Identity) -> None:
         """Store the identity of the merge."""
         self.identity = now
         write_identity(self.state, now)
+
+    def share(self, config: Config) -> None:
+        """Share what the run computes with other merges, through the cache of the config.
+
+        Raises:
+            ConfigError, StorageError: See `open_cache`.
+        """
+        self.reuse = Reuse(self, open_cache(config, self.say))
+        self.begin(self.identity.with_digests(self.reuse.digests(self.identity)))
 
     def check_unchanged(self, plan: Plan, digests: Mapping[str, str] | None = None) -> None:
         """Check that every input is as it was when the run began, and store the SHA-256 of those that were hashed.
@@ -224,9 +237,9 @@ class RunFolder(KeptState):
     def computed(self, of_models: bool = True) -> bool:
         """Return whether the run has results from which a merge can resume.
 
-        `of_models`: targets, surveys and stored task vectors count, too.
+        `of_models`: targets, surveys and stored task vectors count, too. What comes from a cache does not.
         """
-        names = self.state.names()
+        names = self.state.names().difference(*self.reused().values())
         kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/"] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, get_args
 
@@ -119,6 +119,21 @@ def decode_samples(content: bytes, plan: Plan, where: str) -> list[list[Sample]]
     return samples
 
 
+def decode_samples_of(content: bytes, plan: Plan, k: int, where: str) -> list[Sample]:
+    """Return the samples of one list that `encode_samples` encoded, as those of expert k of this plan.
+
+    Raises:
+        DamagedError: the content cannot be samples of this plan.
+    """
+    with decoding(where):
+        raw = parse_json(content.decode(), where, InputError)
+        (found,) = _types(list[list[Sample]]).validate_python(raw)
+        samples = [replace(sample, expert=k) for sample in found]
+        if not all(_fits(sample, plan, k, index) for index, sample in enumerate(samples)):
+            raise ValueError
+    return samples
+
+
 def _fits(sample: Sample, plan: Plan, k: int, index: int) -> bool:
     """Return whether this can be sample `index` of expert k."""
     ids = sample.input_ids
@@ -152,6 +167,18 @@ def decode_devices(content: bytes, where: str) -> dict[str, Any]:
             raise ValueError
         given = {"trainer": trainer, "expert": expert, "threads": int(threads), "kinds": [*map(str, kinds)]}
         return given | {name: raw[name] for name in ("factors", "gradients")} | limits
+
+
+def decode_names(content: bytes, where: str) -> dict[str, list[str]]:
+    """Return lists of names by kind.
+
+    Raises:
+        DamagedError: the content is something else.
+    """
+    with decoding(where):
+        raw = parse_json(content.decode(), where, InputError)
+        names: dict[str, list[str]] = _types(dict[str, list[str]]).validate_python(raw)
+    return names
 
 
 def encode_stage(state: StageState) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import plan_of
+from identities import ON_CPU
 from plain import Plain
 
 import cluster.stages
@@ -17,6 +18,9 @@ from actors.trainer import WindowSample
 from cluster.stages import Stages
 from engine.learning.learner import first_stage
 from engine.planning.plan import Plan
+from engine.run.inputs import identity
+from engine.run.keys import Computing
+from engine.run.reuse import Reuse
 from engine.run.state import StageState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,8 +71,14 @@ class Run:
     def take(self) -> np.ndarray:
         silent = SimpleNamespace(phase=lambda *_: None, step=lambda *_: None)
         folder = SimpleNamespace(
-            save_stage=self.save, load_stage=self.states.get, target=lambda sample: "target", inputs=None
+            save_stage=self.save,
+            load_stage=self.states.get,
+            target=lambda sample: "target",
+            inputs=None,
+            identity=identity(self.plain.plan),
+            check_unchanged=lambda plan: None,
         )
+        folder.reuse = Reuse(folder)
         attempt: Any = SimpleNamespace(
             plan=self.plain.plan,
             folder=folder,
@@ -77,7 +87,7 @@ class Run:
         )
         targets: Any = SimpleNamespace(has=self.has, stored=self.wait, nbytes=0)
         trainers: Any = SimpleNamespace(step=self.begin)
-        stages = Stages(attempt, self.plain.samples, trainers, targets)
+        stages = Stages(attempt, self.plain.samples, trainers, targets, Computing(ON_CPU, ()))
         return stages.stage(first_stage(self.plain.plan)).values
 
 

@@ -172,7 +172,7 @@ def test_a_path_that_is_too_long_may_be_shortened(out: Path) -> None:
     check_place(str(out / "/".join(["x" * 200] * 17)))
 
 
-@ADVICE.followed("the output is in the place of `log_dir`", "is in the place of the output", "in the place of {label}")
+@ADVICE.followed("the output is in the place of `{key}`", "is in the place of the output", "in the place of {label}")
 @pytest.mark.parametrize(
     ("place", "logs", "key"),
     [("logs", "logs", "`log_dir`"), ("expert0.jsonl", "logs", "--out"), ("base/merged", "logs", "--out")],

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from advice import Advice
+from conftest import plan_of
 from identities import merge_of
 from object_store import Store
 
@@ -22,9 +23,11 @@ import engine.storage.address
 import engine.storage.cache
 import engine.storage.lease
 from engine.errors import MergeError
+from engine.run.reuse import open_cache
 from engine.run.run_folder import check_output, open_run
 from engine.run.state import StageState
 from engine.storage.cache import fetch
+from engine.storage.content_cache import ContentCache
 from engine.storage.local_folder import LocalFolder, check_creatable
 from engine.storage.paths import open_folder
 from engine.storage.private import check_private
@@ -35,6 +38,7 @@ ELSEWHERE = {
     "remove the link, or give another --out": "test_advice_on_outputs.py",
 }
 FOLLOWED = (
+    "give another folder as `cache`, or `off`",
     "{ADVICE[self.scheme]}{resume}",
     "{AGAIN}",
     "{error.do}",
@@ -113,6 +117,20 @@ def test_a_damaged_state_is_discarded_with_fresh(tmp_path: Path) -> None:
     assert "--fresh discards the run's whole state" in do()
     with open_run(out, THIS, fresh=True) as run:
         assert run.metrics() == []
+
+
+def test_another_folder_is_a_cache_and_off_is_none(tmp_path: Path, llama_merge: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    config = plan_of(llama_merge).config
+
+    def opened(cache: str) -> ContentCache | None:
+        return open_cache(config.model_copy(update={"cache": cache}), print)
+
+    with advice() as do:
+        opened(str(tmp_path / "mine"))
+    assert "another folder as `cache`, or `off`" in do()
+    assert opened(str(tmp_path / "another")) is not None and opened("off") is None
 
 
 # Object storage.
