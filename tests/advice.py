@@ -28,6 +28,7 @@ FOLLOWED = {
         "engine/planning",
         "engine/run/preparation",
     ),
+    "test_advice_on_extensions": ("cluster/extension",),
     "test_advice_on_documents": ("cluster/documents", "engine/output/outline"),
     "test_advice_on_clusters": (
         "cluster/placement",

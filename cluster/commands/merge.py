@@ -22,6 +22,8 @@ from cluster.commands.common import (
     strict_option,
     target_of,
 )
+from engine.config.documents import Document
+from engine.planning.plan import Plan
 from engine.run.place import check_place
 
 
@@ -37,11 +39,22 @@ from engine.run.place import check_place
     is_flag=True,
     help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
 )
+@click.option(
+    "--extend",
+    metavar="RUN",
+    help="Output of an earlier merge: merge its experts and those of CONFIG, and compute only what is new.",
+)
 @kept_option
 @strict_option
 @debug_option
 def merge(
-    config: Path | None, out: str, overrides: tuple[str, ...], kept: str | None, strict: bool, **how: Any
+    config: Path | None,
+    out: str,
+    overrides: tuple[str, ...],
+    extend: str | None,
+    kept: str | None,
+    strict: bool,
+    **how: Any,
 ) -> None:
     """Merge the experts of CONFIG into one model folder.
 
@@ -54,13 +67,13 @@ def merge(
         target = target_of(out)
         check_place(target)
         documents = documents_of(config, overrides, strict)
-        if len(documents) > 1:
+        if len(documents) > 1 and extend is None:
             from cluster.documents import merge_documents
 
             made = f"{len(documents)} documents"
             done = merge_documents(documents, target, kept_at(kept), click.echo, **how)
         else:
-            plan = plan_of(documents[0], target)
+            plan = _plan(documents, target, extend)
             from cluster.driver import merge as merge_by
 
             made, done = plan.described_models, merge_by(plan, target, **how)
@@ -70,3 +83,12 @@ def merge(
             click.echo(f"{target} already holds this merge; use --fresh to redo it")
 
     guarded(run, how["debug"], "run the same command to resume")
+
+
+def _plan(documents: list[Document], target: str, extend: str | None) -> Plan:
+    """Return the plan of a merge; with `extend`, of that output's merge and the models of the config."""
+    if extend is None:
+        return plan_of(documents[0], target)
+    from cluster.extension import plan_extended
+
+    return plan_extended(documents, target_of(extend), target)
