@@ -29,7 +29,8 @@ class EvaluateOptions:
 def evaluate_and_print(given: EvaluateOptions) -> None:
     """Evaluate models, write the results and print them. Raises what `cluster.evaluation.make_jobs` raises."""
     from engine.evaluation.items import read_data
-    from engine.evaluation.results import print_results, results_file, save_results
+    from engine.evaluation.results import results_file, save_results
+    from engine.evaluation.tables import print_results
 
     folder, name = results_file(given.out)
     data = read_data(given.files, given.limit)

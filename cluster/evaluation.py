@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from cluster.ray_watch import RayWatch
 from cluster.seats import Node
 from cluster.session import connect, nodes
 from cluster.watch import until_done
-from engine.checkpoints.find import find_model, portable
+from engine.checkpoints.find import ModelName
 from engine.errors import ClusterError, ConfigError, RunError
 from engine.evaluation.items import DataSet, unique
 from engine.evaluation.lm_eval_harness import Tasks, check_tasks, run_tasks
 from engine.evaluation.measure import Evaluation
 from engine.evaluation.results import Row
-from engine.evaluation.subject import Options, Reader, Subject
+from engine.evaluation.subject import Options, Reader, Subject, named
 from engine.machine import usable_cpus
 from engine.models.devices import Room, give_back, release
 from engine.models.loading import check_tokenizer, load_tokenizer
@@ -35,20 +35,26 @@ MORE = "give the model more GPUs with --num-gpus, or larger ones"
 class EvaluationJob:
     """A model, reported under `name`, to be evaluated on data sets and tasks by one process.
 
-    `model` is a path, URI or hub id that is valid on every node.
+    `model` has names that are valid on every node. `experts` are the names of the experts to which data sets and tasks
+    belong. `of_expert`: the model is such an expert, evaluated on what belongs to it alone.
     """
 
     name: str
-    model: str
+    model: ModelName
     data: tuple[DataSet, ...]
     tasks: Tasks
     options: Options
+    experts: Mapping[str, str] = field(default_factory=dict)
+    of_expert: bool = False
 
 
 def make_jobs(
     models: Sequence[str], data: Sequence[DataSet], experts: Sequence[str], tasks: Tasks, options: Options
 ) -> list[EvaluationJob]:
-    """Check all inputs and return one job per model. `experts`: none, one for all data sets, or one for each.
+    """Check all inputs and return a job for each model, and for each expert that is none of them.
+
+    `experts`: none, one for all data sets and tasks, one for each data set, or one for each data set and each task.
+    Experts are evaluated on the data sets and tasks that belong to them, except texts.
 
     Raises:
         ConfigError: there is nothing to evaluate on, or the number of experts is wrong.
@@ -57,37 +63,59 @@ def make_jobs(
     """
     if not data and not tasks.names:
         raise ConfigError("there is nothing to evaluate on", "--data", "at least one --data or --task")
-    if len(experts) not in {0, 1, len(data)}:
+    if len(experts) not in {0, 1, len(data), len(data) + len(tasks.names)}:
         raise ConfigError(
-            f"{len(experts)} experts for {len(data)} files",
+            f"{len(experts)} experts for {len(data)} files and {len(tasks.names)} tasks",
             "--expert",
-            "one for all --data, or one per --data in the same order",
+            "one for all, or one per --data in the same order, followed by one per --task or none",
         )
     if tasks.names:
         check_tasks(tasks)
-    against = [_portable(one) for one in experts]
-    against *= len(data) if len(against) == 1 else 1
-    sets = tuple(replace(one, expert=expert) for one, expert in zip(data, against, strict=True)) if against else data
-    named = zip(unique(models), models, strict=True)
-    jobs = [EvaluationJob(name, _portable(model), tuple(sets), tasks, options) for name, model in named]
-    others = {one.expert: Subject(one.expert, options) for one in sets if one.expert and one.kind == "text"}
+    jobs = _jobs(models, data, experts, tasks, options)
+    texts = {one.expert for job in jobs for one in job.data if one.expert and one.kind == "text"}
+    others = {expert: Subject(expert, options) for expert in texts}
     for job in jobs:
         subject = Subject(job.model, options)
-        for one in sets:
+        for one in job.data:
             with Reader(subject, one) as reader:
                 for item in one.items:
                     reader.check(item)
             if one.expert in others:
                 subject.check_alike(others[one.expert])
-        if tasks.names:
+        if job.tasks.names:
             check_tokenizer(subject.folder, options.remote_code)
+    return jobs
+
+
+def _jobs(
+    models: Sequence[str], data: Sequence[DataSet], experts: Sequence[str], tasks: Tasks, options: Options
+) -> list[EvaluationJob]:
+    """Return the jobs of `make_jobs`, once their models are found."""
+    places = {one: named(one, Path.cwd(), options.remote_code) for one in dict.fromkeys((*models, *experts))}
+    sets = [*(one.name for one in data), *tasks.names]
+    expert_of = dict(zip(sets, [*experts] * len(sets) if len(experts) == 1 else experts, strict=False))
+    mine = tuple(replace(one, expert=places[expert_of[one.name]]) if one.name in expert_of else one for one in data)
+    evaluated = {places[model] for model in models}
+    others = {places[expert]: expert for expert in experts if places[expert] not in evaluated}
+    names = unique([*models, *others.values()])
+    called = {place: name for place, name in zip((*map(places.get, models), *others), names, strict=True) if place}
+    owners = {one: called[places[expert]] for one, expert in expert_of.items()}
+    jobs = [
+        EvaluationJob(name, places[model], mine, tasks, options, owners)
+        for name, model in zip(names, models, strict=False)
+    ]
+    for place in others:
+        own = tuple(one for one in mine if one.expert == place and one.kind != "text")
+        its_tasks = replace(tasks, names=tuple(one for one in tasks.names if owners.get(one) == called[place]))
+        if own or its_tasks.names:
+            jobs.append(EvaluationJob(called[place], place, own, its_tasks, options, owners, of_expert=True))
     return jobs
 
 
 def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, num_gpus: int | None = None) -> list[Row]:
     """Run all jobs and return their rows, model by model.
 
-    A single model on a machine with at most one GPU is evaluated in this process, all others on Ray.
+    A single model on a machine with at most one GPU is evaluated in this process, then its experts; several on Ray.
 
     Args:
         jobs: The jobs, from `make_jobs`.
@@ -101,14 +129,27 @@ def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, nu
         RunError: the evaluation failed.
     """
     with Progress() as progress:
-        alone = len(jobs) == 1 and torch.cuda.device_count() < 2
+        alone = sum(not job.of_expert for job in jobs) == 1 and torch.cuda.device_count() < 2
         if alone and num_gpus is None and not (address or os.environ.get("RAY_ADDRESS")):
-            progress.phase("evaluating", _parts(jobs[0]))
-            seat = Gpus(int(torch.cuda.is_available()))
-            return _run(jobs[0], seat, lambda done: progress.advance("evaluating", done))
+            return _run_all(jobs, progress)
         with connect(address, debug):
             gpus = num_gpus if num_gpus is not None else int(any(node.gpus for node in nodes()))
             return _on_ray(spread(jobs, gpus, nodes()), gpus, progress)
+
+
+def _run_all(jobs: Sequence[EvaluationJob], progress: Progress) -> list[Row]:
+    """Run the jobs in this process, one after the other."""
+    rows, before, seat = list[Row](), 0, Gpus(int(torch.cuda.is_available()))
+    progress.phase("evaluating", sum(map(_parts, jobs)))
+    for job in jobs:
+
+        def done(number: int, before: int = before) -> None:
+            progress.advance("evaluating", before + number)
+
+        rows += _run(job, seat, done)
+        before += _parts(job)
+        give_back()
+    return rows
 
 
 def _run(job: EvaluationJob, seat: Gpus, done: Callable[[int], None] = lambda _: None) -> list[Row]:
@@ -126,7 +167,7 @@ def _run(job: EvaluationJob, seat: Gpus, done: Callable[[int], None] = lambda _:
                 expert = None
                 give_back()
                 expert, loaded = Subject(wanted, job.options), wanted
-                _load(expert, devices, wanted)
+                _load(expert, devices, str(expert.folder))
             rows += evaluation.measure(job.name, one, expert if wanted else None)
             done(number)
         if job.tasks.names:
@@ -139,7 +180,7 @@ def _run(job: EvaluationJob, seat: Gpus, done: Callable[[int], None] = lambda _:
         raise RunError(
             f"the GPU memory does not suffice for the batches of {job.name}", do=f"{smaller}, or {MORE}"
         ) from error
-    return rows
+    return [replace(row, expert=job.experts.get(row.data)) for row in rows]
 
 
 def _load(subject: Subject, devices: Sequence[torch.device], name: str) -> None:
@@ -211,7 +252,3 @@ def task_cpus(nodes: Sequence[Node], gpus: int, tasks: int) -> int:
         )
     share = sum(node.cpus for node in able) // tasks
     return int(max(1, min(share, *(node.cpus for node in able))))
-
-
-def _portable(model: str) -> str:
-    return portable(model, find_model(model, Path.cwd()), Path.cwd())

@@ -44,7 +44,13 @@ LIGHT = (
         "engine.checkpoints.ranges",
         "engine.methods.",
     ),
-    *("engine.evaluation.items", "engine.evaluation.metrics", "engine.evaluation.results", "cli"),
+    *(
+        "engine.evaluation.items",
+        "engine.evaluation.metrics",
+        "engine.evaluation.results",
+        "engine.evaluation.tables",
+        "cli",
+    ),
     *("engine.run.ownership", "engine.run.place"),
 )
 NOT_LIGHT = ("engine.planning.open_models", "engine.methods.arithmetic")

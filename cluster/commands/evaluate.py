@@ -20,7 +20,7 @@ from cluster.commands.common import debug_option, guarded, stop
     "experts",
     multiple=True,
     metavar="MODEL",
-    help="Model with which texts are compared: one for all --data, or one per --data in the same order.",
+    help="Model to which a data set belongs: one for all --data, or one per --data in the same order, and per --task.",
 )
 @click.option(
     "--out",
@@ -63,7 +63,7 @@ from cluster.commands.common import debug_option, guarded, stop
 def evaluate(**options: Any) -> None:
     """Evaluate models on records and on tasks.
 
-    MODEL is a folder, a URI or a hub id.
+    MODEL is a folder, a URI or a hub id, or a LoRA adapter: BASE+ADAPTER, or ADAPTER alone where it names its base.
 
     Records with a `response`: exact_match and f1 of the generated answer, loss and perplexity of the response. Records
     with `choices` and `answer`: accuracy by generation and by likelihood. Other records: perplexity, and with --expert

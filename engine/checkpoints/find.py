@@ -6,6 +6,7 @@ import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import CheckpointError, InputError
 from engine.machine import check_home
@@ -26,6 +27,9 @@ LEFTOVERS = [
     "trainer_state.json", "training_args*",
 ]  # fmt: skip
 
+# The card of a model, which tells its license.
+CARD = "README.md"
+
 # Files that are copied to the output: tokenizer files by the names of transformers' tokenizers, then all others. A
 # fixed list of patterns, so that no other file of a model's folder reaches the output.
 TOKENIZER_FILES = (
@@ -45,6 +49,28 @@ DECIDING = ("config.json", "adapter_config.json", "generation_config.json", "mod
 TEMPLATES = "additional_chat_templates"
 
 
+class ModelName(NamedTuple):
+    """A checkpoint by path, URI or hub id, and the adapter on top of it, if there is one."""
+
+    checkpoint: str
+    adapter: str | None = None
+
+
+def split_adapter(model: str, folder: Path) -> ModelName:
+    """Split mergekit's model+lora, unless the + is part of a folder's name. Paths are relative to `folder`."""
+    if is_uri(model):
+        # A + is part of the name, unless a URI follows.
+        parts = re.split(r"\+(?=[a-z0-9]+://)", model, maxsplit=1)
+        return ModelName(*parts)
+    if "+" not in model or os.path.isdir(locate(model, folder, CheckpointError)):  # noqa: PTH112
+        return ModelName(model)
+    # The first + that follows a folder: a path may contain others.
+    ends = [plus.start() for plus in re.finditer(r"\+", model)]
+    found = (end for end in ends if os.path.isdir(locate(model[:end], folder, CheckpointError)))  # noqa: PTH112
+    end = next(found, ends[0])
+    return ModelName(model[:end], model[end + 1 :])
+
+
 def find_model(model: str, config_folder: Path) -> Path:
     """Return the folder of a model on this machine.
 
@@ -60,7 +86,7 @@ def find_model(model: str, config_folder: Path) -> Path:
         CheckpointError: there is no such folder, or the storage or the hub cannot provide it.
     """
     if is_uri(model):
-        return fetch(model, HUB_FILES, CheckpointError, LEFTOVERS)
+        return fetch(model, [*HUB_FILES, CARD], CheckpointError, LEFTOVERS)
     path = locate(model, config_folder, CheckpointError)
     if os.path.isdir(path):  # noqa: PTH112 - returns False, not an error, for impossible names
         return path
@@ -74,7 +100,7 @@ def find_model(model: str, config_folder: Path) -> Path:
 
     try:
         snapshot = snapshot_download(
-            hub_id, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=LEFTOVERS
+            hub_id, revision=revision or None, allow_patterns=[*HUB_FILES, CARD], ignore_patterns=LEFTOVERS
         )
         return Path(snapshot)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

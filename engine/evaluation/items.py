@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from engine.calibration.forms import answer_of
 from engine.calibration.records import Record, read_file, text_of
+from engine.checkpoints.find import ModelName
 from engine.errors import CalibrationError
 from engine.evaluation.metrics import LETTERS
 from engine.storage.cache import fetch
@@ -58,12 +59,12 @@ class DataSet:
     """The items of one file, all of one kind.
 
     `name` is the file's stem, preceded by the folder where two stems are equal. `expert` is the model with which texts
-    are compared, as a path, URI or hub id that is valid on every node.
+    are compared, by names that are valid on every node.
     """
 
     name: str
     items: tuple[Item, ...]
-    expert: str | None = None
+    expert: ModelName | None = None
 
     @property
     def kind(self) -> Kind:

@@ -1,4 +1,4 @@
-"""Results of an evaluation as rows: written to a parquet file, and printed as tables."""
+"""Results of an evaluation as rows of a parquet file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
-import rich.box
-import rich.console
-import rich.table
 
 from engine.errors import OutputError
 from engine.storage.address import check_no_secret
@@ -23,19 +20,26 @@ from engine.storage.scores import MARK, is_scores
 from engine.untrusted import check_regular
 
 SCHEMA = pa.schema(
-    {"model": pa.string(), "data": pa.string(), "metric": pa.string(), "value": pa.float64(), "count": pa.int64()}
+    {
+        **{"model": pa.string(), "data": pa.string(), "metric": pa.string()},
+        **{"value": pa.float64(), "count": pa.int64(), "expert": pa.string()},
+    }
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """The value of `metric` for `model` on `data`, a mean over `count` records or tokens."""
+    """The value of `metric` for `model` on `data`, a mean over `count` records or tokens.
+
+    `expert` is the model to which the data belongs, None without one.
+    """
 
     model: str
     data: str
     metric: str
     value: float
     count: int
+    expert: str | None = None
 
 
 def results_file(out: str) -> tuple[Folder, str]:
@@ -46,7 +50,7 @@ def results_file(out: str) -> tuple[Folder, str]:
             created there.
     """
     folder, name = _place(out)
-    _check_replaceable(folder, name)
+    check_replaceable(folder, name)
     return folder, name
 
 
@@ -72,14 +76,19 @@ def save_results(rows: Sequence[Row], folder: Folder, name: str) -> None:
         OutputError: the name belongs to something other than earlier results.
     """
     # Again, because an evaluation takes long, and another program may have written a file of this name.
-    _check_replaceable(folder, name)
+    check_replaceable(folder, name)
     data = io.BytesIO()
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA.with_metadata(MARK))
     pyarrow.parquet.write_table(table, data)
     folder.write(name, data.getvalue())
 
 
-def _check_replaceable(folder: Folder, name: str) -> None:
+def check_replaceable(folder: Folder, name: str) -> None:
+    """Check that a name is free for results, or that of earlier results.
+
+    Raises:
+        OutputError: something else has it.
+    """
     where = f"{folder.where}/{name}"
     if isinstance(folder, LocalFolder):
         if not os.path.lexists(where):
@@ -93,19 +102,3 @@ def _check_replaceable(folder: Folder, name: str) -> None:
             where,
             do="give another --out, or remove the file",
         )
-
-
-def print_results(rows: Sequence[Row]) -> None:
-    """Print one table per data set, with a row per model and a column per metric."""
-    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    for data in dict.fromkeys(row.data for row in rows):
-        cells = {(row.model, row.metric): row for row in rows if row.data == data}
-        metrics = list(dict.fromkeys(metric for _, metric in cells))
-        table = rich.table.Table(box=rich.box.SIMPLE)
-        table.add_column(data, overflow="fold")
-        for metric in metrics:
-            table.add_column(metric, justify="right")
-        for model in dict.fromkeys(model for model, _ in cells):
-            values = (cells.get((model, metric)) for metric in metrics)
-            table.add_row(model, *("" if row is None else f"{row.value:.4g}" for row in values))
-        console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,10 +14,10 @@ from engine.calibration.bounded_encoder import BoundedEncoder
 from engine.calibration.encoder import encoder_of
 from engine.calibration.records import Record, check_seen
 from engine.calibration.samples import Encoded, check_ids
-from engine.checkpoints.adapters import is_adapter
-from engine.checkpoints.find import ROOT, find_model
-from engine.checkpoints.headers import main_dtype, read_model_header
-from engine.checkpoints.tensors import Checkpoint
+from engine.checkpoints.adapter_file import CONFIG
+from engine.checkpoints.adapters import is_adapter, read_adapter_header
+from engine.checkpoints.find import ROOT, ModelName, find_model, portable, split_adapter
+from engine.checkpoints.headers import main_dtype, read_json, read_model_header
 from engine.errors import CalibrationError, CheckpointError
 from engine.evaluation.items import DataSet, Item
 from engine.models.devices import ONE_DEVICE, Room
@@ -24,6 +25,11 @@ from engine.models.forward import language_model
 from engine.models.loading import load_model_config, load_tokenizer
 from engine.models.names import positions_of
 from engine.models.skeleton import build_generation_skeleton, load_weights
+from engine.planning.open_models import open_checkpoint
+from engine.planning.plan import ModelPlan
+from engine.planning.structures import Structures, without_tied_head
+from engine.storage.paths import is_uri
+from engine.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -45,24 +51,73 @@ class Options:
     remote_code: bool = False
 
 
+def named(model: str, folder: Path, remote_code: bool = False) -> ModelName:
+    """Return the checkpoint and the adapter that a user calls `model`, by names that are valid on every node.
+
+    `model` is a path relative to `folder`, a URI or a hub id, or two of these with a + between them. An adapter alone
+    belongs to the base that its adapter_config.json names, a folder or a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, the model after the + is no adapter, or the one before it is one; or
+            the base of an adapter cannot be found, or could run code.
+    """
+    checkpoint, adapter = split_adapter(model, folder)
+    place = find_model(checkpoint, folder)
+    if adapter is None and is_adapter(place):
+        checkpoint, adapter = _base_of(model, place, folder, remote_code), model
+        place = find_model(checkpoint, folder)
+    if is_adapter(place):
+        raise CheckpointError("the base of the adapter is an adapter", str(place), "a full checkpoint")
+    if adapter is None:
+        return ModelName(portable(checkpoint, place, folder))
+    added = find_model(adapter, folder)
+    if not is_adapter(added):
+        raise CheckpointError("the model after the + is not an adapter", str(added))
+    return ModelName(portable(checkpoint, place, folder), portable(adapter, added, folder))
+
+
+def _base_of(adapter: str, its_folder: Path, folder: Path, remote_code: bool) -> str:
+    """Return the base that an adapter's config names, once it is found."""
+    config, where = read_json(its_folder / CONFIG), str(its_folder / CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if remote_code:
+        # A file of the adapter would choose whose code runs.
+        what = "an adapter alone cannot be evaluated with --trust-remote-code"
+        raise CheckpointError(what, where, do=f"name the base: BASE+{adapter}")
+    if not isinstance(base, str) or not base or is_uri(base):
+        raise CheckpointError("the adapter's config names no base", where, do=f"name the base: BASE+{adapter}")
+    try:
+        place = find_model(base, folder)
+        if isinstance(revision, str) and portable(base, place, folder) != str(place):
+            base = f"{base}@{revision}"
+            find_model(base, folder)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base that the adapter's config names cannot be found: {shown(repr(base), 1000)}",
+            where,
+            do=f"name the base: BASE+{adapter}",
+        ) from error
+    return base
+
+
 class Subject:
     """A model under evaluation, on the meta device until `load` gives it its weights."""
 
-    def __init__(self, model: str, options: Options) -> None:
-        """Read the headers of `model`, a path, URI or hub id.
+    def __init__(self, model: ModelName, options: Options) -> None:
+        """Read the headers of a model of `named`.
 
         Raises:
-            CheckpointError: it is not a full checkpoint that transformers can load.
+            CheckpointError: transformers cannot load the checkpoint, or the adapter does not fit it.
         """
-        self.folder, self.options = find_model(model, ROOT), options
-        if is_adapter(self.folder):
-            raise CheckpointError(
-                "an adapter cannot be evaluated without its base",
-                str(self.folder),
-                "a full checkpoint",
-                "merge it into its base first, with `merge_method: task_arithmetic` and `weight: 1`",
-            )
-        self.header = read_model_header(self.folder)
+        self.folder, self.options = find_model(model.checkpoint, ROOT), options
+        self.header, added = read_model_header(self.folder), None
+        if model.adapter is not None:
+            self.header = without_tied_head(self.header)
+            structures = Structures(self.header, required=False)
+            self.header = replace(self.header, roles=structures.base.roles)
+            adapter = read_adapter_header(find_model(model.adapter, ROOT), self.header, structures.tensor)
+            added = ModelPlan(model.adapter, adapter)
+        self._plan = ModelPlan(model.checkpoint, self.header, adapter=added)
         self.dtype_name = main_dtype(self.header) if options.dtype == "auto" else options.dtype
         config = load_model_config(self.folder, options.remote_code)
         self.model, self._places = build_generation_skeleton(config, self.header.tensors, self._dtype, self.folder)
@@ -89,8 +144,8 @@ class Subject:
 
     def load(self, device: torch.device, room: Room = ONE_DEVICE) -> None:
         """Load the weights onto the device and the other GPUs of `room`."""
-        checkpoint = Checkpoint(self.folder, self.header.tensors)
-        load_weights(self.model, self._places, self._dtype, device, self.folder, checkpoint.read, room)
+        read = open_checkpoint(self._plan).read
+        load_weights(self.model, self._places, self._dtype, device, self.folder, read, room)
 
 
 class Reader:

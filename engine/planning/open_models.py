@@ -64,24 +64,25 @@ def open_base(plan: Plan) -> Checkpoint:
 
     A tensor whose rows `plan.vocabulary` decides has the model's own rows.
     """
-    header = plan.base.header
-    assert isinstance(header, ModelHeader)
-    base: Checkpoint = Checkpoint(base_folder(plan), header.tensors)
-    if plan.base.adapter is not None:
-        base = _merged_adapter(base, _adapter(plan.base.adapter))
+    base = open_checkpoint(plan.base)
     if plan.layout is not None:
         # Without experts that need the base: as the base of a slice, an expert is read by itself.
         base = _open_layout(plan, plan.layout, base)
     return base
 
 
-def _merged_adapter(base: Checkpoint, adapter: AdapterExpert) -> Checkpoint:
-    """Return a checkpoint with an adapter merged into it, in the checkpoint's dtypes, as peft merges them."""
+def open_checkpoint(model: ModelPlan) -> Checkpoint:
+    """Open a checkpoint on this node, with its adapter merged into it, in the checkpoint's dtypes, as peft merges."""
+    assert isinstance(model.header, ModelHeader)
+    plain = Checkpoint(_folder(model), model.header.tensors)
+    if model.adapter is None:
+        return plain
+    adapter = _adapter(model.adapter)
 
     def merged(name: str) -> Tensor:
-        return applied(base.read(name), adapter.task_vector(name))
+        return applied(plain.read(name), adapter.task_vector(name))
 
-    return ComputedTensors(base.folder, base.tensors, merged)
+    return ComputedTensors(plain.folder, plain.tensors, merged)
 
 
 def _open_layout(plan: Plan, layout: Layout, base: Checkpoint) -> Checkpoint:

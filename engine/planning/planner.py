@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.adapters import AdapterHeader, check_merged, is_adapter, read_adapter_header
-from engine.checkpoints.find import check_folder, find_model, portable
+from engine.checkpoints.find import check_folder, find_model, portable, split_adapter
 from engine.checkpoints.headers import FLOATS, ModelHeader, main_dtype, read_model_header
 from engine.checkpoints.match import NO_EXCEPTIONS
 from engine.checkpoints.special_tokens import special_ids
@@ -96,7 +96,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
 
 def _find_base(config: Config, config_folder: Path) -> tuple[str, Path, str | None]:
     """Return the model of the base, its folder, and the model of the adapter on top of it, if there is one."""
-    model, adapter = _model_and_adapter(config.base_model, config_folder)
+    model, adapter = split_adapter(config.base_model, config_folder)
     folder = find_model(model, config_folder)
     if is_adapter(folder):
         raise CheckpointError("the base is an adapter", str(folder), "a full checkpoint")
@@ -201,10 +201,10 @@ def _plan_expert(
 ) -> ExpertPlan:
     files = expert.calibration if config.learned else ()
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
-    model, adapter_name = _model_and_adapter(expert.model, config_folder)
+    model, adapter_name = split_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
     baseless = config.recipe is not None and config.recipe.baseless
-    on_base = folder == base.folder and _model_and_adapter(config.base_model, config_folder)[1] is None
+    on_base = folder == base.folder and split_adapter(config.base_model, config_folder)[1] is None
     if adapter_name and on_base and not baseless:
         model, adapter_name = adapter_name, None
         folder = find_model(model, config_folder)
@@ -260,21 +260,6 @@ def _adapter_refused(model: str) -> ConfigError:
     )
 
 
-def _model_and_adapter(model: str, config_folder: Path) -> tuple[str, str | None]:
-    """Split mergekit's model+lora, unless the + is part of a folder's name."""
-    if is_uri(model):
-        # A + is part of the name, unless a URI follows.
-        parts = re.split(r"\+(?=[a-z0-9]+://)", model, maxsplit=1)
-        return parts[0], parts[1] if len(parts) > 1 else None
-    if "+" not in model or os.path.isdir(locate(model, config_folder, CheckpointError)):  # noqa: PTH112
-        return model, None
-    # The first + that follows a folder: a path may contain others.
-    ends = [plus.start() for plus in re.finditer(r"\+", model)]
-    found = (end for end in ends if os.path.isdir(locate(model[:end], config_folder, CheckpointError)))  # noqa: PTH112
-    end = next(found, ends[0])
-    return model[:end], model[end + 1 :]
-
-
 def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     """Return the model that provides the output's tokenizer and its folder, or None if it is the base."""
     source = config.tokenizer_source
@@ -285,7 +270,7 @@ def _tokenizer(config: Config, config_folder: Path) -> tuple[str, Path] | None:
     if source in (None, "base", "union", config.base_model):
         return None
     named = {model.name: model.model for model in config.models}
-    model, _ = _model_and_adapter(named.get(str(source), str(source)), config_folder)
+    model, _ = split_adapter(named.get(str(source), str(source)), config_folder)
     folder = find_model(model, config_folder)
     check_folder(folder)
     special_ids(folder)  # read when the output is written; a fault in its files is found before the work

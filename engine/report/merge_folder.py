@@ -202,12 +202,14 @@ class Merged:
 
 
 def read_evaluation(path: Path) -> pa.Table:
-    """Read a long table of scores with the columns model, data, metric, value and count (of examples).
+    """Read a long table of scores with the columns model, data, metric, value, count (of examples) and expert.
+
+    The last is null in files of version 0.1.0, which lack it.
 
     Raises:
         ConfigError: the file is damaged, or has two values for one model, data set and metric.
     """
-    table = _table(path, SCHEMA, SCORES, _SCORES)
+    table = _table(path, SCHEMA, SCORES, _SCORES, "expert")
     keys = Counter(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
     twice = next((key for key, times in keys.items() if times > 1), None)
     if twice:
@@ -239,10 +241,14 @@ def _check_table(path: Path, most: int = ROWS, do: str = _UNCHANGED) -> None:
         raise ConfigError(f"the file has {rows:,} rows", str(path), f"at most {most:,}")
 
 
-def _table(path: Path, schema: pa.Schema, most: int = ROWS, do: str = _UNCHANGED) -> pa.Table:
+def _table(path: Path, schema: pa.Schema, most: int = ROWS, do: str = _UNCHANGED, later: str = "") -> pa.Table:
+    """Return the columns of a schema. `later`: a column that files of earlier versions lack."""
     _check_table(path, most, do)
     with _reading(path, do):
-        return pyarrow.parquet.read_table(path, columns=schema.names).select(schema.names).cast(schema)
+        table = pyarrow.parquet.read_table(path, columns=schema.names)
+        if later and later not in table.column_names:
+            table = table.append_column(later, pa.nulls(len(table), schema.field(later).type))
+        return table.select(schema.names).cast(schema)
 
 
 def _config(path: Path) -> tuple[Config, Provenance]:

@@ -11,6 +11,7 @@ from fake_gpus import FakeGpus
 import cluster.evaluation
 from actors.gpus import Gpus
 from cluster.evaluation import EvaluationJob
+from engine.checkpoints.find import ModelName
 from engine.evaluation.lm_eval_harness import Tasks
 from engine.evaluation.subject import Options
 from engine.models.devices import Room
@@ -29,6 +30,6 @@ def test_the_seat_of_a_task_decides(monkeypatch: pytest.MonkeyPatch, seat: Gpus,
 
     monkeypatch.setattr(cluster.evaluation, "Subject", lambda *given: SimpleNamespace(load=load))
     monkeypatch.setattr(cluster.evaluation, "Evaluation", lambda subject, device: loaded.append(device))
-    assert cluster.evaluation._run(EvaluationJob("model", "model", (), Tasks(()), Options()), seat) == []
+    assert cluster.evaluation._run(EvaluationJob("model", ModelName("model"), (), Tasks(()), Options()), seat) == []
     expected = [torch.device("cuda", place) for place in places] or [torch.device("cpu")]
     assert loaded == [*expected, expected[0]]

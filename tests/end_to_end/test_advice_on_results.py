@@ -25,14 +25,12 @@ import pytest
 import tiny
 import torch
 import transformers
-import weight_space
 import yaml
 from advice import Advice
 from click.testing import CliRunner, Result
 from conftest import plan_of
 from hostile_inputs import put
 from recorded_merges import write_merge
-from safetensors.torch import load_file
 from thorough import thorough_but
 
 import cli
@@ -41,7 +39,6 @@ from cluster.seats import Node
 from engine.errors import MergeError
 from engine.evaluation.lm_eval_harness import Tasks, check_tasks
 from engine.evaluation.measure import Evaluation
-from engine.output.model_folder import output_files, write_companions
 from engine.report import page
 
 ELSEWHERE = {
@@ -55,7 +52,7 @@ BELOW = (
     "give a config, or run cli.py in a checkout, which contains examples/quickstart",
     "give a config, or fix the cause shown above",
     "change to an existing folder",
-    "merge it into its base first",
+    "name the base: BASE+{adapter}",
 )
 
 
@@ -284,7 +281,7 @@ def test_the_advice_leads_to_a_command_that_succeeds(folder: Path, row: Row, way
 # evaluate and report.
 
 
-def test_an_adapter_is_evaluated_as_the_model_that_the_advice_makes(folder: Path) -> None:
+def test_an_adapter_is_evaluated_as_the_model_that_peft_makes_with_its_base_named_or_found(folder: Path) -> None:
     shutil.rmtree(folder / "expert1")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft and transformers about each other
@@ -294,21 +291,22 @@ def test_an_adapter_is_evaluated_as_the_model_that_the_advice_makes(folder: Path
         adapted.save_pretrained(folder / "adapter")
         adapted.merge_and_unload().save_pretrained(folder / "by peft")
     tiny.save_tokenizer(folder / "by peft")
-    found = re.search("`(merge_method: .+?)` and `(weight: .+?)`", advice_of(run("evaluate", "adapter", *TEXT[2:])))
-    assert found is not None
-    method, weight = map(yaml.safe_load, found.groups())
-    config = {**method, "base_model": "base", "models": [{"model": "adapter", "parameters": weight}]}
-    put(folder, "one.yaml", yaml.safe_dump(config))
-    plan = plan_of(folder / "one.yaml")
-    merged = weight_space.combine(plan, folder / "merged")
-    write_companions(merged, plan, folder / "base", output_files(plan))
-    expected = load_file(folder / "by peft" / "model.safetensors")
-    for name, tensor in weight_space.read(merged).items():
-        torch.testing.assert_close(tensor, expected[name])
-    done("evaluate", "merged", *TEXT[2:])
-    ours = pyarrow.parquet.read_table("evaluation.parquet")["value"].to_pylist()
-    done("evaluate", "by peft", *TEXT[2:])
-    assert pyarrow.parquet.read_table("evaluation.parquet")["value"].to_pylist() == pytest.approx(ours)
+
+    def scores(*arguments: str) -> list[float]:
+        done("evaluate", *arguments, *TEXT[2:])
+        values: list[float] = pyarrow.parquet.read_table("evaluation.parquet")["value"].to_pylist()
+        return values
+
+    expected = scores("by peft")
+    assert scores("base") != pytest.approx(expected)
+    assert scores("adapter") == pytest.approx(expected)
+    assert scores("base+adapter") == pytest.approx(expected)
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    put(folder, "adapter/adapter_config.json", json.dumps(config | {"base_model_name_or_path": "nowhere/at-all"}))
+    for code in ([], ["--trust-remote-code"]):
+        advised = re.search("name the base: (.+)", advice_of(run("evaluate", "adapter", *TEXT[2:], *code)))
+        assert advised is not None
+        assert scores(advised[1].replace("BASE", "base", 1), *code) == pytest.approx(expected)
 
 
 def test_batches_that_are_too_large_for_the_gpu_are_made_smaller(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

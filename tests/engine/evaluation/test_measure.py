@@ -23,12 +23,14 @@ from object_store import Store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.calibration.records import Record
+from engine.checkpoints.find import ModelName
 from engine.errors import CalibrationError, CheckpointError, OutputError
 from engine.evaluation.items import DataSet, make_item, read_data, unique
 from engine.evaluation.measure import Evaluation, score
 from engine.evaluation.metrics import chosen, exact_match, f1
-from engine.evaluation.results import Row, print_results, results_file, save_results
-from engine.evaluation.subject import Options, Reader, Subject
+from engine.evaluation.results import Row, results_file, save_results
+from engine.evaluation.subject import Options, Reader, Subject, named
+from engine.evaluation.tables import print_results, tables_of
 from engine.storage.local_folder import LocalFolder
 from engine.storage.paths import open_folder
 
@@ -79,11 +81,11 @@ def measured(
 ) -> dict[str, tuple[float, int]]:
     given = Options(**({"max_new_tokens": 8} | options))
     data = DataSet("data", tuple(map(make_item, items)))
-    subject = Subject(str(model), given)
+    subject = Subject(ModelName(str(model)), given)
     for item in data.items:
         with Reader(subject, data) as reader:
             reader.check(item)
-    other = None if expert is None else Subject(str(expert), given)
+    other = None if expert is None else Subject(ModelName(str(expert)), given)
     for one in (subject, other):
         if one is not None:
             one.load(CPU)
@@ -360,20 +362,44 @@ def test_records_that_a_model_cannot_process(learnt: Path, tmp_path: Path) -> No
     ):
         with refused(CalibrationError, where="record 1", do=advice, facts=facts):
             measured(model, data, **options)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with refused(CheckpointError, where=str(tmp_path), do="`merge_method: task_arithmetic`"):
-        Subject(str(tmp_path), Options())
+
+
+def test_the_names_of_an_adapter_and_its_base(learnt: Path, tmp_path: Path) -> None:
+    base, adapter = learnt / "model", tmp_path / "a+b"
+    adapter.mkdir()
+
+    def says(**config: Any) -> None:
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    says(base_model_name_or_path=str(base), revision=None)
+    assert named(str(base), tmp_path) == ModelName(str(base))
+    assert named("a+b", tmp_path) == named(f"{base}+a+b", tmp_path) == ModelName(str(base), str(adapter))
+    for config in ({}, {"base_model_name_or_path": 7}, {"base_model_name_or_path": "s3://bucket/base"}):
+        says(**config)
+        with refused(CheckpointError, where=str(adapter), do="BASE+a+b"):
+            named("a+b", tmp_path)
+    says(base_model_name_or_path="gone/away")
+    with refused(CheckpointError, where=str(adapter), do="BASE+a+b", facts=["'gone/away'"]):
+        named("a+b", tmp_path)
+    says(base_model_name_or_path=str(adapter))
+    with refused(CheckpointError, where=str(adapter), facts=["full checkpoint"]):
+        named("a+b", tmp_path)
+    with refused(CheckpointError, where=str(base)):
+        named(f"{base}+{base}", tmp_path)
+    says(base_model_name_or_path=str(base))
+    with refused(CheckpointError, where=str(adapter), do="BASE+a+b", facts=["--trust-remote-code"]):
+        named("a+b", tmp_path, remote_code=True)
 
 
 def test_an_expert_of_another_size(learnt: Path, llama_merge: Path, tmp_path: Path) -> None:
     other = tiny.make_model("qwen2")
     other.resize_token_embeddings(70)
     tiny.save(other, tmp_path)
-    subject = Subject(str(learnt / "model"), Options())
-    subject.check_alike(Subject(str(llama_merge.parent / "expert0"), Options()))
+    subject = Subject(ModelName(str(learnt / "model")), Options())
+    subject.check_alike(Subject(ModelName(str(llama_merge.parent / "expert0")), Options()))
     facts = ["70 tokens, 3 blocks, 32 features", f"{tiny.VOCAB} tokens, 3 blocks, 32 features"]
     with refused(CheckpointError, where=str(tmp_path), facts=facts):
-        subject.check_alike(Subject(str(tmp_path), Options()))
+        subject.check_alike(Subject(ModelName(str(tmp_path)), Options()))
 
 
 def test_logits_that_are_not_finite(learnt: Path, tmp_path: Path) -> None:
@@ -389,7 +415,7 @@ def test_logits_that_are_not_finite(learnt: Path, tmp_path: Path) -> None:
 
 
 def test_results_are_a_file_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Row("m1", "a", "kl", 0.25, 3), Row("m1", "b", "f1", 1.0, 2), Row("m2", "a", "kl", 1e-7, 3)]
+    rows = [Row("m1", "a", "kl", 0.25, 3), Row("m1", "b", "f1", 1.0, 2, "m2"), Row("m2", "a", "kl", 1e-7, 3)]
     folder, name = results_file(str(tmp_path / "deep" / "out.parquet"))
     assert not (tmp_path / "deep").exists()
     save_results(rows, folder, name)
@@ -397,12 +423,37 @@ def test_results_are_a_file_and_tables(tmp_path: Path, capsys: pytest.CaptureFix
     assert [Row(**row) for row in table.to_pylist()] == rows
     assert {field.name: str(field.type) for field in table.schema} == {
         **{"model": "string", "data": "string", "metric": "string"},
-        **{"value": "double", "count": "int64"},
+        **{"value": "double", "count": "int64", "expert": "string"},
     }
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.parquet"]
     print_results(rows)
     said = capsys.readouterr().out.split()
-    assert [word for word in said if not word.startswith("─")] == "a kl m1 0.25 m2 1e-07 b f1 m1 1".split()
+    assert [word for word in said if not word.startswith("─")] == "kl a m1 0.25 m2 1e-07 b f1 (expert: m2) m1 1".split()
+
+
+def test_tables_have_means_and_shares_of_the_experts_scores() -> None:
+    scores = {
+        "base": {"math": 0.2, "code": 0.0, "chat": 0.4},
+        "merged": {"math": 0.6, "code": 0.9, "chat": 0.3},
+        "math": {"math": 0.8},
+        "code": {"code": 0.6, "math": 0.1},
+    }
+    experts = {"math": "math", "code": "code"}
+    values = [(model, data, value) for model, of_model in scores.items() for data, value in of_model.items()]
+    rows = [Row(m, d, "f1", value, 9, experts.get(d)) for m, d, value in values]
+    rows += [Row(m, d, metric, 1 + v, 9, experts.get(d)) for metric in ("loss", "f1_stderr") for m, d, v in values]
+    f1, loss, errors = tables_of(rows)
+    assert f1.head() == ["f1", "math\n(expert: math)", "code\n(expert: code)", "chat", "mean", "of the experts"]
+    assert list(f1.lines()) == [
+        ["base", "0.2", "0", "0.4", "0.2", "12.5%"],
+        ["merged", "0.6", "0.9", "0.3", "0.6", "112.5%"],
+        ["math", "0.8", "", "", "", ""],
+        ["code", "0.1", "0.6", "", "", "56.2%"],
+    ]
+    assert loss.mean("merged") == pytest.approx(1.6) and loss.of_experts("merged") is None
+    assert errors.mean("merged") is None and len(errors.head()) == 4
+    nothing = tables_of([Row(m, "a", "f1", 0.0, 9, "x") for m in ("x", "y")])[0]
+    assert nothing.of_experts("y") is None and nothing.mean("y") is None, "no share of nothing, no mean of one"
 
 
 def test_results_replace_only_results(tmp_path: Path, store: Store) -> None:
