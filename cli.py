@@ -9,6 +9,7 @@ from cluster.commands.evaluate import evaluate
 from cluster.commands.merge import merge
 from cluster.commands.methods import methods
 from cluster.commands.plan import plan
+from cluster.commands.push import push
 from cluster.commands.report import report
 from engine import __version__
 
@@ -19,7 +20,7 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (merge, plan, evaluate, report, methods, cache):
+for command in (merge, plan, evaluate, report, push, methods, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
 from engine.errors import ClusterError
 from engine.methods.registry import get_method
+from engine.output.card import add_memory
 from engine.output.merge_record import input_files
 from engine.output.model_folder import output_files, write_companions, write_json
 from engine.output.survival import low_survival, survival_record, survived_of
@@ -142,7 +143,9 @@ class Attempt:
         write_json(record / "rounding.json", survival_record(self.plan, survived))
         if low := low_survival(self.plan, survived):
             self.progress.say(low)
-        write_json(record / "memory.json", self._memory(**more))
+        memory = self._memory(**more)
+        write_json(record / "memory.json", memory)
+        add_memory(self.folder.composed / "README.md", memory)
         write_report([str(self.folder.composed)], record / "report.html")
         self.folder.finish()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import click
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -24,6 +26,7 @@ class EvaluateOptions:
     max_length: int
     dtype: str
     trust_remote_code: bool
+    record: bool = False
 
 
 def evaluate_and_print(given: EvaluateOptions) -> None:
@@ -31,8 +34,10 @@ def evaluate_and_print(given: EvaluateOptions) -> None:
     from engine.evaluation.items import read_data
     from engine.evaluation.results import results_file, save_results
     from engine.evaluation.tables import print_results
+    from engine.output.scores import outputs_among, record_scores
 
     folder, name = results_file(given.out)
+    outputs = outputs_among(given.models) if given.record else []
     data = read_data(given.files, given.limit)
     from cluster.evaluation import evaluate as evaluate_by
     from cluster.evaluation import make_jobs
@@ -45,3 +50,10 @@ def evaluate_and_print(given: EvaluateOptions) -> None:
     rows = evaluate_by(jobs, given.address, given.debug, given.num_gpus)
     save_results(rows, folder, name)
     print_results(rows)
+    for output in outputs:
+        shown = record_scores(rows, output)
+        click.echo(
+            f"wrote the scores into {output.where}: merge/evaluation.parquet" + (" and README.md" if shown else "")
+        )
+        if not shown:
+            click.echo("README.md was changed since the merge and stays as it is")

@@ -51,6 +51,7 @@ FOLLOWED = {
     "test_advice_on_ray": ("cluster/session", "engine/machine"),
     "test_advice_on_results": ("cluster/commands", "cluster/evaluation", "engine/evaluation", "engine/report"),
     "test_advice_on_storage": ("engine/storage",),
+    "test_push": ("engine/output/push",),
 }
 
 

@@ -28,6 +28,11 @@ from cluster.commands.common import debug_option, guarded, stop
     show_default=True,
     help="Parquet file for the results, a path or s3:// or gs:// URI.",
 )
+@click.option(
+    "--record",
+    is_flag=True,
+    help="Write the scores also into each MODEL that is the output of a merge, for its report and its model card.",
+)
 @click.option("--limit", type=click.IntRange(1), help="Use only the first records of each file and task.")
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Records per forward pass.")
 @click.option(

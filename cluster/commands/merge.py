@@ -46,6 +46,12 @@ from engine.run.place import check_place
 )
 @kept_option
 @strict_option
+@click.option(
+    "--push-to-hub",
+    "hub_name",
+    metavar="OWNER/NAME",
+    help="Then upload the output to this repository of the Hugging Face hub, as `push` does.",
+)
 @debug_option
 def merge(
     config: Path | None,
@@ -54,6 +60,7 @@ def merge(
     extend: str | None,
     kept: str | None,
     strict: bool,
+    hub_name: str | None,
     **how: Any,
 ) -> None:
     """Merge the experts of CONFIG into one model folder.
@@ -66,6 +73,10 @@ def merge(
         signal.signal(signal.SIGTERM, stop)
         target = target_of(out)
         check_place(target)
+        if hub_name is not None:
+            from engine.output.push import check_target, push
+
+            check_target(hub_name)
         documents = documents_of(config, overrides, strict)
         if len(documents) > 1 and extend is None:
             from cluster.documents import merge_documents
@@ -81,6 +92,8 @@ def merge(
             click.echo(f"merged {made} into {target}")
         else:
             click.echo(f"{target} already holds this merge; use --fresh to redo it")
+        if hub_name is not None:
+            click.echo(f"uploaded {out} to {push(target, hub_name, click.echo)}")
 
     guarded(run, how["debug"], "run the same command to resume")
 

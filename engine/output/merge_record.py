@@ -17,7 +17,8 @@ import yaml
 from engine.config.documents import with_models
 from engine.learning.importance import write_importance
 from engine.methods.options import Method
-from engine.output.card import write_card, write_weight_space_card
+from engine.output.card import PICTURE, write_card, write_weight_space_card
+from engine.output.picture import draw_coefficients
 from engine.output.resolved_config import resolved_config, versions
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
@@ -91,7 +92,8 @@ def write_record(
     if importance_L is not None:
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L, plan.numels)
     write_metrics(record / "metrics.parquet", metrics)
-    write_card(folder / "README.md", plan, stages[-1])
+    draw_coefficients(folder / PICTURE, names, plan.priors, stages[-1])
+    write_card(folder / "README.md", plan, stages[-1], digests)
     more = priors | {"files": _files(folder, plan, weights), "devices": devices or {}}
     write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), more)
 
@@ -100,7 +102,7 @@ def write_weight_space_record(
     folder: Path, plan: Plan, method: Method, identity: bytes, digests: Mapping[str, str], weights: Sequence[str]
 ) -> None:
     """Write the model card and merge/config.yaml of a weight-space merge; see `write_record`."""
-    write_weight_space_card(folder / "README.md", plan, method)
+    write_weight_space_card(folder / "README.md", plan, method, digests)
     files = {"files": _files(folder, plan, weights)}
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), files)
 

@@ -34,6 +34,15 @@ def _part(model: str) -> str:
     return path.rstrip("/").rpartition("/")[2] or "model"
 
 
+def hub_id(model: str) -> str | None:
+    """Return the id of a model on the hub, without its revision; None for another path or an address.
+
+    `model` is an address as a plan has it, in which a path is absolute.
+    """
+    known = _SNAPSHOT.fullmatch(model) or _HUB_ID.fullmatch(model)
+    return _part(model).partition("@")[0] if known else None
+
+
 def public_config(config: Config) -> Config:
     """Return a config with public names of its models and files, and without the labels of nodes."""
 

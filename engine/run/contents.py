@@ -11,10 +11,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from engine.checkpoints.find import CARD
 from engine.errors import DamagedError, InputError
 from engine.run.identity import InputFile
 from engine.storage.folder import Folder
 from engine.storage.local_folder import LocalFolder, digest
+from engine.storage.scores import without_scores
 from engine.storage.sealed import digest_name, read_sealed
 from engine.untrusted import listed, parse_json
 
@@ -89,7 +91,7 @@ def changed_in(folder: Folder, written: Mapping[str, InputFile]) -> list[str]:
     """
     there = folder.entries()
     names = (name for name in written if name in there and name not in REWRITTEN)
-    return sorted(name for name in names if not _is_as_written(folder, name, written[name]))
+    return sorted(name for name in names if not is_as_written(folder, name, written[name]))
 
 
 def names_of(names: Sequence[str]) -> str:
@@ -97,7 +99,23 @@ def names_of(names: Sequence[str]) -> str:
     return listed([repr(name if len(name) <= 200 else f"{name[:200]}…") for name in names])
 
 
-def _is_as_written(folder: Folder, name: str, written: InputFile) -> bool:
+def is_as_written(folder: Folder, name: str, written: InputFile) -> bool:
+    """Return whether a file of an output is as it was written; see `changed_in`. Scores in a card do not count."""
+    return _is_same(folder, name, written) or (name == CARD and _without_scores(folder) == written.sha256)
+
+
+def _without_scores(folder: Folder) -> str | None:
+    """Return the SHA-256 of an output's card without its scores; None if there is no card, or a link."""
+    if isinstance(folder, LocalFolder) and (folder.path / CARD).is_symlink():
+        return None
+    data = read_bounded(folder, CARD)
+    if data is None:
+        return None
+    card = without_scores(data.decode(errors="surrogateescape"))
+    return hashlib.sha256(card.encode(errors="surrogateescape")).hexdigest()
+
+
+def _is_same(folder: Folder, name: str, written: InputFile) -> bool:
     if isinstance(folder, LocalFolder):
         path = folder.path / name
         if path.is_symlink() or not path.is_file():

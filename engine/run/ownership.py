@@ -66,7 +66,7 @@ class EarlierMerge:
         entry = entry if isinstance(entry, dict) else {}
         listed_files = entry.get("files")
         names = listed_files if isinstance(listed_files, list) else []
-        if not all(isinstance(name, str) and _is_inside(name) for name in names):
+        if not all(isinstance(name, str) and is_inside(name) for name in names):
             names = []
         identity = _recorded_identity(folder, entry.get("identity"))
         scores = [SCORES] if is_scores(folder, SCORES) else []
@@ -99,7 +99,7 @@ class Claim:
             if not (isinstance(fresh, bool) and isinstance(digest, str)):
                 return cls()
             names = [*old, *own]
-            if not all(isinstance(name, str) and _is_inside(name) for name in names):
+            if not all(isinstance(name, str) and is_inside(name) for name in names):
                 return cls()
             return cls(fresh, digest, tuple(old), tuple(own))
         except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -342,6 +342,6 @@ def _format_of(data: bytes) -> Any:
     return marker.get("format") if isinstance(marker, dict) else None
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Return whether a name is that of a file inside its folder; a planted record could list `../other`."""
     return bool(name) and "\0" not in name and {"", ".", ".."}.isdisjoint(name.split("/"))

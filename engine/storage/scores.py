@@ -1,8 +1,10 @@
-"""Files of `evaluate`'s results, which are known by a mark in the metadata of the parquet file."""
+"""The marks of scores: of files of `evaluate`'s results, and of the part of a model card that shows scores."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
 
 from engine.errors import InputError
 from engine.storage.folder import Folder
@@ -13,6 +15,9 @@ from engine.untrusted import library_errors_as
 MARK = {b"expert-merging": b"evaluation"}
 # Maximum bytes of a file of results: more than a million rows.
 BYTES = 64 << 20
+# The line of a model card where its scores will be, and the scores, between two lines of which one has their SHA-256.
+NO_SCORES = "<!-- scores -->"
+_SCORES = re.compile(r"<!-- scores ([0-9a-f]{64}) -->\n(.*?)\n<!-- end of scores -->", re.DOTALL)
 
 
 def is_scores(folder: Folder, name: str) -> bool:
@@ -29,3 +34,21 @@ def is_scores(folder: Folder, name: str) -> bool:
     except InputError:
         return False
     return MARK.items() <= found.items()
+
+
+def with_scores(card: str, text: str) -> str:
+    """Return a card with scores, in the place of those that it has."""
+    section = f"<!-- scores {_digest(text)} -->\n{text}\n<!-- end of scores -->"
+    return without_scores(card).replace(NO_SCORES, section, 1)
+
+
+def without_scores(card: str) -> str:
+    """Return a card as it was before scores were added. Scores that somebody changed since are left in it."""
+    found = _SCORES.search(card)
+    if found is None or _digest(found[2]) != found[1]:
+        return card
+    return f"{card[: found.start()]}{NO_SCORES}{card[found.end() :]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -16,7 +16,9 @@ import errors
 import pyarrow.parquet
 import pytest
 import tiny
+from conftest import plan_of
 from hostile import Server, refused
+from recorded_merges import write_merge
 
 from cluster.evaluation import EvaluationJob, spread, task_cpus
 from cluster.seats import Node
@@ -27,6 +29,8 @@ from engine.evaluation.items import DataSet, make_item
 from engine.evaluation.lm_eval_harness import Tasks, rows_of
 from engine.evaluation.results import Row
 from engine.evaluation.subject import Options
+from engine.run.contents import write_manifest
+from engine.storage.local_folder import LocalFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +89,16 @@ def test_one_model_in_this_process(evaluate: Any, folder: Path) -> None:
     assert not (folder / "base" / "merge").exists()
 
 
+def test_scores_are_recorded_in_the_output_of_a_merge(evaluate: Any, folder: Path) -> None:
+    shutil.copytree(folder / "base", folder / "merged")
+    out = LocalFolder(write_merge(plan_of(folder / "merge.yaml"), folder / "merged"))
+    write_manifest(out, out, out, set())
+    ended = evaluate("merged", "--data", "answers.jsonl", "--limit", "1", "--max-new-tokens", "2", "--record")
+    assert ended.code == 0, ended.stderr
+    assert scores(out.path / "merge" / "evaluation.parquet") == scores(folder / "evaluation.parquet")
+    assert "## Scores" in (out.path / "README.md").read_text() and str(out.path) in ended.stdout
+
+
 @pytest.mark.slow
 def test_models_on_ray(folder: Path) -> None:
     data = ("--data", "answers.jsonl", "--data", "expert0.jsonl", "--data", "expert1.jsonl", "--limit", "3")
@@ -104,6 +118,7 @@ def test_models_on_ray(folder: Path) -> None:
 # By name: the arguments, and the facts that the message must contain.
 WRONG: dict[str, tuple[list[str], list[str]]] = {
     "nothing to do": (["base"], ["--data", "--task"]),
+    "no output to record in": (["base", "--data", "answers.jsonl", "--record"], ["--record: ", "merge/config.yaml"]),
     "no model": (["nothing", "--data", "answers.jsonl"], ["nothing: ", "folder"]),
     "no weights": (["empty", "--data", "answers.jsonl"], ["empty/config.json", "No such file"]),
     "an adapter": (["adapter", "--data", "answers.jsonl"], ["work/adapter/adapter_config.json: ", "BASE+adapter"]),

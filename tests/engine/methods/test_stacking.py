@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def test_the_plan_and_the_card_say_what_was_stacked_and_the_recorded_config_stac
 ) -> None:
     plan = plan_of(write_config(models, **STACKS["overlapping, with a scale"], dtype="float32"))
     assert plan.stacked == ["layers 0 to 2: base[0:3]", "layers 3 to 5: expert0[1:4]"]
-    write_weight_space_card(tmp_path / "README.md", plan, get_method("passthrough"))
+    write_weight_space_card(tmp_path / "README.md", plan, get_method("passthrough"), defaultdict(str))
     card = (tmp_path / "README.md").read_text().replace("\\", "")
     assert all(line in card for line in plan.stacked)
     again = tmp_path / "again.yaml"

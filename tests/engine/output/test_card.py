@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from conftest import plan_of
@@ -15,12 +20,14 @@ from hypothesis import strategies as st
 from recorded_merges import learned, write_merge
 
 from engine.methods.registry import get_method
+from engine.output import sources
 from engine.output.card import write_card, write_weight_space_card
 from engine.output.names import code, markdown, public_config, public_name, yaml_block
 from engine.report.merge_folder import Merged
 from engine.report.page import report_html
 from engine.report.sections import key_figures, sections_of
 
+DIGESTS: Mapping[str, str] = defaultdict(lambda: "0" * 64)
 HASH = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -79,15 +86,17 @@ def test_a_hostile_name_adds_nothing_to_the_card(llama_merge: Path, tmp_path: Pa
     changed = replace(plan, config=config, experts=(replace(plan.experts[0], name=NAME), *plan.experts[1:]))
     cards = []
     for number, one in enumerate((plan, changed)):
-        write_card(tmp_path / f"{number}.md", one, learned(one)[0][-1])
-        write_weight_space_card(tmp_path / f"{number}-w.md", one, get_method("linear"))
+        write_card(tmp_path / f"{number}.md", one, learned(one)[0][-1], DIGESTS)
+        write_weight_space_card(tmp_path / f"{number}-w.md", one, get_method("linear"), DIGESTS)
         cards.append([(tmp_path / f"{number}{kind}.md").read_text() for kind in ("", "-w")])
     for plain, card in zip(*cards, strict=True):
         assert "\x1b" not in card
         assert len(card.splitlines()) == len(plain.splitlines())
-    assert "<script" not in cards[1][0]
-    row = next(line for line in cards[1][0].splitlines() if "script" in line)
-    assert len(re.findall(r"(?<!\\)\|", row)) == 6, "the name adds no cells"
+    prose = [re.sub(r"(?ms)^(`{3,})yaml\n.*?^\1$", "", card) for card in cards[1]]
+    assert not any("<script" in text for text in prose)
+    rows = [[line for line in card.splitlines() if line.startswith("| ")] for card in (cards[0][0], cards[1][0])]
+    cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in some] for some in rows]
+    assert cells[0] == cells[1] and any("script" in row for row in rows[1]), "the name adds no cells"
 
 
 def test_card_and_report_tell_chunks_of_directions(llama_merge: Path, tmp_path: Path) -> None:
@@ -96,7 +105,7 @@ def test_card_and_report_tell_chunks_of_directions(llama_merge: Path, tmp_path: 
         merge = Merged.read(str(write_merge(plan, tmp_path / chunks)))
         assert merge.stages[2].layout == learned(plan)[0][1].layout
         sections = {section.title: section for section in sections_of(merge)}
-        card = (tmp_path / chunks / "README.md").read_text().partition("## Load it")[0]
+        card = (tmp_path / chunks / "README.md").read_text().partition("## Use it")[0]
         assert ("singular direction" in card) == bool(of_report)
         assert "singular directions" not in sections["Coefficients of stage 1"].text
         assert sections["Coefficients of stage 2"].text.count("singular directions") == of_report
@@ -108,8 +117,8 @@ def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> 
     inside = str(llama_merge.parent)
     images = f"calibration.image_folder={json.dumps(inside)}"
     plan = plan_of(llama_merge, images, f"log_dir={json.dumps(inside)}", "cluster.labels.kubernetes_host=node7")
-    write_card(tmp_path / "a.md", plan, learned(plan)[0][-1])
-    write_weight_space_card(tmp_path / "b.md", plan, get_method("linear"))
+    write_card(tmp_path / "a.md", plan, learned(plan)[0][-1], DIGESTS)
+    write_weight_space_card(tmp_path / "b.md", plan, get_method("linear"), DIGESTS)
     (tmp_path / "other").mkdir()
     folders = [write_merge(plan, tmp_path / "merged"), write_merge(plan_of(llama_merge), tmp_path / "other" / "merged")]
     merges = [Merged.read(str(folder)) for folder in folders]
@@ -118,5 +127,36 @@ def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> 
     for text in [(tmp_path / "a.md").read_text(), (tmp_path / "b.md").read_text(), *pages]:
         assert inside not in text and str(tmp_path) not in text and "node7" not in text
     front = yaml.safe_load((tmp_path / "a.md").read_text().split("---")[1])
-    assert front["base_model"] == ["base", "expert0", "expert1"]
+    assert "base_model" not in front, "folders are no models of the hub"
     assert public_config(plan.config).models[0].calibration[0].path == "expert0.jsonl"
+
+
+def test_the_front_matter_is_what_the_hub_takes(
+    llama_merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def front(**cards: str) -> dict[str, Any]:
+        for name, text in cards.items():
+            (folder / name / "README.md").write_text(text)
+        write_card(tmp_path / "card.md", plan, learned(plan)[0][-1], DIGESTS)
+        found: dict[str, Any] = huggingface_hub.ModelCard.load(tmp_path / "card.md").data.to_dict()
+        return found
+
+    folder = shutil.copytree(llama_merge.parent, tmp_path / "work")
+    plan = plan_of(folder / "merge.yaml")
+    given = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    tags = ["merge", "expert-merging", "expert_merging_pp"]
+    assert front() == {**given, "tags": tags}
+    card = "---\nlicense: other\nlicense_name: our-license\nlicense_link: /etc/passwd\nlanguage: [en, 7, de]\n---\n"
+    licensed = {"license": "other", "license_name": "our-license"}
+    assert front(base=card) == {**given, **licensed, "language": ["en", "de"], "tags": tags}
+    assert "license" in front(expert0="---\nlicense: [mit]\n---\n"), "no license"
+    assert "license" not in front(expert0="---\nlicense: mit\n---\n")
+    table = (tmp_path / "card.md").read_text().partition("## Models")[2]
+    assert "| expert0 | expert0 | mit |" in table and "other our-license" in table
+    assert "license" not in front(base="---\n{{{\n---\n", expert0="nothing"), "a card that cannot be read is none"
+
+    on_hub = replace(plan.base, model=f"owner/base@{HASH}"), replace(plan.experts[0], model="owner/math@main")
+    plan = replace(plan, base=on_hub[0], experts=(on_hub[1], *plan.experts[1:]))
+    monkeypatch.setattr(sources, "weight_files", lambda model: [])  # these are not on this machine
+    of_hub = front()
+    assert (of_hub["base_model"], of_hub["base_model_relation"]) == (["owner/base", "owner/math"], "merge")
