@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from engine.errors import ConfigError, OutputError
 from engine.evaluation.items import unique
+from engine.evaluation.results import Row
+from engine.evaluation.tables import MetricTable, tables_of
 from engine.methods.registry import get_method
 from engine.output.names import public_name
 from engine.report import charts
@@ -132,24 +134,50 @@ def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
             by_model[name, public[str(row["model"])]].append(row)
     ways = Counter(model for _, model in {(repr(rows), model) for (_, model), rows in by_model.items()})
     rows = [
-        (model if ways[model] == 1 else f"{name}: {model}", row)
+        Row(
+            model if ways[model] == 1 else f"{name}: {model}",
+            row["data"],
+            row["metric"],
+            row["value"],
+            row["count"],
+            row["expert"] and public.get(row["expert"], public_name(row["expert"])),
+        )
         for (name, model), of_model in by_model.items()
         for row in of_model
     ]
     drawn, tables = [], []
-    for metric in dict.fromkeys(row["metric"] for _, row in rows):
-        cells = {(model, row["data"]): row for model, row in rows if row["metric"] == metric}
-        models, data = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
-        nothing = {"value": float("nan"), "count": 0}
-        values = {m: np.array([cells.get((m, d), nothing)["value"] for d in data], dtype=np.float64) for m in models}
-        drawn.append(Chart(metric, charts.bars(values, data, metric), wide=True))
-        counts: dict[str, set[int]] = defaultdict(set)
-        for (_, of), row in cells.items():
-            counts[of].add(row["count"])
-        head = ["model", *(f"{d} ({' or '.join(f'{n:,}' for n in sorted(counts[d]))})" for d in data)]
-        tables.append(Table([[model, *map(float, values[model])] for model in models], head, metric))
+    for scores in tables_of(rows):
+        values = {m: np.array([_number(scores.value(m, d)) for d in scores.data]) for m in scores.models}
+        drawn.append(Chart(scores.metric, charts.bars(values, scores.data, scores.metric), wide=True))
+        tables.append(_score_table(scores))
     text = "Scores of models by data set. The number of examples is in brackets."
     return [ReportSection("Evaluation", text, tables, drawn)] if rows else []
+
+
+def _score_table(scores: MetricTable) -> Table:
+    """Return a table of models by data set, with the mean and the share of the experts' scores, where there is one."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for (_, of), row in scores.rows.items():
+        found[of].add(row.count)
+    head = ["model"]
+    for data, counts in ((data, sorted(found[data])) for data in scores.data):
+        expert = f", expert: {scores.experts[data]}" if data in scores.experts else ""
+        head.append(f"{data} ({' or '.join(f'{n:,}' for n in counts)}{expert})")
+    columns = {"mean": scores.mean, "% of the experts": scores.of_experts}
+    used = {name: get for name, get in columns.items() if any(get(model) is not None for model in scores.models)}
+    lines: list[list[Cell]] = [
+        [
+            model,
+            *(_number(scores.value(model, d)) for d in scores.data),
+            *(_number(get(model)) for get in used.values()),
+        ]
+        for model in scores.models
+    ]
+    return Table(lines, [*head, *used], scores.metric)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _figure(cell: Cell) -> str:

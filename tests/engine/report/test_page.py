@@ -279,6 +279,8 @@ def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> No
     folders = [write_merge(plan_of(llama_merge), tmp_path / name) for name in ("first", "second")]
     for folder, value in zip(folders, (0.5, 0.75), strict=True):
         rows = [Row("base", "math", "accuracy", 0.25, 40), Row("merged", "math", "accuracy", value, 40)]
+        rows += [Row("/home/alice/best", data, "f1", value, 7, "/home/alice/math") for data in ("a", "b")]
+        rows += [Row("/home/alice/math", data, "f1", 0.8, 7, "/home/alice/math") for data in ("a", "b")]
         save_results(rows, LocalFolder(folder / "merge"), "evaluation.parquet")
     page = Page(report_html([Merged.read(str(folder)) for folder in folders])).texts
     at = page.index("accuracy")
@@ -294,6 +296,10 @@ def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> No
         "second: merged",
         "0.75",
     ]
+    at = page.index("f1")
+    cells = [text for text in page[at : at + 80] if text.strip()]
+    assert cells[1:6] == ["model", "a (7, expert: math)", "b (7, expert: math)", "mean", "% of the experts"]
+    assert cells[6:11] == ["first: best", "0.5", "0.5", "0.5", "62.5"]
 
     out = tmp_path / "one.html"
     more = folders[1] / "merge" / "evaluation.parquet"
