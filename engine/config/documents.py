@@ -5,6 +5,7 @@ Documents may stand in any order. The one without a name is the merge into the o
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,10 @@ from engine.untrusted import read_text, shown
 MODEL_KEYS = ("base_model", "model", "tokenizer_source", "source")
 # Of the keys of a tokenizer, values with a meaning of their own.
 TOKENIZERS, MEANINGS = ("tokenizer_source", "source"), ("base", "union")
+# A config in Python: a path, a YAML text, or keys and values. What errors call the last two: a name in the working
+# directory, to which their paths are relative.
+Given = str | os.PathLike[str] | Mapping[str, Any]
+GIVEN = Path("the config")
 # Characters of a name, which also names a folder, and its most bytes.
 NAME, NAME_BYTES = re.compile(r"[\w][\w .-]*"), 200
 
@@ -73,7 +78,54 @@ def read_documents(path: Path, overrides: Sequence[str] = (), strict: bool = Fal
         ConfigError: The file cannot be read or is not valid; two merges have one name, more than one has none, or they
             use each other in a circle.
     """
-    parsed = parse_all(read_text(path, BYTES, ConfigError, "the config"), str(path))
+    return parse_documents(read_text(path, BYTES, ConfigError, "the config"), path, overrides, strict)
+
+
+def given_documents(config: Given, overrides: Mapping[str, Any] | None = None, strict: bool = False) -> list[Document]:
+    """Return the merges of a config that Python code gives; see `read_documents`.
+
+    Args:
+        config: The path of a file; a YAML text, of at least two lines; or the keys and values. Paths in the last two
+            are relative to the working directory.
+        overrides: New values by key, such as `parameters.epochs`.
+        strict: See `load_config`.
+
+    Raises:
+        ConfigError: See `read_documents`; or a value is of a type that a YAML does not have.
+    """
+    texts = [f"{key}={_dumped(value, flow=True)}" for key, value in (overrides or {}).items()]
+    if isinstance(config, Mapping):
+        read = parse_documents(_dumped(config), GIVEN, texts, strict)
+        # Nobody has seen the lines of this text.
+        return [replace(one, node=yaml.ScalarNode("", "")) for one in read]
+    if isinstance(config, str) and "\n" in config:
+        return parse_documents(config, GIVEN, texts, strict)
+    if not os.path.isfile(config):  # noqa: PTH113 - false, not an error, for a name that no file can have
+        raise ConfigError("no such config file", str(Path(config).absolute()))
+    return read_documents(Path(config), texts, strict)
+
+
+def _dumped(value: Any, flow: bool = False) -> str:
+    """Return a value as YAML; `flow`: on one line."""
+    try:
+        return yaml.safe_dump(_plain(value), default_flow_style=flow, sort_keys=False, allow_unicode=True, width=2**31)
+    except yaml.YAMLError as error:
+        what = f"a value cannot be written as YAML: {shown(str(error.args[-1]))}"
+        raise ConfigError(what, str(GIVEN), "texts, numbers, true, false, None, lists and mappings") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with paths as texts, and with tuples and mappings of all types as lists and dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def parse_documents(text: str, path: Path, overrides: Sequence[str] = (), strict: bool = False) -> list[Document]:
+    """Return the merges of a YAML text; see `read_documents`. `path`: the file that errors name."""
+    parsed = parse_all(text, str(path))
     parsed = [(raw, node) for raw, node in parsed if raw is not None] or parsed
     raws: dict[str | None, dict[str, Any]] = {}
     nodes: dict[str | None, yaml.Node] = {}

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from engine.config.hints import key_hint, key_paths, nearest_method
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config, last_part
 from engine.config.slices import GivenSlice, as_slices, given_slices
@@ -18,7 +18,7 @@ from engine.config.vocabulary import TokenSettings, read_tokens, reference, toke
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
 from engine.methods.options import Method
-from engine.methods.registry import INSTALL, MERGEKIT, NAMES, find_method, get_method, known_options
+from engine.methods.registry import INSTALL, MERGEKIT, find_method, get_method, known_options
 from engine.untrusted import shown
 
 # Keys that only the configs of mergekit-moe have.
@@ -55,11 +55,11 @@ def method_of(raw: dict[str, Any], where: Where) -> Method | None:
     at = where(("merge_method",))
     if name in MERGEKIT:
         raise ConfigError(f"the method {name!r} needs mergekit, which is not installed", at, do=INSTALL)
-    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.5)
+    near = nearest_method(name)
     raise ConfigError(
         f"unknown method {shown(repr(name))}",
         at,
-        do=f"did you mean {near[0]!r}?" if near else "run `python cli.py methods` to list the methods",
+        do=f"did you mean {near!r}?" if near else "run `python cli.py methods` to list the methods",
     )
 
 
@@ -267,13 +267,11 @@ def _check(settings: Any, methods: Sequence[Method], at: Location, where: Where)
     for key, setting in settings.items():
         option = known.get(key)
         if option is None:
-            near = difflib.get_close_matches(str(key), [*known, *known_options()], n=1, cutoff=0.5)
             raise ConfigError(
                 f"{methods[0].name} has no option {key!r}",
                 where((*at, key)),
-                do=f"did you mean {near[0]!r}?"
-                if near
-                else f"use the options of the method: {', '.join(known) or 'none'}",
+                do=key_hint(str(key), [*known, *known_options()], key_paths())
+                or f"use the options of the method: {', '.join(known) or 'none'}",
             )
         for each in (method.by_name[key] for method in methods if key in method.by_name):
             try:

@@ -6,18 +6,16 @@ An unknown key is reported with the nearest known key, and every error has its k
 
 from __future__ import annotations
 
-import difflib
 import json
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import pydantic
 import yaml
-from pydantic import BaseModel
 
 from engine.config.checkpoints import expand
+from engine.config.hints import key_hint, key_paths, known_keys
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
@@ -252,24 +250,6 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
     return line
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the config sections that a type annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) in (tuple, Union, types.UnionType, Annotated):
-        for argument in get_args(annotation):
-            yield from _sections(argument)
-
-
-def _known_keys(location: Location) -> list[str]:
-    """Return the keys of the section at `location`."""
-    section: type[BaseModel] = Config
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            section = next(_sections(section.model_fields[part].annotation), section)
-    return [name for name in section.model_fields if name not in INTERNAL]
-
-
 def _location(fault: Any) -> Location:
     """Return the location of a fault, without the names that pydantic adds for the members of a union."""
     parts: Location = fault["loc"]
@@ -280,9 +260,9 @@ def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
     """Return the `ConfigError` for a fault that pydantic reports."""
     key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        do = f"did you mean {near[0]!r}?" if near else f"use one of these keys: {', '.join(known)}"
+        known, entry = known_keys(location[:-1]), location[:2] if location[0] == "models" else ()
+        hint = key_hint(str(location[-1]), known, key_paths(".".join(map(str, entry))))
+        do = hint or f"use one of these keys: {', '.join(known)}"
         return ConfigError(f"unknown key {key!r}", where(location), do=do)
     if fault["type"] == "missing":
         return ConfigError(f"the key {key!r} is missing", where(location[:-1]))

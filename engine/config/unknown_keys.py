@@ -5,10 +5,10 @@ The sections that only this program has (`cluster`, `calibration`) stay strict.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from engine.config.hints import key_hint, key_paths
 from engine.config.schema import INTERNAL, Config, ExpertConfig
 from engine.config.slices import MODULE_KEYS, SLICE_KEYS
 from engine.config.vocabulary import TOKEN_KEYS, TOKENIZER_KEYS
@@ -88,9 +88,8 @@ class _Pruned:
             return value
         known = sorted(known)
         for key in (key for key in value if key not in known):
-            near = difflib.get_close_matches(str(key), [*known, *options], n=1, cutoff=0.5)
-            meant = f"; did you mean {f'parameters.{near[0]}' if near[0] in options else near[0]!r}?" if near else ""
-            self.found.append(f"{shown('.'.join(map(str, (*at, key))))} (unknown{meant})")
+            hint = key_hint(str(key), known, [*(f"parameters.{name}" for name in options), *key_paths()])
+            self.found.append(f"{shown('.'.join(map(str, (*at, key))))} (unknown{hint and f'; {hint}'})")
         return {key: inner for key, inner in value.items() if key in known}
 
 
