@@ -20,7 +20,7 @@ from actors.trainer import Trainer
 from cluster.ray_watch import RayWatch
 from cluster.remote_shards import RemoteShards
 from cluster.seats import Node, Seat, Seating
-from cluster.session import nodes, reserved
+from cluster.session import actor_options, nodes, reserved
 from cluster.trainer_seats import reserved_place
 from cluster.watch import Watch
 from engine.codec import Packed, pack_all
@@ -144,6 +144,7 @@ class Crew:
             max_task_retries=RESTARTS,
             scheduling_strategy=where,
             name=name,
+            **actor_options(),
         )
         actor = remote.remote(self._state, self._digest, arguments)
         self._alive.append(actor)

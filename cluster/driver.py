@@ -8,6 +8,7 @@ does not need is imported in the functions: Ray, the other actors and the tracke
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
@@ -113,8 +114,12 @@ def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts
 
 
 def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
-    """Return whether a merge needs Ray: it learns, a cluster is asked for, or object storage is read or written."""
-    asked = address or os.environ.get("RAY_ADDRESS") or plan.config.cluster.labels
+    """Return whether a merge needs Ray: it learns, a cluster is asked for, or object storage is read or written.
+
+    A process that is connected to a Ray asks for it.
+    """
+    connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    asked = connected or address or os.environ.get("RAY_ADDRESS") or plan.config.cluster.labels
     # The cache is used by this process alone.
     config = plan.resolved.model_dump(mode="json", exclude={"cache"})
     return bool(plan.config.learned or asked or [*addresses_in([out, config])])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from engine.evaluation.results import Row
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class EvaluateOptions:
     models: tuple[str, ...]
     files: tuple[str, ...]
     experts: tuple[str, ...]
-    out: str
+    out: str | None
     limit: int | None
     tasks: tuple[str, ...]
     task_path: str | None
@@ -31,13 +35,30 @@ class EvaluateOptions:
 
 def evaluate_and_print(given: EvaluateOptions) -> None:
     """Evaluate models, write the results and print them. Raises what `cluster.evaluation.make_jobs` raises."""
-    from engine.evaluation.items import read_data
-    from engine.evaluation.results import results_file, save_results
     from engine.evaluation.tables import print_results
     from engine.output.scores import outputs_among, record_scores
 
-    folder, name = results_file(given.out)
     outputs = outputs_among(given.models) if given.record else []
+    rows = evaluated(given)
+    print_results(rows)
+    for output in outputs:
+        shown = record_scores(rows, output)
+        click.echo(
+            f"wrote the scores into {output.where}: merge/evaluation.parquet" + (" and README.md" if shown else "")
+        )
+        if not shown:
+            click.echo("README.md was changed since the merge and stays as it is")
+
+
+def evaluated(given: EvaluateOptions) -> list[Row]:
+    """Evaluate models and return the results, which are also written to `out`, if it is given.
+
+    Raises what `cluster.evaluation.make_jobs` raises.
+    """
+    from engine.evaluation.items import read_data
+    from engine.evaluation.results import results_file, save_results
+
+    file = None if given.out is None else results_file(given.out)
     data = read_data(given.files, given.limit)
     from cluster.evaluation import evaluate as evaluate_by
     from cluster.evaluation import make_jobs
@@ -48,12 +69,6 @@ def evaluate_and_print(given: EvaluateOptions) -> None:
     tasks = Tasks(given.tasks, given.task_path, given.limit)
     jobs = make_jobs(given.models, data, given.experts, tasks, options)
     rows = evaluate_by(jobs, given.address, given.debug, given.num_gpus)
-    save_results(rows, folder, name)
-    print_results(rows)
-    for output in outputs:
-        shown = record_scores(rows, output)
-        click.echo(
-            f"wrote the scores into {output.where}: merge/evaluation.parquet" + (" and README.md" if shown else "")
-        )
-        if not shown:
-            click.echo("README.md was changed since the merge and stays as it is")
+    if file is not None:
+        save_results(rows, *file)
+    return rows

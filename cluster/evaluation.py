@@ -15,7 +15,7 @@ from actors.gpus import Gpus
 from cluster.progress import Progress
 from cluster.ray_watch import RayWatch
 from cluster.seats import Node
-from cluster.session import connect, nodes
+from cluster.session import actor_options, connect, nodes
 from cluster.watch import until_done
 from engine.checkpoints.find import ModelName
 from engine.errors import ClusterError, ConfigError, RunError
@@ -130,7 +130,7 @@ def evaluate(jobs: Sequence[EvaluationJob], address: str | None, debug: bool, nu
     """
     with Progress() as progress:
         alone = sum(not job.of_expert for job in jobs) == 1 and torch.cuda.device_count() < 2
-        if alone and num_gpus is None and not (address or os.environ.get("RAY_ADDRESS")):
+        if alone and num_gpus is None and not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
             return _run_all(jobs, progress)
         with connect(address, debug):
             gpus = num_gpus if num_gpus is not None else int(any(node.gpus for node in nodes()))
@@ -211,7 +211,7 @@ def spread(jobs: Sequence[EvaluationJob], gpus: int, nodes: Sequence[Node]) -> l
 def _on_ray(jobs: Sequence[EvaluationJob], gpus: int, progress: Progress) -> list[Row]:
     """Run each job as a Ray task, and return the rows in the order of the jobs."""
     cpus = task_cpus(nodes(), gpus, len(jobs))
-    task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus)
+    task = ray.remote(_task).options(num_cpus=cpus, num_gpus=gpus, **actor_options())
     ask: Callable[[Any, int], Any] = lambda task, place: task.remote(jobs[place], gpus)  # noqa: E731
     results: dict[int, list[Row]] = {}
     watch = RayWatch(progress.say)

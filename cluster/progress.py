@@ -1,7 +1,8 @@
-"""The progress of a merge: a live display on a terminal, plain flushed lines elsewhere, and telemetry."""
+"""The progress of a merge: a live display on a terminal and in a notebook, plain lines elsewhere, and telemetry."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -24,6 +25,7 @@ class Progress:
     def __init__(self, telemetry: Telemetry | None = None, console: rich.console.Console | None = None) -> None:
         self._telemetry = telemetry
         self._console = console or rich.console.Console(highlight=False, soft_wrap=True)
+        self._is_live = self._console.is_terminal or _is_notebook(self._console)
         self._live = rich.progress.Progress(
             rich.progress.TextColumn("[bold]{task.description}"),
             rich.progress.BarColumn(bar_width=12),
@@ -31,7 +33,7 @@ class Progress:
             rich.progress.TimeElapsedColumn(table_column=rich.table.Column(min_width=7)),
             rich.progress.TextColumn("{task.fields[note]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._is_live,
         )
         self._tasks: dict[str, rich.progress.TaskID] = {}
         self._totals: dict[str, int] = {}
@@ -46,6 +48,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._live.refresh()  # in a notebook, `stop` does not
         self._live.stop()
 
     def say(self, line: str) -> None:
@@ -58,7 +61,7 @@ class Progress:
         self._totals[name], self._since[name] = total, time.monotonic()
         if self._telemetry:
             self._telemetry.phase(name, total, done)
-        if self._console.is_terminal:
+        if self._is_live:
             self._tasks[name] = self._live.add_task(name, total=total, completed=done, note="")
         else:
             self.say(f"[{self._seconds()}] {name}: {total}" + (f" ({done} done before)" if done else ""))
@@ -93,6 +96,11 @@ class Progress:
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:6.1f} s"
+
+
+def _is_notebook(console: rich.console.Console) -> bool:
+    """Return whether the console is a notebook's, and there is ipywidgets, with which rich updates an output there."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def step_note(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,9 +52,18 @@ KNOCK_SECONDS = 10.0
 def connect(address: str | None, debug: bool = False) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS (set in a submitted job), else start Ray on this machine.
 
+    A process that is connected already, such as that of a notebook, stays so: its Ray is used.
+
     Raises:
-        ClusterError: no cluster answers at the address, or Ray does not start.
+        ClusterError: no cluster answers at the address, Ray does not start, or the process is connected and an address
+            is given.
     """
+    if ray.is_initialized():
+        if address:
+            do = "leave out the address to use the Ray that is connected, or call ray.shutdown() first"
+            raise ClusterError("this process is connected to a Ray already", address, do=do)
+        yield
+        return
     check_home(ClusterError)
     address = address or os.environ.get("RAY_ADDRESS")
     on_stop = signal.getsignal(signal.SIGTERM)
@@ -89,8 +99,9 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
             raise
         raise _not_started(error, address) from error
     finally:
-        # Ray sets a SIGTERM handler that ends the driver at once. Restore ours, which raises KeyboardInterrupt.
-        signal.signal(signal.SIGTERM, on_stop)
+        # In the main thread, Ray sets a SIGTERM handler that ends the driver at once. Restore the one that was set.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
     try:
         if not address:
@@ -98,6 +109,12 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def actor_options() -> dict[str, Any]:
+    """Return the options that give an actor ENVIRONMENT, if the connected Ray, which others have started, does not."""
+    given = os.environ | (ray.get_runtime_context().runtime_env.get("env_vars") or {})
+    return {} if ENVIRONMENT.items() <= given.items() else {"runtime_env": {"env_vars": ENVIRONMENT}}
 
 
 def _temporary() -> str:

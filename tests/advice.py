@@ -49,7 +49,13 @@ FOLLOWED = {
     ),
     "test_advice_on_places": ("engine/run/ownership", "engine/run/place"),
     "test_advice_on_ray": ("cluster/session", "engine/machine"),
-    "test_advice_on_results": ("cluster/commands", "cluster/evaluation", "engine/evaluation", "engine/report"),
+    "test_advice_on_results": (
+        "cluster/callback",
+        "cluster/commands",
+        "cluster/evaluation",
+        "engine/evaluation",
+        "engine/report",
+    ),
     "test_advice_on_storage": ("engine/storage",),
     "test_push": ("engine/output/push",),
 }

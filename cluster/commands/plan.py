@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,11 @@ from cluster.commands.common import (
 )
 from engine.planning.plan import Plan
 from engine.run.place import check_place
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engine.planning.costs.rates import Prediction
 
 
 @click.command()
@@ -55,7 +60,7 @@ def plan(
             check_place(target)
         documents = documents_of(config, overrides, strict)
         if len(documents) == 1:
-            _print(plan_of(documents[0], target), machines, target)
+            print_on(None, plan_of(documents[0], target), machines, target)
             return
         from engine.output.outline import outlined, places_of
 
@@ -63,13 +68,13 @@ def plan(
         with outlined(documents, documents[0].path.absolute().parent) as outlines:
             for document, made in zip(documents, outlines.plans, strict=True):
                 click.echo(document.label)
-                _print(made, machines, places[document.name] if document.name else target)
+                print_on(None, made, machines, places[document.name] if document.name else target)
 
     guarded(run, machines.pop("debug"))
 
 
-def _print(made: Plan, machines: Mapping[str, Any], target: str) -> None:
-    """Print a plan; of a learned merge with estimates on the given machines."""
+def print_on(console: Console | None, made: Plan, machines: Mapping[str, Any], target: str) -> Prediction | None:
+    """Print a plan on a console or stdout, of a learned merge with estimates on the given machines; return these."""
     from engine.calibration.records import read_records
     from engine.calibration.samples import about_tokens
     from engine.planning.costs.rates import GB
@@ -77,8 +82,8 @@ def _print(made: Plan, machines: Mapping[str, Any], target: str) -> None:
     from engine.planning.summary import print_plan, print_weight_space_plan
 
     if not made.config.learned:
-        print_weight_space_plan(made, target)
-        return
+        print_weight_space_plan(made, target, console)
+        return None
     given = {name: value for name, value in machines.items() if value is not None}
     given |= {name: value * GB for name, value in given.items() if name.endswith("memory")}
-    print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target)
+    return print_plan(made, about_tokens(made, read_records(made)), replace(Machines.here(), **given), target, console)

@@ -69,6 +69,11 @@ def _place(out: str) -> tuple[Folder, str]:
     return LocalFolder(path.parent), path.name
 
 
+def as_table(rows: Sequence[Row]) -> pa.Table:
+    """Return the rows as a table with SCHEMA's columns."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA.with_metadata(MARK))
+
+
 def save_results(rows: Sequence[Row], folder: Folder, name: str) -> None:
     """Write all rows to a parquet file with SCHEMA's columns. The file is complete or absent.
 
@@ -78,8 +83,7 @@ def save_results(rows: Sequence[Row], folder: Folder, name: str) -> None:
     # Again, because an evaluation takes long, and another program may have written a file of this name.
     check_replaceable(folder, name)
     data = io.BytesIO()
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA.with_metadata(MARK))
-    pyarrow.parquet.write_table(table, data)
+    pyarrow.parquet.write_table(as_table(rows), data)
     folder.write(name, data.getvalue())
 
 

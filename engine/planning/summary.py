@@ -29,7 +29,13 @@ PLACES: dict[Site, str] = {
 }
 
 
-def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, out: str) -> None:
+def print_plan(
+    plan: Plan,
+    tokens: Sequence[Sequence[int]],
+    machines: Machines,
+    out: str,
+    console: rich.console.Console | None = None,
+) -> Prediction:
     """Print the plan of a learned merge, and its estimated disk space, memory, traffic and time on the machines.
 
     Args:
@@ -37,8 +43,12 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
         tokens: For each expert, the approximate number of tokens of its samples.
         machines: The machines.
         out: The output folder, an absolute path or a URI.
+        console: Where to print; None is stdout.
+
+    Returns:
+        The estimates for the placement that is chosen.
     """
-    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = console or rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     plan, work, machines = settled(plan, tokens, machines)
     through = factored(plan, machines.gpus > 0, plan.config.cluster.factors)
     needs, room = disk_needs(plan, tokens, through), DiskRoom.of(out)
@@ -66,11 +76,12 @@ def print_plan(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines, 
             console.print(f"{role}: {number:g} GPUs")
     for line in [*shortages(plan, work, chosen, machines), *_disk_shortages(needs, room)]:
         console.print(f"does not fit: {line}")
+    return chosen
 
 
-def print_weight_space_plan(plan: Plan, out: str) -> None:
+def print_weight_space_plan(plan: Plan, out: str, console: rich.console.Console | None = None) -> None:
     """Print the plan of a weight-space merge, and its disk space in the output folder, a path or a URI."""
-    console = rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = console or rich.console.Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     facts = _tensors(plan)
     headers = [model.header for model in (plan.base, *plan.experts)]
     read = sum(tensor.nbytes for header in headers for tensor in header.tensors.values())

@@ -42,6 +42,21 @@ def test_every_advice_is_followed_or_has_a_reason() -> None:
     ADVICE.check()
 
 
+@ADVICE.followed("this process is connected to a Ray already")
+def test_a_process_that_is_connected_needs_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = [True]
+    monkeypatch.setattr(ray, "is_initialized", lambda: connected[0])
+    monkeypatch.setattr(ray, "shutdown", lambda: connected.clear())
+
+    def join(address: str | None) -> bool:
+        with connect(address):
+            return bool(connected)
+
+    error = refusal(lambda: join("127.0.0.1:6379"))
+    found(r"leave out the address .*ray\.shutdown\(\)", error)
+    assert join(None) and connected, "it stays connected"
+
+
 # The start of Ray. All of it is real, up to the point where its processes start.
 
 

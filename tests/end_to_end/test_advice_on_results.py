@@ -43,6 +43,7 @@ from engine.report import page
 
 ELSEWHERE = {
     "{MORE}": "more or larger GPUs",
+    "the training has saved no checkpoint of its last step": "test_callback.py, which trains again with a strategy",
 }
 # What the tests below this table of commands follow, by a part of the text in the golden file.
 BELOW = (
