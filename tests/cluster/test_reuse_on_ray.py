@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cluster_helpers import result, run_merge
 from conftest import plan_of
 
@@ -70,17 +71,31 @@ def test_damaged_and_lost_entries_are_computed_again(merges: Merges) -> None:
     assert result(third) == result(first) and figures(third)[0] == 0
 
 
-def test_a_merge_of_more_epochs_goes_on_and_one_more_expert_is_computed_alone(
-    make_merge: Callable[..., Path], tmp_path: Path
-) -> None:
-    merges = Merges(make_merge(experts=3), tmp_path)
+def test_more_epochs_go_on_from_fewer(merges: Merges) -> None:
     only = "merge_method=expert_merging"
     merges.merge(only)
     more = merges.merge(only, "parameters.epochs=3")
     assert figures(more)[1]["optimiser steps"] > 0
-    assert result_of(more) == result_of(merges.merge(only, "parameters.epochs=3", cache="off"))
+    assert without_importance(more) == without_importance(merges.merge(only, "parameters.epochs=3", cache="off"))
 
 
-def result_of(out: Path) -> dict[str, bytes]:
+def test_of_an_expert_more_the_targets_and_the_survey_are_computed(
+    make_merge: Callable[..., Path], tmp_path: Path
+) -> None:
+    three = make_merge(experts=3)
+    raw = yaml.safe_load(three.read_text())
+    two = three.with_name("two.yaml")
+    two.write_text(yaml.safe_dump(raw | {"models": raw["models"][:2]}))
+    whole = ("merge_method=expert_merging", "parameters.task_vectors=whole")
+    merges = Merges(two, tmp_path)
+    merges.merge(*whole)
+    merges.config = three
+    more = merges.merge(*whole)
+    forwards, reused = figures(more)
+    assert (forwards, reused["targets"]) == (5, SAMPLES) and reused["surveyed groups of tensors"] > 0
+    assert without_importance(more) == without_importance(merges.merge(*whole, cache="off"))
+
+
+def without_importance(out: Path) -> dict[str, bytes]:
     files = [*out.glob("*.safetensors"), out / "merge" / "coefficients.parquet"]
     return {path.name: path.read_bytes() for path in files}
