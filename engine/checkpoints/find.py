@@ -98,11 +98,18 @@ def find_model(model: str, config_folder: Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        snapshot = snapshot_download(
-            hub_id, revision=revision or None, allow_patterns=[*HUB_FILES, CARD], ignore_patterns=LEFTOVERS
+    def download(*patterns: str) -> Path:
+        found = snapshot_download(
+            hub_id, revision=revision or None, allow_patterns=[*patterns], ignore_patterns=LEFTOVERS
         )
-        return Path(snapshot)
+        return Path(found)
+
+    try:
+        try:
+            return download(*HUB_FILES, CARD)
+        except LocalEntryNotFoundError:
+            # The hub is out of reach, and a copy that was made without the card is enough.
+            return download(*HUB_FILES)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(
             f"no folder of this name, and the hub cannot provide it: {str(error).splitlines()[0]}",

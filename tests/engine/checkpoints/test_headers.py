@@ -405,6 +405,21 @@ def test_leftovers_of_a_training_are_not_downloaded(tmp_path: Path, monkeypatch:
     assert wanted == files[:3]
 
 
+def test_a_copy_without_the_card_is_enough_where_the_hub_is_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def download(hub_id: str, allow_patterns: list[str], **_: Any) -> str:
+        asked.append("README.md" in allow_patterns)
+        if asked[-1]:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("the cached snapshot is incomplete")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_model("owner/name", Path("/")) == tmp_path and asked == [True, False]
+
+
 @pytest.mark.parametrize("revision", ["", "@main", "@{commit}"])
 def test_a_hub_id_is_found_in_the_cache_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, revision: str
