@@ -59,6 +59,13 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         ClusterError: the cluster cannot be reached or lacks resources, or the output's disk lacks space.
         RunError: the merge failed; its state is kept.
     """
+    with Progress() as progress:
+        return _merge(plan, out, address, fresh, debug, progress)
+
+
+def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, progress: Progress) -> bool:
+    """Merge; see `merge`."""
+    progress.wait("checking models and data")
     check_place(out)
     check_apart(plan, out)
     check_state(RunFolder(out).state)
@@ -85,11 +92,12 @@ def merge(plan: Plan, out: str, address: str | None = None, fresh: bool = False,
         tokens = [[sample.tokens for sample in of_expert] for of_expert in samples]
         check_disk(disk_needs(plan, tokens, least, run.has_task_vectors(plan)), out)
         on_ray = needs_ray(plan, out, address)
+        progress.wait("starting Ray" if on_ray else "starting")
         with (
-            _hosts(on_ray, address, debug) as hosts,
-            _telemetry(plan, run, on_ray) as telemetry,
-            Progress(telemetry) as progress,
+            _hosts(on_ray, address, debug, run, progress) as hosts,
+            _telemetry(plan, run, on_ray) as progress.telemetry,
         ):
+            progress.wait("preparing")
             try:
                 _run(plan, samples, run, progress, hosts)
             finally:
@@ -106,7 +114,7 @@ def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts
     losses = count()
     try:
         until_done(
-            lambda: attempt(plan, samples, run, progress, hosts, next(losses)), run.progress_marker, progress.say
+            lambda: attempt(plan, samples, run, progress, hosts, next(losses)), run.progress_marker, progress.lost
         )
     except MergeError:
         run.check_unchanged(plan)  # if an input has changed, this is the error to show
@@ -126,7 +134,7 @@ def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
 
 
 @contextmanager
-def _hosts(on_ray: bool, address: str | None, debug: bool) -> Iterator[Hosts]:
+def _hosts(on_ray: bool, address: str | None, debug: bool, run: RunFolder, progress: Progress) -> Iterator[Hosts]:
     """Yield the connected Ray, or this machine."""
     if not on_ray:
         yield OneMachine(debug)
@@ -134,8 +142,13 @@ def _hosts(on_ray: bool, address: str | None, debug: bool) -> Iterator[Hosts]:
     from cluster.crew import RayCluster
     from cluster.session import connect
 
-    with connect(address, debug):
-        yield RayCluster()
+    try:
+        with connect(address, debug, run.log, progress.say):
+            yield RayCluster()
+    except MergeError:
+        if run.log.exists():
+            progress.say(f"what Ray and the actors printed is in {run.log}")
+        raise
 
 
 def _telemetry(plan: Plan, run: RunFolder, on_ray: bool) -> AbstractContextManager[Telemetry | None]:

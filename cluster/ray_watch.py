@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import ray
+from ray._private.state import actors
 from ray.exceptions import (
     ActorUnschedulableError,
     NodeDiedError,
@@ -34,8 +35,19 @@ def no_environment(error: RuntimeEnvSetupError) -> ClusterError:
     )
 
 
+def restarts() -> dict[str, int]:
+    """Return how often Ray has started an actor of this job again, by the ids of those that have died."""
+    # Not part of Ray's public interface, which needs the dashboard for this.
+    table = actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()))
+    return {key: actor["NumRestarts"] for key, actor in table.items() if actor["NumRestarts"]}
+
+
 class RayWatch(Watch):
     """The watch of actors on the connected Ray."""
+
+    def __init__(self, say: Callable[[str], None], patience: float | None = None) -> None:
+        super().__init__(say, patience)
+        self._restarts: dict[str, int] = {}
 
     def _ready(self, references: Sequence[Any], timeout: float) -> list[Any]:
         ready: list[Any] = ray.wait(list(references), num_returns=1, timeout=timeout)[0]
@@ -53,6 +65,16 @@ class RayWatch(Watch):
         lost = {node for node, _ in self._actors.values()} - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if lost:
             raise Lost(f"{len(lost)} of the nodes in use {'was' if len(lost) == 1 else 'were'} lost")
+        self._say_restarts()
+
+    def _say_restarts(self) -> None:
+        """Say which actors have died and are started again."""
+        found = restarts() if self._actors else {}
+        for actor, (_, name) in self._actors.items() if found else ():
+            key = actor._actor_id.hex()
+            if found.get(key, 0) > self._restarts.get(key, 0):
+                self._restarts[key] = found[key]
+                self.say(f"{name} died and is started again; its work is repeated")
 
     def _value(self, reference: Any, what: str) -> Any:
         try:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import AuthenticationError, RuntimeEnvSetupError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from cluster.ray_log import ray_log
 from cluster.ray_watch import no_environment
 from cluster.seats import Node, Seat
 from cluster.watch import Lost
@@ -33,6 +34,10 @@ PACKAGES = [str(Path(__file__).resolve().parent.parent / name) for name in ("eng
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+    # A thread of torch that waits for another spins this often, and then sleeps. By default it spins for milliseconds,
+    # which takes the CPU from the thread that it waits for, if others compute on the machine, too: measured on two busy
+    # CPUs, products of matrices took five times as long.
+    "GOMP_SPINCOUNT": "1000",
     "TOKENIZERS_PARALLELISM": "false",
     # Hides the GPUs from actors that request none. A cluster that runs already need not heed it.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
@@ -49,10 +54,14 @@ KNOCK_SECONDS = 10.0
 
 
 @contextmanager
-def connect(address: str | None, debug: bool = False) -> Iterator[None]:
+def connect(
+    address: str | None, debug: bool = False, log: Path | None = None, say: Callable[[str], None] = print
+) -> Iterator[None]:
     """Connect to the cluster at `address` or RAY_ADDRESS (set in a submitted job), else start Ray on this machine.
 
     A process that is connected already, such as that of a notebook, stays so: its Ray is used.
+    With `debug`, Ray and the actors print on the terminal; otherwise to the file `log`, if there is one. What others
+    print on the error output of this process is then given to `say`.
 
     Raises:
         ClusterError: no cluster answers at the address, Ray does not start, or the process is connected and an address
@@ -66,7 +75,6 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         return
     check_home(ClusterError)
     address = address or os.environ.get("RAY_ADDRESS")
-    on_stop = signal.getsignal(signal.SIGTERM)
     options: dict[str, Any]
     if address:
         _check_port(address)
@@ -80,15 +88,25 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         # Workers of a local Ray inherit the environment of this process.
         os.environ.update(ENVIRONMENT)
         options = {"address": "local", "include_dashboard": False}
+    shown = debug or log is not None
+    with nullcontext() if debug or log is None else ray_log(log, say):
+        _start(options, address, "info" if shown else "error", shown)
+        try:
+            if not address:
+                _say_if_slow()
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(options: dict[str, Any], address: str | None, level: str, log_to_driver: bool) -> None:
+    """Call `ray.init`; see `connect` for the errors."""
+    on_stop = signal.getsignal(signal.SIGTERM)
     # Ray would handle a SIGTERM that arrives while it starts. The processes of a local Ray would inherit the block.
     blocked = {signal.SIGTERM} if address else set()
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
-        ray.init(
-            log_to_driver=debug,
-            logging_level="info" if debug else "error",
-            **options,
-        )
+        ray.init(log_to_driver=log_to_driver, logging_level=level, **options)
     except RuntimeEnvSetupError as error:
         raise no_environment(error) from error
     except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
@@ -103,12 +121,6 @@ def connect(address: str | None, debug: bool = False) -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_stop)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
-    try:
-        if not address:
-            _say_if_slow()
-        yield
-    finally:
-        ray.shutdown()
 
 
 def actor_options() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from cluster.commands.common import (
     strict_option,
     target_of,
 )
+from cluster.progress import busy
 from engine.config.documents import Document
 from engine.planning.plan import Plan
 from engine.run.place import check_place
@@ -65,7 +66,7 @@ def merge(
 ) -> None:
     """Merge the experts of CONFIG into one model folder.
 
-    CONFIG defaults to merge.yaml in the current folder, else to the bundled quickstart.
+    CONFIG defaults to merge.yaml in the current folder.
     """
 
     def run() -> None:
@@ -79,13 +80,15 @@ def merge(
             check_target(hub_name)
         documents = documents_of(config, overrides, strict)
         if len(documents) > 1 and extend is None:
-            from cluster.documents import merge_documents
+            with busy("loading"):
+                from cluster.documents import merge_documents
 
             made = f"{len(documents)} documents"
             done = merge_documents(documents, target, kept_at(kept), click.echo, **how)
         else:
             plan = _plan(documents, target, extend)
-            from cluster.driver import merge as merge_by
+            with busy("loading"):
+                from cluster.driver import merge as merge_by
 
             made, done = plan.described_models, merge_by(plan, target, **how)
         if done:

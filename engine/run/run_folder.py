@@ -55,7 +55,7 @@ from engine.storage.paths import is_uri, open_folder
 from engine.storage.private import check_private, make_private
 from engine.storage.sealed import read_sealed, write_sealed
 
-WRITING = "writing"
+WRITING, LOG = "writing", "log"
 # Where an earlier merge on a disk stays, in the state, from its replacement to the end of the run.
 REPLACED = "replaced"
 # Contents of WRITING: while an earlier merge is being removed from the output's place, and afterwards.
@@ -85,6 +85,7 @@ class RunFolder(KeptState):
         state: The folder of everything that is needed to resume.
         weights: The folder for the output's weight files.
         composed: The local folder for all other files of the output.
+        log: The local file for what Ray prints; kept as long as the state, and after a run that failed.
         identity: The identity of the merge; set by `open_run`.
         reuse: What the run shares with other merges.
         held, say: See `KeptState`.
@@ -100,6 +101,7 @@ class RunFolder(KeptState):
             super().__init__(open_folder(self._path.with_name(f"{self._path.name}.run")))
             self.weights = self.state.child("output")
             self.composed = Path(self.weights.where)
+            self.log = self.composed.with_name(LOG)
         else:
             address = Address.of(out, OutputError)
             if not address.path:
@@ -107,6 +109,7 @@ class RunFolder(KeptState):
             super().__init__(open_folder(str(replace(address, path=f"{address.path}.run"))))
             self.weights = open_folder(out)
             self.composed = cache_folder() / "composed" / hashlib.sha256(str(address).encode()).hexdigest()
+            self.log = self.composed.with_suffix(f".{LOG}")
         self.reuse = Reuse(self)
 
     def begin(self, now: Identity) -> None:
@@ -229,6 +232,7 @@ class RunFolder(KeptState):
         self.state.remove(MARKER)
         if self._path is None:
             shutil.rmtree(self.composed, ignore_errors=True)
+            self.log.unlink(missing_ok=True)
 
     def exists(self) -> bool:
         """Return whether the run has any files."""
@@ -290,5 +294,6 @@ def open_run(out: str, now: Identity, fresh: bool) -> Iterator[RunFolder]:
                 run.discard()
             raise
         finally:
-            if not run.computed():
+            # A run that failed before it had results keeps what Ray printed.
+            if not run.computed() and not run.log.exists():
                 run.discard()

@@ -308,11 +308,15 @@ def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_actors_that_are_killed_are_replaced_with_the_same_bits(config: Path, merged: Path, tmp_path: Path) -> None:
+def test_actors_that_are_killed_are_replaced_with_the_same_bits(
+    config: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kill_once = KillOnce({"targets": "ray::Expert", "stage 1": "ray::Trainer", "stage 2": "ray::Shard"})
     other = run_merge(plan_of(config), tmp_path / "merged", kill_once)
     assert not kill_once.missed
     assert result(other) == result(merged)
+    said = capsys.readouterr().out
+    assert all(f"{name} died and is started again" in said for name in ("an expert's actor", "the trainer", "shard 0"))
 
 
 @pytest.mark.slow

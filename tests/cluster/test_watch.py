@@ -32,6 +32,7 @@ class Actor:
     """Stands in for the handle of an actor."""
 
     def __init__(self, name: str) -> None:
+        self._actor_id = name.encode()
         self.__ray_ready__ = SimpleNamespace(remote=lambda: f"call of {name}")
 
 
@@ -65,6 +66,7 @@ class FakeRay:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     monkeypatch.setattr(cluster.ray_watch, "ray", SimpleNamespace(wait=fake.wait, get=fake.get, nodes=fake.nodes))
+    monkeypatch.setattr(cluster.ray_watch, "restarts", dict)
     for module in (cluster.watch, cluster.ray_watch):
         monkeypatch.setattr(module, "LOOK_EVERY", 0.0)
     return fake
@@ -72,6 +74,27 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 def failed(cause: Exception) -> RayTaskError:
     return RayTaskError("step", "a traceback of many lines", cause)
+
+
+def test_one_line_says_that_an_actor_died(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, int] = {}
+    counts = iter([0, 1, 1, 2, 2])
+
+    def turn() -> None:
+        count = next(counts, None)
+        if count is None:
+            fake.values["x"] = 1
+        elif count:
+            found[b"t".hex()] = count
+
+    fake.turns = turn
+    monkeypatch.setattr(cluster.ray_watch, "restarts", lambda: found)
+    lines: list[str] = []
+    watch = RayWatch(lines.append)
+    watch.on(Actor("s"), "a", "shard 0")
+    watch.on(Actor("t"), "a", "the trainer")
+    assert watch.answer("x", "taking a step") == 1
+    assert len(lines) == 2 and all("the trainer died" in line for line in lines)
 
 
 @pytest.mark.parametrize(
