@@ -6,7 +6,6 @@ torch and Ray are imported when a command needs them, so that `--help` and `plan
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from engine.planning.planner import make_plan
 from engine.run.place import check_apart
 from engine.storage.paths import is_uri, locate
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 # The exit code after Ctrl-C or SIGTERM.
 INTERRUPTED = 130
 config_argument = click.argument("config", required=False, type=click.Path(path_type=Path))
@@ -53,7 +51,7 @@ def kept_at(folder: str | None) -> str | None:
 
 
 def documents_of(path: Path | None, overrides: tuple[str, ...], strict: bool) -> list[Document]:
-    """Return the documents of a config; without a path, of merge.yaml or the bundled quickstart."""
+    """Return the documents of a config; without a path, of merge.yaml in the working directory."""
     path = path or _default_config()
     if not os.path.isfile(path):  # noqa: PTH113 - false, not an error, for a name that no file can have
         raise ConfigError("no such config file", str(path.absolute()))
@@ -70,25 +68,14 @@ def plan_of(document: Document, target: str) -> Plan:
 
 def _default_config() -> Path:
     here = Path("merge.yaml")
-    if here.is_file():
-        click.echo(f"config: {here.absolute()}")
-        return here
-    if not (QUICKSTART / "merge.yaml").is_file():
+    if not here.is_file():
         raise ConfigError(
-            "there is no merge.yaml here, and this installation has no quickstart",
+            "no config was given, and there is no merge.yaml in this folder",
             str(Path.cwd()),
-            do="give a config, or run cli.py in a checkout, which contains examples/quickstart",
+            do="give a config; `init` writes one, and `make demo` in a checkout shows a whole merge",
         )
-    if not (QUICKSTART / "base" / "config.json").is_file():
-        fetched = subprocess.run([sys.executable, str(QUICKSTART / "fetch_base.py")], check=False)
-        if fetched.returncode:
-            raise ConfigError(
-                "there is no merge.yaml here, and the base of the bundled quickstart could not be fetched",
-                str(Path.cwd()),
-                do="give a config, or fix the cause shown above",
-            )
-    click.echo(f"config: {QUICKSTART / 'merge.yaml'} (the bundled quickstart; there is no merge.yaml here)")
-    return QUICKSTART / "merge.yaml"
+    click.echo(f"config: {here.absolute()}")
+    return here
 
 
 def _check_working_directory() -> None:

@@ -50,8 +50,7 @@ BELOW = (
     "{smaller}",
     "{lower --num-gpus to {most} at most | add a node with a CPU for tasks}",
     'run `pip install ".[eval]"` in the checkout',
-    "give a config, or run cli.py in a checkout, which contains examples/quickstart",
-    "give a config, or fix the cause shown above",
+    "give a config; `init` writes one, and `make demo` in a checkout shows a whole merge",
     "change to an existing folder",
     "name the base: BASE+{adapter}",
 )
@@ -368,43 +367,13 @@ def test_a_report_that_takes_too_much_is_made_of_fewer_merges(folder: Path, monk
 # The command line.
 
 
-def test_without_a_quickstart_a_config_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkout = cli.QUICKSTART
+def test_without_a_config_one_is_given(folder: Path) -> None:
     (folder / "merge.yaml").rename("mine.yaml")
-    monkeypatch.setattr(cli, "QUICKSTART", folder / "examples" / "quickstart")
-    found = re.search(r"run cli\.py in a checkout, which contains (\S+)", advice_of(run("plan")))
-    assert found is not None and Path(cli.__file__).parent / found[1] == checkout
+    advice = advice_of(run("plan"))
+    assert "give a config" in advice
     done("plan", "mine.yaml")
-    shutil.copytree(checkout, folder / found[1], ignore=lambda *_: {"base"})
-    put(folder, f"{found[1]}/merge.yaml", yaml.safe_dump(absolute(folder / "mine.yaml")))
-    shutil.copytree("base", folder / found[1] / "base")
-    assert found[1] in done("plan").stdout
-
-
-def absolute(path: Path) -> dict[str, Any]:
-    """Return a config whose models are named by absolute paths, as a weight-space merge."""
-    config = yaml.safe_load(path.read_text())
-    models = [{"model": str(path.parent / one["model"])} for one in config["models"]]
-    return {"merge_method": "linear", "base_model": str(path.parent / "base"), "models": models}
-
-
-def test_a_base_that_was_not_fetched_is_fetched_once_the_cause_is_gone(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quickstart = folder / "quickstart"
-    quickstart.mkdir()
-    put(quickstart, "merge.yaml", yaml.safe_dump(absolute(folder / "merge.yaml")))
-    put(
-        quickstart,
-        "fetch_base.py",
-        "import shutil, pathlib\nhere = pathlib.Path(__file__).parent\nshutil.copytree(here / 'net', here / 'base')\n",
-    )
-    (folder / "merge.yaml").rename("mine.yaml")
-    monkeypatch.setattr(cli, "QUICKSTART", quickstart)
-    assert "give a config, or fix the cause" in advice_of(run("plan"))
-    done("plan", "mine.yaml")
-    shutil.copytree("base", quickstart / "net")
-    done("plan")
+    (target,) = re.findall(r"`make (\w+)`", advice)
+    assert f"\n{target}:" in Path(cli.__file__).with_name("Makefile").read_text()
 
 
 def test_in_an_existing_folder_the_command_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
