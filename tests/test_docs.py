@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,17 @@ def test_the_figures_of_mergekits_configs_are_those_recorded() -> None:
     _, wanted, accepted, equal = rows(recorded())[0]
     assert f"{accepted} of {wanted}" in text and f"{equal} of {wanted}" in text
     assert f"{accepted} of {wanted}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_messages_of_the_troubleshooting_page_exist() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)?", text, re.MULTILINE)
+    parts = {part.strip() for pair in messages for message in pair for part in message.split("…")} - {""}
+    assert len(parts) > 40
+    sources = [file for folder in ("engine", "actors", "cluster") for file in (ROOT / folder).rglob("*.py")]
+    files = [ROOT / "tests" / "golden" / "messages.txt", *sources]
+    known = " ".join(file.read_text(encoding="utf-8") for file in files)
+    assert sorted(part for part in parts if part not in known) == []
 
 
 def test_every_option_has_a_default_and_a_description() -> None:
