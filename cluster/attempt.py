@@ -23,6 +23,7 @@ from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
+from engine.run.starts import read_left_out, read_starts
 
 # Times that the bound of a wait is doubled.
 MOST_DOUBLINGS = 3
@@ -159,7 +160,7 @@ class Attempt:
         return found
 
     def _memory(self, **more: int) -> dict[str, Any]:
-        """Return the contents of merge/memory.json: memory by actor, bytes moved, forward passes, seconds by phase."""
+        """Return the contents of merge/memory.json: memory by actor, bytes moved, forward passes, times."""
         reports = [self.process.report(), *self.reports]
         counts = sum((Counter(report.counts) for report in reports), Counter(more))
         return {
@@ -174,6 +175,9 @@ class Attempt:
             "decompositions_by_lapack": counts["by_lapack"],
             "not_deterministic": self._not_deterministic(),
             "seconds": self.progress.seconds,
+            "starts": read_starts(self.folder.state),
+            "lost_attempts": self._losses,
+            "left_out": read_left_out(self.folder.state),
         }
 
     def spread(

@@ -28,6 +28,7 @@ from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
+from engine.run.starts import Start, keep_left_out
 from engine.shards.weight_space import check_settings
 from engine.storage.address import addresses_in
 
@@ -85,6 +86,7 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
                 run.discard()
         return False
     with open_run(out, now, fresh) as run:
+        progress.start = Start(run.state)
         run.share(plan.config)
         samples = prepare(plan, records, run) if plan.config.learned else []
         # As on GPUs, where stored task vectors take the least. The attempt checks again when it knows the devices.
@@ -107,7 +109,9 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
 
 def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts: Hosts) -> None:
     """Attempt the merge until it is done."""
-    for line in _remarks(plan):
+    shares = left_out(plan)
+    keep_left_out(run.state, shares)
+    for line in _remarks(plan, shares):
         progress.say(line)
     run.say = progress.say
     run.keep_plan(plan)
@@ -160,11 +164,14 @@ def _telemetry(plan: Plan, run: RunFolder, on_ray: bool) -> AbstractContextManag
     return Telemetry(run.name(), plan.config, run.out, gauges=on_ray)
 
 
-def _remarks(plan: Plan) -> Iterator[str]:
-    """Yield what a user should know before the merge: about the models, and options that are not used."""
+def _remarks(plan: Plan, shares: Sequence[tuple[str, float]]) -> Iterator[str]:
+    """Yield what a user should know before the merge: about the models, and options that are not used.
+
+    `shares`: see `left_out`.
+    """
     for owner, note in plan.notes:
         yield f"{owner}: {note}"
-    yield from left_out_lines(plan, [share for share in left_out(plan) if share[1] > WARNING])
+    yield from left_out_lines(plan, [share for share in shares if share[1] > WARNING])
     if plan.config.unused:
         yield f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}"
 

@@ -16,6 +16,7 @@ import rich.text
 
 if TYPE_CHECKING:
     from cluster.telemetry import Telemetry
+    from engine.run.starts import Start
 
 # Of characters that every terminal has.
 SPINNER = "line"
@@ -38,11 +39,13 @@ class Progress:
 
     Attributes:
         telemetry: Gets the phases and steps too, if set.
+        start: Records when phases begin and end, if set.
         seconds: The durations of completed phases.
     """
 
     def __init__(self, telemetry: Telemetry | None = None, console: rich.console.Console | None = None) -> None:
         self.telemetry = telemetry
+        self.start: Start | None = None
         self._console = console or rich.console.Console(highlight=False)
         is_terminal = self._console.is_terminal and not self._console.is_dumb_terminal
         self._is_live = is_terminal or _is_notebook(self._console)
@@ -96,6 +99,8 @@ class Progress:
         self._totals[name], self._since[name] = total, time.monotonic()
         if self.telemetry:
             self.telemetry.phase(name, total, done)
+        if self.start and done < total:
+            self.start.begin(name)
         self._drop(name)
         if not self._is_live:
             self.say(f"[{self._seconds()}] {name}: {total}" + (f" ({done} done before)" if done else ""))
@@ -112,6 +117,8 @@ class Progress:
             self.seconds[name] = time.monotonic() - self._since[name]
             if self.telemetry:
                 self.telemetry.phase_seconds(name, self.seconds[name])
+        if self.start:
+            self.start.end(name) if complete else self.start.alive()
         if not self._is_live:
             self.say(f"[{self._seconds()}] {name} {done}/{total}" + (f"  {note}" if note else ""))
         elif complete:

@@ -29,7 +29,26 @@ MEMORY: dict[str, Any] = {
     "bytes_merged": 1_000_000,
     "bytes_targets": 30_000,
     "expert_forwards": 3,
-    "seconds": {"targets": 1.5, "stage 1": 3.0, "stage 2": 2.0},
+    "seconds": {"stage 1": 1.0, "stage 2": 2.0},
+    # The second start goes on with stage 1, a minute after the first was stopped.
+    "starts": [
+        {
+            "began": "2026-01-31T12:00:00+00:00",
+            "seconds": 5.0,
+            "phases": [
+                {"name": "targets", "begin": 0.5, "end": 2.0},
+                {"name": "stage 1", "begin": 1.0, "end": 5.0},
+            ],
+        },
+        {
+            "began": "2026-01-31T12:01:05+00:00",
+            "seconds": 4.0,
+            "phases": [
+                {"name": "stage 1", "begin": 0.5, "end": 1.5},
+                {"name": "stage 2", "begin": 1.5, "end": 3.5},
+            ],
+        },
+    ],
 }
 
 

@@ -56,6 +56,7 @@ def main(report: Path, out: Path, section: str | None, width: int, height: int |
     with browser() as started:
         page = started.new_page(viewport={"width": width, "height": 900})
         page.goto(report.resolve().as_uri())
+        page.locator("html[data-drawn]").wait_for(state="attached")
         if section is None:
             shot = page.screenshot(full_page=True)
         else:

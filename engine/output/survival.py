@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter
 
 from engine.checkpoints.headers import FLOATS
 from engine.errors import DamagedError
+from engine.planning.differences import LOW
 from engine.planning.plan import Plan
 from engine.storage.folder import Folder
 from engine.storage.sealed import read_sealed, write_sealed
@@ -17,8 +18,6 @@ from engine.task_vectors.rounding import Survival, add_survivals
 
 # Subfolder of the state.
 FOLDER = "rounding"
-# The share of the change below which a user is told.
-LOW = 0.9
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _STORED = TypeAdapter(dict[str, tuple[_Finite, _Finite]])
 

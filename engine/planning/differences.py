@@ -53,6 +53,8 @@ RANGE, RANGES, TOKEN_RANGES, TENSORS = 4096, 2, 64, 200
 TOKENS = (Role.EMBEDDING, Role.HEAD)
 # The share above which a user is warned.
 WARNING = 0.1
+# The share of the change that is left after rounding, below which a user is told.
+LOW = 0.9
 
 
 def differences(base: ModelHeader, model: ModelHeader) -> dict[tuple[str, ...], tuple[Any, Any]]:

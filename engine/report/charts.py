@@ -1,7 +1,7 @@
-"""The charts of a report as plotly figures, and their HTML.
+"""The charts of a report as plotly figures.
 
 Names come from outside. plotly interprets a few HTML tags in every text, so names are escaped before they become part
-of one. The JSON that plotly writes is safe inside a script.
+of one. Colours are those of a template (`engine.report.drawing`), since a page may be light or dark.
 """
 
 from __future__ import annotations
@@ -16,32 +16,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import plotly.graph_objects as go
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from engine.task_vectors.coefficients import Array
 
-# The colour of grid lines.
-PALE = "#ebf0f8"
-FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
-COLOURS = ("#4269d0", "#efb118", "#e45c4a", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e", "#97bbf5", "#9498a0")
 # The most names that fit a legend, and the most characters of a name that leave room for the chart.
 LEGEND, WIDTH = 12, 26
+# The lines of a chart with more names than that which are named: the highest at the end.
+NAMED = 3
+COLOURS = ("#4269d0", "#efb118", "#e45c4a", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e", "#97bbf5", "#9498a0")
+# The colour of lines without a name.
+UNNAMED = "rgba(128, 128, 128, 0.4)"
+# The most labels of an axis of which only some names are labelled: those that fit on a phone.
+TICKS = 10
+# The most names of upright bars, which have room for them.
+UPRIGHT = 8
 # The most cells of a heatmap that have texts of their own; a page with more would load slowly.
 CELLS = 200_000
 # A tensor of a block, such as `model.layers.3.mlp.up_proj.weight`: the stack `model.layers.`, the block 3, the kind.
 BLOCK = re.compile(r"(?P<stack>(?:.*?\.)?)(?P<block>\d+)\.(?P<kind>.+)", re.DOTALL)
-
-
-def library() -> Markup:
-    """Return plotly's JavaScript, which a page needs once."""
-    return Markup(get_plotlyjs())
-
-
-def as_html(figure: go.Figure, identifier: str) -> Markup:
-    """Return the HTML of a chart, for a page that contains `library()`."""
-    options = {"displaylogo": False, "responsive": True}
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=identifier, config=options))
 
 
 def labels(names: Sequence[str]) -> list[str]:
@@ -140,9 +132,9 @@ def heatmap(values: Array, texts: Sequence[Sequence[str]], across: Axis, down: A
         text=texts if few else None,
         hovertemplate=f"<b>%{{y}}</b>, {across.title} %{{x}}<br>{hover}<extra></extra>",
         hoverongaps=False,
+        autocolorscale=True,
         zmin=scale.low,
         zmax=scale.high,
-        colorscale="RdBu_r" if scale.low < 0 else "Blues",
         colorbar={
             "thickness": 10,
             "outlinewidth": 0,
@@ -162,34 +154,40 @@ def heatmap(values: Array, texts: Sequence[Sequence[str]], across: Axis, down: A
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     for axis, update in ((across, figure.update_xaxes), (down, figure.update_yaxes)):
         if axis.ticks:
-            update(tickmode="array", tickvals=list(axis.ticks), ticktext=list(axis.ticks.values()))
+            every = -(-len(axis.ticks) // TICKS)
+            names, texts = list(axis.ticks)[::every], list(axis.ticks.values())[::every]
+            update(tickmode="array", tickvals=names, ticktext=texts)
     return figure
 
 
 def lines(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], title: str) -> go.Figure:
-    """Return a chart with one line per name over optimiser steps, and buttons for a linear or logarithmic axis."""
-    named = zip(labels(list(curves)), curves.values(), strict=True)
+    """Return a chart with one line per name over optimiser steps.
+
+    Of more than LEGEND lines, those that are highest at the end have colours and names; pointing at the others names
+    them.
+    """
+    many = len(curves) > LEGEND
+    last = {name: float(values[-1] or 0) for name, (_, values) in curves.items() if len(values)}
+    highest = sorted(last, key=lambda name: last[name], reverse=True)[:NAMED] if many else list(curves)
+    colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(highest)}
+    ordered = {name: curves[name] for name in (*(name for name in curves if name not in highest), *highest)}
     traces = [
         go.Scatter(
             x=np.array(steps) + 1,
             y=np.array(values, dtype=np.float64),
-            name=name,
-            mode="lines+markers" if len(steps) <= 40 and len(curves) <= LEGEND else "lines",
-            line={"width": 1.75},
+            name=shown,
+            mode="lines" if many or len(steps) > 40 else "lines+markers",
+            line={"width": 1.75, "color": colours[name]} if name in colours else {"width": 1, "color": UNNAMED},
+            showlegend=name in colours,
             marker={"size": 5},
-            hovertemplate="%{fullData.name}<br>step %{x}: %{y:.5g}<extra></extra>",
+            hovertemplate="%{fullData.name}<br>step %{x}: %{y:.3g}<extra></extra>",
         )
-        for name, (steps, values) in named
+        for shown, (name, (steps, values)) in zip(labels(list(ordered)), ordered.items(), strict=True)
     ]
     figure = _figure(traces, 340)
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title=title, rangemode="tozero")
-    buttons = [{"label": kind, "method": "relayout", "args": [{"yaxis.type": kind}]} for kind in ("linear", "log")]
-    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 6}}
-    look = {"type": "buttons", "direction": "right", "showactive": True, "font": {"size": 11}, "bordercolor": "#d5d9e0"}
-    figure.update_layout(
-        updatemenus=[{**look, **place, "buttons": buttons}], margin_t=34, showlegend=1 < len(curves) <= LEGEND
-    )
+    figure.update_layout(showlegend=len(curves) > 1)
     return figure
 
 
@@ -200,8 +198,11 @@ def bars(
     texts: Sequence[str] | None = None,
     flat: bool = False,
 ) -> go.Figure:
-    """Return grouped bars: a value per series and name, NaN for none. `flat`: horizontal bars, with `texts` beside."""
-    categories = labels(names)
+    """Return grouped bars: a value per series and name, NaN for none.
+
+    `flat`: horizontal bars, with `texts` beside; so are those of more than UPRIGHT names.
+    """
+    categories, flat = labels(names), flat or len(names) > UPRIGHT
     shown = labels(list(series))
     traces = [
         go.Bar(
@@ -212,12 +213,12 @@ def bars(
             text=texts,
             hovertemplate=("%{y}" if flat else "%{x}")
             + "<br>"
-            + ("%{text}" if texts else "%{y:.5g}")
+            + ("%{text}" if texts else "%{x:.3g}" if flat else "%{y:.3g}")
             + "<extra>%{fullData.name}</extra>",
         )
         for name, values in zip(shown, series.values(), strict=True)
     ]
-    figure = _figure(traces, 60 + 22 * len(names) if flat else 340)
+    figure = _figure(traces, 60 + (10 + 12 * len(series)) * len(names) if flat else 340)
     figure.update_layout(showlegend=len(series) > 1, bargap=0.25)
     if flat:
         figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
@@ -230,20 +231,26 @@ def bars(
     return figure
 
 
+def spans(names: Sequence[str], begins: Array, ends: Array, texts: Sequence[str], marks: Sequence[float]) -> go.Figure:
+    """Return a chart of spans of time in seconds, one row per distinct name, with vertical lines at the marks."""
+    trace = go.Bar(
+        base=begins,
+        x=np.subtract(ends, begins),
+        y=labels(names),
+        orientation="h",
+        text=texts,
+        textposition="none",
+        hovertemplate="%{y}<br>%{text}<extra></extra>",
+    )
+    figure = _figure([trace], 60 + 22 * len(set(names)))
+    figure.update_layout(barmode="overlay", bargap=0.3, showlegend=False)
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.update_xaxes(title="seconds at work", rangemode="tozero")
+    for mark in marks:
+        figure.add_vline(mark, line={"width": 1, "dash": "dot", "color": UNNAMED})
+    return figure
+
+
 def _figure(traces: Sequence[Any], height: int) -> go.Figure:
     # Without a template: plotly copies one into every figure, which takes longer than the rest of the figure.
-    axis = {"gridcolor": PALE, "linecolor": PALE, "zerolinecolor": PALE, "automargin": True, "title": {"standoff": 8}}
-    layout = {
-        "template": "none",
-        "colorway": COLOURS,
-        "plot_bgcolor": "white",
-        "paper_bgcolor": "white",
-        "font": {"family": FONT, "size": 12, "color": "#30363f"},
-        "height": height,
-        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-        "hoverlabel": {"align": "left"},
-        "xaxis": axis | {"fixedrange": False},
-        "yaxis": axis,
-    }
-    return go.Figure(list(traces), layout)
+    return go.Figure(list(traces), {"template": "none", "height": height})

@@ -12,14 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import pydantic
-from pydantic import Field
 
 from engine.checkpoints.find import check_inside
 from engine.config.reader import parse_config, read_recorded
@@ -27,6 +26,7 @@ from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.evaluation.results import SCHEMA
 from engine.output.names import public_config
+from engine.report.memory_file import Memory
 from engine.storage.cache import fetch
 from engine.storage.paths import as_path, is_uri
 from engine.task_vectors.coefficients import Array, Coefficients, read_coefficients
@@ -55,40 +55,6 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
     priors: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class UsedGpu:
-    """A GPU of a process in merge/memory.json."""
-
-    name: str
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-
-
-@dataclass(frozen=True)
-class Actor:
-    """One process in merge/memory.json, and the GPUs that it used."""
-
-    role: str
-    pid: int
-    peak_anonymous_bytes: int
-    gpus: tuple[UsedGpu, ...] = ()
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The contents of merge/memory.json: memory in bytes, traffic in bytes, seconds by phase."""
-
-    actors: Annotated[tuple[Actor, ...], Field(min_length=1)]
-    bytes_trainer_to_shards: int
-    bytes_shards_to_trainer: int
-    bytes_merged: int
-    bytes_targets: int
-    expert_forwards: int
-    seconds: dict[str, float]
-    not_deterministic: tuple[str, ...] = ()
-    reused: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -196,6 +162,23 @@ class Merged:
         columns = (mean["model"], mean[f"{loss}_first_mean"], mean[f"{loss}_last_mean"])
         return {name: (first, last) for name, first, last in zip(*(c.to_pylist() for c in columns), strict=True)}
 
+    def distances(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Return, by loss and expert, the mean loss at the start and at the end of all learning.
+
+        The start is the first visit of each of the expert's samples in the first stage, and the end the last visit in
+        the last stage.
+        """
+        losses = self.losses()
+        if not losses:
+            return {}
+        first, last = min(losses), max(losses)
+        found = {}
+        for loss in losses[last]:
+            start, end = self.first_and_last(first, loss), self.first_and_last(last, loss)
+            pairs = {name: (start[name][0], end[name][1]) for name in end if name in start}
+            found[loss] = {name: (_or_nan(one), _or_nan(other)) for name, (one, other) in pairs.items()}
+        return found
+
     def _of(self, stage: int) -> pa.Table:
         assert self.metrics is not None
         return self.metrics.filter(pc.equal(self.metrics["stage"], stage))
@@ -302,3 +285,7 @@ def _metrics(path: Path) -> pa.Table:
 
 def _curve(rows: pa.Table, loss: str) -> Curve:
     return Curve(rows["step"].to_pylist(), rows[f"{loss}_mean"].to_pylist())
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

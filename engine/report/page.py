@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ from engine.methods.registry import get_method
 from engine.output.names import public_name
 from engine.report import charts
 from engine.report.comparison import comparison
+from engine.report.drawing import VERSION, figure_json, library, templates
+from engine.report.glossary import WORDS, explained
 from engine.report.merge_folder import Merged, read_evaluation
-from engine.report.sections import Cell, Chart, ReportSection, Table, options_of, sections_of
+from engine.report.parts import Cell, Chart, PerCent, ReportSection, Table, number, share
+from engine.report.sections import options_of, sections_of
+from engine.report.summary import summary
 from engine.storage.local_folder import LocalFolder, check_creatable
 from engine.storage.paths import locate
 from engine.untrusted import check_regular, cpu_limit, library_errors_as, memory_limit, shown
@@ -94,21 +99,30 @@ def report_html(merges: Sequence[Merged], evaluations: Sequence[tuple[str, pa.Ta
         config, method = merges[0].config, get_method(merges[0].config.merge_method)
         title = f"{len(config.models)} experts merged by {method.name}"
         subtitle = f"{method.formula} ({method.source})"
-        sections = [*sections_of(merges[0]), *scores, options_of(merges[0])]
+        sections = [summary(merges[0]), *scores, *sections_of(merges[0]), options_of(merges[0])]
     else:
         title, subtitle, sections = f"{len(runs)} merges compared", ", ".join(runs), [*comparison(runs), *scores]
-    parts = {name: [*sections_of(merge), options_of(merge)] for name, merge in runs.items()} if len(runs) > 1 else {}
-    number = count(1)
+    parts = {}
+    if len(runs) > 1:
+        parts = {name: [summary(merge), *sections_of(merge), options_of(merge)] for name, merge in runs.items()}
+    anchor = _Anchors()
+
+    def anchored(of: Sequence[ReportSection]) -> list[tuple[str, ReportSection]]:
+        return [(anchor(section.title), section) for section in of]
+
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page.filters["figure"] = _figure
+    page.filters |= {"cell": _shown, "explained": explained, "part": lambda value: f"{100 * min(1, value):.1f}%"}
+    page.tests["percent"] = lambda cell: isinstance(cell, PerCent) and math.isfinite(cell)
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         subtitle=subtitle,
-        sections=sections,
-        runs=parts,
-        library=charts.library(),
-        draw=lambda figure: charts.as_html(figure, f"chart-{next(number)}"),
-        made_by=f"expert-merging {version('expert-merging')} with plotly {version('plotly')}",
+        sections=anchored(sections),
+        runs={name: (anchor(name), anchored(of_run)) for name, of_run in parts.items()},
+        words=WORDS,
+        library=library(),
+        templates=templates(),
+        figure=figure_json,
+        made_by=f"expert-merging {version('expert-merging')} with plotly.js {VERSION} (MIT licence)",
     )
 
 
@@ -151,7 +165,7 @@ def _scores(sources: Mapping[str, pa.Table]) -> list[ReportSection]:
         drawn.append(Chart(scores.metric, charts.bars(values, scores.data, scores.metric), wide=True))
         tables.append(_score_table(scores))
     text = "Scores of models by data set. The number of examples is in brackets."
-    return [ReportSection("Evaluation", text, tables, drawn)] if rows else []
+    return [ReportSection("Evaluation", text, tables=tables, charts=drawn)] if rows else []
 
 
 def _score_table(scores: MetricTable) -> Table:
@@ -180,7 +194,22 @@ def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _figure(cell: Cell) -> str:
-    if isinstance(cell, float):
-        return "–" if np.isnan(cell) else f"{cell:.4g}"
-    return f"{cell:,}" if isinstance(cell, int) else cell
+def _shown(cell: Cell) -> str:
+    """Return the cell of a table as text."""
+    if isinstance(cell, PerCent):
+        return share(cell)
+    return cell if isinstance(cell, str) else number(cell)
+
+
+class _Anchors:
+    """The ids of a page's sections: every call gives a new one."""
+
+    def __init__(self) -> None:
+        # The template has these ids itself.
+        self._given = Counter(["glossary", "library", "templates"])
+
+    def __call__(self, title: str) -> str:
+        """Return an id of the letters and digits of a title, with a number if another section has it."""
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+        self._given[name] += 1
+        return name if self._given[name] == 1 else f"{name}-{self._given[name]}"

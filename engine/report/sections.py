@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,9 @@ from engine.config.mergekit_yaml import as_yaml
 from engine.config.slices import described
 from engine.report import charts
 from engine.report.charts import Axis, Blocks, Scale
-from engine.report.merge_folder import Importance, Memory, Merged
+from engine.report.merge_folder import Importance, Merged
+from engine.report.parts import LOSS_NAMES, Cell, Chart, ReportSection, Table, duration, moment, share
+from engine.report.resources import memory_and_traffic, times
 from engine.task_vectors.coefficients import Array, Coefficients
 
 # Each expert has a chart of its own with at most FACETS experts and more than TENSORS merged tensors.
@@ -22,45 +23,10 @@ FACETS, TENSORS = 12, 40
 TOP = 20
 # Chunk values per line, and at most, in the text of a heatmap's cell.
 CHUNK_LINE, CHUNKS = 8, 64
-LOSS_NAMES = {"kl": "KL divergence", "hidden": "hidden loss", "entropy": "entropy"}
-Cell = str | int | float
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; the first cell of a row is its heading."""
-
-    rows: Sequence[Sequence[Cell]]
-    head: Sequence[str] = ()
-    title: str = ""
-
-    def numeric(self, column: int) -> bool:
-        """Return whether a column has numbers only."""
-        return all(isinstance(row[column], int | float) for row in self.rows)
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A plotly figure with a title; `wide`: as wide as the page."""
-
-    title: str
-    figure: Any
-    wide: bool = False
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    """A section of the page; `folded` is a table that is collapsed at first."""
-
-    title: str
-    text: str = ""
-    tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = ()
-    folded: Table | None = None
 
 
 def sections_of(merge: Merged) -> list[ReportSection]:
-    """Return all sections of a merge except its options."""
+    """Return all sections of a merge after its summary, except its options."""
     sections = [ReportSection("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
     sections += _coefficients(merge)
     if merge.importance is not None:
@@ -68,7 +34,7 @@ def sections_of(merge: Merged) -> list[ReportSection]:
     if merge.losses():
         sections.append(_losses(merge))
     if merge.memory is not None:
-        sections.append(_memory(merge.memory))
+        sections += [times(merge.memory), memory_and_traffic(merge.memory)]
     return sections
 
 
@@ -90,7 +56,7 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
         steps = ((stage, len(merge.mean_curve(stage, of[0]).steps)) for stage, of in losses.items() if of)
         yield "optimiser steps", ", ".join(f"{count:,} in stage {stage}" for stage, count in steps)
     if merge.survived is not None and merge.survived.survived is not None:
-        yield "change left by rounding", f"{merge.survived.survived:.1%}, {merge.survived.rounding}"
+        yield "change left by rounding", f"{share(merge.survived.survived)}, {merge.survived.rounding}"
     if memory is not None:
         yield "largest process", decimal(max(actor.peak_anonymous_bytes for actor in memory.actors))
         used = [(gpu.peak_allocated_bytes, actor.role, gpu.name) for actor in memory.actors for gpu in actor.gpus]
@@ -99,40 +65,28 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
             yield "fullest GPU", f"{decimal(peak)}, {role} on {name}"
         if memory.reused:
             yield "from earlier merges", ", ".join(f"{count:,} {what}" for what, count in memory.reused.items())
-        if memory.not_deterministic:
-            yield "not deterministic", ", ".join(memory.not_deterministic)
-        yield "time", f"{sum(memory.seconds.values()):,.1f} s, sum of all phases"
+        if memory.at_work is not None:
+            starts = f", in {len(memory.starts)} starts" if len(memory.starts) > 1 else ""
+            yield "time", f"{duration(memory.at_work)}{starts}"
     if merge.record.date:
-        yield "written", merge.record.date
+        yield "written", moment(merge.record.date)
     yield "made with", ", ".join(f"{name} {number}" for name, number in merge.record.versions.items())
 
 
 def _experts(merge: Merged) -> ReportSection:
-    """Return the table of experts: priors, learned coefficients and losses, or the options of a weight-space method."""
+    """Return the table of experts: priors and learned coefficients, or the options of a weight-space method."""
     rows: list[list[Cell]] = []
-    losses = list(last_losses(merge))
     for k, expert in enumerate(merge.config.models):
         row: list[Cell] = [expert.name]
         for table in list(merge.stages.values())[-1:]:
             values = table.values[k, table.layout.learned_columns]
             row += [merge.prior(expert.name), *map(float, (values.mean(), values.min(), values.max()))]
-        for _, by_expert in losses:
-            row += by_expert.get(expert.name, (float("nan"),) * 2)
         if merge.config.recipe is not None:
             row.append(merge.config.recipe.listed(k) or "as for the whole merge")
         rows.append([*row, expert.model])
     head = ["expert", *(["prior", "mean coefficient", "smallest", "largest"] if merge.stages else [])]
-    head += [f"{name}, {when}" for name, _ in losses for when in ("first", "last")]
     head += [*([] if merge.config.learned else ["options"]), "model"]
-    text = "Losses are means over the expert's samples, at the first and at the last visit of each, in the last stage."
-    return ReportSection("Experts", text if losses else "", [Table(rows, head)])
-
-
-def last_losses(merge: Merged) -> Iterator[tuple[str, Mapping[str, tuple[float, float]]]]:
-    """Yield the losses of the last stage by name, with each expert's first and last value."""
-    for stage, losses in list(merge.losses().items())[-1:]:
-        for loss in losses:
-            yield LOSS_NAMES[loss], merge.first_and_last(stage, loss)
+    return ReportSection("Experts", tables=[Table(rows, head, explain=True)])
 
 
 def options_of(merge: Merged) -> ReportSection:
@@ -157,7 +111,7 @@ def _coefficients(merge: Merged) -> list[ReportSection]:
     names = [expert.name for expert in merge.config.models]
     priors = np.array([merge.prior(name) for name in names])
     text = (
-        "The colour is the distance of a coefficient from its expert's prior: red above, blue below, white at the "
+        "The colour is the distance of a coefficient from its expert's prior: red above, blue below, none at the "
         "prior. If a tensor has several chunks, the colour is their mean; point at a cell to see all values. Tensors "
         "without a chunk have a fixed coefficient."
     )
@@ -240,7 +194,7 @@ def _importance(table: Importance) -> ReportSection:
     blocks = Blocks.of(table.tensors)
     shares, chunks = table.importance, np.array(table.chunks, dtype=np.float64)
     facts = zip(shares, table.numel, table.chunks, strict=True)
-    texts = [f"{share:.3%} of the importance<br>{n:,} elements, chunks: {m}" for share, n, m in facts]
+    texts = [f"{share(part)} of the importance<br>{n:,} elements, chunks: {m}" for part, n, m in facts]
     drawn = []
     if blocks.blocks:
         across, down = Axis("block", list(map(str, blocks.blocks))), Axis("kind", charts.labels(blocks.kinds))
@@ -250,7 +204,7 @@ def _importance(table: Importance) -> ReportSection:
             drawn.append(Chart(f"{title} by block and kind", figure))
     top = np.argsort(-shares, kind="stable")[:TOP]
     names = [blocks.names(table.tensors)[place] for place in top]
-    labels = [f"{shares[place]:.2%}, chunks: {table.chunks[place]}" for place in top]
+    labels = [f"{share(shares[place])}, chunks: {table.chunks[place]}" for place in top]
     figure = charts.bars({"importance": 100 * shares[top]}, names, "% of the importance", labels, flat=True)
     drawn.append(Chart(f"The {len(names)} most important tensors", figure, wide=True))
     fixed = sum(not number for number in table.chunks)
@@ -267,27 +221,8 @@ def _losses(merge: Merged) -> ReportSection:
     for stage, losses in merge.losses().items():
         for loss in losses:
             curves = {name: (curve.steps, curve.values) for name, curve in merge.curves(stage, loss).items()}
-            drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}", charts.lines(curves, LOSS_NAMES[loss])))
+            drawn.append(Chart(f"Stage {stage}: {LOSS_NAMES[loss]}", charts.lines(curves, LOSS_NAMES[loss]), logs=True))
     text = "One line per expert: the mean over its samples in an optimiser step. A step sees only some of the samples."
+    if len(merge.config.models) > charts.LEGEND:
+        text += f" The {charts.NAMED} that are highest at the end have colours; point at a line for its name."
     return ReportSection("Losses", text, charts=drawn)
-
-
-def _memory(memory: Memory) -> ReportSection:
-    roles = [actor.role for actor in memory.actors]
-    if len(set(roles)) < len(roles):
-        roles = [f"{actor.role}, process {actor.pid}" for actor in memory.actors]
-    peaks = np.array([actor.peak_anonymous_bytes for actor in memory.actors], dtype=np.float64)
-    sizes = [decimal(actor.peak_anonymous_bytes) for actor in memory.actors]
-    phases, seconds = list(memory.seconds), np.array(list(memory.seconds.values()), dtype=np.float64)
-    drawn = [
-        Chart("Peak anonymous memory", charts.bars({"memory": peaks / 1e9}, roles, "GB", sizes, flat=True)),
-        Chart("Seconds by phase", charts.bars({"s": seconds}, phases, "s", [f"{s:.1f} s" for s in seconds], flat=True)),
-    ]
-    rows = [
-        ("from trainer to shards", decimal(memory.bytes_trainer_to_shards)),
-        ("from shards to trainer", decimal(memory.bytes_shards_to_trainer)),
-        ("merged tensors, one copy", decimal(memory.bytes_merged)),
-        ("targets", decimal(memory.bytes_targets)),
-        ("forward passes of experts", f"{memory.expert_forwards:,}"),
-    ]
-    return ReportSection("Memory and traffic", "Phases may overlap.", [Table(rows)], drawn)

@@ -26,14 +26,14 @@ MANIFEST = "merge/files.json"
 REWRITTEN = {"merge/report.html", "merge/evaluation.parquet"}
 # The names of all files of a run's state, and the folders in it.
 _STATE = re.compile(
-    r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused)\.json|name|writing|log(\.1)?"
+    r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused|left-out)\.json|name|writing|log(\.1)?"
     r"|(magnitudes|prior|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
     r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
-    r"|rounding/.+\.json|(digests|output|replaced)/.+"
+    r"|starts/\d+\.json|rounding/.+\.json|(digests|output|replaced)/.+"
 )
 _FOLDERS = {
     *("targets", "inputs", "orthogonal", "parts", "survey", "metrics"),
-    *("rounding", "digests", "output", "replaced"),
+    *("starts", "rounding", "digests", "output", "replaced"),
 }
 # Maximum bytes of a file about an output, and of a file in object storage whose content is compared.
 _BYTES, _SMALL = 32 << 20, 1 << 20

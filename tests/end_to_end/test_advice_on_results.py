@@ -25,7 +25,6 @@ import pytest
 import tiny
 import torch
 import transformers
-import yaml
 from advice import Advice
 from click.testing import CliRunner, Result
 from conftest import plan_of

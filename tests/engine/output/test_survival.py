@@ -15,7 +15,8 @@ from weight_space import read, thresholds
 from actors.shard import Shard
 from engine.learning.learner import first_stage
 from engine.output.model_folder import output_files
-from engine.output.survival import LOW, load_survival, low_survival, survival_record, survived_of
+from engine.output.survival import load_survival, low_survival, survival_record, survived_of
+from engine.planning.differences import LOW
 from engine.planning.plan import Plan
 from engine.storage.local_folder import LocalFolder
 from engine.storage.sealed import write_sealed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from errors import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import Store
+from plotly.offline import get_plotlyjs_version
 from recorded_merges import MEMORY, write_merge
 from thorough import as_thorough
 
@@ -26,11 +29,15 @@ import cli
 from engine.errors import ConfigError
 from engine.evaluation.results import Row, save_results
 from engine.report import sections as report_sections
-from engine.report.charts import Blocks, ends, labels
+from engine.report.charts import Blocks, ends, labels, lines
 from engine.report.comparison import comparison
+from engine.report.drawing import VERSION, library
+from engine.report.glossary import explained
 from engine.report.merge_folder import Memory, Merged
 from engine.report.page import report_html
-from engine.report.sections import ReportSection, coefficient_charts, key_figures, sections_of
+from engine.report.parts import ReportSection, duration, moment, number, share
+from engine.report.sections import coefficient_charts, key_figures, sections_of
+from engine.report.summary import summary
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import (
     SPECTRAL,
@@ -50,12 +57,17 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
+        # The tag of each id, and the ids that links lead to.
+        self.anchors: dict[str, str] = {}
+        self.links: list[str] = []
         self.texts: list[str] = []
         self.scripts: list[str] = []
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.anchors |= {value or "": tag for name, value in attrs if name == "id"}
+        self.links += [(value or "").removeprefix("#") for name, value in attrs if name == "href" and tag == "a"]
 
     def handle_data(self, data: str) -> None:
         inside = self.scripts if self.tags and self.tags[-1] == "script" and data.strip() else self.texts
@@ -146,31 +158,105 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
 
     table = pyarrow.parquet.read_table(record / "importance.parquet").to_pydict()
     importance, chunks, top = charts_of(sections, "Importance and chunks")
-    for tensor, share, count in zip(table["tensor"], table["importance"], table["chunks"], strict=True):
+    for tensor, part, count in zip(table["tensor"], table["importance"], table["chunks"], strict=True):
         block, kind = int(tensor.split(".")[2]), tensor.split(".")[-2]
         cell = importance.data[0].y.index(kind), importance.data[0].x.index(str(block))
-        assert importance.data[0].z[cell] == pytest.approx(share, rel=1e-6) and chunks.data[0].z[cell] == count
+        assert importance.data[0].z[cell] == pytest.approx(part, rel=1e-6) and chunks.data[0].z[cell] == count
     assert list(top.data[0].x) == pytest.approx(sorted((100 * s for s in table["importance"]), reverse=True)[:20])
 
     figures = dict(key_figures(merge))
-    assert figures["change left by rounding"] == "67.1%, nearest"
-    memory, seconds = charts_of(sections, "Memory and traffic")
+    assert figures["change left by rounding"] == "67 %, nearest"
+    (memory,) = charts_of(sections, "Memory and traffic")
     assert dict(zip(memory.data[0].y, memory.data[0].x, strict=True)) == {
         actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]
     }
-    assert dict(zip(seconds.data[0].y, seconds.data[0].x, strict=True)) == MEMORY["seconds"]
+
+
+def test_times_are_of_all_starts_without_the_time_between_them(merged: Path) -> None:
+    merge = Merged.read(str(merged))
+    assert dict(key_figures(merge))["time"] == "9.0 s, in 2 starts"
+    section = next(section for section in sections_of(merge) if section.title == "Times")
+    assert dict(section.tables[0].rows) == {"targets": "1.5 s", "stage 1": "5.0 s, in 2 parts", "stage 2": "2.0 s"}
+    assert "1 min 00 s" in section.text, "it stood still"
+    bars = section.charts[0].figure.data[0]
+    spans = zip(bars.y, bars.base, np.add(bars.base, bars.x), strict=True)
+    assert list(spans) == [("targets", 0.5, 2), ("stage 1", 1, 5), ("stage 1", 5.5, 6.5), ("stage 2", 6.5, 8.5)]
+    # Earlier versions recorded the seconds of phases alone.
+    older = replace(merge, memory=replace(merge.memory, starts=()))
+    (times,) = [section for section in sections_of(older) if section.title == "Times"]
+    assert dict(times.tables[0].rows) == {"stage 1": "1.0 s", "stage 2": "2.0 s"} and not times.charts
+    assert "time" not in dict(key_figures(older))
+
+
+def test_the_summary_says_how_near_each_expert_is(merged: Path) -> None:
+    merge = Merged.read(str(merged))
+    found = summary(merge)
+    # kl is 1 to 8 in the order of the visits: expert0's samples begin at 1 and 3 and end at 5 and 7.
+    (_, *first), (_, *second) = found.tables[0].rows
+    assert first == pytest.approx([3.0, 2.0, 6.0, 3.0, 0.2, 0.6]) and second[:3] == [4.0, 2.0, 8.0]
+    assert any("300 %" in point and "expert0, the nearest" in point for point in found.points)
+    grown, farther, rounded = found.warnings
+    assert "KL divergence of expert0, expert1" in grown and "hidden loss of expert0, expert1" in farther
+    assert "67 %" in rounded
+
+
+def test_the_summary_warns_of_what_needs_attention(merged: Path) -> None:
+    merge = Merged.read(str(merged))
+    assert merge.memory is not None and merge.survived is not None
+    quiet = replace(merge, metrics=None, survived=replace(merge.survived, rounding="stochastic"))
+    assert summary(quiet).warnings == [] and summary(quiet).tables == []
+    trouble = {
+        "left_out": {"expert0": 0.05, "expert1": 0.25},
+        "decompositions_by_lapack": 3,
+        "not_deterministic": ("cumsum",),
+        "lost_attempts": 2,
+    }
+    warnings = summary(replace(quiet, memory=replace(merge.memory, **trouble))).warnings
+    facts = ("25 % of the squared change of expert1", "3 matrices", "cumsum", "2 times")
+    assert len(warnings) == 4 and all(fact in line for fact, line in zip(facts, warnings, strict=True))
+
+
+def test_numbers_are_as_a_person_reads_them() -> None:
+    nan = float("nan")
+    assert [number(n) for n in (3, 12345, 0.0123456, 5.0, 1234.5, 0.00001, nan)] == [
+        *("3", "12,345", "0.0123", "5", "1,234", "1e-05", "–")
+    ]
+    assert [share(n) for n in (0.671, 0.0123, 0.0999, 12.0, 0.0, nan)] == [
+        "67 %",
+        "1.2 %",
+        "10 %",
+        "1,200 %",
+        "0 %",
+        "–",
+    ]
+    assert [duration(n) for n in (0.04, 9.96, 59.6, 61, 3599.7, 7500)] == [
+        *("0.0 s", "10 s", "1 min 00 s", "1 min 01 s", "1 h 00 min", "2 h 05 min")
+    ]
+    assert moment("2026-01-31T12:00:30+00:00") == "2026-01-31 12:00 UTC" and moment("yesterday") == "yesterday"
+
+
+def test_the_library_is_the_one_of_plotlys_version() -> None:
+    unpacked = gzip.decompress(base64.b64decode(library())).decode()
+    assert f"plotly.js (cartesian - minified) v{VERSION}" in unpacked[:200]
+    assert get_plotlyjs_version() == VERSION, "replace engine/report/assets as engine/report/drawing.py says"
+
+
+def test_of_many_lines_the_highest_are_named() -> None:
+    curves = {f"e{k}": ([0, 1], [1.0, float(k % 20)]) for k in range(32)}
+    figure = lines(curves, "loss")
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["e19", "e18", "e17"]
+    assert len(figure.data) == 32 and len({trace.line.color for trace in figure.data}) == 4
 
 
 def test_the_key_figures_name_the_fullest_gpu(merged: Path) -> None:
     merge = Merged.read(str(merged))
-    assert "fullest GPU" not in dict(key_figures(merge)) and "not deterministic" not in dict(key_figures(merge))
+    assert "fullest GPU" not in dict(key_figures(merge))
     gpus = [{"name": "H200", "peak_allocated_bytes": n, "peak_reserved_bytes": 2 * n} for n in (40 * 10**9, 10**9)]
     actors = [actor | ({"gpus": gpus} if actor["role"] == "trainer" else {}) for actor in MEMORY["actors"]]
-    content = json.dumps(MEMORY | {"actors": actors, "not_deterministic": ["cumsum"]})
+    content = json.dumps(MEMORY | {"actors": actors})
     memory = pydantic.TypeAdapter(Memory).validate_json(content)
     shown = dict(key_figures(replace(merge, memory=memory)))
     assert all(fact in shown["fullest GPU"] for fact in ("40.0 GB", "trainer", "H200"))
-    assert shown["not deterministic"] == "cumsum"
 
 
 def test_losses_by_hand(merged: Path) -> None:
@@ -184,10 +270,6 @@ def test_losses_by_hand(merged: Path) -> None:
         "expert1": ([1, 2], [2, 4]),
     }
     assert merge.mean_curve(1, "kl").values == [1.5, 3.5]
-    assert [button.args[0] for button in kl.layout.updatemenus[0].buttons] == [
-        {"yaxis.type": "linear"},
-        {"yaxis.type": "log"},
-    ]
 
 
 @pytest.mark.parametrize(
@@ -199,8 +281,8 @@ def test_a_hostile_name_adds_no_tags_or_scripts(llama_merge: Path, tmp_path: Pat
     page = Page(report_html([Merged.read(str(write_merge(hostile, tmp_path / "hostile")))]))
     assert page.tags == Page(plain).tags, "the name adds no tags"
     assert name in page.texts
-    drawing = page.scripts[1:]
-    assert len(drawing) == 11 and not any(char in script.split("newPlot", 1)[1] for script in drawing for char in "<")
+    *figures, _, _, _ = page.scripts  # templates, library, drawing
+    assert len(figures) == 11 and not any("<" in script for script in figures)
 
 
 def test_labels_are_escaped_shortened_and_distinct(merged: Path) -> None:
@@ -221,6 +303,12 @@ def test_short_names_are_unique_suffixes(names: list[str]) -> None:
     )
 
 
+def test_the_words_of_the_glossary_are_explained_once() -> None:
+    shown = str(explained("Coefficients, a coefficient & `prior` of <b>: the prior"))
+    assert shown.count("<abbr title=") == 2 and ">Coefficients</abbr>, a coefficient &amp; <code>prior</code>" in shown
+    assert "<b>" not in shown and shown.endswith(">prior</abbr>")
+
+
 def test_two_stacks_of_blocks_and_a_tensor_outside() -> None:
     tensors = [f"{stack}.layers.{b}.q_proj.weight" for stack in ("vision", "language") for b in (0, 10, 2)] + [
         "gate.weight"
@@ -235,11 +323,11 @@ def test_two_stacks_of_blocks_and_a_tensor_outside() -> None:
 @pytest.mark.parametrize(
     ("gone", "titles"),
     [
-        (["coefficients.parquet", "importance.parquet", "metrics.parquet"], ["Memory and traffic"]),
+        (["coefficients.parquet", "importance.parquet", "metrics.parquet"], ["Times", "Memory and traffic"]),
         (["coefficients.parquet", "importance.parquet", "metrics.parquet", "memory.json"], []),
         (
             ["importance.parquet"],
-            ["Coefficients of stage 1", "Coefficients of stage 2", "Losses", "Memory and traffic"],
+            ["Coefficients of stage 1", "Coefficients of stage 2", "Losses", "Times", "Memory and traffic"],
         ),
     ],
 )
@@ -248,7 +336,8 @@ def test_sections_without_data_are_left_out(merged: Path, gone: list[str], title
         (merged / "merge" / name).unlink()
     merge = Merged.read(str(merged))
     assert [section.title for section in sections_of(merge)] == ["Key figures", "Experts", *titles]
-    assert report_html([merge]).count("Plotly.newPlot(") >= 2 * len(titles)
+    page = Page(report_html([merge]))
+    assert [page.anchors[link] for link in page.links] == ["section"] * (len(titles) + 4) + ["details"]
 
 
 def test_a_comparison_shows_the_differences(llama_merge: Path, tmp_path: Path) -> None:
@@ -258,13 +347,15 @@ def test_a_comparison_shows_the_differences(llama_merge: Path, tmp_path: Path) -
         name: Merged.read(str(path))
         for name, path in (("first", first), ("second", write_merge(other, tmp_path / "second", 0.5)))
     }
-    figures, options, losses, coefficients = comparison(runs)
+    found, options, figures, losses, coefficients = comparison(runs)
+    assert any("second with 3.5; first 7" in point for point in found.points)
     assert options.tables[0].rows == [
         ["models.expert1.parameters.weight", str(0.2 + 0.1), "0.25"],
         ["parameters.learning_rate", "0.1", "0.3"],
         ["seed", "0", "3"],
     ]
-    assert figures.tables[0].head == ["", "first", "second"]
+    assert figures.tables == [] or all(len(set(row[1:])) > 1 for row in figures.tables[0].rows)
+    assert figures.folded is not None and ["method", "expert_merging_pp"] in figures.folded.rows
     assert losses.tables[0].rows == [["expert0", 6.0, 3.0], ["expert1", 8.0, 4.0]]
     assert {t.name: list(t.y) for t in losses.charts[0].figure.data} == {"first": [1.5, 3.5], "second": [0.75, 1.75]}
     bars = {trace.name: list(trace.y) for trace in coefficients.charts[0].figure.data}
