@@ -17,35 +17,19 @@ import yaml
 from engine.config.checkpoints import expand
 from engine.config.hints import key_hint, key_paths, known_keys
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
+from engine.config.presets import with_defaults
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_whole
 from engine.config.unknown_keys import without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
-from engine.methods.learned import ADAMERGING, PAPER
 from engine.methods.registry import is_mergekits
 from engine.storage.address import addresses_in, check_no_secret
 from engine.untrusted import read_text, shown
 
-# `calibration` of `preset: paper` and of adamerging: responses are taken from the records and not generated.
-AS_GIVEN = {"generate_responses": 0}
-
 # The bytes of a config, and the bytes and values of one that a merge recorded, which lists every image with its hash.
 BYTES, RECORD_BYTES, RECORD_VALUES = 4 << 20, 32 << 20, 500_000
-
-
-def with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
-    """Return the keys of a config with the defaults of its preset or of its method filled in."""
-    if merge_method == "adamerging":
-        parameters = ADAMERGING
-    elif raw.get("preset") == "paper":
-        parameters = PAPER
-    else:
-        return raw
-    defaults = {"parameters": parameters, "calibration": AS_GIVEN}
-    sections = {key: raw.get(key) or {} for key in defaults}
-    return raw | {key: defaults[key] | given for key, given in sections.items() if isinstance(given, dict)}
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), strict: bool = False) -> Config:

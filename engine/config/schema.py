@@ -242,8 +242,8 @@ class Config(Section):
 
     merge_method: Annotated[str, Field(min_length=1)]
     base_model: Annotated[str, Field(min_length=1)]
-    # Defaults of the learned methods' options. `paper`: those of the published command line.
-    preset: Literal["paper"] | None = None
+    # Defaults of the learned methods' options (`engine.methods.learned.PRESETS`).
+    preset: Literal["paper", "paper/internvl", "paper/qwen2-vl", "paper/mistral"] | None = None
     models: tuple[ExpertConfig, ...]
     parameters: Parameters = Parameters()
     exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES

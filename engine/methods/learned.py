@@ -31,6 +31,14 @@ PAPER: dict[str, Any] = {
     "start": "prior",
 }
 
+# Presets by name. `paper` is for any model; the others have the prior and γ of the paper's best results by backbone.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": PAPER,
+    "paper/internvl": PAPER | {"weight": 0.1, "regularization": 5.0},
+    "paper/qwen2-vl": PAPER | {"weight": 0.3, "regularization": 0.8},
+    "paper/mistral": PAPER | {"weight": 0.3, "regularization": 0.8},
+}
+
 # Defaults of AdaMerging: the prior of its paper, and no regularization.
 ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
 

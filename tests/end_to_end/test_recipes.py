@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import rich.filesize
 import yaml
 from PIL import Image
 from thorough import thorough_but
+
+from engine.config.reader import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES, HEADERS = ROOT / "examples" / "recipes", ROOT / "tests" / "golden" / "headers"
@@ -33,6 +36,13 @@ EXPECTED = {
     # mlp1.0 is a norm whose name no exclude pattern matches.
     "internvl2_5-1b": ("language_model.model.layers", 24, ["mlp1.0", "mlp1.1", "mlp1.3"], TASKS),
 }
+# The machines of the figures in the recipes: one line for each.
+MACHINES = {
+    "1 GPU": "--cpus 16 --gpus 1 --memory 256 --gpu-memory 80",
+    "8 GPUs": "--cpus 96 --gpus 8 --memory 2000 --gpu-memory 80",
+}
+# The recipe with this engine's defaults, and that with the paper's numbers.
+KINDS = ("", "-paper")
 # The options of the published model_merging.py.
 PUBLISHED_OPTIONS = """
     method cache_dir output_path run_name scaling_coefficient exclude_params run_tests data_dir samples_per_task
@@ -87,8 +97,10 @@ def put_in_cache(cache: Path, hub_id: str, record: dict[str, Any]) -> None:
 
 
 def write_data(folder: Path, recipe: dict[str, Any]) -> None:
-    """Write six published records to each file that the recipe names, one more than the recipe uses."""
+    """Write ten published records to each file that the recipe names, more than a recipe uses."""
     sees = "calibration" in recipe and "image_options" in recipe["calibration"]
+    # About 500 tokens, where the samples have no images.
+    more = "" if sees else " Say why." * 220
     (folder / "data" / "images").mkdir(parents=True)
     for size in (30, 900):
         Image.new("RGB", (size, 2 * size), "teal").save(folder / "data" / "images" / f"{size}.png")
@@ -96,7 +108,7 @@ def write_data(folder: Path, recipe: dict[str, Any]) -> None:
         files = model["calibration"] if isinstance(model["calibration"], list) else [model["calibration"]]
         for file in files:
             path = folder / (file["path"] if isinstance(file, dict) else file)
-            records = [{"question": f"What is this, {number}?", "question_id": number} for number in range(6)]
+            records = [{"question": f"What is this, {number}?{more}", "question_id": number} for number in range(10)]
             records = [one | {"task_name": path.stem, "response": "Teal."} for one in records]
             if sees:
                 # Beside the data file, and from the config's folder.
@@ -105,18 +117,33 @@ def write_data(folder: Path, recipe: dict[str, Any]) -> None:
             path.write_text(json.dumps(records))
 
 
-@pytest.mark.parametrize("name", thorough_but(["mistral-7b"], EXPECTED))
-def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -> None:
-    record = record_of(name)
-    recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-    for hub_id in (recipe["base_model"], *(model["model"] for model in recipe["models"])):
+def expected_line(machine: str, printed: str) -> str:
+    """Return the line that a recipe has of what `plan` printed for a machine."""
+    rows = {row[0].strip(): row[1] for line in printed.splitlines() if len(row := line.strip().split("  ", 1)) == 2}
+    numbers = {name: float(rows[name].split()[0]) for name in ("trainer memory", "expert memory", "whole run")}
+    disk = rows["disk"].strip().partition(";")[0]
+    return (
+        f"#   {machine}: {math.ceil(numbers['whole run'] / 60)} min; trainer {numbers['trainer memory']:.0f} GB, "
+        f"expert {numbers['expert memory']:.0f} GB; disk {disk}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "machine"),
+    thorough_but([("mistral-7b", "-paper", "1 GPU")], product(EXPECTED, KINDS, MACHINES)),
+)
+def test_a_recipe_is_planned_from_published_headers(name: str, kind: str, machine: str, tmp_path: Path) -> None:
+    record, file = record_of(name), RECIPES / f"{name}{kind}.yaml"
+    recipe, text = load_config(file), file.read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
+    for hub_id in (recipe.base_model, *(model.model for model in recipe.models)):
         put_in_cache(tmp_path / "hub", hub_id, record)
-    write_data(tmp_path, recipe)
-    shutil.copy(RECIPES / f"{name}.yaml", tmp_path)
+    write_data(tmp_path, raw)
+    shutil.copy(file, tmp_path)
     # The tables of the plan are parsed line by line, so they must not wrap.
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "COLUMNS": "220"}
     done = subprocess.run(
-        [sys.executable, ROOT / "cli.py", "plan", tmp_path / f"{name}.yaml"],
+        [sys.executable, ROOT / "cli.py", "plan", tmp_path / file.name, *MACHINES[machine].split()],
         capture_output=True,
         text=True,
         timeout=120,
@@ -125,14 +152,16 @@ def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    line = expected_line(machine, done.stdout)
+    assert line in text, f"in {file}, write: {line}"
 
     where, blocks, projector, experts = EXPECTED[name]
     shapes = dict(tensors_of(record))
     merged = [f"{where}.{block}.{part}.weight" for block in range(blocks) for part in BLOCK]
     merged += [f"{part}.weight" for part in projector]
     elements = sum(math.prod(shapes[tensor]) for tensor in merged)
-    lines = [line.split() for line in done.stdout.splitlines()]
-    cells = [" ".join(line) for line in lines]
+    lines = [printed.split() for printed in done.stdout.splitlines()]
+    cells = [" ".join(words) for words in lines]
     assert any(cell.startswith(f"tensors {len(merged)} merged of {len(shapes)}") for cell in cells)
     everything = sum(math.prod(shape) for shape in shapes.values())
     # The exact number of elements shows that no tensor of the vision tower is merged.
@@ -140,22 +169,25 @@ def test_a_recipe_is_planned_from_published_headers(name: str, tmp_path: Path) -
     merged_bytes = f"merged bytes {rich.filesize.decimal(2 * elements)}"
     assert any(cell.startswith(merged_bytes) and "bfloat16" in cell for cell in cells)
     assert any(cell.startswith(f"coefficients {len(merged)} ") for cell in cells)
-    budget = int(recipe["parameters"]["budget"] * len(merged))
+    budget = int(recipe.parameters.budget * len(merged))
     assert any(f" {budget} " in cell and "stage 2" in cell for cell in cells)
     assert f"hidden layers {blocks // 2}" in cells
+    if not kind:
+        experts = dict.fromkeys(experts, recipe.parameters.samples_per_model)
     assert any(cell.startswith(f"expert forwards {sum(experts.values())}") for cell in cells)
-    prior = str(recipe["parameters"]["weight"])
-    rows = [line for line in lines if line and line[0] in experts]
-    assert [(line[0], line[1], line[2], line[4]) for line in rows] == [
+    prior = str(recipe.parameters.weight)
+    rows = [words for words in lines if words and words[0] in experts]
+    assert [(row[0], row[1], row[2], row[4]) for row in rows] == [
         (expert, "checkpoint", prior, str(samples)) for expert, samples in experts.items()
     ]
-    assert [line[-1] for line in rows] == [f"{model['model']}@{COMMIT}" for model in recipe["models"]]
+    assert [row[-1] for row in rows] == [f"{model['model']}@{COMMIT}" for model in raw["models"]]
 
 
 def test_the_recorded_headers_are_what_their_generator_writes() -> None:
     generator = runpy.run_path(str(HEADERS / "record.py"))
     records = generator["make"]()
-    assert set(records) == set(EXPECTED) == {path.stem for path in RECIPES.glob("*.yaml")}
+    assert set(records) == set(EXPECTED)
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {f"{name}{kind}" for name in EXPECTED for kind in KINDS}
     for name, record in records.items():
         text = (HEADERS / f"{name}.json").read_text(encoding="utf-8")
         assert text == generator["as_text"](record), "python tests/golden/headers/record.py"

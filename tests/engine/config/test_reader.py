@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from engine.config.reader import DEPTH, load_config, parse_config
 from engine.config.schema import INTERNAL, Config, Rates
 from engine.errors import ConfigError
-from engine.methods.learned import PAPER
+from engine.methods.learned import PAPER, PRESETS
 from engine.output.resolved_config import resolved_config
 
 HEAD = """\
@@ -109,6 +109,16 @@ def test_a_preset_gives_defaults_and_no_more(path: Path) -> None:
     assert (own.parameters.epochs, own.parameters.weight, own.calibration.generate_responses) == (7, 0.1, 3)
     with refused(ConfigError, facts=["preset", "'papers'", "'paper'"]):
         load(path, HEAD + MODELS, "preset=papers")
+
+
+def test_the_presets_of_the_backbones_have_the_papers_prior_and_regularization(path: Path) -> None:
+    assert set(PRESETS) == set(get_args(get_args(Config.model_fields["preset"].annotation)[0]))
+    for preset, numbers in {"internvl": (0.1, 5.0), "qwen2-vl": (0.3, 0.8), "mistral": (0.3, 0.8)}.items():
+        config = load(path, HEAD + MODELS, f"preset=paper/{preset}")
+        assert (config.weight(config.models[0]), config.parameters.regularization) == numbers
+        others = {name: value for name, value in PAPER.items() if name not in ("weight", "regularization")}
+        assert {name: getattr(config.parameters, name) for name in others} == others
+        assert config.calibration.generate_responses == 0
 
 
 def test_adamerging_runs_no_expert_whatever_the_preset(path: Path) -> None:
