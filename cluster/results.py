@@ -15,7 +15,8 @@ from engine.checkpoints.find import ROOT, find_model
 from engine.errors import ConfigError
 from engine.planning.costs.rates import Prediction
 from engine.planning.plan import Plan
-from engine.report.merge_folder import Memory, Merged
+from engine.report.memory_file import Memory
+from engine.report.merge_folder import Merged
 from engine.storage.cache import fetch
 from engine.storage.paths import is_uri
 

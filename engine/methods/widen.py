@@ -54,8 +54,8 @@ def prepare(tensor: MergeTensor) -> Fill:
         # The dimension over which a column's norm is taken.
         along = 1 if tensor.is_vocabulary else 0
         both = [_changes(base, tensor.task_vector(k), along) for k in experts]
-        weights = sum(_weights(tensor, torch.stack(each)) for each in zip(*both, strict=True)) / 2
-        weights = weights.unsqueeze(1 + along)
+        magnitude, direction = (_weights(tensor, torch.stack(each)) for each in zip(*both, strict=True))
+        weights = ((magnitude + direction) / 2).unsqueeze(1 + along)
     else:
         weights = _weights(tensor, torch.stack([tensor.task_vector(k).abs().reshape(-1) for k in experts]))
         weights = weights.view(len(experts), *tensor.shape)
