@@ -19,7 +19,7 @@ from cluster.progress import Progress
 from cluster.watch import until_done
 from cluster.weight_space_merge import Hosts, WeightSpaceMerge
 from engine.calibration.samples import Sample
-from engine.errors import MergeError
+from engine.errors import MergeError, RunError
 from engine.planning.costs.disk import check_disk, disk_needs
 from engine.planning.differences import WARNING, left_out, left_out_lines
 from engine.planning.factors import factored
@@ -99,7 +99,7 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
             _hosts(on_ray, address, debug, run, progress) as hosts,
             _telemetry(plan, run, on_ray) as progress.telemetry,
         ):
-            progress.wait("preparing")
+            progress.wait("working")
             try:
                 _run(plan, samples, run, progress, hosts)
             finally:
@@ -149,7 +149,7 @@ def _hosts(on_ray: bool, address: str | None, debug: bool, run: RunFolder, progr
     try:
         with connect(address, debug, run.log, progress.say):
             yield RayCluster()
-    except MergeError:
+    except RunError:
         if run.log.exists():
             progress.say(f"what Ray and the actors printed is in {run.log}")
         raise

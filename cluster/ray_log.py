@@ -9,7 +9,7 @@ import re
 import select
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def ray_log(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     `ray.init` is to be called in the context, with `log_to_driver`. Lines that others print on the error output of this
     process are given to `say`. If the file cannot be written, its lines are lost.
     """
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
     file, log, printed = _File(path), logging.getLogger("ray"), worker.print_to_stdstream
     handlers, log.handlers = log.handlers, [file]
     # Not part of Ray's public interface. Ray calls it with the output of actors, and with errors of its own processes.

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from engine.config.schema import Config
-from engine.errors import CheckpointError, DamagedError, OutputError
+from engine.errors import CheckpointError, DamagedError, OutputError, RunError
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
 from engine.run.contents import write_manifest
@@ -196,6 +196,7 @@ class RunFolder(KeptState):
             claim = Claim.read(self.state)
             remove_files(self.weights, claim.own if self._is_cleared() else (*claim.own, *claim.old))
         clear(self.state)
+        self._remove_log()
         Claim.to_replace(EarlierMerge.read(open_folder(self.out)) if fresh else None, fresh).write(self.state)
 
     def restore(self) -> None:
@@ -232,7 +233,7 @@ class RunFolder(KeptState):
         self.state.remove(MARKER)
         if self._path is None:
             shutil.rmtree(self.composed, ignore_errors=True)
-            self.log.unlink(missing_ok=True)
+            self._remove_log()
 
     def exists(self) -> bool:
         """Return whether the run has any files."""
@@ -246,6 +247,10 @@ class RunFolder(KeptState):
         names = self.state.names().difference(*self.reused().values())
         kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/"] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
+
+    def _remove_log(self) -> None:
+        for path in (self.log, self.log.with_name(f"{self.log.name}.1")):
+            path.unlink(missing_ok=True)
 
     def _is_cleared(self) -> bool:
         """Return whether every file in the output's place belongs to this run."""
@@ -286,8 +291,12 @@ def open_run(out: str, now: Identity, fresh: bool) -> Iterator[RunFolder]:
         else:
             run.start_anew(fresh)
         run.begin(now.with_digests(before.digests if before else {}))
+        failed = False
         try:
             yield run
+        except RunError:
+            failed = True
+            raise
         except CheckpointError:
             # What was computed of the models is of no use if one of them has to be changed.
             if not run.computed(of_models=False):
@@ -295,5 +304,5 @@ def open_run(out: str, now: Identity, fresh: bool) -> Iterator[RunFolder]:
             raise
         finally:
             # A run that failed before it had results keeps what Ray printed.
-            if not run.computed() and not run.log.exists():
+            if not run.computed() and not (failed and run.log.exists()):
                 run.discard()

@@ -23,7 +23,7 @@ from thorough import as_thorough
 
 import engine.storage.lease
 from engine.calibration.samples import Sample
-from engine.errors import DamagedError, OutputError, StorageError
+from engine.errors import DamagedError, OutputError, RunError, StorageError
 from engine.evaluation.results import Row, save_results
 from engine.run.contents import MANIFEST
 from engine.run.identity import Identity
@@ -211,6 +211,22 @@ def test_a_run_that_computed_nothing_leaves_nothing_behind(place: Place, fails: 
     else:
         begin()
     assert place.holds()
+
+
+def test_a_run_that_failed_keeps_its_log_until_the_next_start(place: Place) -> None:
+    log = RunFolder(place.out).log
+
+    def fail(error: BaseException) -> None:
+        with open_run(place.out, THIS, fresh=False):
+            assert not log.exists()
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_text("an actor died")
+            raise error
+
+    for error, kept in ((RunError("x"), True), (KeyboardInterrupt(), False)):
+        with pytest.raises(type(error)):
+            fail(error)
+        assert log.exists() == kept
 
 
 def test_a_run_with_results_is_kept_for_the_next_start(place: Place) -> None:
