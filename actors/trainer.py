@@ -213,16 +213,15 @@ class Trainer:
         return Share(gradients, losses, self._shards.traffic())
 
     @guarded
-    def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> float:
-        """Return Σ βₖ · (L_logit + λ_hid · L_hid) over the window with these coefficients, without a step."""
+    def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> list[Losses]:
+        """Return the losses of each sample of the window with these coefficients, without a step."""
         self._set(coefficients)
-        share, total = self._plan.config.parameters.hidden_weight, 0.0
+        losses: dict[int, Losses] = {}
         for places in self._passes(window):
-            samples = [self._weighted(window[place], 1.0) for place in places]
-            losses = self._student.measure([target for target, _ in samples])
-            total += sum(w * (loss.kl + share * loss.hidden) for (_, w), loss in zip(samples, losses, strict=True))
+            targets = [self._weighted(window[place], 1.0)[0] for place in places]
+            losses |= zip(places, self._student.measure(targets), strict=True)
         self._merged = coefficients
-        return total
+        return [losses[place] for place in range(len(window))]
 
     @guarded
     def load(self) -> None:

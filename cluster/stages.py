@@ -20,7 +20,7 @@ from cluster.targets import TargetComputation
 from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
-from engine.learning.learner import PRIORS, Learner, Stage, common_prior, needs_prior, with_prior
+from engine.learning.learner import PRIORS, Learner, Stage, best_prior, common_prior, needs_prior, with_prior
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
@@ -47,22 +47,26 @@ class Stages:
             training_order([len(samples) for samples in self.samples], 1),
             self.attempt.plan.config.parameters.gradient_accumulation,
         )
+        samples = [sample for window in self._samples(once) for sample in window]
         reuse, key = self.attempt.folder.reuse, self._keys.prior(self._samples(once), self.computing)
         reuse.bring_prior(key)
-        kept = self.attempt.folder.kept("prior", (None,), "the prior is searched again")
-        losses = [] if kept is None else kept.tolist()[: len(PRIORS)]
+        kept = self.attempt.folder.kept("prior", (None, len(samples), 2), "the prior is searched again")
+        losses = [] if kept is None else list(kept[: len(PRIORS)])
         self.attempt.progress.phase("prior", len(PRIORS), len(losses))
         for weight in PRIORS[len(losses) :]:
             coefficients = ray.put(common_prior(self.attempt.plan, weight))
-            measured = [
+            calls = [
                 self.trainers.measure(coefficients, number, self._window(window)) for number, window in enumerate(once)
             ]
-            losses.append(sum(self.attempt.watch.answer(loss, "measuring a prior") for loss in measured))
+            measured = [one for call in calls for one in self.attempt.watch.answer(call, "measuring a prior")]
+            losses.append(np.array([(one.kl, one.hidden) for one in measured]))
             self.attempt.folder.keep("prior", np.array(losses))
             self.attempt.progress.advance("prior", len(losses))
         self.attempt.folder.check_unchanged(self.attempt.plan)
         reuse.keep_prior(key)
-        return with_prior(self.attempt.plan, PRIORS[int(np.argmin(losses))])
+        weights = np.array([sample.loss_weight for sample in samples])
+        share = self.attempt.plan.config.parameters.hidden_weight
+        return with_prior(self.attempt.plan, best_prior(np.array(losses), weights, share))
 
     def stage(self, stage: Stage) -> Coefficients:
         """Run a stage, one optimiser step per window, and return its coefficients. The state is stored every step."""

@@ -17,6 +17,7 @@ from engine.learning.learner import (
     PRIORS,
     Learner,
     Stage,
+    best_prior,
     common_prior,
     first_stage,
     needs_prior,
@@ -124,9 +125,15 @@ class Plain:
         """Measure the loss of every common prior, set the best one in the plan, and return the losses."""
         order = training_order([len(mine) for mine in self.samples], epochs=1)
         everything = [WindowSample(self.samples[k][i], self.targets[k, i]) for k, i in order]
-        losses = [self.trainer.measure(common_prior(self.plan, weight), everything) for weight in PRIORS]
-        self.plan = with_prior(self.plan, PRIORS[int(np.argmin(losses))])
-        return losses
+        measured = [self.trainer.measure(common_prior(self.plan, weight), everything) for weight in PRIORS]
+        share = self.plan.config.parameters.hidden_weight
+        pairs = [[(one.kl, one.hidden) for one in losses] for losses in measured]
+        weights = np.array([one.sample.loss_weight for one in everything])
+        self.plan = with_prior(self.plan, best_prior(np.array(pairs), weights, share))
+        return [
+            sum(weight * (kl + share * hidden) for weight, (kl, hidden) in zip(weights, losses, strict=True))
+            for losses in pairs
+        ]
 
     def run(self) -> list[Coefficients]:
         options = self.plan.config.parameters

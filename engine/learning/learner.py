@@ -67,6 +67,18 @@ def common_prior(plan: Plan, weight: float) -> Coefficients:
     return Coefficients.constant(first_stage(filled).layout, filled.priors)
 
 
+def best_prior(losses_WN2: Array, loss_weight_N: Array, hidden_weight: float) -> float:
+    """Return the candidate of PRIORS with the smallest Σ βₖ · (L_logit + λ_hid · L_hid) over N samples.
+
+    Args:
+        losses_WN2: L_logit and L_hid of each sample for each candidate.
+        loss_weight_N: βₖ of each sample.
+        hidden_weight: λ_hid.
+    """
+    totals_W = ((losses_WN2[:, :, 0] + hidden_weight * losses_WN2[:, :, 1]) * loss_weight_N).sum(axis=1)
+    return PRIORS[int(np.argmin(totals_W))]
+
+
 def first_stage(plan: Plan) -> Stage:
     """Return stage 1: one coefficient per (expert, merged tensor), starting at the prior.
 

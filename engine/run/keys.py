@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.calibration.samples import Sample
+from engine.checkpoints.find import TEMPLATES
 from engine.learning.learner import PRIORS
 from engine.machine import processor, usable_cpus
 from engine.planning.factors import decomposed
@@ -53,7 +54,7 @@ UNREAD = {
         *_parameters(*SECOND, *OPTIMISER, *LOSSES, *ORDER, "task_vectors"),
     ),
     "task vectors": ("merge_method", "exclude", *PASSES, *_parameters(*SECOND, *OPTIMISER, *LOSSES, *ORDER)),
-    "prior": ("merge_method", "exclude", *_parameters(*SECOND, *OPTIMISER, *ORDER)),
+    "prior": ("merge_method", "exclude", *_parameters(*SECOND, *OPTIMISER, *ORDER, "hidden_weight")),
     "stage 1": ("merge_method", "exclude", *_parameters(*SECOND, *ORDER)),
 }
 
@@ -138,9 +139,9 @@ class Keys:
         return self._key("magnitudes", self._set(computing), self.plan.merged, decomposed(self.plan), through)
 
     def prior(self, windows: Sequence[Sequence[Sample]], computing: Computing) -> str | None:
-        """Return the key of the losses of all candidates for the prior. `windows`: the samples, each once."""
+        """Return the key of the losses of each sample for all candidates for the prior. `windows`: the samples."""
         given = ["auto" if expert.weight is None else expert.weight for expert in self.plan.experts]
-        seen = [self._window(window, computing) for window in windows]
+        seen = [[[s.expert, s.index, self._target_of(s, computing)] for s in window] for window in windows]
         return self._key("prior", self._learning("prior", computing), given, PRIORS, seen)
 
     def steps(self, windows: Sequence[Sequence[Sample]], computing: Computing, before: str | None = "") -> list[str]:
@@ -223,7 +224,9 @@ class Keys:
         """Return the SHA-256 of the files beside a model's weights, by name."""
         folder = f"{model.rstrip('/')}/"
         inside = {name.removeprefix(folder): name for name in self.identity.files if name.startswith(folder)}
-        return [[short, self._file(name)] for short, name in sorted(inside.items()) if name not in self._weights]
+        # Other models, and calibration files, may lie in folders below this one.
+        own = [short for short in inside if "/" not in short or short.startswith(f"{TEMPLATES}/")]
+        return [[short, self._file(inside[short])] for short in sorted(own) if inside[short] not in self._weights]
 
     @cached_property
     def _weights(self) -> frozenset[str]:

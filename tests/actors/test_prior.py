@@ -13,7 +13,7 @@ from plain import Plain
 
 from actors.trainer import WindowSample
 from engine.errors import ConfigError
-from engine.learning.learner import PRIORS, common_prior, first_stage
+from engine.learning.learner import PRIORS, best_prior, common_prior, first_stage
 
 AUTO = "parameters.weight=auto"
 OWN = [f"models.{k}.parameters.weight=null" for k in range(2)]
@@ -23,10 +23,18 @@ def test_measured_losses_are_those_of_a_step(llama_merge: Path, tmp_path: Path) 
     plain = Plain(plan_of(llama_merge, "models.0.parameters.loss_weight=0.5"), tmp_path)
     window = [WindowSample(plain.samples[k][0], plain.targets[k, 0]) for k in range(2)]
     step = plain.trainer.step(first_stage(plain.plan), None, 0, window)
-    wanted = sum(share * (row["kl"] + row["hidden"]) for share, row in zip((0.5, 1.0), step.rows, strict=True))
     found = plain.trainer.measure(common_prior(plain.plan, 0.5), window)
-    assert found == pytest.approx(wanted, rel=1e-5)
+    for row, losses in zip(step.rows, found, strict=True):
+        assert (losses.kl, losses.hidden) == pytest.approx((row["kl"], row["hidden"]), rel=1e-5)
     assert plain.trainer.step(first_stage(plain.plan), None, 0, window).rows[0]["kl"] == step.rows[0]["kl"]
+
+
+def test_the_best_prior_is_that_of_the_weighted_losses() -> None:
+    losses_WN2 = np.ones((len(PRIORS), 2, 2))
+    losses_WN2[3, 0, 0], losses_WN2[5, 1, 1] = 0.5, 0.2
+    assert best_prior(losses_WN2, np.array([1.0, 1.0]), 1.0) == PRIORS[5]
+    assert best_prior(losses_WN2, np.array([1.0, 1.0]), 0.5) == PRIORS[3]
+    assert best_prior(losses_WN2, np.array([1.0, 0.1]), 1.0) == PRIORS[3]
 
 
 @pytest.mark.parametrize("hidden_loss", ["mse", "relative"])

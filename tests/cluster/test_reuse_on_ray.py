@@ -59,6 +59,14 @@ def test_another_option_of_stage_2_computes_stage_2_alone(merges: Merges) -> Non
     assert (again / "merge" / "metrics.parquet").read_bytes() == (first / "merge" / "metrics.parquet").read_bytes()
 
 
+def test_another_loss_weight_searches_the_prior_in_what_was_measured(merges: Merges) -> None:
+    merges.merge("merge_method=expert_merging")
+    other = ("merge_method=expert_merging", "models.0.parameters.loss_weight=3")
+    again = merges.merge(*other)
+    assert figures(again) == (0, figures(again)[1]) and figures(again)[1]["priors"] == 1
+    assert without_importance(again) == without_importance(merges.merge(*other, cache="off"))
+
+
 def test_damaged_and_lost_entries_are_computed_again(merges: Merges) -> None:
     first = merges.merge()
     for number, path in enumerate(path for kind in ("targets", "factors", "steps") for path in merges.entries(kind)):

@@ -36,12 +36,12 @@ MODELS = {TARGETS, VECTORS, MAGNITUDES, PRIOR, FIRST, SECOND}
 # What each key of the config changes. Of several values, each is tried.
 CHANGES: dict[str, set[str]] = {
     "parameters.weight=0.4": LEARNING,  # of experts that have none of their own
-    "parameters.loss_weight=0.5": LEARNING,
+    "parameters.loss_weight=0.5": STEPS,
     "parameters.samples_per_model=2": {SAMPLES, *LEARNING},
     "parameters.task_vectors=whole": {VECTORS, MAGNITUDES, *LEARNING},
     "parameters.hidden_layers=[1]": {TARGETS, *LEARNING},
     "parameters.hidden_loss=relative": LEARNING,
-    "parameters.hidden_weight=0.5": LEARNING,
+    "parameters.hidden_weight=0.5": STEPS,
     "parameters.temperature=3": LEARNING,
     "parameters.loss_tokens=text": {SAMPLES},  # the rest by the samples
     "parameters.regularization=0.25": STEPS,
