@@ -59,6 +59,7 @@ def test_another_option_of_stage_2_computes_stage_2_alone(merges: Merges) -> Non
     assert (again / "merge" / "metrics.parquet").read_bytes() == (first / "merge" / "metrics.parquet").read_bytes()
 
 
+@pytest.mark.thorough
 def test_another_loss_weight_searches_the_prior_in_what_was_measured(merges: Merges) -> None:
     merges.merge("merge_method=expert_merging")
     other = ("merge_method=expert_merging", "models.0.parameters.loss_weight=3")
@@ -79,6 +80,7 @@ def test_damaged_and_lost_entries_are_computed_again(merges: Merges) -> None:
     assert result(third) == result(first) and figures(third)[0] == 0
 
 
+@pytest.mark.thorough
 def test_more_epochs_go_on_from_fewer(merges: Merges) -> None:
     only = "merge_method=expert_merging"
     merges.merge(only)
@@ -87,6 +89,7 @@ def test_more_epochs_go_on_from_fewer(merges: Merges) -> None:
     assert without_importance(more) == without_importance(merges.merge(only, "parameters.epochs=3", cache="off"))
 
 
+@pytest.mark.thorough
 def test_of_an_expert_more_the_targets_and_the_survey_are_computed(
     make_merge: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from identities import ON_CPU
 from plain import Plain
+from thorough import thorough_but
 
 from engine.calibration.samples import Sample
 from engine.config.schema import Config
@@ -81,6 +82,12 @@ CHANGES: dict[str, set[str]] = {
     "cache_size=1GB": set(),
     "models.0.name=other": STEPS,  # the rows of the metrics have the names
 }
+# One of each kind of change.
+QUICK = [
+    *("parameters.loss_weight=0.5", "parameters.samples_per_model=2", "parameters.task_vectors=whole"),
+    *("parameters.hidden_layers=[1]", "parameters.temperature=3", "parameters.learning_rate=0.2"),
+    *("parameters.budget=2", "calibration.shuffle=true", "dtype=bfloat16", "out_dtype=bfloat16", "cache=off"),
+]
 # Options that forbid some of the others, or without which some of these have no effect.
 ALONE = {"parameters.chunks=spectral", "merge_method=expert_merging", "config_source=expert0"}
 # Of other methods; the models, whose files count; and what is not a setting.
@@ -148,11 +155,12 @@ def test_every_key_of_the_config_is_in_the_table() -> None:
     assert fields - given - sections == set()
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", thorough_but(QUICK, CHANGES))
 def test_a_key_changes_with_the_options_that_its_computation_reads(change: str, make_plan: Callable[..., Plan]) -> None:
     assert changed(all_keys(make_plan()), all_keys(make_plan(change))) == CHANGES[change]
 
 
+@pytest.mark.thorough
 @settings(max_examples=15, deadline=None)
 @given(st.sets(st.sampled_from(sorted(CHANGES.keys() - ALONE)), min_size=2, max_size=4))
 def test_several_options_change_what_each_of_them_changes(make_plan: Callable[..., Plan], changes: set[str]) -> None:
