@@ -11,21 +11,27 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-l
 FOLDERS = tests/cluster tests/end_to_end tests/parity tests/actors tests/engine tests/test_*.py
 MARKED = $(shell grep -rlE --include='test_*.py' $(1) $(FOLDERS))
 STAMP := .venv/.installed
+PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: install demo test test-slow test-thorough mergekit-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
 	quality check clean
 
 install: $(STAMP)
 
-# torch is installed first and pinned, so that no later package replaces it with another build.
+# torch is installed first and pinned, so that no later package replaces it with another build. A newer pip than that of
+# Python 3.11 shows what it unpacks, too.
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -c constraints.txt torch
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "making an environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade "pip>=25.1"
+	@echo "installing torch, the largest part"
+	@$(PIP) -c constraints.txt torch
+	@echo "installing everything else, such as Ray and transformers"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
 
 demo: install
-	$(BIN)/python examples/quickstart/demo.py
+	@$(BIN)/python examples/quickstart/demo.py
 
 test: install
 	$(PYTEST) -n $(WORKERS) -m "not slow and not thorough"

@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from scoring import score_rows
-from train_experts import encode
+from skills import encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 

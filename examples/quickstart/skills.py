@@ -87,6 +87,15 @@ def read(skill: str, split: str) -> list[dict[str, str]]:
         return [json.loads(line) for line in file]
 
 
+def encode(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
+    """Return the token ids of one chat, and the index at which its answer starts."""
+    user = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
+    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], return_dict=False)
+    # The template ends a turn with "<|im_end|>\n". Generation stops at <|im_end|>, so the line break is dropped.
+    return whole[:-1], len(prompt)
+
+
 def write_files() -> None:
     """Write the files of all skills; calibration files have no answers."""
     for skill in SKILLS:

@@ -23,18 +23,9 @@ BATCH, LEARNING_RATE, SEED = 10, 1e-3, 1
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-def encode(tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """Return the token ids of one chat, and the index at which its answer starts."""
-    user = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": answer}], return_dict=False)
-    # The template ends a turn with "<|im_end|>\n". Generation stops at <|im_end|>, so the line break is dropped.
-    return whole[:-1], len(prompt)
-
-
 def batch_of(tokenizer, examples) -> dict[str, torch.Tensor]:
     """Return padded model inputs [B, T] of (question, answer) pairs, with labels on the answers only."""
-    rows = [encode(tokenizer, *example) for example in examples]
+    rows = [skills.encode(tokenizer, *example) for example in examples]
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.full((len(rows), width), tokenizer.pad_token_id)
     mask_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, -100)
