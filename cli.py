@@ -6,11 +6,13 @@ import click
 
 from cluster.commands.cache import cache
 from cluster.commands.evaluate import evaluate
+from cluster.commands.init import init
 from cluster.commands.merge import merge
 from cluster.commands.methods import methods
 from cluster.commands.plan import plan
 from cluster.commands.push import push
 from cluster.commands.report import report
+from cluster.commands.schema import schema
 from engine import __version__
 
 
@@ -20,7 +22,7 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (merge, plan, evaluate, report, push, methods, cache):
+for command in (init, merge, plan, evaluate, report, push, methods, schema, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from engine.config.hints import key_hint, key_paths, nearest_method
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
 from engine.config.schema import Config, last_part
 from engine.config.slices import GivenSlice, as_slices, given_slices
+from engine.config.unknown_keys import key_hint, key_paths, nearest_method
 from engine.config.vocabulary import TokenSettings, read_tokens, reference, tokenizer_yaml, with_tokenizer_source
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError

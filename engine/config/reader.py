@@ -15,13 +15,12 @@ import pydantic
 import yaml
 
 from engine.config.checkpoints import expand
-from engine.config.hints import key_hint, key_paths, known_keys
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.presets import with_defaults
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_whole
-from engine.config.unknown_keys import without_unknown
+from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
 from engine.methods.registry import is_mergekits

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from engine.config.recipe import WeightSpaceSettings
-from engine.fields import Float, Int, Section, not_bool
+from engine.fields import ByteSize, Float, Int, Listed, Pattern, Section
 from engine.methods.learned import ModelParameters, Parameters
 
 # The trackers of accelerate, named like their packages.
@@ -54,14 +54,6 @@ INTERNAL = ("recipe", "unused")
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
 
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"a regular expression ({error})") from error
-    return value
-
-
 def _name(value: str) -> str:
     if not value.strip() or len(value) > NAME:
         raise ValueError(UNIONS["name"])
@@ -79,10 +71,6 @@ def _tracker(value: str) -> str:
     if value not in TRACKERS:
         raise ValueError(f"one of {', '.join(TRACKERS)}")
     return value
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 def _cache(value: Any) -> Any:
@@ -105,15 +93,8 @@ def _option(value: Any) -> Any:
     return value
 
 
-def _bytes(value: Any) -> Any:
-    """Parse a size such as 5GB with powers of 1000, as transformers does."""
-    if isinstance(value, str) and (match := re.fullmatch(r"(\d+)\s*([KMGT]?)B?", value.strip(), flags=re.IGNORECASE)):
-        return int(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
-    return not_bool(value)
-
-
-Pattern = Annotated[str, AfterValidator(_pattern)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Text = Annotated[str, Field(min_length=1)]
 # Options of an image processor, named as in transformers or in the model's own configuration.
 ImageOptions = dict[str, Annotated[Any, AfterValidator(_option)]]
 
@@ -136,7 +117,7 @@ class CalibrationFile(Section):
         image_options: Take precedence over `calibration.image_options`.
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Text
     samples: Annotated[Int, Field(ge=1, le=RECORDS)] | None = None
     loss_weight: Annotated[Float, Field(ge=0, le=1e6)] | None = None
     image_options: ImageOptions = Field(default_factory=dict)
@@ -147,24 +128,42 @@ class CalibrationFile(Section):
         return self.path if set(given) == {"path"} else given
 
 
-class ExpertConfig(Section):
-    """An entry of `models`: a checkpoint or an adapter, given by path or hub id."""
+# A calibration as a YAML may have it.
+Files = str | CalibrationFile | list[str | CalibrationFile]
 
-    model: Annotated[str, Field(min_length=1)]
+
+class ExpertConfig(Section):
+    """An entry of `models`.
+
+    Attributes:
+        model: The path, URI or hub id of a checkpoint, or of a LoRA adapter of the base.
+        name: Labels the expert in all outputs. Default: the last part of the path.
+        calibration: A file with records of the expert's domain, or a list of files. Learned methods need it.
+        parameters: Options of this model, which take precedence over those of the merge.
+    """
+
+    model: Text
     name: Annotated[str, AfterValidator(_name)] = Field(default_factory=lambda given: last_part(given.get("model", "")))
-    calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files)] = ()
+    calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files, json_schema_input_type=Files)] = ()
     parameters: ModelParameters = ModelParameters()
 
 
 class Calibration(Section):
-    """Options that turn records into calibration samples."""
+    """Options that turn records into calibration samples.
+
+    Attributes:
+        max_length: Tokens of the longest sample; longer ones are cut.
+        shuffle: Permute the records of each file before the first ones are taken.
+        generate_responses: Tokens of the response that each expert first writes to its prompts; 0 for none.
+        image_options: Options of the image processor, named as in transformers or in the model's own configuration.
+        image_folder: Searched for images that are not next to their data file. None: the config's folder.
+    """
 
     max_length: Annotated[Int, Field(ge=2, le=TOKENS)] = 2048
     shuffle: bool = False
     generate_responses: Annotated[Int, Field(ge=0, le=TOKENS)] = 64
     image_options: ImageOptions = Field(default_factory=dict)
-    # Searched for images that are not next to their data file. None: the config's folder.
-    image_folder: Annotated[str, Field(min_length=1)] | None = None
+    image_folder: Text | None = None
 
 
 class ActorResources(Section):
@@ -238,11 +237,41 @@ class Cluster(Section):
 
 
 class Config(Section):
-    """The config of a merge with all defaults filled in. docs/config.md describes the keys."""
+    """The config of a merge with all defaults filled in. docs/config.md describes the keys.
 
-    merge_method: Annotated[str, Field(min_length=1)]
-    base_model: Annotated[str, Field(min_length=1)]
-    # Defaults of the learned methods' options (`engine.methods.learned.PRESETS`).
+    Attributes:
+        merge_method: The method: `python cli.py methods` lists them.
+        base_model: The path, URI or hub id of the model from which the experts were fine-tuned.
+        preset: Defaults of the learned methods' options (`engine.methods.learned.PRESETS`).
+        models: The experts.
+        parameters: Options of the method.
+        exclude: Regular expressions; tensors whose names match keep the base's values.
+        calibration: How records become calibration samples.
+        dtype: The dtype of the merged model during computation. None: the base's, bfloat16 for float16.
+        out_dtype: The dtype of the written weights. None: `dtype` if given, else that of each tensor.
+        rounding: How merged weights are rounded to the output's dtype.
+        max_shard_size: Maximum bytes of an output file, unless a single tensor is larger; also a text such as 5GB.
+        tokenizer_source: The model that provides the output's tokenizer, `base` or `union`. None: the base, unchecked.
+        chat_template: `auto`, a name or Jinja. None: that of the output's tokenizer.
+        config_source: The expert whose config.json provides the values that change what a model computes.
+        on_missing: `base`: the base provides tensors that an expert lacks.
+        seed: Seed of `shuffle`, of random masks and of stochastic rounding.
+        batch_tokens: Maximum tokens of a forward and backward pass, padding included.
+        gradients: How the passes of a window become one gradient.
+        gradient_checkpointing: Compute activations again in the backward pass instead of storing them.
+        trust_remote_code: Allow Python code in a model's folder to run.
+        cluster: Resources of the actors, rates of the machines, and times to wait.
+        log_with: Trackers that log every step. They do not change the result.
+        log_dir: The folder of those trackers that write files.
+        cache: A folder or URI of what merges have computed, which others use again (`engine.run.reuse`), or `off`.
+            None: that of the environment, or a folder of this user's.
+        cache_size: The bytes that the cache may take; also a text such as 50GB.
+        record: Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is a config.
+        recipe, unused: INTERNAL: the settings of a weight-space method, and the given keys that it does not use.
+    """
+
+    merge_method: Text
+    base_model: Text
     preset: Literal["paper", "paper/internvl", "paper/qwen2-vl", "paper/mistral"] | None = None
     models: tuple[ExpertConfig, ...]
     parameters: Parameters = Parameters()
@@ -250,17 +279,11 @@ class Config(Section):
     calibration: Calibration = Calibration()
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
-    # How merged weights are rounded to the output's dtype.
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    # Maximum bytes of an output file, unless a single tensor is larger.
-    max_shard_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=1)] = 5_000_000_000
-    # The model that provides the output's tokenizer, `base` or `union`. None: the base, unchecked.
-    tokenizer_source: Annotated[str, Field(min_length=1)] | None = None
-    # `auto`, a name or Jinja (`engine.planning.chat_templates`). None: that of the output's tokenizer.
-    chat_template: Annotated[str, Field(min_length=1)] | None = None
-    # The expert whose config.json provides the values that change what a model computes. None: the base.
-    config_source: Annotated[str, Field(min_length=1)] | None = None
-    # `base`: the base provides tensors that an expert lacks.
+    max_shard_size: Annotated[ByteSize, Field(ge=1)] = 5_000_000_000
+    tokenizer_source: Text | None = None
+    chat_template: Text | None = None
+    config_source: Text | None = None
     on_missing: Literal["error", "base"] = "error"
     seed: Annotated[Int, Field(ge=0, lt=2**63)] = 0
     # These three are not in `cluster`, because they may change the last bits of a result and so are part of its
@@ -268,19 +291,13 @@ class Config(Section):
     batch_tokens: Annotated[Int, Field(ge=1, le=TOKENS)] | Literal["auto"] = "auto"
     gradients: GradientUse = "auto"
     gradient_checkpointing: bool = False
-    # Allows Python code in a model's folder to run.
     trust_remote_code: bool = False
     cluster: Cluster = Cluster()
-    # Trackers that log every step, and the folder of those that write files. They do not change the result.
-    log_with: Annotated[tuple[Annotated[str, AfterValidator(_tracker)], ...], BeforeValidator(_listed)] = ()
-    log_dir: Annotated[str, Field(min_length=1)] | None = None
-    # A folder or URI of what merges have computed, which others use again, or `off` (`engine.run.reuse`), and the bytes
-    # that it may take. None: the environment's, or a folder of this user's.
-    cache: Annotated[str, BeforeValidator(_cache), Field(min_length=1)] | None = None
-    cache_size: Annotated[Int, BeforeValidator(_bytes), Field(ge=0)] = 50_000_000_000
-    # Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is itself a config.
+    log_with: Listed[Annotated[str, AfterValidator(_tracker)]] = ()
+    log_dir: Text | None = None
+    cache: Annotated[Text, BeforeValidator(_cache, json_schema_input_type=Literal[False] | Text)] | None = None
+    cache_size: Annotated[ByteSize, Field(ge=0)] = 50_000_000_000
     record: dict[str, Any] | None = None
-    # INTERNAL: the settings of a weight-space method, and the given keys that the method does not use.
     recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
 

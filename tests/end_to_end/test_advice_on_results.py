@@ -43,6 +43,8 @@ from engine.report import page
 ELSEWHERE = {
     "{MORE}": "more or larger GPUs",
     "the training has saved no checkpoint of its last step": "test_callback.py, which trains again with a strategy",
+    "give another name, or remove the file": "test_init.py, which removes it",
+    "no answer to the question for the": "test_init.py, which gives these options",
 }
 # What the tests below this table of commands follow, by a part of the text in the golden file.
 BELOW = (

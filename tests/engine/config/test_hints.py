@@ -8,7 +8,7 @@ import pytest
 from errors import refused
 
 from engine.config.documents import given_documents
-from engine.config.hints import nearest_method
+from engine.config.unknown_keys import nearest_method
 from engine.errors import ConfigError
 
 OURS: dict[str, Any] = {
