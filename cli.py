@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from cluster.commands.cache import cache
+from cluster.commands.chat import chat
 from cluster.commands.evaluate import evaluate
 from cluster.commands.init import init
 from cluster.commands.merge import merge
@@ -22,7 +23,7 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (init, merge, plan, evaluate, report, push, methods, schema, cache):
+for command in (init, merge, plan, evaluate, chat, report, push, methods, schema, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ ELSEWHERE = {
     "the training has saved no checkpoint of its last step": "test_callback.py, which trains again with a strategy",
     "give another name, or remove the file": "test_init.py, which removes it",
     "no answer to the question for the": "test_init.py, which gives these options",
+    "begin a new one with /reset": "test_chat.py, which does",
 }
 # What the tests below this table of commands follow, by a part of the text in the golden file.
 BELOW = (
