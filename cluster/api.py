@@ -34,6 +34,7 @@ def merge(
     *,
     address: str | None = None,
     fresh: bool = False,
+    extend: Model | None = None,
     intermediate_dir: str | os.PathLike[str] | None = None,
     strict: bool = False,
     debug: bool = False,
@@ -50,6 +51,7 @@ def merge(
         overrides: New values of keys, such as `{"parameters.epochs": 4, "models.0.name": "math"}`.
         address: The address of a running Ray cluster; None uses RAY_ADDRESS, else this machine alone.
         fresh: Discard the state of an earlier start, and replace an earlier merge.
+        extend: An earlier merge, whose experts are merged with those of the config.
         intermediate_dir: Of a config with several documents: the folder or URI in which the other outputs are kept.
         strict: Refuse keys and parameters that nothing reads, for mergekit's methods too.
         debug: Show the output of the actors.
@@ -62,7 +64,14 @@ def merge(
     target = target_of(os.fspath(out))
     check_place(target)
     kept = kept_at(None if intermediate_dir is None else os.fspath(intermediate_dir))
-    return merge_given(given_documents(config, overrides, strict), target, kept, address, fresh, debug)
+    documents = given_documents(config, overrides, strict)
+    if extend is None:
+        return merge_given(documents, target, kept, address, fresh, debug)
+    from cluster.driver import merge as merge_by
+    from cluster.extension import plan_extended
+
+    made = plan_extended(documents, target_of(*_texts(extend)), target)
+    return MergeResult(target, merge_by(made, target, address, fresh, debug))
 
 
 def plan(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -13,7 +16,7 @@ import yaml
 from errors import refused
 
 import cluster
-from cluster.session import actor_options, connect
+from cluster.session import ENVIRONMENT, actor_options, connect
 from engine.errors import ClusterError, ConfigError, OutputError
 
 TIES = {"merge_method": "ties", "parameters": {"weight": 0.5, "density": 0.6}}
@@ -77,16 +80,21 @@ def test_a_merge_returns_what_it_recorded_and_changes_no_handler(folder: Path) -
 def test_a_ray_that_is_connected_is_used_and_stays_connected(folder: Path, small_ray: None) -> None:
     with refused(ClusterError, do="ray.shutdown()"), connect("127.0.0.1:6379"):
         pass
-    made = cluster.merge(
-        "merge.yaml",
-        out="out",
-        overrides={"merge_method": "expert_merging", "parameters": {"weight": 0.3, "epochs": 1}},
-    )
+    first, second = yaml.safe_load((folder / "merge.yaml").read_text())["models"]
+    options = {"merge_method": "expert_merging", "parameters": {"epochs": 1}, "cache": "off"}
+    made = cluster.merge("merge.yaml", "one", options | {"models": [first]})
+    assert made.coefficients is not None and made.priors == {"expert0": pytest.approx(0.2)}
+    more = cluster.merge({"models": [second]}, "two", extend=made)
+    assert more.priors == {"expert0": pytest.approx(0.2), "expert1": pytest.approx(0.3)}
     assert ray.is_initialized()
-    assert made.coefficients is not None and sorted(made.priors.values()) == pytest.approx([0.2, 0.3])
 
 
-def test_actors_on_somebody_elses_ray_get_the_environment(monkeypatch: pytest.MonkeyPatch, small_ray: None) -> None:
+def test_actors_on_somebody_elses_ray_get_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_job: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env=of_job))
+    monkeypatch.setattr(os, "environ", dict(ENVIRONMENT))
     assert actor_options() == {}
-    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
-    assert actor_options()["runtime_env"]["env_vars"]["MALLOC_TRIM_THRESHOLD_"]
+    del os.environ["MALLOC_TRIM_THRESHOLD_"]
+    assert actor_options() == {"runtime_env": {"env_vars": ENVIRONMENT}}
+    of_job["env_vars"] = ENVIRONMENT
+    assert actor_options() == {}
