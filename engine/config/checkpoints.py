@@ -51,7 +51,9 @@ def expand(raw: dict[str, Any], folder: Path, where: Where) -> tuple[dict[str, A
 def _matching(entry: Any, folder: Path, where: Where, at: int) -> list[Any]:
     """Return the entries that an entry of `models` stands for, itself if its path is no pattern."""
     pattern = entry.get("model") if isinstance(entry, dict) else None
-    if not isinstance(pattern, str) or not glob.has_magic(pattern) or "\0" in pattern:
+    # In a URI, a question mark begins the options of the storage.
+    patterned = isinstance(pattern, str) and ("*" in pattern if is_uri(pattern) else glob.has_magic(pattern))
+    if not isinstance(pattern, str) or not patterned or "\0" in pattern:
         return [entry]
     if (folder / pattern).exists():  # a folder whose name has such characters
         return [entry]

@@ -75,9 +75,9 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
     for key in INTERNAL:
         if key in raw:
             raise ConfigError(f"unknown key {key!r}", given((key,)))
-    raw, where = expand(raw, path.absolute().parent, given)
     for location, uri in addresses_in(raw):
-        check_no_secret(uri, ConfigError, where(location))
+        check_no_secret(uri, ConfigError, given(location))
+    raw, where = expand(raw, path.absolute().parent, given)
     recipe: WeightSpaceSettings | None = None
     unknown: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()

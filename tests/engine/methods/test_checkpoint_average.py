@@ -107,6 +107,12 @@ def test_a_pattern_without_a_folder_is_refused(pattern: str, tmp_path: Path) -> 
         load_config(config)
 
 
+def test_the_options_of_a_storage_are_no_pattern(tmp_path: Path) -> None:
+    config = tmp_path / "merge.yaml"
+    config.write_text("merge_method: checkpoint_average\nmodels:\n  - model: s3://bucket/run?region=x\n")
+    assert [expert.model for expert in load_config(config).models] == ["s3://bucket/run?region=x"]
+
+
 def test_a_folder_with_such_a_name_is_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "a[1]").mkdir()
     config = tmp_path / "merge.yaml"
