@@ -29,6 +29,7 @@ from cluster.driver import _remarks
 from cluster.processes import OneMachine
 from engine.config.schema import Use
 from engine.errors import InputError
+from engine.planning.differences import left_out
 from engine.shards.parts import tensor_groups
 from engine.task_vectors.coefficients import read_coefficients
 
@@ -84,7 +85,7 @@ def test_adamerging_reads_experts_but_never_runs_them_for_one_coefficient_each(
 ) -> None:
     options = ("merge_method=adamerging", "parameters.granularity=task", "parameters.epochs=3")
     plan = plan_of(config, *options)
-    (unused,) = _remarks(plan)
+    (unused,) = _remarks(plan, left_out(plan))
     assert "adamerging: " in unused and "hidden_layers" in unused
     out = run_merge(plan, tmp_path / "merged")
     assert "entropy" in capsys.readouterr().out

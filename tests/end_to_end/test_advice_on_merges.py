@@ -33,6 +33,7 @@ from engine.shards.weight_space import check_settings
 ADVICE = Advice(
     __name__,
     elsewhere={
+        "set `metric` in the `parameters` of each model": "test_a_checkpoint_without_a_loss_is_refused_when_planned",
         "set `hidden_layers: []`": "test_hidden_states_of_several_streams_are_refused_and_can_be_left_out",
     },
 )
