@@ -25,6 +25,7 @@ def checked(path: Path, *arguments: str) -> dict[str, dict[str, object]]:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_checks_pass_on_a_cpu_with_small_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # In this process, which has imported torch and transformers already.

@@ -27,11 +27,14 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("gradients=stream", "parameters.task_vectors=orthogonal"),
-        ("gradients=stream", "parameters.task_vectors=orthogonal", "parameters.chunks=spectral"),
-        ("gradients=stream",),
+        pytest.param(("gradients=stream", "parameters.task_vectors=orthogonal"), id="factors"),
+        pytest.param(
+            ("gradients=stream", "parameters.task_vectors=orthogonal", "parameters.chunks=spectral"),
+            id="directions",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(("gradients=stream",), id="dense", marks=pytest.mark.thorough),
     ],
-    ids=["factors", "directions", "dense"],
 )
 def test_any_number_of_trainers_learns_the_same_bits(config: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     plan = plan_of(config, *WINDOWS, *options)

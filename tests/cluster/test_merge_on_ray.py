@@ -57,6 +57,7 @@ def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_pa
         np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> None:
     own = [f"models.{k}.parameters.weight=null" for k in range(2)]
     options = [*own, "parameters.weight=auto", "parameters.hidden_loss=relative", "merge_method=expert_merging"]
@@ -204,6 +205,7 @@ def test_a_stop_between_readings_and_damage_give_the_same_bits(
     assert written["record"]["inputs"] == before["record"]["inputs"], "the hashes of the inputs"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
 @pytest.mark.parametrize(
     ("task_vectors", "chunks"),

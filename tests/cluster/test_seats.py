@@ -37,7 +37,7 @@ def gpu_ray(warm: None) -> Iterator[None]:
         yield
 
 
-pytestmark = pytest.mark.usefixtures("gpu_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("gpu_ray")]
 
 
 def seated_class() -> type:

@@ -14,7 +14,7 @@ from conftest import plan_of
 from processes import descendants, kill, titled
 from psutil import Process
 
-pytestmark = pytest.mark.usefixtures("small_ray")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_ray")]
 
 OPTIONS = ("gradients=stream", "batch_tokens=11", "cluster.factors=always", "parameters.task_vectors=orthogonal")
 

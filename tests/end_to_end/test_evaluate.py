@@ -68,6 +68,7 @@ def evaluate(merger: Server, folder: Path) -> Any:
     return lambda *arguments: merger.run("evaluate", *arguments, cwd=folder)
 
 
+@pytest.mark.slow
 def test_one_model_in_this_process(evaluate: Any, folder: Path) -> None:
     files = ("--data", "answers.jsonl", "--data", "expert0.jsonl", "--data", "choices.json")
     ended = evaluate("base", *files, "--expert", "expert0", "--max-new-tokens", "5", "--out", "out/table.parquet")

@@ -128,6 +128,7 @@ def expected_line(machine: str, printed: str) -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "machine"),
     thorough_but([("mistral-7b", "-paper", "1 GPU")], product(EXPECTED, KINDS, MACHINES)),

@@ -46,9 +46,12 @@ SETTLED = """() => new Promise(done => {
     look()
 })"""
 
-pytestmark = pytest.mark.skipif(
-    find_browser() is None and "REQUIRE_BROWSER" not in os.environ, reason="there is no Chromium on the PATH"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        find_browser() is None and "REQUIRE_BROWSER" not in os.environ, reason="there is no Chromium on the PATH"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ def run(kernel: Path, cache: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_what_a_process_compiled_is_loaded_by_the_next(kernel: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert run(kernel, cache) == "1 0"
@@ -55,6 +56,7 @@ def test_what_a_process_compiled_is_loaded_by_the_next(kernel: Path, tmp_path: P
     assert run(kernel, cache) == "1 0", "what it may call has changed"
 
 
+@pytest.mark.thorough
 def test_nothing_is_kept_in_a_folder_to_which_others_can_write(kernel: Path, tmp_path: Path) -> None:
     shared, blocked = tmp_path / "shared", tmp_path / "a file"
     (shared / "kernels").mkdir(parents=True)

@@ -20,6 +20,7 @@ from errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from object_store import Store
+from thorough import as_thorough
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.calibration.records import Record
@@ -297,7 +298,7 @@ def test_texts_against_a_plain_computation(learnt: Path) -> None:
         assert found[metric] == pytest.approx(value, rel=1e-4), metric
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", as_thorough("gemma2")])
 def test_a_batch_changes_nothing(learnt: Path, tmp_path: Path, family: str) -> None:
     models = learnt
     if family != "llama":

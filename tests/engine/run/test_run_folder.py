@@ -876,7 +876,7 @@ def test_in_object_storage_marker_files_are_removed_first_and_written_last(
     assert objects.output.names() == set()
 
 
-@pytest.mark.parametrize("name", [RECORD, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", [RECORD, as_thorough("config.json"), as_thorough("tokenizer.json")])
 def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
     objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -904,7 +904,7 @@ def test_a_run_resumes_after_a_stop_during_the_removal_of_an_earlier_merge(
         assert objects.output.names() == set()
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", RECORD])
+@pytest.mark.parametrize("name", ["tokenizer.json", as_thorough("config.json"), as_thorough(RECORD)])
 def test_a_run_resumes_after_a_stop_during_the_upload_of_the_output(
     objects: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
