@@ -237,6 +237,7 @@ def test_prometheus_finds_every_node(by_hand: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 def test_the_rayjobs_entrypoint_runs_on_the_head(by_hand: Cluster, tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "shared")

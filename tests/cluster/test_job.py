@@ -164,6 +164,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     assert result(tmp_path / "out") == result(undisturbed[0])
 
 
+@pytest.mark.thorough
 def test_a_driver_outside_of_a_job_that_is_terminated_is_130(
     head: Head, config: Path, undisturbed: tuple[Path, Told], tmp_path: Path
 ) -> None:

@@ -327,8 +327,8 @@ def test_actors_that_are_killed_are_replaced_with_the_same_bits(
     ("phase", "victim", "name"),
     [
         ("targets", "ray::Expert", "an expert's actor"),
-        ("stage 1", "ray::Trainer", "the trainer"),
-        ("stage 2", "ray::Shard", "shard 0"),
+        as_thorough(("stage 1", "ray::Trainer", "the trainer")),
+        as_thorough(("stage 2", "ray::Shard", "shard 0")),
     ],
 )
 def test_actors_that_hang_are_named_and_replaced_with_the_same_bits(

@@ -278,7 +278,7 @@ def test_with_debug_an_actor_prints_to_the_terminal(
     option = found("run with --(debug)", refusal(lambda: failing(ActorDiedError())))[1]
     shown: list[bool] = []
     monkeypatch.setattr(cluster.session, "_check_machine", lambda: None)
-    monkeypatch.setattr(cluster.session, "_say_if_slow", lambda: None)
+    monkeypatch.setattr(cluster.session, "_say_if_slow", lambda say: None)
     monkeypatch.setattr(cluster.session.ray, "init", lambda log_to_driver, **options: shown.append(log_to_driver))
     with cluster.session.connect(None, **{option: True}):
         pass
