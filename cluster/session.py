@@ -93,7 +93,7 @@ def connect(
         _start(options, address, "info" if shown else "error", shown)
         try:
             if not address:
-                _say_if_slow()
+                _say_if_slow(say)
             yield
         finally:
             ray.shutdown()
@@ -146,12 +146,12 @@ def _check_machine() -> None:
         raise ClusterError("Ray cannot write to the shared memory", str(SHARED), "a folder of type tmpfs", do)
 
 
-def _say_if_slow() -> None:
+def _say_if_slow(say: Callable[[str], None]) -> None:
     """Say that Ray's objects are not in shared memory, because that is too small. Ray says so in its logs alone."""
     store = sum(node["Resources"].get("object_store_memory", 0) for node in ray.nodes())
     if sys.platform == "linux" and (free := shutil.disk_usage(SHARED).free) < store:
         place = f"{_temporary()}, which may be slower"
-        print(f"{SHARED} has {free / 1e9:.2f} GB free, so Ray keeps its objects in {place}", file=sys.stderr)
+        say(f"{SHARED} has {free / 1e9:.2f} GB free, so Ray keeps its objects in {place}")
 
 
 def _not_started(error: Exception, address: str | None) -> ClusterError:
