@@ -39,7 +39,7 @@ test: install
 test-slow: install
 	$(PYTEST) -n $(WORKERS) -m "slow and not thorough" $(call MARKED,slow)
 
-# The rest of the tests with many parameters, and long property tests; ten minutes on two cores. Not a part of CI.
+# The rest of the tests with many parameters, and long tests like others that CI has. Not a part of CI.
 test-thorough: install
 	$(PYTEST) -n $(WORKERS) -m thorough $(call MARKED,'thorough|cases')
 

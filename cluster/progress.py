@@ -117,8 +117,10 @@ class Progress:
             self.seconds[name] = time.monotonic() - self._since[name]
             if self.telemetry:
                 self.telemetry.phase_seconds(name, self.seconds[name])
-        if self.start:
-            self.start.end(name) if complete else self.start.alive()
+        if self.start and complete:
+            self.start.end(name)
+        elif self.start:
+            self.start.alive()
         if not self._is_live:
             self.say(f"[{self._seconds()}] {name} {done}/{total}" + (f"  {note}" if note else ""))
         elif complete:

@@ -60,8 +60,12 @@ def connect(
     """Connect to the cluster at `address` or RAY_ADDRESS (set in a submitted job), else start Ray on this machine.
 
     A process that is connected already, such as that of a notebook, stays so: its Ray is used.
-    With `debug`, Ray and the actors print on the terminal; otherwise to the file `log`, if there is one. What others
-    print on the error output of this process is then given to `say`.
+
+    Args:
+        address: The address of a running cluster.
+        debug: Ray and the actors print on the terminal; otherwise to the file `log`, if there is one.
+        log: That file. What others print on the error output of this process is then given to `say`.
+        say: Called with lines for the user.
 
     Raises:
         ClusterError: no cluster answers at the address, Ray does not start, or the process is connected and an address

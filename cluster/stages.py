@@ -7,8 +7,7 @@ is stored after every call, so that a restarted run resumes there; meanwhile, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,8 @@ class Stages:
     trainers: Trainers
     targets: TargetComputation
     computing: Computing
+    # The key of the last state of each stage that is complete.
+    _last: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def find_prior(self) -> Plan:
         """Return the plan with every prior; `auto` becomes the common weight of the smallest loss over all samples."""
@@ -112,11 +113,6 @@ class Stages:
     @property
     def _keys(self) -> Keys:
         return Keys(self.attempt.plan, self.attempt.folder.identity)
-
-    @cached_property
-    def _last(self) -> dict[int, str]:
-        """The key of the last state of each stage that is complete."""
-        return {}
 
     def _samples(self, windows: Sequence[Sequence[tuple[int, int]]]) -> list[list[Sample]]:
         return [[self.samples[k][i] for k, i in window] for window in windows]

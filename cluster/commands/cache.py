@@ -30,10 +30,11 @@ def _run(folder: str | None, clear: bool, older_than: float | None) -> None:
     from rich.filesize import decimal
 
     from engine.storage.content_cache import OFF, ContentCache, default_place, summary
-    from engine.storage.paths import is_uri
+    from engine.storage.paths import is_uri, open_folder
 
     where = target_of(folder) if folder is not None else default_place()
-    if where == OFF or not (is_uri(where) or Path(where).is_dir()):
+    # An empty folder would become a cache.
+    if where == OFF or not ((is_uri(where) or Path(where).is_dir()) and open_folder(where).entries()):
         click.echo("there is no cache" if where == OFF else f"{where}: there is no cache")
         return
     kept = ContentCache(where, 0, 0)

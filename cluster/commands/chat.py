@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.commands.common import debug_option, guarded
+from cluster.commands.common import debug_option, dtype_option, guarded, remote_code_option
 from engine.errors import MergeError
 
 if TYPE_CHECKING:
@@ -28,14 +28,8 @@ HELP = "/reset begins a new conversation, Ctrl-C ends an answer, Ctrl-D ends the
 @click.option(
     "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), help="Maximum tokens of an answer."
 )
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Dtype of the computation; auto: the dtype of the weights.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run.")
+@dtype_option
+@remote_code_option
 @debug_option
 def chat(
     model: str, against: str | None, system: str, max_new_tokens: int, dtype: str, trust_remote_code: bool, debug: bool

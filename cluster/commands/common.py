@@ -36,6 +36,16 @@ kept_option = click.option(
     metavar="FOLDER",
     help="Of a config with several documents: folder or URI in which the other outputs are kept.",
 )
+dtype_option = click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    help="Dtype of the computation; auto: the dtype of the weights.",
+)
+remote_code_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run."
+)
 OUT = "merged"
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cluster.commands.common import debug_option, guarded, stop
+from cluster.commands.common import debug_option, dtype_option, guarded, remote_code_option, stop
 
 
 @click.command()
@@ -45,13 +45,7 @@ from cluster.commands.common import debug_option, guarded, stop
 @click.option(
     "--max-length", default=2048, show_default=True, type=click.IntRange(1), help="Maximum tokens of a record."
 )
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Dtype of the computation; auto: the dtype of the weights.",
-)
+@dtype_option
 @click.option("--task", "tasks", multiple=True, metavar="NAME", help="Task of lm-evaluation-harness; repeatable.")
 @click.option(
     "--task-path",
@@ -63,7 +57,7 @@ from cluster.commands.common import debug_option, guarded, stop
 @click.option(
     "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else Ray starts here if needed."
 )
-@click.option("--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run.")
+@remote_code_option
 @debug_option
 def evaluate(**options: Any) -> None:
     """Evaluate models on records and on tasks.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Keys:
 
     plan: Plan
     identity: Identity
+    # The keys of the targets that were asked for, by expert and index.
+    _targets: dict[tuple[int, int], str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def samples(self, k: int) -> str | None:
         """Return the key of the samples of expert k, without their loss weights."""
@@ -177,10 +179,6 @@ class Keys:
         if place not in self._targets:
             self._targets[place] = self.target(sample, computing)
         return self._targets[place]
-
-    @cached_property
-    def _targets(self) -> dict[tuple[int, int], str | None]:
-        return {}
 
     def _learning(self, name: str, computing: Computing) -> list[Any]:
         """Return what decides every step of a stage, or the search for the prior, besides samples and priors."""

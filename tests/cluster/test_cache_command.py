@@ -46,5 +46,7 @@ def test_no_other_folder_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert run("--folder", tmp_path / "mine", "--clear").exit_code == 2
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
     assert run("--folder", tmp_path / "missing").exit_code == 0 and not (tmp_path / "missing").exists()
+    (tmp_path / "empty").mkdir()
+    assert run("--folder", tmp_path / "empty", "--clear").exit_code == 0 and not any((tmp_path / "empty").iterdir())
     monkeypatch.setenv("EXPERT_MERGING_RUN_CACHE", "off")
     assert run("--clear").exit_code == 0
