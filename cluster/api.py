@@ -18,6 +18,7 @@ from cluster.commands.plan import print_on
 from cluster.evaluate_command import EvaluateOptions, evaluated
 from cluster.results import EvaluationResult, MergeResult, PlannedMerge
 from engine.config.documents import Document, Given, given_documents
+from engine.errors import ConfigError
 from engine.run.place import check_place
 
 # The columns of the printed plan: wide enough that no row of its tables is folded.
@@ -161,8 +162,9 @@ def evaluate(
         ClusterError: The cluster cannot be reached, or no node has the GPUs.
         RunError: The evaluation failed.
     """
+    _check(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length)
     given = EvaluateOptions(
-        models=_texts(models),
+        models=_some(models, "models"),
         files=_texts(data),
         experts=_texts(experts),
         out=None if out is None else os.fspath(out),
@@ -202,7 +204,7 @@ def report(
     """
     from engine.report.page import report_on
 
-    report_on(_texts(runs), Path(out), [Path(one) for one in _texts(evaluations)])
+    report_on(_some(runs, "runs"), Path(out), [Path(one) for one in _texts(evaluations)])
     return Path(out).absolute()
 
 
@@ -218,6 +220,21 @@ def merge_given(
     from cluster.driver import merge as merge_by
 
     return MergeResult(target, merge_by(made, target, address, fresh, debug))
+
+
+def _check(**counts: int | None) -> None:
+    """Check that counts are at least 1, as the options of the command are."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} is {count}", "evaluate", "at least 1")
+
+
+def _some(given: Model | Sequence[Model], name: str) -> tuple[str, ...]:
+    """Return `_texts` of at least one model or run."""
+    texts = _texts(given)
+    if not texts:
+        raise ConfigError(f"there are no {name}", name, "at least one")
+    return texts
 
 
 def _texts(given: Model | Sequence[Model]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,8 @@ def _load(names: list[str], system: str, most: int, dtype: str, trust_remote_cod
 
 def _talk(console: Console, names: list[str], conversations: list[Conversation]) -> None:
     """Answer the lines of stdin until it ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # of bytes that are no text
     while (question := _read(console)) is not None:
         if question == "/reset":
             for one in conversations:
@@ -112,6 +115,8 @@ def _show(console: Console, names: list[str], answers: list[Answer]) -> None:
             except KeyboardInterrupt:
                 for answer in answers:
                     answer.stop()
+    if not console.is_terminal:
+        console.print()  # rich ends a line on terminals alone
     for answer in answers:
         answer.future.result()
 

@@ -52,6 +52,8 @@ debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and t
 
 def target_of(out: str) -> str:
     """Return the output as an absolute path or a URI."""
+    if not out:
+        raise ConfigError("the output has no name", "--out", "a folder, or an s3:// or gs:// URI")
     return out if is_uri(out) else str(locate(out, Path.cwd(), OutputError))
 
 

@@ -57,7 +57,9 @@ def init(
         chosen = METHODS[method or (_ask("method", DEFAULT, type=click.Choice(list(METHODS))) if asked else DEFAULT)]
         of_base = base or _ask("base model (folder, URI or hub id)")
         models = list(experts) or _ask_each("expert {} (a checkpoint or adapter; nothing to end)")
-        data = list(files)
+        data = list(files) if chosen.learned else []
+        if len(data) < len(files):
+            click.echo(f"not used by {chosen.name}, which takes no data: {', '.join(files)}")
         if chosen.learned and not data:
             data = [_ask(f"records of the domain of {model} (.json, .jsonl or .parquet)") for model in models]
         if chosen.learned and len(data) != len(models):
@@ -67,6 +69,7 @@ def init(
         text = commented(chosen, given[0], given[1 : len(models) + 1], given[len(models) + 1 :], place)
         if not _checked(text, place, asked):
             return
+        place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("x", encoding="utf-8") as file:
             file.write(text)
         click.echo(f"wrote {config}; next:")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from engine.calibration.records import Record, Records
 from engine.calibration.samples import Sample
 from engine.config.schema import Config
-from engine.errors import DamagedError, InputError, StorageError
+from engine.errors import DamagedError, InputError, MergeError, StorageError
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
 from engine.run.identity import Identity
@@ -255,7 +255,8 @@ class Reuse:
             if cache is None:
                 raise
             self._cache = None
-            self._kept.say(f"the cache is not used any more: {error}")
+            cause = f"{error.where}: {error.what}" if isinstance(error, MergeError) else str(error)
+            self._kept.say(f"the cache is not used any more, which changes no result: {cause}")
 
 
 def _surveys(keys: Keys, computing: Computing) -> dict[str, str | None]:

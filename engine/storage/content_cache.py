@@ -183,7 +183,7 @@ class ContentCache:
             return
         root = self._folder.path
         with storing(root), suppress(filelock.Timeout), filelock.FileLock(root / TRIMMING, timeout=0):
-            for path in root.glob("*/.*.part"):
+            for path in [path for kind in KINDS for path in (root / kind).glob(".*.part")]:
                 with suppress(FileNotFoundError):
                     if is_temporary(path) and path.lstat().st_mtime < time.time() - ABANDONED:
                         path.unlink()
@@ -214,17 +214,13 @@ class ContentCache:
         self._known.clear()
 
     def _check(self) -> None:
-        """Write the marker into an empty folder, or check that of another start."""
+        """Write the marker into an empty folder, or check that of another start, and that no link leads out of it."""
+        if isinstance(self._folder, LocalFolder):
+            self._refuse([kind for kind in KINDS if (self._folder.path / kind).is_symlink()])
         if not self._folder.exists(MARKER):
-            if others := sorted(self._folder.entries() - {TRIMMING})[:3]:
-                # Another process may just have made the folder a cache.
-                if not self._folder.exists(MARKER):
-                    raise ConfigError(
-                        f"the folder of the cache holds something else: {', '.join(map(repr, others))}",
-                        self.where,
-                        "no such folder, an empty one, or one that an earlier merge made a cache",
-                        "give another folder as `cache`, or `off`",
-                    )
+            if others := sorted(self._folder.entries() - {TRIMMING}):
+                if not self._folder.exists(MARKER):  # another process may just have made the folder a cache
+                    self._refuse(others)
                 return
             self._folder.write(MARKER, json.dumps({"program": "expert-merging", "format": FORMAT}).encode())
             return
@@ -237,6 +233,16 @@ class ContentCache:
                 "the folder holds the cache of another version of this program",
                 self.where,
                 f"format {FORMAT}",
+                "give another folder as `cache`, or `off`",
+            )
+
+    def _refuse(self, others: list[str]) -> None:
+        """Raise a ConfigError if the folder holds files or links of others."""
+        if others:
+            raise ConfigError(
+                f"the folder of the cache holds something else: {', '.join(map(repr, others[:3]))}",
+                self.where,
+                "no such folder, an empty one, or one that an earlier merge made a cache",
                 "give another folder as `cache`, or `off`",
             )
 

@@ -56,6 +56,18 @@ def test_errors_are_raised_and_not_printed(folder: Path, capsys: pytest.CaptureF
     assert capsys.readouterr() == ("", "")
 
 
+def test_nothing_and_numbers_below_one_are_refused(folder: Path, tmp_path: Path) -> None:
+    with refused(ConfigError, facts=["models"]):
+        cluster.evaluate([], "data.jsonl")
+    with refused(ConfigError, facts=["runs"]):
+        cluster.report([], out=tmp_path / "report.html")
+    with refused(ConfigError, facts=["limit"]):
+        cluster.evaluate("base", "data.jsonl", limit=0)
+    with refused(ConfigError, facts=["output"]):
+        cluster.merge("merge.yaml", out="")
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_merge_returns_what_it_recorded_and_changes_no_handler(folder: Path) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGVTALRM)}
     made = cluster.merge("merge.yaml", out="out")

@@ -95,3 +95,12 @@ def test_a_model_that_is_not_there_is_an_error(folder: Path) -> None:
         conversation(folder / "missing")
     done = run(folder / "missing", answers="")
     assert done.exit_code == CheckpointError.exit_code and str(folder / "missing") in done.output
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_each_answer_ends_a_line_and_bytes_that_are_no_text_are_a_question(folder: Path) -> None:
+    asked = CliRunner().invoke(
+        cli.main, ["chat", str(folder / "base"), "--max-new-tokens", "2"], input=b"w1\n\xff\xfe w2\nw3\n"
+    )
+    assert asked.exit_code == 0 and asked.exception is None
+    assert asked.output.endswith("\n") and len(asked.output.splitlines()) == 3

@@ -104,3 +104,10 @@ def test_without_answers_it_names_the_options(folder: Path) -> None:
     done = run("init", *MODELS, *DATA[:2])
     assert done.exit_code == 2 and "--data" in done.output
     assert not (folder / "merge.yaml").exists()
+
+
+def test_the_folder_is_made_and_data_that_is_not_used_is_named(folder: Path) -> None:
+    given = ("--base", "base", "--expert", "expert0", "--method", "ties", "--data", "expert0.jsonl")
+    done = run("init", "new/deep/merge.yaml", *given)
+    assert done.exit_code == 0 and "expert0.jsonl" in done.output
+    assert (folder / "new" / "deep" / "merge.yaml").is_file()

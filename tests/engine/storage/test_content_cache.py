@@ -138,6 +138,25 @@ def test_what_is_not_used_longest_is_removed_first(tmp_path: Path, state: LocalF
     assert {path.read_bytes()[0] for path in root.glob("targets/*")} == {0}
 
 
+@pytest.mark.parametrize("name", ["targets", "metrics"])
+def test_a_link_out_of_the_folder_is_refused(name: str, root: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    kept = [mine / f"{key('a')}-{key('b')}", mine / f".{'b' * 32}.part"]
+    for path in kept:
+        path.touch()
+        os.utime(path, (0, 0))
+    if (root / name).exists():
+        (root / name).rename(tmp_path / "before")
+    (root / name).symlink_to(mine)
+    with refused(ConfigError, do="`cache`", facts=[name]):
+        cache_in(root)
+    (root / name).unlink()
+    (root / "other").symlink_to(mine)
+    cache_in(root).trim()
+    assert sorted(mine.iterdir()) == sorted(kept)
+
+
 def test_nothing_but_entries_is_removed(root: Path) -> None:
     others = [root / "notes.txt", root / "targets" / "notes.txt", root / "mine" / f"{key('a')}-{key('b')}"]
     for other in others:
