@@ -162,9 +162,8 @@ def evaluate(
         ClusterError: The cluster cannot be reached, or no node has the GPUs.
         RunError: The evaluation failed.
     """
-    _check(limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, max_length=max_length)
     given = EvaluateOptions(
-        models=_some(models, "models"),
+        models=_texts(models),
         files=_texts(data),
         experts=_texts(experts),
         out=None if out is None else os.fspath(out),
@@ -204,7 +203,10 @@ def report(
     """
     from engine.report.page import report_on
 
-    report_on(_some(runs, "runs"), Path(out), [Path(one) for one in _texts(evaluations)])
+    given = _texts(runs)
+    if not given:
+        raise ConfigError("there are no runs", "report", "at least one")
+    report_on(given, Path(out), [Path(one) for one in _texts(evaluations)])
     return Path(out).absolute()
 
 
@@ -220,21 +222,6 @@ def merge_given(
     from cluster.driver import merge as merge_by
 
     return MergeResult(target, merge_by(made, target, address, fresh, debug))
-
-
-def _check(**counts: int | None) -> None:
-    """Check that counts are at least 1, as the options of the command are."""
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{name} is {count}", "evaluate", "at least 1")
-
-
-def _some(given: Model | Sequence[Model], name: str) -> tuple[str, ...]:
-    """Return `_texts` of at least one model or run."""
-    texts = _texts(given)
-    if not texts:
-        raise ConfigError(f"there are no {name}", name, "at least one")
-    return texts
 
 
 def _texts(given: Model | Sequence[Model]) -> tuple[str, ...]:

@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from engine.errors import ConfigError
+
 if TYPE_CHECKING:
     from engine.evaluation.results import Row
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The arguments and options of `evaluate`, by the names that the command line has for them."""
+    """The arguments and options of `evaluate`, by the names that the command line has for them.
+
+    Raises:
+        ConfigError: There is no model, or a number is below 1.
+    """
 
     models: tuple[str, ...]
     files: tuple[str, ...]
@@ -31,6 +37,14 @@ class EvaluateOptions:
     dtype: str
     trust_remote_code: bool
     record: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("there are no models", "evaluate", "at least one")
+        for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} is {number}", "evaluate", "at least 1")
 
 
 def evaluate_and_print(given: EvaluateOptions) -> None:
