@@ -21,7 +21,18 @@ HEAVY = {"torch", "transformers", "ray"}
 ORDER = (
     *("errors", "sizes", "machine", "codec", "transfers", "fields", "untrusted", "bounded_process", "storage"),
     *("compiled", "checkpoints"),
-    *("task_vectors", "models", "methods", "config", "planning", "calibration", "shards", "learning", "run"),
+    *(
+        "task_vectors",
+        "models",
+        "statistics",
+        "methods",
+        "config",
+        "planning",
+        "calibration",
+        "shards",
+        "learning",
+        "run",
+    ),
     *("evaluation", "output", "report"),
 )
 # `plan`, `--help` and the reading of a config import these, and a person waits for them: no torch, transformers or ray.

@@ -18,6 +18,7 @@ import pydantic
 Value = bool | int | float | str
 Setting = Any
 Settings = Mapping[str, Setting]
+Statistic = Literal["activations", "gram", "fisher"]
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ class Method:
         aliases: Other names accepted in a config.
         learned: Its coefficients are learned.
         least, most: Bounds of the number of models, the base included.
+        statistics: What it needs of each expert: `activations` (the diagonal moments of the inputs of linear layers),
+            `gram` (their Gram matrices, and the diagonal) or `fisher`; see `engine.statistics`.
+        base_statistics: What it needs of the base.
         check: Checks a tensor's values together: called with its name, the names of its experts, and the values of the
             merge, of each expert, and of the base (None if it is not one of the models). Raises ConfigError.
     """
@@ -171,6 +175,8 @@ class Method:
     learned: bool = False
     least: int = 1
     most: int | None = None
+    statistics: tuple[Statistic, ...] = ()
+    base_statistics: tuple[Statistic, ...] = ()
     check: Callable[[str, Sequence[str], Settings, Sequence[Settings], Settings | None], object] | None = None
 
     @cached_property

@@ -23,6 +23,7 @@ from engine.methods.arithmetic.kernels import absolute_sum, add, agree, finish
 from engine.methods.arithmetic.selection import Threshold
 from engine.methods.options import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
+from engine.statistics.moments import TensorStatistics
 from engine.task_vectors.buffers import ThreadMemory
 from engine.task_vectors.coefficients import TensorCoefficients
 from engine.task_vectors.kinds import TaskVector
@@ -79,6 +80,8 @@ class MergeTensor:
         base_place: Position of the base among the models, if it is listed there.
         is_vocabulary: The tensor has one row per token.
         thresholds: Thresholds of the experts over the whole model, for `trim: model`.
+        statistics: Statistics of each expert, if the method uses them.
+        base_statistics: Those of the base.
     """
 
     name: str
@@ -97,6 +100,8 @@ class MergeTensor:
     base_place: int | None = None
     is_vocabulary: bool = False
     thresholds: Sequence[Threshold] | None = None
+    statistics: Sequence[TensorStatistics | None] = ()
+    base_statistics: TensorStatistics | None = None
 
     @property
     def numel(self) -> int:

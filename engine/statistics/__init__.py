@@ -1,0 +1,1 @@
+"""What experts say of themselves: moments of the inputs of their linear layers, and squared gradients."""
