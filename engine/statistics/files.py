@@ -40,7 +40,7 @@ Form = Literal["gram", "inputs", "diagonal"]
 Count = Annotated[Int, Field(ge=0)]
 
 
-class Entry(Section):
+class MomentsEntry(Section):
     """Where the moments of a layer's inputs are.
 
     Attributes:
@@ -58,7 +58,7 @@ class Entry(Section):
     form: Form
 
 
-class Header(Section):
+class StatisticsHeader(Section):
     """The content of statistics.json.
 
     Attributes:
@@ -83,7 +83,7 @@ class Header(Section):
     tokens: Count
     dtype: str
     kinds: tuple[Literal["activations", "gram", "fisher"], ...]
-    moments: dict[str, Entry] = Field(default_factory=dict)
+    moments: dict[str, MomentsEntry] = Field(default_factory=dict)
     fisher: dict[str, FileName] = Field(default_factory=dict)
     files: dict[FileName, Sha256] = Field(default_factory=dict)
 
@@ -93,7 +93,7 @@ class StatisticsWriter:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._moments: dict[str, Entry] = {}
+        self._moments: dict[str, MomentsEntry] = {}
         self._fisher: dict[str, str] = {}
         self._files: dict[str, str] = {}
 
@@ -106,7 +106,7 @@ class StatisticsWriter:
             form: Form = "gram" if moments.gram_II is not None else "diagonal"
             form = form if moments.inputs_NI is None else "inputs"
             features = len(moments.square_I)
-            entry = Entry(file=file, key=names[0], tokens=moments.tokens, features=features, form=form)
+            entry = MomentsEntry(file=file, key=names[0], tokens=moments.tokens, features=features, form=form)
             self._moments |= dict.fromkeys(names, entry)
             named = {"square": moments.square_I, "absolute": moments.absolute_I}
             named |= {"gram": moments.gram_II} if moments.gram_II is not None else {}
@@ -131,9 +131,9 @@ class StatisticsWriter:
             self._folder, OutputFile(file, entries), lambda entry: iter([tensors[entry.name].float()])
         )
 
-    def finish(self, **facts: Any) -> Header:
-        """Write statistics.json with the other fields of `Header`, and return it."""
-        header = Header(moments=self._moments, fisher=self._fisher, files=self._files, **facts)
+    def finish(self, **facts: Any) -> StatisticsHeader:
+        """Write statistics.json with the other fields of `StatisticsHeader`, and return it."""
+        header = StatisticsHeader(moments=self._moments, fisher=self._fisher, files=self._files, **facts)
         self._folder.write(HEADER, header.model_dump_json(indent=1).encode())
         return header
 
@@ -141,7 +141,7 @@ class StatisticsWriter:
         return f"{kind}-{len(self._files):05}.safetensors"
 
 
-def read_header(folder: Folder) -> Header:
+def read_header(folder: Folder) -> StatisticsHeader:
     """Read statistics.json.
 
     Raises:
@@ -152,7 +152,7 @@ def read_header(folder: Folder) -> Header:
         size = folder.size(HEADER)
         if size > JSON_BYTES:
             raise CheckpointError(f"the file has {size:,} bytes", where, f"at most {JSON_BYTES:,} bytes", AGAIN)
-        return Header.model_validate_json(folder.read(HEADER))
+        return StatisticsHeader.model_validate_json(folder.read(HEADER))
     except FileNotFoundError as error:
         raise CheckpointError("there are no statistics", folder.where, f"a folder with {HEADER}", AGAIN) from error
     except pydantic.ValidationError as error:
