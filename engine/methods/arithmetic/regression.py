@@ -1,0 +1,126 @@
+"""Regression of a layer's weight on the outputs of several experts: one solver for all methods that fit layers.
+
+For inputs Sₖ that the merged layer sees, inputs Tₖ and weights Wₖ of expert k, factors cₖ and a ridge ρ to an anchor A,
+
+    W* = argmin Σₖ cₖ·‖W·Sₖ − Wₖ·Tₖ‖²_F + ρ·‖W − A‖²_F   solves   W*·(Σₖ cₖ·SₖSₖᵀ + ρ·1) = Σₖ cₖ·Wₖ·TₖSₖᵀ + ρ·A.
+
+It is solved for W* − A, so that a direction of inputs that no sample has leaves the anchor as it is.
+Letters: O output features, I input features, N samples of all experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Eigenvalues of a Gram matrix below this share of the largest are zero by the rounding of float32, in which it is kept.
+ROUNDING = torch.finfo(torch.float32).eps
+# Up to this condition number, the solution has four digits in float32.
+WELL_CONDITIONED = 1e3
+# Vectors and steps of the power iterations that estimate a condition number.
+PROBES, STEPS = 8, 6
+
+
+def solve(
+    numerator_OI: Tensor,
+    gram_II: Tensor,
+    ridge: float = 0.0,
+    anchor_OI: Tensor | None = None,
+    rcond: float = ROUNDING,
+) -> Tensor:
+    """Return W* [O, I], float32, of W*·(gram + ridge·1) = numerator + ridge·anchor.
+
+    Args:
+        numerator_OI: Σₖ cₖ·Wₖ·TₖSₖᵀ.
+        gram_II: Σₖ cₖ·SₖSₖᵀ, symmetric.
+        ridge: ρ, not negative.
+        anchor_OI: A; None for zeros.
+        rcond: See `Inverse`.
+    """
+    inverse = Inverse(gram_II, ridge, rcond)
+    numerator_OI = numerator_OI.to(inverse.dtype)
+    if anchor_OI is None:
+        return inverse.divide(numerator_OI).float()
+    anchor_OI = anchor_OI.to(inverse.dtype)
+    numerator_OI = torch.addmm(numerator_OI, anchor_OI, gram_II.to(inverse.dtype), alpha=-1)
+    return (anchor_OI + inverse.divide(numerator_OI)).float()
+
+
+class Inverse:
+    """The inverse of gram + ridge·1: a Cholesky factor, or the pseudo-inverse of a matrix that is singular.
+
+    The factor is float32 if the matrix is well conditioned, else float64. Where its condition number is above 1/rcond,
+    it is the pseudo-inverse, which leaves out the eigenvalues below rcond times the largest; up to there, the two are
+    the same. The condition number is estimated by power iterations with fixed vectors.
+
+    Args:
+        gram_II: A positive semidefinite matrix.
+        ridge: Not negative.
+        rcond: The least share of the largest eigenvalue that counts.
+
+    Attributes:
+        dtype: The dtype of the inverse. Right sides should be summed in it.
+    """
+
+    def __init__(self, gram_II: Tensor, ridge: float = 0.0, rcond: float = ROUNDING) -> None:
+        limit = 1 / max(rcond, ROUNDING)
+        self.dtype = torch.float32
+        self._factor_II = _factor(gram_II.float(), ridge, min(WELL_CONDITIONED, limit))
+        if self._factor_II is not None:
+            return
+        self.dtype = torch.float64
+        self._factor_II = _factor(gram_II.double(), ridge, limit)
+        if self._factor_II is None:
+            values_I, self._vectors_II = torch.linalg.eigh(_ridged(gram_II.double(), ridge))
+            kept_I = (values_I > 0) & (values_I >= values_I[-1] / limit)
+            self._inverse_I = torch.where(kept_I, 1 / values_I, 0)
+
+    @property
+    def is_pseudo(self) -> bool:
+        """Whether it is the pseudo-inverse."""
+        return self._factor_II is None
+
+    def divide(self, right_OI: Tensor) -> Tensor:
+        """Return right·(gram + ridge·1)⁻¹ [O, I], in `dtype`."""
+        right_OI = right_OI.to(self.dtype)
+        if self._factor_II is None:
+            divided_OI: Tensor = (right_OI @ self._vectors_II * self._inverse_I) @ self._vectors_II.T
+        else:
+            divided_OI = torch.cholesky_solve(right_OI.T, self._factor_II).T
+        return divided_OI
+
+
+def _ridged(gram_II: Tensor, ridge: float) -> Tensor:
+    ridged_II = gram_II.clone()
+    ridged_II.diagonal().add_(ridge)
+    return ridged_II
+
+
+def _factor(gram_II: Tensor, ridge: float, highest: float) -> Tensor | None:
+    """Return the Cholesky factor of gram + ridge·1, or None if its condition number is above `highest`."""
+    ridged_II = _ridged(gram_II, ridge)
+    factor_II, failed = torch.linalg.cholesky_ex(ridged_II)
+    if failed or condition(ridged_II, factor_II) > highest:
+        return None
+    factor: Tensor = factor_II
+    return factor
+
+
+def condition(matrix_II: Tensor, factor_II: Tensor) -> float:
+    """Return an estimate from below of the condition number of a positive definite matrix with this Cholesky factor.
+
+    It is the ratio of the largest singular values of products of the matrix, and of its inverse, with a few vectors.
+    """
+    largest = 1.0
+    for inverted in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        probes_IP = torch.randn(len(matrix_II), min(PROBES, len(matrix_II)), generator=generator).to(matrix_II)
+        norm = 0.0
+        for _ in range(STEPS):
+            probes_IP = torch.linalg.qr(probes_IP)[0]
+            probes_IP = torch.cholesky_solve(probes_IP, factor_II) if inverted else matrix_II @ probes_IP
+            if not bool(probes_IP.isfinite().all()):
+                return float("inf")
+            norm = float(torch.linalg.matrix_norm(probes_IP, 2))
+        largest *= norm
+    return largest
