@@ -26,7 +26,7 @@ from models import Models
 from report import Report, Target, console, json_option, print_table
 
 from cluster.session import ENVIRONMENT
-from engine.config.schema import Use
+from engine.config.resources import Use
 
 TOKENS, WINDOW, STEPS = 64, 4, 3
 WAYS: dict[str, Use] = {"factors": "always", "dense": "never"}

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.seats import Node, Seat, Seating
-from engine.config.schema import GPU_PART, Config, GradientUse, Use
+from engine.config.resources import GPU_PART, GradientUse, Use
+from engine.config.schema import Config
 from engine.errors import ClusterError
 from engine.planning.costs.fitting import settings_that_fit
 from engine.planning.costs.rates import GB, Site

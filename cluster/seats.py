@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from engine.config.schema import GradientUse
+from engine.config.resources import GradientUse
 from engine.planning.schedule import CPU_TOKENS
 from engine.sizes import LOGIT_BYTES
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from actors.expert import Expert
 from actors.trainer import Trainer, WindowSample
 from engine.codec import pack_all
-from engine.config.schema import Use
+from engine.config.resources import Use
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import (
     PRIORS,

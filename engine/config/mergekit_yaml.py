@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
@@ -17,16 +17,19 @@ from engine.config.unknown_keys import key_hint, key_paths, nearest_method
 from engine.config.vocabulary import TokenSettings, read_tokens, reference, tokenizer_yaml, with_tokenizer_source
 from engine.config.yaml_text import Location, Where
 from engine.errors import ConfigError
+from engine.methods.corrections import CORRECTIONS
 from engine.methods.options import Method
 from engine.methods.registry import INSTALL, MERGEKIT, find_method, get_method, known_options
 from engine.untrusted import shown
 
 # Keys that only the configs of mergekit-moe have.
 MOE_KEYS = ("gate_mode", "experts", "shared_experts")
-# Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both.
+# Keys of the learned methods. Weight-space methods ignore them, so that one YAML can serve both. Those that run models
+# on samples have SAMPLE_KEYS and SAMPLE_ACTORS.
 LEARNING_KEYS = ("preset", "calibration", "batch_tokens", "gradients", "gradient_checkpointing")
 # Keys of `cluster` for actors that only a learned merge has.
 LEARNING_ACTORS = ("expert", "trainer", "trainers", "factors")
+SAMPLE_KEYS, SAMPLE_ACTORS = ("calibration",), ("expert",)
 
 
 def method_of(raw: dict[str, Any], where: Where) -> Method | None:
@@ -123,8 +126,9 @@ def read_recipe(
         modules[name], dropped = of_module["parameters"], (*dropped, *more)
         _check(modules[name], methods, ("modules", name, "parameters"), where)
     cluster = raw.get("cluster")
-    of_actors = [f"cluster.{key}" for key in LEARNING_ACTORS if isinstance(cluster, dict) and key in cluster]
-    unused += [*dropped, *(key for key in LEARNING_KEYS if key in raw), *of_actors]
+    keys, actors = _learning_keys(runs_models(methods, raw.get("calibrate")))
+    of_actors = [f"cluster.{key}" for key in actors if isinstance(cluster, dict) and key in cluster]
+    unused += [*dropped, *(key for key in keys if key in raw), *of_actors]
     tokens = read_tokens(tokenizer, reference(raw.get("base_model")), experts.models, where)
     recipe = WeightSpaceSettings(
         slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless, tokens=tokens
@@ -137,6 +141,20 @@ def read_recipe(
         tuple(dict.fromkeys(unused)),
         experts.places,
     )
+
+
+def runs_models(methods: Iterable[Method], calibrate: Any) -> bool:
+    """Return whether one of the methods, or a step of `calibrate` as it is given, may run models on samples."""
+    steps = calibrate if isinstance(calibrate, list) else [calibrate]
+    names = [step.get("method") if isinstance(step, dict) else step for step in steps]
+    after = [CORRECTIONS[name] for name in names if isinstance(name, str) and name in CORRECTIONS]
+    return any(method.statistics or method.base_statistics or method.by_blocks for method in (*methods, *after))
+
+
+def _learning_keys(with_samples: bool) -> tuple[list[str], list[str]]:
+    """Return the keys of learned methods that a weight-space method does not read, and those of `cluster`."""
+    kept = (*SAMPLE_KEYS, *SAMPLE_ACTORS) if with_samples else ()
+    return [key for key in LEARNING_KEYS if key not in kept], [key for key in LEARNING_ACTORS if key not in kept]
 
 
 class _Experts:
@@ -246,10 +264,11 @@ def as_yaml(config: Config) -> dict[str, Any]:
         method = get_method(config.merge_method)
         keys["parameters"] = {key: value for key, value in keys["parameters"].items() if key in method.by_name}
         return keys
-    for key in (*LEARNING_KEYS, "parameters"):
+    unused, actors = _learning_keys(config.uses_samples)
+    for key in (*unused, "parameters"):
         keys.pop(key, None)
-    keys["cluster"] = {key: value for key, value in keys["cluster"].items() if key not in LEARNING_ACTORS}
-    entries = [{key: value for key, value in entry.items() if key != "calibration"} for entry in keys.pop("models")]
+    keys["cluster"] = {key: value for key, value in keys["cluster"].items() if key not in actors}
+    entries = [{key: value for key, value in entry.items() if key not in unused} for entry in keys.pop("models")]
     if recipe.baseless:
         del keys["base_model"]
     if recipe.tokens != TokenSettings():

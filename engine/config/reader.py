@@ -16,19 +16,21 @@ import yaml
 
 from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
-from engine.config.presets import with_defaults
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_whole
 from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
+from engine.methods.learned import ADAMERGING, PRESETS
 from engine.methods.registry import is_mergekits
 from engine.storage.address import addresses_in, check_no_secret
 from engine.untrusted import read_text, shown
 
 # The bytes of a config, and the bytes and values of one that a merge recorded, which lists every image with its hash.
 BYTES, RECORD_BYTES, RECORD_VALUES = 4 << 20, 32 << 20, 500_000
+# `calibration` of every preset and of adamerging: responses are taken from the records and not generated.
+AS_GIVEN = {"generate_responses": 0}
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), strict: bool = False) -> Config:
@@ -93,7 +95,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
         if method.learned:
             check_whole(raw, where)
             raw, unused = drop_others_options(raw, method)
-            raw = with_defaults(raw, method.name)
+            raw = _with_defaults(raw, method.name)
         else:
             raw, recipe, unused, places = read_recipe(raw, method, where)
     config = _validated(raw, path, where)
@@ -103,6 +105,20 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
     experts = [(at, one) for at, one in enumerate(config.models) if one.model != base or one.calibration]
     _check(config, experts, where)
     return config.model_copy(update={"models": tuple(expert for _, expert in experts)})
+
+
+def _with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
+    """Return the keys of a config with the defaults of its preset or of its method filled in; given keys win."""
+    preset = raw.get("preset")
+    if merge_method == "adamerging":
+        parameters = ADAMERGING
+    elif isinstance(preset, str) and preset in PRESETS:
+        parameters = PRESETS[preset]
+    else:
+        return raw
+    defaults = {"parameters": parameters, "calibration": AS_GIVEN}
+    sections = {key: raw.get(key) or {} for key in defaults}
+    return raw | {key: defaults[key] | given for key, given in sections.items() if isinstance(given, dict)}
 
 
 def _validated(raw: dict[str, Any], path: Path, where: Where) -> Config:
@@ -124,6 +140,7 @@ def _validated(raw: dict[str, Any], path: Path, where: Where) -> Config:
 
 def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: Any) -> None:
     """Check conditions that span several keys. `experts`: those in `models`, and their places there."""
+    _check_whole_models(config, where)
     if config.learned and not experts:
         raise ConfigError("models lists no expert besides the base", where(("models",)), "at least one expert")
     names: set[str] = set()
@@ -137,6 +154,7 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
             )
         names.add(expert.name)
         if not config.learned:
+            _check_data(config, expert, at)
             continue
         weight = config.weight(expert)
         if weight is not None and not 0 < weight < 1:
@@ -164,6 +182,40 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
             where(("calibration", "generate_responses")),
             "`generate_responses: 0`",
         )
+
+
+def _check_data(config: Config, expert: ExpertConfig, at: str) -> None:
+    """Check that an expert of a weight-space method has the data that the method, or a step after it, needs."""
+    by_blocks = [method.name for method in config.methods if method.by_blocks]
+    collected = [method.name for method in config.methods if method.statistics and not expert.statistics]
+    of_base = [method.name for method in config.methods if method.base_statistics and not config.base_statistics]
+    needing = [*by_blocks, *collected, *of_base]
+    if needing and not expert.calibration:
+        other = "" if by_blocks or of_base else ", or `statistics: FOLDER` with its statistics (`python cli.py stats`)"
+        raise ConfigError(
+            f"expert {expert.name!r} has no calibration file, and {needing[0]} runs models on samples",
+            at,
+            f"`calibration: FILE` with records of its domain (.json, .jsonl or .parquet){other}",
+        )
+
+
+def _check_whole_models(config: Config, where: Where) -> None:
+    """Refuse methods that run models on samples where the output is not the base with other weights."""
+    running = [m.name for m in config.methods if m.statistics or m.base_statistics or m.by_blocks]
+    recipe = config.recipe
+    if not running or recipe is None:
+        return
+    for key, other in (
+        ("slices", not recipe.plain),
+        ("base_model", recipe.baseless),
+        ("tokenizer_source", config.tokenizer_source not in (None, "base")),
+    ):
+        if other:
+            raise ConfigError(
+                f"{running[0]} compares what models compute, which needs the base's layers and tokens",
+                where((key,)),
+                "`models` and a `base_model`, without `slices`, `modules` and `tokenizer_source`",
+            )
 
 
 def read_recorded(path: Path) -> dict[str, Any]:

@@ -72,8 +72,12 @@ class WeightSpaceSettings(Section):
         only = self.slices[0]
         return len(self.slices) == 1 and not only.module and all(one.layers is None for one in only.sources)
 
+    def settings_of(self, expert: int) -> list[dict[str, Any]]:
+        """Return the settings of an expert in each slice that it is a source of."""
+        return [one.settings for part in self.slices for one in part.sources if one.expert == expert]
+
     def listed(self, expert: int) -> str:
         """Return the settings of an expert as a text, of all slices that it is a source of; empty if it has none."""
-        settings = (one.settings for part in self.slices for one in part.sources if one.expert == expert)
+        settings = self.settings_of(expert)
         each = (", ".join(f"{key}: {value}" for key, value in own.items()) for own in settings if own)
         return "; ".join(dict.fromkeys(each))

@@ -19,26 +19,27 @@ from pydantic import (
 )
 
 from engine.config.recipe import WeightSpaceSettings
+from engine.config.resources import GPUS, NUM_GPUS, SHARDS, WAIT, Cluster, GradientUse
 from engine.fields import ByteSize, Float, Int, Listed, Pattern, Section
+from engine.methods.corrections import CORRECTIONS, Corrections
 from engine.methods.learned import ModelParameters, Parameters
+from engine.methods.options import SAMPLES, Method, Statistic
+from engine.methods.registry import get_method
 
 # The trackers of accelerate, named like their packages.
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
-# The most characters of an expert's name, as of a file's; the most shards and GPUs of an actor, and the smallest part
-# of a GPU that Ray assigns.
-NAME, SHARDS, GPUS, GPU_PART = 255, 10_000, 1024, 0.0001
-# The most records of a calibration file, tokens of a text, and seconds to wait (thirty years).
-RECORDS, TOKENS, WAIT = 1_000_000, 10_000_000, 1_000_000_000
-# Bounds of the rates of machines, in TFLOP/s and GB/s: with them no estimate overflows.
-SLOWEST, FASTEST = 1e-9, 1e9
+# The most characters of an expert's name, as of a file's.
+NAME = 255
+# The most records of a calibration file, and tokens of a text.
+RECORDS, TOKENS = 1_000_000, 10_000_000
 
 # Keys that accept several kinds of values, with the text that error messages show as expected.
 UNIONS: dict[int | str, str] = {
     "name": f"a text that is not blank, of at most {NAME} characters",
     "weight": "a number, or auto",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
-    "num_gpus": f"auto, 0, a fraction of at least {GPU_PART} and below 1, or a whole number of at most {GPUS:,}",
+    "num_gpus": NUM_GPUS,
     "batch_tokens": f"auto, or a whole number from 1 to {TOKENS:,}",
     "shards": f"auto, or a whole number from 0 to {SHARDS:,}",
     "trainers": f"auto, or a whole number from 1 to {GPUS:,}",
@@ -57,13 +58,6 @@ LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*em
 def _name(value: str) -> str:
     if not value.strip() or len(value) > NAME:
         raise ValueError(UNIONS["name"])
-    return value
-
-
-def _gpus(value: float) -> float:
-    """Refuse numbers of GPUs that Ray cannot assign."""
-    if value and (value < GPU_PART or (value > 1 and value != int(value))):
-        raise ValueError(UNIONS["num_gpus"])
     return value
 
 
@@ -138,13 +132,16 @@ class ExpertConfig(Section):
     Attributes:
         model: The path, URI or hub id of a checkpoint, or of a LoRA adapter of the base.
         name: Labels the expert in all outputs. Default: the last part of the path.
-        calibration: A file with records of the expert's domain, or a list of files. Learned methods need it.
+        calibration: A file with records of the expert's domain, or a list of files. Learned methods need it, and
+            methods that use statistics, unless `statistics` is given.
+        statistics: The folder of the expert's statistics (`python cli.py stats`).
         parameters: Options of this model, which take precedence over those of the merge.
     """
 
     model: Text
     name: Annotated[str, AfterValidator(_name)] = Field(default_factory=lambda given: last_part(given.get("model", "")))
     calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files, json_schema_input_type=Files)] = ()
+    statistics: Text | None = None
     parameters: ModelParameters = ModelParameters()
 
 
@@ -166,76 +163,6 @@ class Calibration(Section):
     image_folder: Text | None = None
 
 
-class ActorResources(Section):
-    """Resources that an actor requests.
-
-    Attributes:
-        num_gpus: Number of GPUs. `auto`: one if the cluster has GPUs, and more if the actor needs their memory.
-        labels: Labels of the Ray nodes on which the actor may run.
-    """
-
-    num_gpus: Literal["auto"] | Annotated[Float, Field(ge=0, le=GPUS), AfterValidator(_gpus)] = "auto"
-    labels: dict[str, str] = Field(default_factory=dict)
-
-
-# How the passes of a window become one gradient: weight gradients are summed, or each pass has one of the coefficients.
-GradientUse = Literal["auto", "accumulate", "stream"]
-# Whether factors of task vectors are used: where they are faster, for every matrix that has them, or not at all.
-Use = Literal["auto", "always", "never"]
-Rate = Annotated[Float, Field(ge=SLOWEST, le=FASTEST)]
-
-
-class Rates(Section):
-    """Speed of the machines. None: a default for the kind of device is used (`engine.planning.costs.scaling`).
-
-    The rates decide placement and the estimates of `plan`; they do not change the result. 1 GB is 1e9 bytes.
-
-    Attributes:
-        compute_tflops: TFLOP/s of the device that computes.
-        memory_gbs: GB/s between that device and its memory.
-        stream_gbs: GB/s of checkpoints that one core streams.
-        exchange_gbs: GB/s between processes of a node.
-        network_gbs: GB/s between nodes.
-        disk_gbs: GB/s of a disk.
-    """
-
-    compute_tflops: Rate | None = None
-    memory_gbs: Rate | None = None
-    stream_gbs: Rate | None = None
-    exchange_gbs: Rate | None = None
-    network_gbs: Rate | None = None
-    disk_gbs: Rate | None = None
-
-
-class Cluster(Section):
-    """Resources of the actors, rates of the machines, and the times to wait for resources and for results.
-
-    Attributes:
-        expert: Resources of an expert actor.
-        trainer: Resources of each trainer.
-        trainers: Number of trainers, which compute the passes of a window at the same time. `auto`: as many as the
-            scaling model estimates to be fastest; on a CPU one.
-        shards: Number of shard actors. 0: the trainer streams the task vectors in its own process.
-        labels: Labels of the Ray nodes that the merge may use.
-        factors: Merge matrices through factors of their task vectors, which the trainer holds on its own device (see
-            docs/scaling.md). `auto`: on a GPU, and on a CPU where it is faster.
-        rates: Speed of the machines.
-        wait: Seconds to wait for resources.
-        hang: Seconds without a result after which the actors count as hung. `auto`: far above the estimated time of
-            the longest call (`engine.planning.costs.patience`).
-    """
-
-    expert: ActorResources = ActorResources()
-    trainer: ActorResources = ActorResources()
-    trainers: Literal["auto"] | Annotated[Int, Field(ge=1, le=GPUS)] = "auto"
-    shards: Literal["auto"] | Annotated[Int, Field(ge=0, le=SHARDS)] = "auto"
-    labels: dict[str, str] = Field(default_factory=dict)
-    factors: Use = "auto"
-    rates: Rates = Rates()
-    wait: Annotated[Float, Field(ge=0, le=WAIT)] = 600.0
-    hang: Literal["auto"] | Annotated[Float, Field(gt=0, le=WAIT)] = "auto"
-
-
 class Config(Section):
     """The config of a merge with all defaults filled in. docs/config.md describes the keys.
 
@@ -247,6 +174,9 @@ class Config(Section):
         parameters: Options of the method.
         exclude: Regular expressions; tensors whose names match keep the base's values.
         calibration: How records become calibration samples.
+        calibrate: Steps after the merge (`engine.methods.corrections`).
+        base_statistics: The folder of the base's statistics, where a method uses them. None: they are collected on the
+            samples of all experts.
         dtype: The dtype of the merged model during computation. None: the base's, bfloat16 for float16.
         out_dtype: The dtype of the written weights. None: `dtype` if given, else that of each tensor.
         rounding: How merged weights are rounded to the output's dtype.
@@ -277,6 +207,8 @@ class Config(Section):
     parameters: Parameters = Parameters()
     exclude: tuple[Pattern, ...] = LEARNED_EXCLUDES
     calibration: Calibration = Calibration()
+    calibrate: Corrections = ()
+    base_statistics: Text | None = None
     dtype: Dtype | None = None
     out_dtype: Dtype | None = None
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -315,6 +247,9 @@ class Config(Section):
 
     def samples_per_model(self, expert: ExpertConfig) -> int:
         """Return the number of calibration samples of an expert."""
+        if self.recipe is not None:
+            index = next(index for index, one in enumerate(self.models) if one.name == expert.name)
+            return int(SAMPLES.resolve([*self.recipe.settings_of(index), self.recipe.top], "", 0.0) or 1)
         return expert.parameters.samples_per_model or self.parameters.samples_per_model
 
     @property
@@ -336,3 +271,27 @@ class Config(Section):
     def spectral(self) -> bool:
         """Whether chunks of matrices in stage 2 are groups of singular directions."""
         return self.stages == 2 and self.parameters.chunks != "contiguous"
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods of the merge, those of slices and the steps after it included."""
+        parts = self.recipe.slices if self.recipe is not None else ()
+        names = dict.fromkeys([self.merge_method, *(part.merge_method for part in parts if part.merge_method)])
+        return [*map(get_method, names), *(CORRECTIONS[one.method] for one in self.calibrate)]
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """The statistics that must be known of every expert."""
+        return tuple(dict.fromkeys(kind for method in self.methods for kind in method.statistics))
+
+    @property
+    def statistics_of_base(self) -> tuple[Statistic, ...]:
+        """The statistics that must be known of the base."""
+        return tuple(dict.fromkeys(kind for method in self.methods for kind in method.base_statistics))
+
+    @property
+    def uses_samples(self) -> bool:
+        """Whether models run on calibration samples."""
+        given = all(one.statistics for one in self.models)
+        collected = bool(self.statistics and not given) or bool(self.statistics_of_base and not self.base_statistics)
+        return self.learned or collected or any(method.by_blocks for method in self.methods)

@@ -159,6 +159,7 @@ class Method:
         statistics: What it needs of each expert: `activations` (the diagonal moments of the inputs of linear layers),
             `gram` (their Gram matrices, and the diagonal) or `fisher`; see `engine.statistics`.
         base_statistics: What it needs of the base.
+        by_blocks: It runs the merged model and the experts block by block on samples; see `engine.correction`.
         check: Checks a tensor's values together: called with its name, the names of its experts, and the values of the
             merge, of each expert, and of the base (None if it is not one of the models). Raises ConfigError.
     """
@@ -177,6 +178,7 @@ class Method:
     most: int | None = None
     statistics: tuple[Statistic, ...] = ()
     base_statistics: tuple[Statistic, ...] = ()
+    by_blocks: bool = False
     check: Callable[[str, Sequence[str], Settings, Sequence[Settings], Settings | None], object] | None = None
 
     @cached_property
@@ -188,6 +190,9 @@ class Method:
 # Options shared by several methods.
 WEIGHT = Option("weight", 0.1, "wₖ, the coefficient of the expert's task vector", "expert")
 DENSITY = Option("density", 1.0, "fraction of the task vector's elements that is kept", "expert", low=0, high=1)
+SAMPLES = Option(
+    "samples_per_model", 64, "number of calibration samples of the expert", "expert", kind=int, low=1, high=1_000_000
+)
 LAMBDA = Option("lambda", 1.0, "λ, the factor of the sum of the task vectors")
 INT8_MASK = Option("int8_mask", False, "accepted for mergekit's configs; has no effect", kind=bool)
 

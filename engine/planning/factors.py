@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.headers import BYTES
-from engine.config.schema import Use
+from engine.config.resources import Use
 from engine.errors import ConfigError
 from engine.planning.costs.rates import CORE_FLOPS, STREAM
 from engine.planning.plan import ExpertPlan, Plan

@@ -55,7 +55,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     tokens = tokenizer[1] if tokenizer else base_folder
     if (source := _config_source(config, base, config_folder)) is not None:
         base = with_values_of(base, source)
-    structures = Structures(base, required=config.learned)
+    structures = Structures(base, required=config.uses_samples)
     check_names(base, structures.base)
     base = replace(base, roles=structures.base.roles)
     adapter = _plan_adapter(base_adapter, base, structures, config_folder)
@@ -100,7 +100,7 @@ def _find_base(config: Config, config_folder: Path) -> tuple[str, Path, str | No
     folder = find_model(model, config_folder)
     if is_adapter(folder):
         raise CheckpointError("the base is an adapter", str(folder), "a full checkpoint")
-    if adapter and config.learned:
+    if adapter and config.uses_samples:
         raise _adapter_refused(config.base_model)
     return model, folder, adapter
 
@@ -108,7 +108,7 @@ def _find_base(config: Config, config_folder: Path) -> tuple[str, Path, str | No
 def _dtype(config: Config, base: ModelHeader) -> str:
     """Return the dtype of the computation: the base's, or bfloat16 for float16, where small gradients become 0."""
     own = main_dtype(base)
-    return "bfloat16" if config.learned and own == "float16" else own
+    return "bfloat16" if config.uses_samples and own == "float16" else own
 
 
 def _located(config: Config, config_folder: Path) -> Config:
@@ -118,6 +118,14 @@ def _located(config: Config, config_folder: Path) -> Config:
         located["log_dir"] = str(locate(config.log_dir, config_folder, ConfigError))
     if config.cache not in (None, "off") and not is_uri(config.cache):
         located["cache"] = str(locate(config.cache, config_folder, ConfigError))
+    if config.base_statistics and not is_uri(config.base_statistics):
+        located["base_statistics"] = str(locate(config.base_statistics, config_folder, ConfigError))
+    located["models"] = tuple(
+        one.model_copy(update={"statistics": str(locate(one.statistics, config_folder, ConfigError))})
+        if one.statistics and not is_uri(one.statistics)
+        else one
+        for one in config.models
+    )
     images = locate(config.calibration.image_folder or ".", config_folder, ConfigError)
     located["calibration"] = config.calibration.model_copy(update={"image_folder": str(images)})
     return config.model_copy(update=located)
@@ -199,7 +207,7 @@ def _plan_expert(
     structures: Structures,
     config_folder: Path,
 ) -> ExpertPlan:
-    files = expert.calibration if config.learned else ()
+    files = expert.calibration if config.uses_samples else ()
     calibration = tuple(_calibration_file(expert.name, file.path, config_folder) for file in files)
     model, adapter_name = split_adapter(expert.model, config_folder)
     folder = find_model(model, config_folder)
@@ -224,7 +232,7 @@ def _plan_expert(
         matched = match(expert.name, header, like, config, tokenizer, found)
         any_rows = config.tokenizer_source is not None and not config.learned
         notes = notes_on(expert.name, header, base, matched, any_rows)
-    if adapter_name and config.learned:
+    if adapter_name and config.uses_samples:
         raise _adapter_refused(expert.model)
     return ExpertPlan(
         model=portable(model, folder, config_folder),
@@ -254,7 +262,7 @@ def _plan_adapter(
 
 def _adapter_refused(model: str) -> ConfigError:
     return ConfigError(
-        "learned methods do not support an adapter of a model other than the base",
+        "methods that run models do not support an adapter of a model other than the base",
         model,
         do="merge model and adapter into one checkpoint first",
     )

@@ -128,7 +128,7 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
                 yield "a calibration file", file.path
     for image in (image for images in plan.images for image in images):
         yield "an image", image
-    if plan.config.learned and plan.config.calibration.image_folder:
+    if plan.config.uses_samples and plan.config.calibration.image_folder:
         yield _IMAGES, plan.config.calibration.image_folder
 
 

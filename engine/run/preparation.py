@@ -46,7 +46,7 @@ def settle(plan: Plan) -> tuple[Plan, Records, Identity]:
         pairs = zip((plan.base, *plan.experts), (again.base, *again.experts), strict=True)
         raise _changed([f"{old.model} changed" for old, new in pairs if old.header != new.header])
     records: Records = []
-    if plan.config.learned:
+    if plan.config.uses_samples:
         plan, records = check_inputs(plan)
     now = identity(plan)
     # Images are known only since the records were read.
@@ -62,7 +62,7 @@ def _changed(differences: list[str]) -> InputError:
 
 
 def check_inputs(plan: Plan) -> tuple[Plan, Records]:
-    """Check the models and the calibration records of a learned merge.
+    """Check the models and the calibration records of a merge that runs models.
 
     Returns:
         The plan with the images of the records, and the records.

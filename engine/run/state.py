@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from engine.calibration.samples import Sample
-from engine.config.schema import Use
+from engine.config.resources import Use
 from engine.errors import InputError
 from engine.learning.learner import LearnerState
 from engine.planning.plan import Plan

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.driver import _remarks
 from cluster.processes import OneMachine
-from engine.config.schema import Use
+from engine.config.resources import Use
 from engine.errors import InputError
 from engine.planning.differences import left_out
 from engine.shards.parts import tensor_groups

@@ -16,7 +16,7 @@ from cluster.placement import Devices
 from cluster.seats import Seat, Seating
 from cluster.trainer_seats import arrange_trainers, reserved_place
 from cluster.trainers import Trainers
-from engine.config.schema import GradientUse
+from engine.config.resources import GradientUse
 from engine.planning.costs.scaling import Work
 from engine.planning.costs.trainers import with_gradients
 from engine.planning.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from engine.config.schema import ActorResources
+from engine.config.resources import ActorResources
 from engine.planning.costs.rates import GB, MemoryEstimate, Prediction
 from engine.planning.costs.scaling import Machines, Work, choose
 from engine.planning.plan import Plan

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from engine.config.schema import Config, GradientUse
+from engine.config.resources import GradientUse
+from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.planning.costs.fitting import Role, with_enough_gpus
 from engine.planning.costs.scaling import Machines, Work, choose

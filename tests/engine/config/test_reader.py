@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.config.reader import DEPTH, load_config, parse_config
-from engine.config.schema import INTERNAL, Config, Rates
+from engine.config.resources import Rates
+from engine.config.schema import INTERNAL, Config
 from engine.errors import ConfigError
 from engine.methods.learned import PAPER, PRESETS
 from engine.output.resolved_config import resolved_config

@@ -11,7 +11,7 @@ import pytest
 from conftest import plan_of
 from errors import refused
 
-from engine.config.schema import GradientUse
+from engine.config.resources import GradientUse
 from engine.errors import ConfigError
 from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.costs.trainers import choose_trainers, settled, with_gradients

@@ -12,7 +12,7 @@ from errors import refused
 
 from cluster.placement import Devices, arrange, check_memory, lay_out, machines
 from cluster.seats import Node
-from engine.config.schema import Cluster
+from engine.config.resources import Cluster
 from engine.errors import ClusterError
 from engine.planning.costs.fitting import shortages
 from engine.planning.costs.flops import SVD_FLOPS, sample_flops

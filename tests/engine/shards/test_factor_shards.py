@@ -22,7 +22,7 @@ from torch import Tensor
 from actors.shard import Shard
 from actors.trainer import Step, Trainer, WindowSample
 from engine.checkpoints.writer import OutputFile, OutputTensor
-from engine.config.schema import Use
+from engine.config.resources import Use
 from engine.errors import ConfigError
 from engine.learning.learner import LearnerState, Stage, second_stage
 from engine.planning.factors import decomposed, directions, factor_bytes, factored
