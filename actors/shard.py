@@ -10,20 +10,18 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
 from engine.learning.targets import is_damaged
 from engine.machine import usable_cpus
-from engine.methods.arithmetic.selection import Counts, Threshold
-from engine.methods.arithmetic.sparse import counts
+from engine.methods.prepass import Array as Measured
 from engine.output.survival import keep_survival, load_survival
 from engine.planning.open_models import base_folder, open_task_vectors, weight_files
 from engine.planning.plan import Plan
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
+from engine.shards.prepasses import NOTHING, Known, measured
 from engine.shards.weight_space import WeightSpace
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
@@ -121,22 +119,14 @@ class Shard:
 
         self._write(folder, file, job)
 
-    def combine(
-        self, folder: Folder, file: OutputFile, thresholds: Sequence[Threshold] | None = None, only: int | None = None
-    ) -> None:
+    def combine(self, folder: Folder, file: OutputFile, known: Known = NOTHING, only: int | None = None) -> None:
         """Write one file of a weight-space merge. `only`: the file belongs to the output model of this one expert."""
-        self._write(
-            folder, file, lambda entry: self._weight_space.job(entry, torch_dtype(entry.dtype), thresholds, only)
-        )
+        self._write(folder, file, lambda entry: self._weight_space.job(entry, torch_dtype(entry.dtype), known, only))
 
-    def count(self, names: Sequence[str], high: Counts | None) -> Counts:
-        """Count the elements of each expert's task vector by one half of their bits; see `select`.
-
-        Returns:
-            The counts over all named tensors, [K, bins], int64.
-        """
-        parts = (counts(self._weight_space.tensor(name), high) for name in names)
-        return sum(parts, start=np.zeros((), dtype=np.int64))
+    def measure(self, method: str, index: int, names: Sequence[str], known: Known) -> dict[str, Measured]:
+        """Return the arrays of a prepass of a method for the named tensors; see `measured`."""
+        tensors = (self._weight_space.tensor(name, known) for name in names)
+        return measured(self._plan, method, index, tensors)
 
     def forget(self) -> None:
         """Do nothing: a shard holds no model."""

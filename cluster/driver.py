@@ -29,7 +29,7 @@ from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
 from engine.run.starts import Start, keep_left_out
-from engine.shards.weight_space import check_settings
+from engine.shards.settings import check_settings
 from engine.storage.address import addresses_in
 
 if TYPE_CHECKING:

@@ -6,20 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import numpy as np
-
 from cluster.attempt import Attempt
 from cluster.placement import Devices, lay_out_shards, machines
 from cluster.progress import Progress
 from cluster.seats import Node, Seating
 from cluster.watch import Watch
-from engine.methods.arithmetic.selection import Counts, Threshold
-from engine.methods.registry import get_method
+from engine.methods.prepass import Array
+from engine.methods.registry import get_method, prepasses
 from engine.output.merge_record import write_weight_space_record
 from engine.planning.costs.patience import patience
 from engine.planning.plan import Plan, slices
 from engine.run.run_folder import RunFolder
-from engine.shards.weight_space import model_thresholds
+from engine.shards.prepasses import Known, known_of
 from engine.storage.folder import Folder
 
 
@@ -44,7 +42,7 @@ class WeightSpaceMerge(Attempt):
         self._hosts = hosts
 
     def run(self) -> None:
-        """Run the merge to its end: thresholds over the whole model, if the method uses them, then every file."""
+        """Run the merge to its end: prepasses over the whole model, if the method has any, then every file."""
         method = get_method(self.plan.config.merge_method)
         written = len(self.folder.written())
         if written:
@@ -54,10 +52,10 @@ class WeightSpaceMerge(Attempt):
         self.bound(patience(self.plan, here, len(layout.shards)))
         with self._hosts.crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
-            thresholds = self._thresholds(crew.shards)
+            known = self._known(crew.shards)
             self.folder.start_output(self.weight_files())
             for k, model in enumerate(self.models):
-                self._write(crew.shards, thresholds, k if model else None, model)
+                self._write(crew.shards, known, k if model else None, model)
             digests = self.digests(crew.shards)
             for shard in crew.shards:
                 self.report(shard)
@@ -65,20 +63,16 @@ class WeightSpaceMerge(Attempt):
         write_weight_space_record(self.folder.composed, self.plan, method, identity, digests, self.weight_files())
         self.finish()
 
-    def _write(
-        self, shards: Sequence[Any], thresholds: Sequence[Threshold] | None, only: int | None, expert: str
-    ) -> None:
+    def _write(self, shards: Sequence[Any], known: Known, only: int | None, expert: str) -> None:
         weights = self.folder.weights
-        self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, thresholds, only), expert)
+        self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, known, only), expert)
 
-    def _thresholds(self, shards: Sequence[Any]) -> list[Threshold] | None:
-        """Return the threshold of each expert's whole task vector, if `trim` needs it, from counts of the shards."""
-        owned = [names for names in slices(self.plan, len(shards)) if names]
+    def _known(self, shards: Sequence[Any]) -> Known:
+        """Return what the methods have to know of the whole model first, measured by the shards."""
 
-        def count(high: Counts | None) -> Counts:
-            counted = [shard.count.remote(names, high) for shard, names in zip(shards, owned, strict=False)]
-            parts: list[Counts] = self.answers("counting by size" if high is None else "counting again", counted)
-            total: Counts = np.stack(parts).sum(axis=0)
-            return total
+        def measure(method: str, index: int, names: Sequence[str], known: Known) -> list[dict[str, Array]]:
+            owned = zip(shards, slices(self.plan, len(shards), names), strict=True)
+            asked = [shard.measure.remote(method, index, mine, known) for shard, mine in owned if mine]
+            return self.answers(prepasses(method)[index].about, asked)
 
-        return model_thresholds(self.plan, count)
+        return known_of(self.plan, measure)

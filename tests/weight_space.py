@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.shard import Shard
-from engine.methods.arithmetic.selection import Counts, Threshold
 from engine.output.model_folder import output_files
 from engine.planning.open_models import open_base, open_expert
 from engine.planning.plan import Plan, slices
-from engine.shards.weight_space import model_thresholds
+from engine.shards.prepasses import Known, known_of
 from engine.storage.local_folder import LocalFolder
 
 Tensors = dict[str, Tensor]
@@ -69,22 +67,20 @@ def combine(plan: Plan, folder: Path, shards: int = 1, only: int | None = None) 
     """Write every file of the output, distributed over the shards in turn."""
     folder.mkdir()
     workers = [Shard(plan, index) for index in range(shards)]
-    found = thresholds(plan, workers)
+    found = known(plan, workers)
     for index, file in enumerate(output_files(plan)):
         workers[index % shards].combine(LocalFolder(folder), file, found, only)
     return folder
 
 
-def thresholds(plan: Plan, workers: Sequence[Shard]) -> list[Threshold] | None:
-    """Return the thresholds over the whole model, computed as by the driver; None if no tensor has `trim: model`."""
-    owned = slices(plan, len(workers))
+def known(plan: Plan, workers: Sequence[Shard]) -> Known:
+    """Return the results of the prepasses, measured by the shards as for the driver."""
 
-    def counted(high: Counts | None) -> Counts:
-        return np.sum(
-            [worker.count(names, high) for worker, names in zip(workers, owned, strict=True) if names], axis=0
-        )
+    def measure(method: str, index: int, names: Sequence[str], so_far: Known) -> list[dict[str, Any]]:
+        owned = zip(workers, slices(plan, len(workers), names), strict=True)
+        return [worker.measure(method, index, mine, so_far) for worker, mine in owned if mine]
 
-    return model_thresholds(plan, counted)
+    return known_of(plan, measure)
 
 
 def mergekits(config: Path, **options: Any) -> Tensors:

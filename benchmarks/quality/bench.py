@@ -55,7 +55,8 @@ from engine.planning.planner import make_plan
 from engine.planning.schedule import training_order, windows
 from engine.shards.local_shards import LocalShards
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
-from engine.shards.weight_space import WeightSpace, model_thresholds
+from engine.shards.prepasses import known_of
+from engine.shards.weight_space import WeightSpace
 from engine.storage.folder import Folder
 from engine.storage.paths import open_folder
 from engine.task_vectors.coefficients import Coefficients
@@ -123,9 +124,9 @@ class Bench:
         """Set the model to the merge of a weight-space method."""
         streams = open_task_vectors(plan, torch.get_num_threads())
         space, shard = WeightSpace(plan, streams), Shard(plan, 0)
-        thresholds = model_thresholds(plan, lambda high: shard.count(list(plan.merged), high))
+        known = known_of(plan, lambda *asked: [shard.measure(*asked)])
         entries = [entry for file in output_files(plan) for entry in file.tensors]
-        jobs = [space.job(entry, torch_dtype("F32"), thresholds, None) for entry in entries]
+        jobs = [space.job(entry, torch_dtype("F32"), known, None) for entry in entries]
         places = (piece for entry in entries for piece in pieces(entry.name, entry.shape))
         with torch.inference_mode():
             for piece, merged_N in zip(places, stream(jobs, streams.pool, streams.threads), strict=True):

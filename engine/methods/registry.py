@@ -29,6 +29,7 @@ from engine.methods import (
     wudi,
 )
 from engine.methods.options import Method, Option
+from engine.methods.prepass import Prepass
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -60,6 +61,9 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (model_stock.METHOD, model_stock.prepare),
     )
 }
+
+# What a method has to know of the whole model first.
+_PREPASSES: dict[str, tuple[Prepass, ...]] = {ties.METHOD.name: ties.PREPASSES}
 
 LEARNED = {method.name: method for method in learned.METHODS}
 NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
@@ -108,6 +112,11 @@ def preparation(name: str) -> Prepare:
     if name in _NATIVE:
         return _NATIVE[name][1]
     return mergekit_library.preparation(name)
+
+
+def prepasses(name: str) -> tuple[Prepass, ...]:
+    """Return the prepasses of a weight-space method, in their order."""
+    return _PREPASSES.get(name, ())
 
 
 def check_inputs(name: str, models: list[str], has_base: bool) -> None:

@@ -16,8 +16,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.methods.options import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
+from engine.methods.prepass import Group, selection
 
 if TYPE_CHECKING:
+    from engine.methods.arithmetic.selection import Counts
     from engine.methods.arithmetic.tensor import MergeTensor
     from engine.task_vectors.pipeline import Fill
 
@@ -47,6 +49,23 @@ METHOD = Method(
 )
 
 
+def count(tensor: MergeTensor, high: Counts | None) -> Counts:
+    """Return the counts of a tensor's elements by one half of their bits, [K, bins]; see `sparse.counts`."""
+    from engine.methods.arithmetic.sparse import counts
+
+    return counts(tensor, high)
+
+
+def keep(group: Group) -> list[int | None]:
+    """Return how many elements of the whole model each expert keeps, by the mean of its densities."""
+    from engine.methods.arithmetic.sparse import kept_of
+
+    return [kept_of(density, group.numel) for density in group.means("density")]
+
+
+PREPASSES = selection("thresholds", count, keep, wanted=lambda values: values["trim"] == "model")
+
+
 def prepare(tensor: MergeTensor) -> Fill:
     """Return the tensor's `Fill`: one merging pass, after two counting passes if a density is below 1."""
     from engine.methods.arithmetic.sparse import Dense, Trimmed
@@ -56,8 +75,8 @@ def prepare(tensor: MergeTensor) -> Fill:
     sparse: Sparse
     if all(density >= 1 for density in densities):
         sparse = Dense()
-    elif tensor.thresholds is not None and tensor.values["trim"] == "model":
-        sparse = Trimmed.everywhere(tensor.thresholds)
+    elif tensor.values["trim"] == "model":
+        sparse = Trimmed.everywhere(tensor.known["thresholds"])
     else:
         sparse = Trimmed.within(tensor, densities)
     return tensor.elected(sparse)

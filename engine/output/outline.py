@@ -22,7 +22,7 @@ from engine.planning.open_models import base_folder
 from engine.planning.plan import MergedDocument, Plan
 from engine.planning.planner import make_plan
 from engine.run.place import beside
-from engine.shards.weight_space import check_settings
+from engine.shards.settings import check_settings
 from engine.storage.address import Address
 from engine.storage.paths import is_uri
 

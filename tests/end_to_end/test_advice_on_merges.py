@@ -28,7 +28,7 @@ from engine.models.devices import Room, device_map
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import load_base_config, open_base
 from engine.planning.plan import Plan
-from engine.shards.weight_space import check_settings
+from engine.shards.settings import check_settings
 
 ADVICE = Advice(
     __name__,

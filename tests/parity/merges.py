@@ -28,7 +28,7 @@ from engine.output.outline import outlined
 from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
-from engine.shards.weight_space import check_settings
+from engine.shards.settings import check_settings
 
 # Folders of a result below WORK/SIDE/CONFIG: as the config has it, and computed and written in float32.
 AS_IS, FLOAT32 = "as_is", "float32"

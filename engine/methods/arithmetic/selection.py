@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,13 @@ class Threshold:
     found: int
 
 
+class Found(NamedTuple):
+    """What the first round of counting finds of each row: its threshold's upper bits, and how many of these to keep."""
+
+    high: Counts
+    left: list[int]
+
+
 def select(count: Callable[[Counts | None], Counts], keep: Sequence[int | None]) -> list[Threshold]:
     """Return the threshold of each expert at which its `keep[k]` largest elements are kept (None: all).
 
@@ -36,18 +44,28 @@ def select(count: Callable[[Counts | None], Counts], keep: Sequence[int | None])
             [K, LOW_BINS].
         keep: Number of elements to keep, per expert.
     """
-    highs, left = zip(*(_rank(row, kept) for row, kept in zip(count(None), keep, strict=True)), strict=True)
-    lows = count(np.array(highs, dtype=np.int64))
-    thresholds = []
-    for k, kept in enumerate(keep):
+    found = upper_bits(count(None), keep)
+    return thresholds(count(found.high), keep, found)
+
+
+def upper_bits(counts: Counts, keep: Sequence[int | None]) -> Found:
+    """Return what counts by upper bits [K, HIGH_BINS] show of the thresholds; see `select`."""
+    highs, left = zip(*(_rank(row, kept) for row, kept in zip(counts, keep, strict=True)), strict=True)
+    return Found(np.array(highs, dtype=np.int64), list(left))
+
+
+def thresholds(counts: Counts, keep: Sequence[int | None], found: Found) -> list[Threshold]:
+    """Return the thresholds, from counts by lower bits [K, LOW_BINS]; see `select`."""
+    chosen = []
+    for row, kept, high, left in zip(counts, keep, found.high.tolist(), found.left, strict=True):
         if kept is None:
-            thresholds.append(Threshold(ALL, 0, 0))
+            chosen.append(Threshold(ALL, 0, 0))
         elif kept == 0:
-            thresholds.append(Threshold(NONE, 0, 0))
+            chosen.append(Threshold(NONE, 0, 0))
         else:
-            low, equal = _rank(lows[k], left[k])
-            thresholds.append(Threshold(highs[k] << LOW_BITS | low, equal, int(lows[k][low])))
-    return thresholds
+            low, equal = _rank(row, left)
+            chosen.append(Threshold(high << LOW_BITS | low, equal, int(row[low])))
+    return chosen
 
 
 def _rank(counts: npt.NDArray[np.int64], kept: int | None) -> tuple[int, int]:

@@ -7,9 +7,9 @@ Letters: N elements of a piece, B of a block, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.methods.arithmetic.kernels import absolute_sum, add, agree, finish
-from engine.methods.arithmetic.selection import Threshold
 from engine.methods.options import Value
 from engine.sizes import ROOM, SMALLEST_BLOCK
 from engine.statistics.moments import TensorStatistics
@@ -79,7 +78,7 @@ class MergeTensor:
         has_base: The config has a base.
         base_place: Position of the base among the models, if it is listed there.
         is_vocabulary: The tensor has one row per token.
-        thresholds: Thresholds of the experts over the whole model, for `trim: model`.
+        known: Results of the method's prepasses, of all experts of the merge; see `engine.methods.prepass`.
         statistics: Statistics of each expert, if the method uses them.
         base_statistics: Those of the base.
     """
@@ -99,7 +98,7 @@ class MergeTensor:
     has_base: bool = True
     base_place: int | None = None
     is_vocabulary: bool = False
-    thresholds: Sequence[Threshold] | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)
     statistics: Sequence[TensorStatistics | None] = ()
     base_statistics: TensorStatistics | None = None
 

@@ -43,8 +43,8 @@ from engine.methods.registry import get_method
 from engine.output.card import write_weight_space_card
 from engine.output.model_folder import output_files, write_companions
 from engine.planning.open_models import base_folder
-from engine.planning.plan import Plan
-from engine.shards.weight_space import experts_of, resolve, slice_of
+from engine.planning.plan import Plan, experts_of, slice_of
+from engine.shards.settings import resolve
 
 pytest.importorskip("mergekit")
 pytestmark = BESIDE_MERGEKIT

@@ -10,7 +10,7 @@ import tiny
 import torch
 import yaml
 from conftest import plan_of
-from weight_space import read, thresholds
+from weight_space import known, read
 
 from actors.shard import Shard
 from engine.learning.learner import first_stage
@@ -37,7 +37,7 @@ def merged(plan: Plan, folder: Path, shards: int = 1) -> dict[str, Survival]:
     state, output = LocalFolder(folder / "state"), LocalFolder(folder / "output")
     workers = [Shard(plan, index, state) for index in range(shards)]
     files, learned = output_files(plan), plan.config.learned
-    found = None if learned else thresholds(plan, workers)
+    found = {} if learned else known(plan, workers)
     for index, file in enumerate(files):
         worker = workers[index % shards]
         if learned:
