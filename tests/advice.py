@@ -42,6 +42,7 @@ FOLLOWED = {
         "actors/",
         "engine/learning",
         "engine/methods",
+        "engine/models/blocks",
         "engine/models/devices",
         "engine/models/forward",
         "engine/shards",

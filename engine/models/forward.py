@@ -58,7 +58,7 @@ def decode(model: Any, given: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, 
         reached.append(last_BTH)
         return last_BTH[..., :1]
 
-    with _replaced(language_model(model).get_output_embeddings(), head):
+    with replaced(language_model(model).get_output_embeddings(), head):
         output = model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
     return reached[-1], output.hidden_states
 
@@ -73,9 +73,9 @@ def rebuild_logits(model: Any, last_hidden_BTH: Tensor) -> Tensor:
     ids_BT = torch.zeros(last_hidden_BTH.shape[:2], dtype=torch.long, device=last_hidden_BTH.device)
     language = language_model(model)
     head = language.get_output_embeddings()
-    with ExitStack() as replaced:
+    with ExitStack() as changed:
         for module in {*decoders(language), language.base_model, language.get_decoder()} - {language, head}:
-            replaced.enter_context(_replaced(module, lambda *args, **kwargs: output))
+            changed.enter_context(replaced(module, lambda *args, **kwargs: output))
         logits: Tensor = language(input_ids=ids_BT, use_cache=False).logits
     return logits
 
@@ -116,7 +116,7 @@ class _DecoderOutput(BaseModelOutputWithPast):  # type: ignore[misc]
 
 
 @contextmanager
-def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward pass of a module within the context."""
     # On several devices, accelerate's hooks have put a `forward` into the instance's dict; it is restored.
     hooked = module.__dict__.get("forward")
@@ -131,13 +131,18 @@ def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
 
 def blocks_of(model: Any) -> list[Any]:
     """Return the blocks of a model: the items of its outermost module lists, in order."""
+    return [block for one in outermost_lists(model) for block in one]
+
+
+def outermost_lists(model: Any) -> list[Any]:
+    """Return the module lists of a model that are in no other one, in order."""
     inside: set[int] = set()
-    blocks = []
+    lists = []
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and id(module) not in inside:
             inside.update(id(part) for part in module.modules())
-            blocks += list(module)
-    return blocks
+            lists.append(module)
+    return lists
 
 
 def head_names(model: Any) -> list[str]:

@@ -34,6 +34,7 @@ ADVICE = Advice(
     __name__,
     elsewhere={
         "set `metric` in the `parameters` of each model": "test_a_checkpoint_without_a_loss_is_refused_when_planned",
+        "use a method that needs no statistics": "no other method runs a model block by block",
         "set `hidden_layers: []`": "test_hidden_states_of_several_streams_are_refused_and_can_be_left_out",
     },
 )
