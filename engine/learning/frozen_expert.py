@@ -23,7 +23,7 @@ from engine.models.loading import computes_alike, load_config_like, load_generat
 from engine.models.names import Places
 from engine.models.skeleton import build_generation_skeleton, build_skeleton, load_weights, sections
 from engine.planning.open_models import base_folder, load_base_config, open_base, open_expert
-from engine.planning.plan import ExpertPlan, Plan
+from engine.planning.plan import ExpertPlan, ModelPlan, Plan
 from engine.task_vectors.experts import ExpertWeights, FullExpert
 from engine.task_vectors.kinds import Product
 from engine.task_vectors.pieces import blocks
@@ -51,13 +51,17 @@ def check_models(plan: Plan) -> None:
 
 
 class FrozenExpert:
-    """Expert `index` of the plan, with its weights on a device, and on the other GPUs of `room`."""
+    """Expert `index` of the plan, or the base (None), with its weights on a device, and on the other GPUs of `room`.
 
-    def __init__(self, plan: Plan, index: int, device: torch.device, room: Room = ONE_DEVICE) -> None:
-        expert, base = plan.experts[index], open_base(plan)
+    Attributes:
+        places: The place of each tensor in `model`, by its name in the files.
+    """
+
+    def __init__(self, plan: Plan, index: int | None, device: torch.device, room: Room = ONE_DEVICE) -> None:
+        expert, base = plan.base if index is None else plan.experts[index], open_base(plan)
         self.plan, self.device, self.dtype = plan, device, getattr(torch, plan.dtype)
         folder = base.folder
-        source = open_expert(expert)
+        source = open_expert(expert) if isinstance(expert, ExpertPlan) else FullExpert(base, None)
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
         base_config = load_base_config(plan)
@@ -65,6 +69,7 @@ class FrozenExpert:
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)
         self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
+        self.places = places
         load_weights(self.model, places, self.dtype, device, base.folder, self._read(base, source), room)
         self._base_gives_logits = alike and self._head_equals_base(base, source, places)
 
@@ -93,20 +98,27 @@ class FrozenExpert:
         )
 
     @torch.no_grad()
-    def target(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
-        """Compute the target of a sample in one forward pass.
+    def given(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the arguments of a forward pass over a sample, with its pixel inputs `inputs`.
 
-        If the sample asks for a response, the expert generates it first. `inputs` are the sample's pixel inputs.
-
-        Raises:
-            CheckpointError: The expert's logits are not finite, or its hidden states are not one vector per token.
+        If the sample asks for a response, the expert generates it first.
         """
         inputs = inputs or {}
         ids_BT = torch.tensor([sample.input_ids], device=self.device)
         if sample.generate:
             prompt = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
             ids_BT = torch.cat([ids_BT, written(self.model, prompt, sample.generate)], dim=1)
-        given = arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+        return arguments(ids_BT, torch.ones_like(ids_BT), inputs)
+
+    @torch.no_grad()
+    def target(self, sample: Sample, inputs: Mapping[str, Tensor] | None = None) -> Target:
+        """Compute the target of a sample in one forward pass; see `given`.
+
+        Raises:
+            CheckpointError: The expert's logits are not finite, or its hidden states are not one vector per token.
+        """
+        given = self.given(sample, inputs)
+        ids_BT = given["input_ids"]
         output = self.model(**given, output_hidden_states=True, use_cache=False, return_dict=True)
         if not output.logits.isfinite().all():
             raise CheckpointError("the expert's logits are not finite on a calibration sample", sample.where)
@@ -132,7 +144,7 @@ class FrozenExpert:
         )
 
 
-def _config(plan: Plan, expert: ExpertPlan, base_config: Any, folder: Path) -> Any:
+def _config(plan: Plan, expert: ModelPlan, base_config: Any, folder: Path) -> Any:
     """Return the config with which an expert runs forward: its own, or the base's for a text model in a base of images.
 
     Such an expert is the base's model with the language model of the expert.

@@ -1,0 +1,120 @@
+"""Statistics of tiny models against plain forward and backward passes of the models that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import plan_of
+from transformers import AutoModelForCausalLM
+
+from engine.calibration.samples import Sample
+from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.statistics import MomentSums, collect, digest_of
+from engine.statistics.files import Statistics
+from engine.storage.local_folder import LocalFolder
+
+CPU = torch.device("cpu")
+SAMPLES = [Sample(0, 0, (5, 9, 33, 12, 7, 41), "here"), Sample(0, 1, (3, 8, 2), "here")]
+GIVEN = [(sample, {}) for sample in SAMPLES]
+FACTS = {"base": {}, "model": {}}
+
+
+def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the inputs of each linear layer in whole forward passes, by the name of its weight."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            hook = lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0])  # noqa: E731
+            layer.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for sample in SAMPLES:
+            model(torch.tensor([sample.input_ids]))
+    return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in parts]) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("k", [0, None], ids=["expert", "base"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+def test_moments_are_those_of_whole_forward_passes(tmp_path: Path, family: str, k: int | None) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1))
+    folder = LocalFolder(tmp_path / "statistics")
+    header = collect(FrozenExpert(plan, k, CPU), GIVEN, ["gram"], folder, FACTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / ("base" if k is None else "expert0")).eval()
+    expected = inputs_of(model)
+    statistics = Statistics(folder)
+    assert header.tokens == 9 and header.sequences == 2
+    names = {name for name in expected if name in plan.base_header.tensors and "lm_head" not in name}
+    assert set(header.moments) == names and names
+    for name in names:
+        x_NI, moments = expected[name], statistics.of(name, plan.base_header.tensors[name].shape).moments()
+        assert moments is not None and moments.tokens == len(x_NI)
+        torch.testing.assert_close(moments.gram(), x_NI.T @ x_NI)
+        torch.testing.assert_close(moments.square_I, x_NI.square().sum(0))
+        torch.testing.assert_close(moments.absolute_I, x_NI.abs().sum(0))
+    first = "model.layers.0.self_attn."
+    keys = {header.moments[f"{first}{name}_proj.weight"].key for name in "qkv"}
+    assert len(keys) == 1, "query, key and value have one input"
+
+
+def test_activations_alone_have_no_gram_matrix(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
+    header = collect(FrozenExpert(plan, 0, CPU), GIVEN, ["activations"], LocalFolder(tmp_path / "s"), FACTS)
+    assert {entry.form for entry in header.moments.values()} == {"diagonal"}
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1, 4], [3, 1, 2], [9]])
+def test_a_gram_matrix_does_not_depend_on_whether_inputs_were_kept_first(counts: list[int]) -> None:
+    parts, sums = [torch.randn(count, 8) for count in counts], MomentSums(8, gram=True)
+    for part in parts:
+        sums.add(part)
+    moments = sums.moments()
+    assert (moments.inputs_NI is None) == (sum(counts) > 4)
+    gram = torch.zeros(8, 8)
+    for part in parts:
+        gram = gram.addmm(part.T, part)
+    torch.testing.assert_close(moments.gram(), gram)
+
+
+def test_the_fisher_information_is_the_mean_square_of_each_sequence_s_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The most likely label instead of a sampled one, so that the reference needs no random numbers.
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1, tied=True))
+    folder = LocalFolder(tmp_path / "s")
+    collect(FrozenExpert(plan, 0, CPU), GIVEN, ["fisher"], folder, FACTS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert0").eval()
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for sample in SAMPLES:
+        model.zero_grad()
+        logits = model(torch.tensor([sample.input_ids])).logits[0]
+        torch.nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum").backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += parameter.grad.square() / len(SAMPLES)
+    statistics = Statistics(folder)
+    assert set(statistics.header.fisher) == set(plan.base_header.tensors)
+    for name, tensor in expected.items():
+        fisher = statistics.of(name, tensor.shape).fisher()
+        torch.testing.assert_close(fisher, tensor, rtol=1e-4, atol=1e-9)
+
+
+def test_repeated_statistics_have_the_same_bits(tmp_path: Path) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1))
+    folders = [LocalFolder(tmp_path / name) for name in "ab"]
+    for folder in folders:
+        collect(FrozenExpert(plan, 0, CPU), GIVEN, ["fisher"], folder, FACTS)
+    assert Statistics(folders[0]).header == Statistics(folders[1]).header
+
+
+def test_the_digest_of_data_tells_tokens_and_inputs_apart() -> None:
+    image = {"pixel_values": torch.ones(2, 2)}
+    variants = [
+        GIVEN,
+        GIVEN[:1],
+        [(Sample(0, 0, (5, 9), "here"), {}), GIVEN[1]],
+        [(SAMPLES[0], image), GIVEN[1]],
+        [(SAMPLES[0], {"pixel_values": torch.ones(4, 1)}), GIVEN[1]],
+    ]
+    assert len({digest_of(variant) for variant in variants}) == len(variants)
