@@ -13,7 +13,7 @@ import rich.table
 
 from engine.methods.mergekit_library import INSTALL
 from engine.methods.mergekit_library import NAMES as MERGEKIT
-from engine.methods.options import Method, Option
+from engine.methods.options import Method, Option, Statistic
 from engine.methods.registry import LEARNED, NATIVE, find_method, has_mergekit
 
 HEAD = """# Methods
@@ -33,7 +33,7 @@ one that also has a value for a listed base. For weight-space methods, a setting
 - `{filter, value}`: the value for tensors whose name contains the filter
 - a list of `{filter, value}`: the first that matches applies
 
-Weight-space methods need no calibration samples and no GPU. They merge all floating-point tensors that do not match
+Weight-space methods need no GPU, and no calibration samples unless the list says that they need statistics. They merge all floating-point tensors that do not match
 `exclude` (by default none matches), compute in float32 and round once to the output dtype: `out_dtype`, else `dtype`,
 else the base's. They have the semantics of mergekit 0.1.5 where it has the method, with these differences:
 
@@ -45,6 +45,13 @@ else the base's. They have the semantics of mergekit 0.1.5 where it has the meth
 - In a stack of a model type that mergekit has no definition of, it merges the final norm and the head as the first
   slice says, this engine as the last one says.
 """
+
+# What the kinds of statistics are, for a reader.
+STATISTICS: dict[Statistic, str] = {
+    "activations": "the squares of its layers' inputs",
+    "gram": "the Gram matrices of its layers' inputs",
+    "fisher": "its diagonal Fisher information",
+}
 
 
 def _default(option: Option) -> str:
@@ -69,6 +76,9 @@ def _section(method: Method) -> Iterable[str]:
         notes.append("The output folder contains one model folder per expert.")
     if method.whole:
         notes.append("A shard holds a few whole matrices in memory at a time, independent of the number of experts.")
+    for kinds, whose in ((method.statistics, "each expert"), (method.base_statistics, "the base")):
+        if kinds:
+            notes.append(f"It needs statistics of {whose}: {', '.join(STATISTICS[kind] for kind in kinds)}.")
     if notes:
         yield " ".join(notes) + "\n"
     if method.options:

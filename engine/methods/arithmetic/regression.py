@@ -10,8 +10,16 @@ Letters: O output features, I input features, N samples of all experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from engine.checkpoints.vocabulary import is_matrix
+from engine.methods.arithmetic.tensor import MergeTensor
+from engine.statistics.moments import Moments, TensorStatistics
 
 # Eigenvalues of a Gram matrix below this share of the largest are zero by the rounding of float32, in which it is kept.
 ROUNDING = torch.finfo(torch.float32).eps
@@ -19,6 +27,108 @@ ROUNDING = torch.finfo(torch.float32).eps
 WELL_CONDITIONED = 1e3
 # Vectors and steps of the power iterations that estimate a condition number.
 PROBES, STEPS = 8, 6
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of one expert. Both are read anew each time, so that memory is independent of the number of experts.
+
+    Attributes:
+        weight: Returns Wₖ [O, I].
+        moments: Returns the moments of the layer's inputs, Gram matrix or inputs included.
+    """
+
+    weight: Callable[[], Tensor]
+    moments: Callable[[], Moments]
+
+
+def layers_of(tensor: MergeTensor, of_weights: bool = False) -> list[Layer]:
+    """Return the layers of the experts of whose inputs there are moments, with τₖ as weights, or θₖ (`of_weights`).
+
+    None of a tensor that is not a linear layer's matrix, and none of embedding and head.
+    """
+    if not is_matrix(tensor.shape, tensor.is_vocabulary):
+        return []
+    return [
+        Layer(partial(_weight, tensor, k, of_weights), partial(_moments, of))
+        for k, of in enumerate(tensor.statistics)
+        if of is not None and of.moments() is not None
+    ]
+
+
+def _weight(tensor: MergeTensor, k: int, of_weights: bool) -> Tensor:
+    tau = tensor.task_vector(k)
+    return tau.add_(tensor.base) if of_weights else tau
+
+
+def _moments(of: TensorStatistics) -> Moments:
+    moments = of.moments()
+    assert moments is not None
+    return moments
+
+
+def regress(
+    layers: Sequence[Layer],
+    *,
+    per_token: bool = False,
+    off_diagonal: float = 1.0,
+    ridge: float = 0.0,
+    rcond: float = ROUNDING,
+) -> Tensor:
+    """Return argmin Σₖ cₖ·‖(W − Wₖ)·Xₖ‖²_F + ρ·‖W‖²_F [O, I], float32, for the inputs Xₖ that the experts saw.
+
+    Where all moments hold the inputs, and these are fewer than I, an equation of their number is solved instead of one
+    of I inputs. Otherwise, an expert's Gram matrix is read twice: for the sum, and for the right side, which is summed
+    in the precision that the condition of the sum asks for.
+
+    Args:
+        layers: At least one.
+        per_token: cₖ = 1/Nₖ instead of 1.
+        off_diagonal: Factor of the elements of the Gram matrices that are not on their diagonals.
+        ridge: ρ as a multiple of the mean of the diagonal of Σₖ cₖ·XₖXₖᵀ.
+        rcond: See `Inverse`; only without a ridge.
+    """
+    rcond = ROUNDING if ridge else rcond
+    samples = _few_samples(layers, per_token) if off_diagonal == 1 else None
+    if samples is not None:
+        all_NI = torch.cat(samples)
+        mean = float(all_NI.square().sum()) / all_NI.shape[1]
+        inverse = Inverse(all_NI @ all_NI.T, ridge * mean, rcond)
+        right_ON = torch.cat([layer.weight() @ x.T for layer, x in zip(layers, samples, strict=True)], dim=1)
+        return inverse.divide(right_ON).float() @ all_NI
+
+    def gram(layer: Layer) -> Tensor:
+        moments = layer.moments()
+        gram_II = moments.gram() / moments.tokens if per_token else moments.gram()
+        if off_diagonal == 1:
+            return gram_II
+        return (gram_II * off_diagonal).diagonal_scatter(gram_II.diagonal())
+
+    sum_II = gram(layers[0]).double()
+    for layer in layers[1:]:
+        sum_II += gram(layer)
+    inverse = Inverse(sum_II, ridge * float(sum_II.diagonal().mean()), rcond)
+    del sum_II
+    right_OI: Tensor | None = None
+    for layer in layers:
+        weight_OI, gram_II = layer.weight().to(inverse.dtype), gram(layer).to(inverse.dtype)
+        right_OI = weight_OI @ gram_II if right_OI is None else right_OI.addmm_(weight_OI, gram_II)
+    assert right_OI is not None
+    return inverse.divide(right_OI).float()
+
+
+def _few_samples(layers: Sequence[Layer], per_token: bool) -> list[Tensor] | None:
+    """Return √cₖ·Xₖᵀ [Nₖ, I] of each layer if they are known and fewer than I in all, else None."""
+    found, count = [], 0
+    for layer in layers:
+        moments = layer.moments()
+        if moments.inputs_NI is None:
+            return None
+        count += moments.tokens
+        if count >= moments.inputs_NI.shape[1]:
+            return None
+        found.append(moments.inputs_NI / moments.tokens**0.5 if per_token else moments.inputs_NI)
+    return found
 
 
 def solve(
