@@ -33,9 +33,10 @@ one that also has a value for a listed base. For weight-space methods, a setting
 - `{filter, value}`: the value for tensors whose name contains the filter
 - a list of `{filter, value}`: the first that matches applies
 
-Weight-space methods need no GPU, and no calibration samples unless the list says that they need statistics. They merge all floating-point tensors that do not match
-`exclude` (by default none matches), compute in float32 and round once to the output dtype: `out_dtype`, else `dtype`,
-else the base's. They have the semantics of mergekit 0.1.5 where it has the method, with these differences:
+Weight-space methods need no GPU, and no calibration samples unless the list says that they need statistics. They merge
+all floating-point tensors that do not match `exclude` (by default none matches), compute in float32 and round once to
+the output dtype: `out_dtype`, else `dtype`, else the base's. They have the semantics of mergekit 0.1.5 where it has the
+method, with these differences:
 
 - mergekit computes and writes in `dtype`, or in the dtype to which all inputs promote.
 - Among elements equal to the threshold of a trimmed task vector, mergekit keeps any, this engine the first ones.
