@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from engine.errors import ConfigError
 from engine.methods import (
     checkpoint_average,
+    closed_form,
     dare,
     iso,
     learned,
@@ -60,6 +61,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (swudi.ADAPTIVE, swudi.prepare),
         (lot.METHOD, lot.prepare),
         (regmean.METHOD, regmean.prepare),
+        (closed_form.METHOD, closed_form.prepare),
         (passthrough.METHOD, passthrough.prepare),
         (slerp.METHOD, slerp.prepare),
         (model_stock.METHOD, model_stock.prepare),

@@ -31,13 +31,15 @@ PROBES, STEPS = 8, 6
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of one expert. Both are read anew each time, so that memory is independent of the number of experts.
+    """A layer of one expert. Its tensors are read anew each time: memory is independent of the number of experts.
 
     Attributes:
+        expert: k.
         weight: Returns Wₖ [O, I].
         moments: Returns the moments of the layer's inputs, Gram matrix or inputs included.
     """
 
+    expert: int
     weight: Callable[[], Tensor]
     moments: Callable[[], Moments]
 
@@ -50,7 +52,7 @@ def layers_of(tensor: MergeTensor, of_weights: bool = False) -> list[Layer]:
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return []
     return [
-        Layer(partial(_weight, tensor, k, of_weights), partial(_moments, of))
+        Layer(k, partial(_weight, tensor, k, of_weights), partial(_moments, of))
         for k, of in enumerate(tensor.statistics)
         if of is not None and of.moments() is not None
     ]

@@ -1,0 +1,54 @@
+"""Coefficients in closed form: per layer, those whose sum of task vectors meets the experts' outputs best.
+
+Source: per-layer least squares on outputs, as in Etheridge et al., Model Merging by Output-Space Projection, arXiv
+2605.29101. The equations here were derived from the objective, and compared with the paper's abstract alone.
+Formula: with the inputs Xₖ that a linear layer of expert k saw, Nₖ of them:
+α = argmin Σₖ ‖(Σⱼ αⱼ·τⱼ − τₖ)·Xₖ‖²_F/Nₖ + ρ·‖α‖², which solves (A + ρ·1)·α = b, Aᵢⱼ = tr(τᵢ·C·τⱼᵀ),
+bᵢ = Σₖ tr(τᵢ·Cₖ·τₖᵀ), Cₖ = XₖXₖᵀ/Nₖ, C = Σₖ Cₖ, ρ = `ridge` times the mean of A's diagonal. θ = θ₀ + λ·Σₖ αₖ·τₖ.
+Eigenvalues of A + ρ·1 below `rcond` times the largest are left out: equal experts have equal coefficients. Tensors
+without samples, of which no expert has inputs, and embedding and head: θ₀ + (λ/K)·Σₖ τₖ.
+Options: `ridge` (0), `rcond` (1e-6), `lambda` (1.0).
+
+What the outputs differ by after the merge, relative to what they differ by before it, is the residual
+1 − bᵀ·A⁻¹·b / Σₖ tr(τₖ·Cₖ·τₖᵀ). K coefficients a layer cannot overfit, unlike LOT's matrix; they leave a larger
+residual.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.methods.options import LAMBDA, Method, Option
+
+if TYPE_CHECKING:
+    from engine.methods.arithmetic.tensor import MergeTensor
+    from engine.task_vectors.pipeline import Fill
+
+RIDGE = Option("ridge", 0.0, "ρ, the pull of the coefficients to 0, as a multiple of the mean diagonal of A", low=0)
+RCOND = Option("rcond", 1e-6, "eigenvalues of A + ρ·1 below this share of the largest count as zero", low=0, high=1)
+
+METHOD = Method(
+    "closed_form",
+    "per layer the coefficients whose sum of task vectors has outputs nearest to the experts'",
+    "as in Etheridge et al., Model Merging by Output-Space Projection, arXiv 2605.29101",
+    "θ = θ₀ + λ·Σₖ αₖ·τₖ, α = argmin Σₖ ‖(Σⱼ αⱼ·τⱼ − τₖ)·Xₖ‖²_F/Nₖ",
+    (RIDGE, RCOND, LAMBDA),
+    whole=True,
+    statistics=("gram",),
+)
+
+
+def prepare(tensor: MergeTensor) -> Fill:
+    """Return the tensor's `Fill`.
+
+    Raises:
+        CheckpointError: τₖ has a NaN or infinite element, or the statistics cannot be read.
+    """
+    from engine.methods.arithmetic.matrices import mean_of_task_vectors
+    from engine.methods.arithmetic.projection import projection_of
+
+    projection = projection_of(tensor)
+    if projection is None:
+        return mean_of_task_vectors(tensor)
+    alpha_K = projection.coefficients(float(tensor.values["ridge"]), float(tensor.values["rcond"]))
+    return tensor.sum_of_task_vectors((float(tensor.values["lambda"]) * alpha_K).tolist())
