@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,8 @@ def tensor_of(
     taus: Sequence[Tensor | None],
     statistics: Sequence[TensorStatistics | None] = (),
     *,
-    own: Sequence[dict[str, Value]] = (),
+    own: Sequence[Mapping[str, Value]] = (),
+    known: Mapping[str, Any] | None = None,
     is_vocabulary: bool = False,
     base_statistics: TensorStatistics | None = None,
     pool: ThreadPoolExecutor | None = None,
@@ -70,13 +71,14 @@ def tensor_of(
         models=tuple(f"expert{k}" for k in range(len(taus))),
         task_vectors=[None if tau is None else Stored(tau.float().reshape(-1)) for tau in taus],
         values=values,  # type: ignore[arg-type]
-        own=[defaults | (own[k] if own else {}) for k in range(len(taus))],  # type: ignore[dict-item]
+        own=[{**defaults, **(own[k] if own else {})} for k in range(len(taus))],  # type: ignore[dict-item]
         base_values=None,
         seed=0,
         pool=pool or ThreadPoolExecutor(1),
         threads=1,
         experts_in_all=len(taus),
         is_vocabulary=is_vocabulary,
+        known=known or {},
         statistics=statistics,
         base_statistics=base_statistics,
     )

@@ -14,6 +14,7 @@ from engine.methods import (
     checkpoint_average,
     closed_form,
     dare,
+    fisher,
     iso,
     learned,
     linear,
@@ -62,6 +63,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (lot.METHOD, lot.prepare),
         (regmean.METHOD, regmean.prepare),
         (closed_form.METHOD, closed_form.prepare),
+        (fisher.METHOD, fisher.prepare),
         (passthrough.METHOD, passthrough.prepare),
         (slerp.METHOD, slerp.prepare),
         (model_stock.METHOD, model_stock.prepare),
@@ -69,7 +71,10 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
 }
 
 # What a method has to know of the whole model first.
-_PREPASSES: dict[str, tuple[Prepass, ...]] = {ties.METHOD.name: ties.PREPASSES}
+_PREPASSES: dict[str, tuple[Prepass, ...]] = {
+    ties.METHOD.name: ties.PREPASSES,
+    fisher.METHOD.name: fisher.PREPASSES,
+}
 
 LEARNED = {method.name: method for method in learned.METHODS}
 NATIVE = {name: method for name, (method, _) in _NATIVE.items()}
