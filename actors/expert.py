@@ -1,19 +1,26 @@
-"""The expert actor: reads one expert at a time, surveys its weights, and stores targets of calibration samples."""
+"""The expert actor: one expert at a time, whose weights it surveys, and which it runs on calibration samples.
+
+It stores targets of samples, or statistics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.statistics import collect
 from engine.learning.targets import load_target, save_target
 from engine.machine import usable_cpus
+from engine.methods.options import Statistic
 from engine.models.devices import Room, give_back, release
 from engine.planning.plan import Plan
 from engine.shards.parts import Surveyed
 from engine.shards.survey import Survey
+from engine.statistics.files import HEADER
 from engine.storage.folder import Folder
 
 
@@ -26,7 +33,7 @@ class Expert:
     def __init__(self, plan: Plan, index: int, threads: int | None = None, gpus: Gpus = NO_GPUS) -> None:
         self._process = ActorProcess(f"expert {index}", threads, gpus)
         self._plan, self._forwards, self._by_lapack = plan, 0, 0
-        self._held: tuple[int, FrozenExpert] | None = None
+        self._held: tuple[int | None, FrozenExpert] | None = None
         self._survey: Survey | None = None
 
     @guarded
@@ -67,6 +74,33 @@ class Expert:
         self._forwards += 1
         return save_target(target, folder, name)
 
+    @guarded
+    def statistics(
+        self,
+        index: int | None,
+        samples: Sequence[tuple[Sample, str | None]],
+        kinds: Sequence[Statistic],
+        state: Folder,
+        name: str,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Collect the statistics of an expert, or of the base (None), unless an earlier attempt at the call has.
+
+        Args:
+            index: The expert.
+            samples: The samples, each with the file of its pixel inputs in the state, if it has any.
+            kinds: What is collected.
+            state: The state folder of the run.
+            name: The folder in it.
+            facts: See `engine.learning.statistics.collect`.
+        """
+        folder = state.child(name)
+        if folder.exists(HEADER):
+            return
+        given = [(sample, load_target(state, inputs).inputs if inputs else {}) for sample, inputs in samples]
+        collect(self._expert(index), given, kinds, folder, facts)
+        self._forwards += len(given)
+
     def report(self) -> Report:
         """Return the memory figures, the forward passes, and the number of decompositions that LAPACK had to make."""
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
@@ -78,7 +112,7 @@ class Expert:
         self._held = self._survey = None
         give_back()
 
-    def _expert(self, index: int) -> FrozenExpert:
+    def _expert(self, index: int | None) -> FrozenExpert:
         # Loaded in a call and not in __init__: an error raised in a call reaches the driver unchanged.
         if self._held is None or self._held[0] != index:
             self.forget()  # first, so that memory never holds two experts

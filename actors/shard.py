@@ -157,4 +157,4 @@ class Shard:
 
     @cached_property
     def _weight_space(self) -> WeightSpace:
-        return WeightSpace(self._plan, self._models)
+        return WeightSpace(self._plan, self._models, self._state)

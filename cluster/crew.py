@@ -86,11 +86,16 @@ class Crew:
         Such a shard may use the GPU of the seat. The experts must be dismissed. A seat that another job occupies is
         left out; the first one is reserved.
         """
-        started = []
-        for index in range(min(count, self.seats)):
-            label, arguments = "a shard in an expert's seat", _shard(len(self.shards) + index)
-            started.append(self._in_seat(Shard, label, index, arguments))
-        calls = {shard.report.remote(): shard for shard in started[1:]}
+        label = "a shard in an expert's seat"
+        return self._started(count, lambda i: self._in_seat(Shard, label, i, _shard(len(self.shards) + i)))
+
+    def experts(self, count: int) -> list[Any]:
+        """Start at most `count` expert actors, and return those that have started; see `shards_of_experts`."""
+        return self._started(count, self.expert)
+
+    def _started(self, count: int, start: Callable[[int], Any]) -> list[Any]:
+        started = [start(index) for index in range(min(count, self.seats))]
+        calls = {actor.report.remote(): actor for actor in started[1:]}
         if calls:
             _, late = ray.wait(list(calls), num_returns=len(calls), timeout=SEATING)
             for call in late:
@@ -127,7 +132,8 @@ class Crew:
         layout, home = self.layout, len(self.layout.shards)
         # With seats beside the trainer, that of the first expert is reserved; the others wait until theirs is free.
         at_home = not layout.beside or index >= len(layout.experts) - layout.at_home
-        place = home if at_home else (home + 1 if index == 0 else None)
+        first = home + (layout.home is not None)
+        place = home if at_home else (first if index == 0 else None)
         return self._spawn(kind, label, layout.experts[index], place, arguments)
 
     def _spawn(

@@ -88,7 +88,7 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
     with open_run(out, now, fresh) as run:
         progress.start = Start(run.state)
         run.share(plan.config)
-        samples = prepare(plan, records, run) if plan.config.learned else []
+        samples = prepare(plan, records, run) if plan.config.uses_samples else []
         # As on GPUs, where stored task vectors take the least. The attempt checks again when it knows the devices.
         least = factored(plan, True, plan.config.cluster.factors)
         tokens = [[sample.tokens for sample in of_expert] for of_expert in samples]
@@ -126,7 +126,7 @@ def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts
 
 
 def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
-    """Return whether a merge needs Ray: it learns, a cluster is asked for, or object storage is read or written.
+    """Return whether a merge needs Ray: it runs models, a cluster is asked for, or object storage is read or written.
 
     A process that is connected to a Ray asks for it.
     """
@@ -134,7 +134,7 @@ def needs_ray(plan: Plan, out: str, address: str | None) -> bool:
     asked = connected or address or os.environ.get("RAY_ADDRESS") or plan.config.cluster.labels
     # The cache is used by this process alone.
     config = plan.resolved.model_dump(mode="json", exclude={"cache"})
-    return bool(plan.config.learned or asked or [*addresses_in([out, config])])
+    return bool(plan.config.uses_samples or asked or [*addresses_in([out, config])])
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def attempt(
         MergeError: the merge cannot continue.
     """
     if not plan.config.learned:
-        WeightSpaceMerge(plan, run, progress, hosts, losses).run()
+        WeightSpaceMerge(plan, samples, run, progress, hosts, losses).run()
         return
     from cluster.learned_merge import LearnedMerge
 

@@ -206,16 +206,27 @@ def lay_out(
     )
 
 
-def lay_out_shards(nodes: Sequence[Node], plan: Plan) -> Seating:
-    """Return the seats of shards alone, for a weight-space method: one shard per node, or `cluster.shards`.
+def lay_out_shards(nodes: Sequence[Node], plan: Plan, devices: Devices | None = None) -> Seating:
+    """Return the seats of a weight-space method: one shard per node, or `cluster.shards`, and experts if they run.
+
+    `devices` are those of the experts; None: of the nodes.
 
     Raises:
-        ClusterError: no node has CPUs and the labels of the config.
+        ClusterError: no node has CPUs and the labels of the config, or fits an expert.
     """
-    usable = useful(nodes, plan.config)
+    config, usable = plan.config, useful(nodes, plan.config)
     if not usable:
-        raise _shortage(nodes, plan.config, "shard", 0)
-    return Seating(_shards(usable, plan, None))
+        raise _shortage(nodes, config, "shard", 0)
+    if not config.uses_samples:
+        return Seating(_shards(usable, plan, None))
+    devices = replace(devices or Devices.of(nodes, config), trainer=0)
+    # No node is a trainer's home.
+    places = _places(usable, config, devices, Node(0, 0))[: len(plan.experts)]
+    if not places:
+        raise _shortage(nodes, config, "expert", devices.expert)
+    on = Counter(node.id for node in places)
+    experts = tuple(Seat(node.id, _share(node, on[node.id]), devices.expert) for node in places)
+    return Seating(_shards(usable, plan, None), experts=experts, threads=devices.threads)
 
 
 def _places(usable: Sequence[Node], config: Config, devices: Devices, home: Node) -> list[Node]:

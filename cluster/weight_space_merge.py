@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from cluster.attempt import Attempt
 from cluster.placement import Devices, lay_out_shards, machines
 from cluster.progress import Progress
 from cluster.seats import Node, Seating
+from cluster.statistics import collect_statistics
 from cluster.watch import Watch
+from engine.calibration.samples import Sample
 from engine.methods.prepass import Array
 from engine.methods.registry import get_method, prepasses
 from engine.output.merge_record import write_weight_space_record
@@ -37,9 +40,17 @@ class Hosts(Protocol):
 class WeightSpaceMerge(Attempt):
     """One attempt at a merge by a weight-space method."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, progress: Progress, hosts: Hosts, losses: int = 0) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Sequence[Sequence[Sample]],
+        folder: RunFolder,
+        progress: Progress,
+        hosts: Hosts,
+        losses: int = 0,
+    ) -> None:
         super().__init__(plan, folder, progress, hosts.watch(progress.say), losses)
-        self._hosts = hosts
+        self._hosts, self._samples = hosts, samples
 
     def run(self) -> None:
         """Run the merge to its end: prepasses over the whole model, if the method has any, then every file."""
@@ -47,11 +58,13 @@ class WeightSpaceMerge(Attempt):
         written = len(self.folder.written())
         if written:
             self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
-        layout = self.await_layout(lambda: lay_out_shards(self._hosts.nodes(), self.plan))
+        layout = self.await_layout(self._layout)
         here = machines(self._hosts.nodes(), self.plan.config, Devices(0, 0))
         self.bound(patience(self.plan, here, len(layout.shards)))
         with self._hosts.crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
+            if self.plan.config.statistics or self.plan.config.statistics_of_base:
+                collect_statistics(self, crew, self._samples, self.digests(crew.shards))
             known = self._known(crew.shards)
             self.folder.start_output(self.weight_files())
             for k, model in enumerate(self.models):
@@ -62,6 +75,17 @@ class WeightSpaceMerge(Attempt):
         identity = self.folder.identity.encode()
         write_weight_space_record(self.folder.composed, self.plan, method, identity, digests, self.weight_files())
         self.finish()
+
+    def _layout(self) -> Seating:
+        """Return seats on the nodes that are alive. A run keeps the devices of its experts; see `Devices`."""
+        alive, config = self._hosts.nodes(), self.plan.config
+        if not config.uses_samples:
+            return lay_out_shards(alive, self.plan)
+        kept = self.folder.load_devices()
+        devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
+        layout = lay_out_shards(devices.among(alive), self.plan, devices)
+        self.folder.keep_devices(asdict(devices))
+        return layout
 
     def _write(self, shards: Sequence[Any], known: Known, only: int | None, expert: str) -> None:
         weights = self.folder.weights

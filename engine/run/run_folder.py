@@ -47,6 +47,7 @@ from engine.run.place import check_place
 from engine.run.reuse import Reuse, open_cache
 from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import SURVEY
+from engine.shards.statistics import FOLDER as STATISTICS
 from engine.storage.address import Address
 from engine.storage.cache import cache_folder
 from engine.storage.folder import storing
@@ -157,7 +158,7 @@ class RunFolder(KeptState):
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""
-        of_experts = len(self.stored_targets()), len(self.state.names(SURVEY)), len(self.state.names(FOLDER))
+        of_experts = (len(self.stored_targets()), *(len(self.state.names(one)) for one in (SURVEY, FOLDER, STATISTICS)))
         return *of_experts, self.steps_taken(), len(self.written())
 
     def start_output(self, files: Iterable[str]) -> None:
@@ -245,7 +246,7 @@ class RunFolder(KeptState):
         `of_models`: targets, surveys and stored task vectors count, too. What comes from a cache does not.
         """
         names = self.state.names().difference(*self.reused().values())
-        kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/"] if of_models else []))
+        kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/", f"{STATISTICS}/"] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def _remove_log(self) -> None:

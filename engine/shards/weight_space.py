@@ -16,6 +16,8 @@ from engine.planning.plan import Plan, experts_of, slice_of
 from engine.shards.gathered_rows import GatheredRows
 from engine.shards.prepasses import NOTHING, Known, group_of
 from engine.shards.settings import method_at, resolve
+from engine.shards.statistics import MergeStatistics
+from engine.storage.folder import Folder
 from engine.task_vectors.kinds import TaskVector
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
 from engine.task_vectors.rounding import Rounding
@@ -23,10 +25,14 @@ from engine.task_vectors.streams import TaskVectors
 
 
 class WeightSpace:
-    """The weight-space merge of a plan: base and experts as streams, and the arithmetic of the plan's method."""
+    """The weight-space merge of a plan: base and experts as streams, and the arithmetic of the plan's method.
 
-    def __init__(self, plan: Plan, streams: TaskVectors) -> None:
+    `state` is the folder of the run's state, in which statistics are, if the method uses any.
+    """
+
+    def __init__(self, plan: Plan, streams: TaskVectors, state: Folder | None = None) -> None:
         self._plan, self._streams = plan, streams
+        self._statistics = MergeStatistics(plan, state)
         self._rows: dict[str, GatheredRows] = {}
 
     def tensor(self, name: str, known: Known = NOTHING, only: int | None = None) -> MergeTensor:
@@ -63,6 +69,8 @@ class WeightSpace:
             base_place=part.base,
             is_vocabulary=has_tokens_for_rows(plan.base_header, name),
             known=known.get(group_of(plan, name), {}),
+            statistics=self._statistics.of_experts(name, [indices[k] for k in chosen]),
+            base_statistics=self._statistics.of_base(name),
         )
 
     def _task_vector(self, expert: int, name: str) -> TaskVector | None:
