@@ -17,6 +17,7 @@ from engine.methods import (
     fisher,
     iso,
     learned,
+    lewis,
     linear,
     lot,
     mergekit_library,
@@ -64,6 +65,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (regmean.METHOD, regmean.prepare),
         (closed_form.METHOD, closed_form.prepare),
         (fisher.METHOD, fisher.prepare),
+        (lewis.METHOD, lewis.prepare),
         (passthrough.METHOD, passthrough.prepare),
         (slerp.METHOD, slerp.prepare),
         (model_stock.METHOD, model_stock.prepare),
@@ -74,6 +76,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
 _PREPASSES: dict[str, tuple[Prepass, ...]] = {
     ties.METHOD.name: ties.PREPASSES,
     fisher.METHOD.name: fisher.PREPASSES,
+    lewis.METHOD.name: lewis.PREPASSES,
 }
 
 LEARNED = {method.name: method for method in learned.METHODS}
