@@ -31,6 +31,7 @@ ORDER = (
         "calibration",
         "shards",
         "learning",
+        "correction",
         "run",
     ),
     *("evaluation", "output", "report"),
