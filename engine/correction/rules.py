@@ -6,7 +6,7 @@ model gives the layer on expert k's samples, and inputs Tₖ of expert k's layer
 featcal. Source: FeatCal, arXiv 2605.13030, and its published code (github.com/egangu/featcal). Inputs of the merged
 model are those of its own block, as it was before the block is solved; Tₖ = α·Eₖ + (1 − α)·Sₖ with the inputs Eₖ in the
 expert; cₖ = 1/‖Cₖ‖_F, Cₖ = Sₖ·Sₖᵀ/Nₖ. All layers of a block are solved from one pass, as in the code, and not one after
-another. A = ρ·W_merged + (1 − ρ)·W₀. Biases and norms are solved too; the code solves LayerNorm, and RMSNorm is its case
+another. A = ρ·W_merged + (1 − ρ)·W₀. Biases and norms are solved, too; the code has LayerNorm, and RMSNorm is its case
 without a bias. The code's last vision layer weighs its tokens for CLIP's pooling, which is left out here.
 regmean_plus_plus. Source: RegMean++, arXiv 2508.03121, and its published code (github.com/nthehai01/RegMean-plusplus).
 The expert's block runs on the merged model's hidden states, Tₖ = Sₖ are the inputs of its layers, cₖ = 1/Nₖ, and the

@@ -12,7 +12,7 @@ m·γₖ + βₖ, and 1 for the number of experts. The shares of all experts are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -105,12 +105,12 @@ class NormSums:
         }
 
 
-def added(shares: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the sum of the experts' shares, in their order."""
-    total = {name: tensor.clone() for name, tensor in shares[0].items()}
-    for share in shares[1:]:
+def added(shares: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the sum of the experts' shares, in their order. One share is in memory at a time."""
+    total: dict[str, Tensor] = {}
+    for share in shares:
         for name, tensor in share.items():
-            total[name].add_(tensor)
+            total[name] = total[name] + tensor if name in total else tensor
     return total
 
 

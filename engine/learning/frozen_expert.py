@@ -45,7 +45,7 @@ def check_models(plan: Plan) -> None:
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
             load_generation_config(folder)
-            config = _config(plan, expert, base_config, folder)
+            config = config_of(plan, expert, base_config, folder)
             if not computes_alike(base_config, config):
                 build_skeleton(config, plan.base_header.tensors, dtype, folder)
 
@@ -65,7 +65,7 @@ class FrozenExpert:
         if isinstance(source, FullExpert):
             folder = source.checkpoint.folder
         base_config = load_base_config(plan)
-        config = _config(plan, expert, base_config, folder)
+        config = config_of(plan, expert, base_config, folder)
         # If the expert's config computes something else, the base's head does not give the expert's logits.
         alike = computes_alike(base_config, config)
         self.model, places = build_generation_skeleton(config, plan.base_header.tensors, self.dtype, folder)
@@ -80,7 +80,7 @@ class FrozenExpert:
             adapted = is_gpu(self.device) and not isinstance(source, FullExpert)
             task_vector = source.task_vector(name) if adapted else None
             if not isinstance(task_vector, Product):
-                return _weight(base, source, name)
+                return weight_of(base, source, name)
             weight, left, right = (
                 moved(tensor, self.device, torch.float32)
                 for tensor in (base.read(name), task_vector.left, task_vector.right)
@@ -94,7 +94,7 @@ class FrozenExpert:
         heads = set(head_names(self.model))
         names = [name for name, place in places.items() if place.parameter in heads]
         return not any(name in self.plan.merged_set for name in names) and all(
-            torch.equal(_weight(base, source, name).to(self.dtype), base.read(name).to(self.dtype)) for name in names
+            torch.equal(weight_of(base, source, name).to(self.dtype), base.read(name).to(self.dtype)) for name in names
         )
 
     @torch.no_grad()
@@ -144,7 +144,7 @@ class FrozenExpert:
         )
 
 
-def _config(plan: Plan, expert: ModelPlan, base_config: Any, folder: Path) -> Any:
+def config_of(plan: Plan, expert: ModelPlan, base_config: Any, folder: Path) -> Any:
     """Return the config with which an expert runs forward: its own, or the base's for a text model in a base of images.
 
     Such an expert is the base's model with the language model of the expert.
@@ -161,7 +161,7 @@ def _config(plan: Plan, expert: ModelPlan, base_config: Any, folder: Path) -> An
     return config
 
 
-def _weight(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
+def weight_of(base: Checkpoint, source: ExpertWeights, name: str) -> Tensor:
     """Return θₖ of one tensor: the stored one for a full checkpoint, θ₀ + τₖ in float32 where an adapter changes it."""
     if isinstance(source, FullExpert):
         stored = source.stored(name)

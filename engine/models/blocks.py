@@ -84,7 +84,7 @@ class BlockRun:
         self.model, self.device = model, device
         self._towers = _towers(model)
         self._given = [dict(sample) for sample in samples]
-        self.states = [SampleState(((), given)) for given in self._given]
+        self.restart()
         self.parts: list[ModelPart] = []
         for index, tower in enumerate(self._towers):
             names = {id(module): name for name, module in tower.module.named_modules()}
@@ -93,6 +93,10 @@ class BlockRun:
             for number, block in enumerate(tower.blocks):
                 inside = names[id(block)]
                 self.parts.append(ModelPart(f"{tower.name}.{inside}" if tower.name else inside, index, number))
+
+    def restart(self) -> None:
+        """Put all samples before the first part again."""
+        self.states = [SampleState(((), given)) for given in self._given]
 
     def step(self, part: ModelPart, modules: Mapping[str, Any] | None = None, observe: Observe | None = None) -> None:
         """Run all samples through a part; see `forward`."""
@@ -121,6 +125,19 @@ class BlockRun:
             state = self.states[index]
             started()
             return state if state.call is None else self._block(part, state)
+
+    @torch.no_grad()
+    def before(self, part: ModelPart, index: int) -> SampleState:
+        """Return the state of sample `index` before a block, with the hidden state also if the block is the first."""
+        tower, state = self._towers[part.tower], self.states[index]
+        if state.call is None or state.hidden is not None:
+            return state
+        reached: list[Tensor] = []
+        with ExitStack() as changed, suppress(_Reached):
+            for block in tower.blocks:
+                changed.enter_context(replaced(block, _end_before(block, reached)))
+            self._call(tower.module, state.call)
+        return SampleState(state.call, reached[0].to(CPU))
 
     def linears(self, part: ModelPart) -> dict[str, Any]:
         """Return the linear layers of a part by name, without output heads. Conv1D's weight is transposed.
@@ -204,16 +221,9 @@ class BlockRun:
 
             return forward
 
-        def after(block: Any) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                reached.append(args[0] if args else kwargs[_hidden_name(block)])
-                raise _Reached
-
-            return forward
-
         with ExitStack() as changed, suppress(_Reached):
             for place, block in enumerate(tower.blocks):
-                made = before(block) if place < number else after(block)
+                made = before(block) if place < number else _end_before(block, reached)
                 changed.enter_context(replaced(block, this(block, block.forward) if place == number else made))
             self._call(tower.module, state.call)
         if len(ran) != 1 or not reached or len(first) != number:
@@ -227,6 +237,16 @@ class BlockRun:
 
 class _Reached(Exception):
     """The forward pass has come to where it is to end."""
+
+
+def _end_before(block: Any, reached: list[Tensor]) -> Callable[..., Any]:
+    """Return a forward pass of a block that keeps the hidden state that it is given, and ends the whole pass."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        reached.append(args[0] if args else kwargs[_hidden_name(block)])
+        raise _Reached
+
+    return forward
 
 
 def _moved(call: Any, device: torch.device) -> Any:

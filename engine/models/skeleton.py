@@ -100,11 +100,21 @@ def load_weights(
 def fill(
     model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, read: Callable[[str], Tensor | None]
 ) -> None:
-    """Set the parameters and buffers of a module, without a copy where none is needed.
+    """Set all parameters and buffers of a module with `set_weights`. Parameters require no gradient afterwards."""
+    set_weights(model, places, devices, dtype, read)
+    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not unfilled, f"not filled: {unfilled}"
+    model.requires_grad_(False)
+    dispatch(model, devices)
+
+
+def set_weights(
+    model: Any, places: Places, devices: DeviceMap, dtype: torch.dtype, read: Callable[[str], Tensor | None]
+) -> None:
+    """Set the parameters and buffers of a module that have places, without a copy where none is needed.
 
     `read` returns the tensor of a name in the files, or None for a float tensor that is filled in later. Floats are
-    converted to `dtype`. For GPUs, several threads call it and copy at a time. Parameters require no gradient
-    afterwards.
+    converted to `dtype`. For GPUs, several threads call it and copy at a time.
     """
     state, parts = model.state_dict(), defaultdict[str, list[str]](list)
     for name, place in places.items():
@@ -133,10 +143,6 @@ def fill(
     model.load_state_dict(tensors, strict=False, assign=True)
     if tied_weights(model):
         model.tie_weights()
-    unfilled = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not unfilled, f"not filled: {unfilled}"
-    model.requires_grad_(False)
-    dispatch(model, devices)
 
 
 def part_of(whole: Tensor, place: Place, shape: Sequence[int]) -> Tensor:

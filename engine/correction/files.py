@@ -1,0 +1,136 @@
+"""The files of a calibration in the state of a run: the merged model, hidden states, shares, and solved tensors.
+
+    merged/     a file per tensor of the merged model, in the output's dtypes, as shards write it
+    calibrated/streams/     hidden states of an expert's samples before a part
+    calibrated/shares/      an expert's share in the equations of the layers of a part, and the list of them
+    calibrated/solved/      solved tensors, float32
+
+Names contain hashes, since a tensor's name in a checkpoint may be any text (`../..`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from engine.storage.folder import Folder
+from engine.storage.sealed import read_sealed, refuse, write_sealed
+
+FOLDER = "calibrated"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, or a norm, that is solved.
+
+    Attributes:
+        name: Its name in the model.
+        weight, bias: The names of its tensors in the output; None for a bias that is not solved.
+        transposed: Whether its weight is [I, O].
+    """
+
+    name: str
+    weight: str
+    bias: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that share an input and are solved at a time, or one norm."""
+
+    layers: tuple[Layer, ...]
+    is_norm: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name for files."""
+        return _hash("\n".join(layer.name for layer in self.layers))
+
+
+def merged_file(name: str) -> str:
+    """Return the file of a tensor of the merged model."""
+    return f"merged/{_hash(name)}.safetensors"
+
+
+def solved_file(name: str) -> str:
+    """Return the file of a solved tensor."""
+    return f"{FOLDER}/solved/{_hash(name)}.safetensors"
+
+
+def stream_file(expert: int, part: int) -> str:
+    """Return the file of the hidden states of an expert's samples before a part."""
+    return f"{FOLDER}/streams/{expert}-{part}.safetensors"
+
+
+def shares_folder(part: int) -> str:
+    """Return the folder of all shares in a part."""
+    return f"{FOLDER}/shares/{part}"
+
+
+def share_file(part: int, expert: int, group: Group) -> str:
+    """Return the file of an expert's share in the equations of a group."""
+    return f"{shares_folder(part)}/{expert}-{group.key}.safetensors"
+
+
+def save_groups(state: Folder, part: int, expert: int, groups: Sequence[Group]) -> None:
+    """Store which groups an expert has shares in, which marks the shares as complete."""
+    write_sealed(state, _list_file(part, expert), json.dumps([asdict(group) for group in groups]).encode())
+
+
+def load_groups(state: Folder, part: int, expert: int) -> tuple[Group, ...] | None:
+    """Return the groups in which an expert has stored its shares, or None if they are not complete."""
+    name = _list_file(part, expert)
+    if not state.exists(name):
+        return None
+    try:
+        groups = json.loads(read_sealed(state, name))
+        return tuple(Group(tuple(Layer(**layer) for layer in one["layers"]), one["is_norm"]) for one in groups)
+    except (ValueError, TypeError, KeyError):
+        refuse(f"{state.where}/{name}")
+
+
+def save_tensors(state: Folder, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a sealed file."""
+    write_sealed(state, name, safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+
+
+def load_sealed_tensors(state: Folder, name: str) -> dict[str, Tensor]:
+    """Read a file that `save_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedError: the file is damaged.
+    """
+    content = read_sealed(state, name)
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError):
+        refuse(f"{state.where}/{name}")
+    return tensors
+
+
+def load_merged(state: Folder, name: str) -> Tensor:
+    """Return a tensor of the merged model, as it was before the calibration."""
+    tensor: Tensor = safetensors.torch.load(state.read(merged_file(name)))[name]
+    return tensor
+
+
+def load_calibrated(state: Folder, name: str) -> Tensor:
+    """Return a tensor of the merged model: solved, float32, if it is, else as it was."""
+    file = solved_file(name)
+    return load_sealed_tensors(state, file)["tensor"] if state.exists(file) else load_merged(state, name)
+
+
+def _list_file(part: int, expert: int) -> str:
+    return f"{shares_folder(part)}/{expert}.json"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
