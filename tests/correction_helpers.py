@@ -14,7 +14,7 @@ from conftest import plan_of
 from torch import Tensor
 
 from engine.calibration.samples import Sample
-from engine.correction.files import Group, load_calibrated, merged_file
+from engine.correction.files import LayerGroup, load_calibrated, merged_file
 from engine.correction.rules import Rule
 from engine.correction.streams import Streams, end_part, solve_group
 from engine.planning.plan import Plan
@@ -84,7 +84,7 @@ class Actors:
     def run(self, parts: Sequence[int]) -> None:
         for number in parts:
             shares = [self._streams(k).contribute(number) for k in range(len(self._plan.experts))]
-            groups: dict[Group, list[int]] = {}
+            groups: dict[LayerGroup, list[int]] = {}
             for k, of_expert in enumerate(shares):
                 for group in of_expert:
                     groups.setdefault(group, []).append(k)

@@ -26,7 +26,7 @@ FOLDER = "calibrated"
 
 
 @dataclass(frozen=True)
-class Layer:
+class SolvedLayer:
     """A linear layer, or a norm, that is solved.
 
     Attributes:
@@ -42,10 +42,10 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Group:
+class LayerGroup:
     """Linear layers that share an input and are solved at a time, or one norm."""
 
-    layers: tuple[Layer, ...]
+    layers: tuple[SolvedLayer, ...]
     is_norm: bool = False
 
     @property
@@ -74,24 +74,26 @@ def shares_folder(part: int) -> str:
     return f"{FOLDER}/shares/{part}"
 
 
-def share_file(part: int, expert: int, group: Group) -> str:
+def share_file(part: int, expert: int, group: LayerGroup) -> str:
     """Return the file of an expert's share in the equations of a group."""
     return f"{shares_folder(part)}/{expert}-{group.key}.safetensors"
 
 
-def save_groups(state: Folder, part: int, expert: int, groups: Sequence[Group]) -> None:
+def save_groups(state: Folder, part: int, expert: int, groups: Sequence[LayerGroup]) -> None:
     """Store which groups an expert has shares in, which marks the shares as complete."""
     write_sealed(state, _list_file(part, expert), json.dumps([asdict(group) for group in groups]).encode())
 
 
-def load_groups(state: Folder, part: int, expert: int) -> tuple[Group, ...] | None:
+def load_groups(state: Folder, part: int, expert: int) -> tuple[LayerGroup, ...] | None:
     """Return the groups in which an expert has stored its shares, or None if they are not complete."""
     name = _list_file(part, expert)
     if not state.exists(name):
         return None
     try:
         groups = json.loads(read_sealed(state, name))
-        return tuple(Group(tuple(Layer(**layer) for layer in one["layers"]), one["is_norm"]) for one in groups)
+        return tuple(
+            LayerGroup(tuple(SolvedLayer(**layer) for layer in one["layers"]), one["is_norm"]) for one in groups
+        )
     except (ValueError, TypeError, KeyError):
         refuse(f"{state.where}/{name}")
 

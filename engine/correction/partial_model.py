@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from engine.checkpoints.structure import Role
-from engine.correction.files import Layer
+from engine.correction.files import SolvedLayer
 from engine.correction.rules import Rule
 from engine.models.blocks import BlockRun, ModelPart
 from engine.models.internvl import set_image_token
@@ -80,7 +80,7 @@ class PartialModel:
         empty = {name: torch.empty_like(state[name], device="meta") for name in self._inside(part)}
         self.model.load_state_dict(empty, strict=False, assign=True)
 
-    def modules(self, part: ModelPart, rule: Rule) -> tuple[dict[str, Any], dict[str, Layer]]:
+    def modules(self, part: ModelPart, rule: Rule) -> tuple[dict[str, Any], dict[str, SolvedLayer]]:
         """Return the linear layers and norms of a part that can be solved, as modules and as data, by name.
 
         Experts of a mixture are not among them: each sees other tokens in the merged model than in an expert. Norms are
@@ -108,7 +108,7 @@ class PartialModel:
             weight = self._tensors.get(f"{name}.weight")
             bias = self._tensors.get(f"{name}.bias") if rule.with_norms else None
             if weight is not None:
-                layers[name] = Layer(name, weight, bias, isinstance(module, Conv1D))
+                layers[name] = SolvedLayer(name, weight, bias, isinstance(module, Conv1D))
         return {name: found[name] for name in layers}, layers
 
     def _inside(self, part: ModelPart) -> list[str]:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.calibration.samples import Sample
 from engine.correction.files import (
-    Group,
-    Layer,
+    LayerGroup,
+    SolvedLayer,
     load_calibrated,
     load_groups,
     load_merged,
@@ -85,7 +85,7 @@ class Streams:
         # The part that the streams are before, and the expert's states after it, if these are known.
         self._at, self._ahead = 0, list[SampleState]()
 
-    def contribute(self, number: int) -> tuple[Group, ...]:
+    def contribute(self, number: int) -> tuple[LayerGroup, ...]:
         """Store the expert's shares in the equations of part `number`, and return the groups of layers that it has.
 
         All parts before have been solved. Nothing is done if the shares are stored.
@@ -166,7 +166,7 @@ class Streams:
         expert = [("e", self._expert)] if self._expert is not None and self.rule.has_expert_stream else []
         return [("s", self._merged), *expert]
 
-    def _observe(self, number: int) -> tuple[Group, ...]:
+    def _observe(self, number: int) -> tuple[LayerGroup, ...]:
         """Run the samples through a part, store the shares of its layers, and return their groups."""
         rule, part = self.rule, self._merged.run.parts[number]
         watched = self._expert if rule.own_blocks and self._expert is not None else self._merged
@@ -196,10 +196,12 @@ class Streams:
                 linear.setdefault(names, InputSums()).add(x, others.get(names), rule)
         for model in working:
             model.drop(part)
-        groups = [self._store(number, Group(tuple(layers[name] for name in names)), linear[names]) for names in linear]
-        return *groups, *(self._store(number, Group((layers[name],), True), norms[name]) for name in norms)
+        groups = [
+            self._store(number, LayerGroup(tuple(layers[name] for name in names)), linear[names]) for names in linear
+        ]
+        return *groups, *(self._store(number, LayerGroup((layers[name],), True), norms[name]) for name in norms)
 
-    def _inputs_of_expert(self, number: int, place: int, layers: Mapping[str, Layer]) -> dict[Names, Tensor]:
+    def _inputs_of_expert(self, number: int, place: int, layers: Mapping[str, SolvedLayer]) -> dict[Names, Tensor]:
         """Run a sample of the expert's own stream through a part; return the inputs of its linear layers."""
         if self._expert is None or not self.rule.has_expert_stream:
             return {}
@@ -209,7 +211,7 @@ class Streams:
         self._ahead.append(self._expert.run.forward(part, place, modules, found.__setitem__))
         return found
 
-    def _store(self, number: int, group: Group, sums: InputSums | NormSums) -> Group:
+    def _store(self, number: int, group: LayerGroup, sums: InputSums | NormSums) -> LayerGroup:
         """Store the expert's share in the equations of a group."""
         layers = {layer.name: affine(self._read_expert, layer) for layer in group.layers}
         share = sums.share(layers, self.rule) if isinstance(sums, InputSums) else sums.share(*layers.values())
@@ -222,7 +224,7 @@ class Streams:
         return group
 
 
-def solve_group(plan: Plan, rule: Rule, number: int, group: Group, experts: Sequence[int], state: Folder) -> None:
+def solve_group(plan: Plan, rule: Rule, number: int, group: LayerGroup, experts: Sequence[int], state: Folder) -> None:
     """Solve the layers of a group of part `number` from the shares of experts, and store their tensors.
 
     `experts` are those with a share, in their order. Tensors that are stored are not solved again.
@@ -253,7 +255,7 @@ def end_part(state: Folder, number: int) -> None:
     state.remove(shares_folder(number))
 
 
-def affine(read: Read, layer: Layer) -> Affine:
+def affine(read: Read, layer: SolvedLayer) -> Affine:
     """Return the weight, [O, I], and the bias of a layer in float32."""
     weight = read(layer.weight).float()
     return Affine(weight.T if layer.transposed else weight, None if layer.bias is None else read(layer.bias).float())
