@@ -14,6 +14,7 @@ from cluster.commands.plan import plan
 from cluster.commands.push import push
 from cluster.commands.report import report
 from cluster.commands.schema import schema
+from cluster.commands.stats import stats
 from engine import __version__
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (init, merge, plan, evaluate, chat, report, push, methods, schema, cache):
+for command in (init, merge, plan, stats, evaluate, chat, report, push, methods, schema, cache):
     main.add_command(command)
 
 if __name__ == "__main__":

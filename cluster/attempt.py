@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from actors.process import ActorProcess, Report
+from cluster.placement import Devices, lay_out_shards
 from cluster.progress import Progress
+from cluster.seats import Node, Seating
 from cluster.watch import Task, Watch
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.writer import OutputFile
@@ -72,6 +74,17 @@ class Attempt:
                 self.progress.say(f"waiting for nodes ({waited:.0f} of {wait:g} s): {error.what}")
                 time.sleep(min(SAY_EVERY, max(0.1, wait - waited)))
 
+    def seats(self, alive: Sequence[Node]) -> Seating:
+        """Return seats of shards, and of experts if models run. A run keeps the devices of its experts."""
+        config = self.plan.config
+        if not config.uses_samples:
+            return lay_out_shards(alive, self.plan)
+        kept = self.folder.load_devices()
+        devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
+        layout = lay_out_shards(devices.among(alive), self.plan, devices)
+        self.folder.keep_devices(asdict(devices))
+        return layout
+
     def write_files(self, shards: Sequence[Any], ask: Callable[[Any, OutputFile], Any], expert: str = "") -> None:
         """Write the weight files of the output on the shards, and the files beside them.
 
@@ -113,6 +126,9 @@ class Attempt:
         files = {file for of_model in input_files(self.plan).values() for file in of_model}
         known = self.folder.identity.digests
         missing = sorted(files - known.keys())
+        if not missing:
+            self.folder.check_unchanged(self.plan)
+            return dict(known)
         hashed = self.dealt("hashing the inputs", shards, missing, lambda shard, share: shard.digests.remote(share))
         self.folder.check_unchanged(self.plan, hashed)
         self.folder.reuse.keep_digests(self.folder.identity, sorted(files))

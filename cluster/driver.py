@@ -1,6 +1,7 @@
 """The entry points of a merge: `merge` prepares the run, `attempt` computes the result.
 
-An attempt is a `LearnedMerge` (targets, stage 1, importance, stage 2, output) or a `WeightSpaceMerge` (output only).
+An attempt is a `LearnedMerge` (targets, stage 1, importance, stage 2, output), a `WeightSpaceMerge` (output only) or a
+`StatisticsRun`.
 The driver holds references and small tables, never a tensor of a model. What a merge without learning on this machine
 does not need is imported in the functions: Ray, the other actors and the trackers take seconds.
 """
@@ -75,7 +76,7 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
 
         check_trackers(plan.config, out)
     check_heads(plan)
-    if not plan.config.learned:
+    if not (plan.config.learned or plan.config.collect):
         check_settings(plan)
     plan, records, now = settle(plan)
     check_apart(plan, out)  # now with the images of the records
@@ -176,20 +177,18 @@ def _remarks(plan: Plan, shares: Sequence[tuple[str, float]]) -> Iterator[str]:
         yield f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}"
 
 
-def attempt(
-    plan: Plan,
-    samples: Samples,
-    run: RunFolder,
-    progress: Progress,
-    hosts: Hosts,
-    losses: int = 0,
-) -> None:
+def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts: Hosts, losses: int = 0) -> None:
     """Complete the merge from its stored state, on the nodes that are alive, after a number of lost attempts.
 
     Raises:
         Lost: a node or an object was lost, or an actor hangs; the merge can be attempted again.
         MergeError: the merge cannot continue.
     """
+    if plan.config.collect:
+        from cluster.statistics_run import StatisticsRun
+
+        StatisticsRun(plan, samples, run, progress, losses).run()
+        return
     if not plan.config.learned:
         WeightSpaceMerge(plan, samples, run, progress, hosts, losses).run()
         return

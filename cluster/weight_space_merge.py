@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from cluster.attempt import Attempt
-from cluster.placement import Devices, lay_out_shards, machines
+from cluster.placement import Devices, machines
 from cluster.progress import Progress
 from cluster.seats import Node, Seating
 from cluster.statistics import collect_statistics
@@ -58,7 +57,7 @@ class WeightSpaceMerge(Attempt):
         written = len(self.folder.written())
         if written:
             self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
-        layout = self.await_layout(self._layout)
+        layout = self.await_layout(lambda: self.seats(self._hosts.nodes()))
         here = machines(self._hosts.nodes(), self.plan.config, Devices(0, 0))
         self.bound(patience(self.plan, here, len(layout.shards)))
         with self._hosts.crew(self.plan, self.folder.state, layout, self.watch) as crew:
@@ -75,17 +74,6 @@ class WeightSpaceMerge(Attempt):
         identity = self.folder.identity.encode()
         write_weight_space_record(self.folder.composed, self.plan, method, identity, digests, self.weight_files())
         self.finish()
-
-    def _layout(self) -> Seating:
-        """Return seats on the nodes that are alive. A run keeps the devices of its experts; see `Devices`."""
-        alive, config = self._hosts.nodes(), self.plan.config
-        if not config.uses_samples:
-            return lay_out_shards(alive, self.plan)
-        kept = self.folder.load_devices()
-        devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
-        layout = lay_out_shards(devices.among(alive), self.plan, devices)
-        self.folder.keep_devices(asdict(devices))
-        return layout
 
     def _write(self, shards: Sequence[Any], known: Known, only: int | None, expert: str) -> None:
         weights = self.folder.weights

@@ -30,7 +30,7 @@ def run_merge(
 
     `each_step` is called with a phase's name whenever it advances.
     """
-    plan, records = check_inputs(plan) if plan.config.learned else (plan, [])
+    plan, records = check_inputs(plan) if plan.config.uses_samples else (plan, [])
     with open_run(str(out), identity(plan), fresh=False) as run, Progress() as progress:
         if each_step is not None:
             advance = progress.advance
@@ -41,7 +41,7 @@ def run_merge(
 
             progress.advance = watched  # type: ignore[method-assign]
         run.share(plan.config)
-        samples = prepare(plan, records, run) if plan.config.learned else []
+        samples = prepare(plan, records, run) if plan.config.uses_samples else []
         run.keep_plan(plan)
         losses = count()
         until_done(

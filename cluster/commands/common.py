@@ -46,6 +46,14 @@ dtype_option = click.option(
 remote_code_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow Python code in the models' folders to run."
 )
+address_option = click.option(
+    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else this machine is used alone."
+)
+fresh_option = click.option(
+    "--fresh",
+    is_flag=True,
+    help="Discard the state of an earlier start and replace an earlier output. Resumes a start with --fresh.",
+)
 OUT = "merged"
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and the output of the actors.")
 

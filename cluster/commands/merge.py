@@ -10,9 +10,11 @@ import click
 
 from cluster.commands.common import (
     OUT,
+    address_option,
     config_argument,
     debug_option,
     documents_of,
+    fresh_option,
     guarded,
     kept_at,
     kept_option,
@@ -32,14 +34,8 @@ from engine.run.place import check_place
 @config_argument
 @click.option("--out", default=OUT, show_default=True, help="Output folder, or its s3:// or gs:// URI.")
 @set_option
-@click.option(
-    "--address", help="Address of a running Ray cluster. Default: RAY_ADDRESS, else this machine is used alone."
-)
-@click.option(
-    "--fresh",
-    is_flag=True,
-    help="Discard the state of an earlier start and replace an earlier merge. Resumes a start with --fresh.",
-)
+@address_option
+@fresh_option
 @click.option(
     "--extend",
     metavar="RUN",

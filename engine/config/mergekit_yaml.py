@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from engine.config.recipe import Slice, Source, WeightSpaceSettings
-from engine.config.schema import Config, last_part
+from engine.config.schema import INTERNAL, Config, last_part
 from engine.config.slices import GivenSlice, as_slices, given_slices
 from engine.config.unknown_keys import key_hint, key_paths, nearest_method
 from engine.config.vocabulary import TokenSettings, read_tokens, reference, tokenizer_yaml, with_tokenizer_source
@@ -258,7 +258,7 @@ def _method_of_slice(given: GivenSlice, method: Method, where: Where) -> Method:
 
 def as_yaml(config: Config) -> dict[str, Any]:
     """Return the config as the keys of a YAML. Reading that YAML gives the same config again."""
-    keys = config.model_dump(mode="json", exclude={"record", "recipe", "unused"}, exclude_none=True)
+    keys = config.model_dump(mode="json", exclude={"record", *INTERNAL}, exclude_none=True)
     recipe = config.recipe
     if recipe is None:
         method = get_method(config.merge_method)

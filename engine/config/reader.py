@@ -7,6 +7,7 @@ An unknown key is reported with the nearest known key, and every error has its k
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PRESETS
+from engine.methods.options import Statistic
 from engine.methods.registry import is_mergekits
 from engine.storage.address import addresses_in, check_no_secret
 from engine.untrusted import read_text, shown
@@ -144,6 +146,7 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
     if config.learned and not experts:
         raise ConfigError("models lists no expert besides the base", where(("models",)), "at least one expert")
     names: set[str] = set()
+    folders = any(method.outputs == "experts" for method in config.methods)
     for index, expert in experts:
         at = where(("models", index))
         if expert.name in names:
@@ -153,6 +156,8 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
                 do="give one of them another `name`, which labels it in all outputs",
             )
         names.add(expert.name)
+        if folders:
+            check_folder_name(expert.name, at)
         if not config.learned:
             _check_data(config, expert, at)
             continue
@@ -181,6 +186,21 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
             "adamerging cannot generate responses, because it runs no expert",
             where(("calibration", "generate_responses")),
             "`generate_responses: 0`",
+        )
+
+
+def check_folder_name(name: str, where: str) -> None:
+    """Check that an expert's name can be that of a folder of the output.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if re.search(r"[/\\\0]", name) or name.strip(". ") != name or name.lower() in ("merge", "base"):
+        raise ConfigError(
+            f"the expert's name {shown(repr(name))} cannot be that of a folder of the output",
+            where,
+            "a name without slashes, that is neither `merge` nor `base`",
+            "give the expert another `name`",
         )
 
 
@@ -307,3 +327,22 @@ def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
     message = UNIONS.get(str(location[-1])) if location else None
     message = message or fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return ConfigError(f"{key} is {given}", where(location), message)
+
+
+def collected(config: Config, kinds: tuple[Statistic, ...], with_base: bool, where: str) -> Config:
+    """Return the config of a run that writes statistics of the experts, and of the base if asked, instead of a merge.
+
+    Raises:
+        ConfigError: An expert has no calibration file, or a name that no folder can have.
+    """
+    for expert in config.models:
+        check_folder_name(expert.name, where)
+        if not expert.calibration:
+            raise ConfigError(
+                f"expert {expert.name!r} has no calibration file",
+                where,
+                "`calibration: FILE` with records of its domain (.json, .jsonl or .parquet)",
+            )
+    models = tuple(expert.model_copy(update={"statistics": None}) for expert in config.models)
+    update = {"models": models, "base_statistics": None, "calibrate": (), "collect": kinds, "collect_base": with_base}
+    return config.model_copy(update=update)

@@ -50,7 +50,7 @@ UNIONS: dict[int | str, str] = {
 }
 
 # Fields that are not keys of the YAML: `engine.config.reader` fills them in.
-INTERNAL = ("recipe", "unused")
+INTERNAL = ("recipe", "unused", "collect", "collect_base")
 
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
@@ -198,6 +198,8 @@ class Config(Section):
         cache_size: The bytes that the cache may take; also a text such as 50GB.
         record: Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is a config.
         recipe, unused: INTERNAL: the settings of a weight-space method, and the given keys that it does not use.
+        collect, collect_base: INTERNAL: the statistics that are written instead of a merge (`python cli.py stats`), and
+            whether those of the base are, too.
     """
 
     merge_method: Text
@@ -232,6 +234,8 @@ class Config(Section):
     record: dict[str, Any] | None = None
     recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()
+    collect: tuple[Statistic, ...] = ()
+    collect_base: bool = False
 
     def weight(self, expert: ExpertConfig) -> float | None:
         """Return the prior ᾱₖ of an expert, or None for `weight: auto`."""
@@ -282,11 +286,13 @@ class Config(Section):
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """The statistics that must be known of every expert."""
-        return tuple(dict.fromkeys(kind for method in self.methods for kind in method.statistics))
+        return self.collect or tuple(dict.fromkeys(kind for method in self.methods for kind in method.statistics))
 
     @property
     def statistics_of_base(self) -> tuple[Statistic, ...]:
         """The statistics that must be known of the base."""
+        if self.collect:
+            return self.collect if self.collect_base else ()
         return tuple(dict.fromkeys(kind for method in self.methods for kind in method.base_statistics))
 
     @property

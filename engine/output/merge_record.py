@@ -30,6 +30,7 @@ LAST_FILES = tuple(
     f"merge/{name}"
     for name in ("config.yaml", "files.json", "identity.json", "memory.json", "report.html", "rounding.json")
 )
+STATISTICS_FILES = tuple(f"merge/{name}" for name in ("config.yaml", "files.json", "identity.json"))
 METRICS = pa.schema(
     [
         ("stage", pa.int8()),
@@ -105,6 +106,13 @@ def write_weight_space_record(
     write_weight_space_card(folder / "README.md", plan, method, digests)
     files = {"files": _files(folder, plan, weights)}
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), files)
+
+
+def write_statistics_record(folder: Path, plan: Plan, identity: bytes, digests: Mapping[str, str]) -> None:
+    """Write merge/config.yaml beside the statistics of the plan's models; see `write_record`."""
+    files = sorted({*LocalFolder(folder).names(), *STATISTICS_FILES})
+    more = {"statistics": list(plan.config.collect), "files": files}
+    write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), more)
 
 
 def _files(folder: Path, plan: Plan, weights: Sequence[str]) -> list[str]:

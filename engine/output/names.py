@@ -54,7 +54,13 @@ def public_config(config: Config) -> Config:
         for expert in config.models
     ]
     experts = tuple(
-        expert.model_copy(update={"model": public_name(expert.model), "calibration": of_expert})
+        expert.model_copy(
+            update={
+                "model": public_name(expert.model),
+                "calibration": of_expert,
+                "statistics": named(expert.statistics),
+            }
+        )
         for expert, of_expert in zip(config.models, files, strict=True)
     )
     cluster = config.cluster
@@ -64,6 +70,7 @@ def public_config(config: Config) -> Config:
         update={
             "base_model": public_name(config.base_model),
             "models": experts,
+            "base_statistics": named(config.base_statistics),
             "tokenizer_source": named(config.tokenizer_source),
             "log_dir": named(config.log_dir),
             "cache": named(config.cache),

@@ -29,10 +29,11 @@ _STATE = re.compile(
     r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused|left-out)\.json|name|writing|log(\.1)?"
     r"|(magnitudes|prior|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
     r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
+    r"|statistics/(?:\d+|base)(?:/statistics\.json|/(?:moments|fisher)-\d{5}\.safetensors)?"
     r"|starts/\d+\.json|rounding/.+\.json|(digests|output|replaced)/.+"
 )
 _FOLDERS = {
-    *("targets", "inputs", "orthogonal", "parts", "survey", "metrics"),
+    *("targets", "inputs", "orthogonal", "parts", "survey", "metrics", "statistics"),
     *("starts", "rounding", "digests", "output", "replaced"),
 }
 # Maximum bytes of a file about an output, and of a file in object storage whose content is compared.

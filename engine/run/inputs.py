@@ -16,6 +16,8 @@ from engine.methods.registry import NATIVE
 from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.run.identity import Identity, InputFile
+from engine.statistics.files import HEADER
+from engine.storage.cache import fetch
 from engine.storage.local_folder import digest
 from engine.storage.paths import is_uri
 
@@ -59,6 +61,13 @@ def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
         for place, path in zip(expert.located(given), expert.calibration, strict=True):
             if path.is_file():
                 yield place.path, _hashed(path, place.path)
+    for folder in (plan.config.base_statistics, *(given.statistics for given in plan.config.models)):
+        if folder is not None:
+            # It has the SHA-256 of the other files.
+            header = f"{folder.rstrip('/')}/{HEADER}"
+            file = fetch(header) if is_uri(header) else Path(header)
+            if file.is_file():
+                yield header, _hashed(file, header)
     for expert, images in zip(plan.experts, plan.images, strict=False):
         for number, image in enumerate(images):
             # By its number: the folder of the images may be another one on another machine.

@@ -126,6 +126,9 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
             yield "a calibration file", str(path)
             if is_uri(file.path):
                 yield "a calibration file", file.path
+    for folder in (plan.config.base_statistics, *(expert.statistics for expert in plan.config.models)):
+        if folder is not None:
+            yield "a folder of statistics", folder
     for image in (image for images in plan.images for image in images):
         yield "an image", image
     if plan.config.uses_samples and plan.config.calibration.image_folder:

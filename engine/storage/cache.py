@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -115,6 +116,13 @@ def borrowed(folder: Folder, name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=parent) as temporary:
         _copy(address, fact, Path(temporary) / "file", InputError, Event())
         yield Path(temporary) / "file"
+
+
+def move_out(folder: Folder, name: str, target: Path) -> None:
+    """Move a file of `folder` to a local path, whose folders are created."""
+    with borrowed(folder, name) as path, storing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
 
 
 def _facts(

@@ -1,0 +1,87 @@
+"""Statistics on a real Ray: collected within a merge, written by `stats`, and used again by a merge."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from cluster_helpers import run_merge
+from conftest import plan_of
+from errors import refused
+
+from cluster.driver import merge
+from engine.config.reader import collected, load_config
+from engine.errors import CheckpointError
+from engine.planning.planner import make_plan
+from engine.statistics.files import HEADER, Statistics
+from engine.storage.local_folder import LocalFolder
+
+pytestmark = pytest.mark.usefixtures("small_ray")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), experts=2)
+
+
+@pytest.fixture(scope="module")
+def published(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The statistics of base and experts."""
+    out = tmp_path_factory.mktemp("out") / "statistics"
+    given = collected(load_config(config), ("gram", "fisher"), True, "config")
+    assert merge(make_plan(given, config.parent), str(out))
+    return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(out / "model.safetensors")
+
+
+def given(published: Path) -> list[str]:
+    return [f"models.{k}.statistics={published / f'expert{k}'}" for k in range(2)]
+
+
+def test_published_statistics_give_the_bits_of_a_merge_that_collects_its_own(
+    config: Path, published: Path, tmp_path: Path
+) -> None:
+    own = run_merge(plan_of(config, "merge_method=lot", "cluster.shards=2"), tmp_path / "own")
+    again = run_merge(plan_of(config, "merge_method=lot", *given(published)), tmp_path / "again")
+    assert weights(own).keys() == weights(again).keys()
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(own).items())
+    base = weights(config.parent / "base")
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in weights(own).items())
+
+
+def test_they_tell_what_they_are_of(config: Path, published: Path) -> None:
+    headers = {name: Statistics(LocalFolder(published / name)).header for name in ("base", "expert0", "expert1")}
+    assert {path.name for path in published.iterdir()} == {*headers, "merge"}
+    assert headers["expert0"].base == headers["expert1"].base == headers["base"].model
+    assert headers["expert0"].model != headers["expert1"].model
+    assert headers["base"].sequences == headers["expert0"].sequences + headers["expert1"].sequences
+    plan = make_plan(collected(load_config(config), ("gram", "fisher"), True, "config"), config.parent)
+    assert not merge(plan, str(published)), "they are there already"
+
+
+def test_statistics_of_another_expert_are_refused(config: Path, published: Path, tmp_path: Path) -> None:
+    swapped = [f"models.{k}.statistics={published / f'expert{1 - k}'}" for k in range(2)]
+    with refused(CheckpointError, where=HEADER, facts=["another model"]):
+        run_merge(plan_of(config, "merge_method=lot", *swapped), tmp_path / "merged")
+
+
+def test_statistics_without_what_a_method_needs_are_refused(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "statistics"
+    merge(make_plan(collected(load_config(config), ("activations",), False, "config"), config.parent), str(out))
+    with refused(CheckpointError, where=HEADER, facts=["gram"], do="--kinds activations,gram"):
+        run_merge(plan_of(config, "merge_method=lot", *given(out)), tmp_path / "merged")
+
+
+def test_a_damaged_file_is_refused(config: Path, published: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(published, tmp_path / "copy")
+    (file, *_) = sorted((copy / "expert1").glob("moments-*"))
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    with refused(CheckpointError, where=file.name):
+        run_merge(plan_of(config, "merge_method=lot", *given(copy)), tmp_path / "merged")
