@@ -26,6 +26,7 @@ from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
 from engine.run.starts import read_left_out, read_starts
+from engine.sizes import LOGIT_BYTES
 
 # Times that the bound of a wait is doubled.
 MOST_DOUBLINGS = 3
@@ -80,7 +81,9 @@ class Attempt:
         if not config.uses_samples:
             return lay_out_shards(alive, self.plan)
         kept = self.folder.load_devices()
-        devices = Devices.of(alive, config) if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
+        # There is no trainer to decide these two.
+        new = replace(Devices.of(alive, config), gradients="accumulate", logit_bytes=LOGIT_BYTES)
+        devices = new if kept is None else Devices(**kept | {"kinds": tuple(kept["kinds"])})
         layout = lay_out_shards(devices.among(alive), self.plan, devices)
         self.folder.keep_devices(asdict(devices))
         return layout

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.attempt import Attempt
 from engine.calibration.samples import Sample
+from engine.run.keys import Computing, Keys
 from engine.shards.statistics import check_given, folder_name, given_folder, hashes, kinds_of, model_of
 from engine.statistics.files import HEADER
 
@@ -34,19 +35,27 @@ def collect_statistics(attempt: Attempt, crew: Any, samples: Samples, digests: M
         if given_folder(plan, k) is not None:
             check_given(plan, k, digests)
     wanted = [k for k in models if given_folder(plan, k) is None]
+    keys, computing = Keys(plan, folder.identity), Computing(folder.load_devices() or {}, ())
+
+    def of(k: int | None) -> list[Sample]:
+        return [sample for of_expert in samples for sample in of_expert] if k is None else list(samples[k])
+
+    for k in wanted:
+        folder.reuse.bring_statistics(folder_name(k), keys.statistics(k, of(k), computing))
     missing = [k for k in wanted if not folder.state.exists(f"{folder_name(k)}/{HEADER}")]
     if not missing:
         return
     base = hashes(plan.base, digests)
 
     def ask(actor: Any, k: int | None) -> Any:
-        own = [sample for of_expert in samples for sample in of_expert] if k is None else samples[k]
         facts = {"base": base, "model": hashes(model_of(plan, k), digests)}
-        named = [(sample, folder.inputs(sample) if sample.inputs else None) for sample in own]
+        named = [(sample, folder.inputs(sample) if sample.inputs else None) for sample in of(k)]
         return actor.statistics.remote(k, named, kinds_of(plan, k), folder.state, folder_name(k), facts)
 
     actors = crew.experts(len(missing))
     attempt.spread(PHASE, actors, missing, ask, len(wanted) - len(missing))
+    for k in missing:
+        folder.reuse.keep_statistics(folder_name(k), keys.statistics(k, of(k), computing))
     for actor in actors:
         attempt.report(actor)
         crew.dismiss(actor)

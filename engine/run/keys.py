@@ -26,12 +26,14 @@ from engine.planning.open_models import weight_files
 from engine.planning.plan import ModelPlan, Plan
 from engine.run.identity import Identity, InputFile
 from engine.run.inputs import IMAGE
+from engine.shards.statistics import kinds_of
 from engine.storage.content_cache import FORMAT
 
 # Keys of the config that decide nothing of what is computed with models: their place (their files count), the output's
 # own, and those for which something else stands in a key: `dtype` for the plan's, `calibration` for the samples.
 NEVER = (
     *("base_model", "models", "preset", "seed", "calibration", "dtype"),
+    *("calibrate", "base_statistics", "collect", "collect_base"),
     *("out_dtype", "rounding", "max_shard_size", "tokenizer_source", "chat_template"),
 )
 # Options that stage 2 alone reads, those of the optimiser, and those of the steps and their losses.
@@ -53,6 +55,7 @@ UNREAD = {
         *("merge_method", "exclude", *PASSES),
         *_parameters(*SECOND, *OPTIMISER, *LOSSES, *ORDER, "task_vectors"),
     ),
+    "statistics": ("merge_method", "exclude", "recipe", "parameters", *PASSES),
     "task vectors": ("merge_method", "exclude", *PASSES, *_parameters(*SECOND, *OPTIMISER, *LOSSES, *ORDER)),
     "prior": ("merge_method", "exclude", *_parameters(*SECOND, *OPTIMISER, *ORDER, "hidden_weight")),
     "stage 1": ("merge_method", "exclude", *_parameters(*SECOND, *ORDER)),
@@ -120,6 +123,14 @@ class Keys:
         inputs = self.inputs(sample.expert, sample.index) if sample.inputs else ""
         layers, expert = self.plan.hidden_layers, self._experts[sample.expert]
         return self._key("targets", self._options("targets"), expert, given, inputs, layers, outside, computing.expert)
+
+    def statistics(self, k: int | None, samples: Sequence[Sample], computing: Computing) -> str | None:
+        """Return the key of the statistics of expert k, or of the base (None), on these samples."""
+        given = [[one.input_ids, one.generate] for one in samples]
+        inputs = [self.inputs(one.expert, one.index) for one in samples if one.inputs]
+        model = "base" if k is None else self._experts[k]
+        kinds = kinds_of(self.plan, k)
+        return self._key("statistics", self._options("statistics"), model, given, inputs, kinds, computing.expert)
 
     def survey(self, k: int, names: Sequence[str], computing: Computing) -> str | None:
         """Return the key of the survey of a group of tensors of expert k, none of which is decomposed."""

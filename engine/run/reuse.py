@@ -24,6 +24,7 @@ from engine.run.keys import Computing, Keys, digest_key
 from engine.run.state import StageState, decode_samples_of, encode_samples, encode_stage
 from engine.shards.orthogonal import FOLDER, file_name
 from engine.shards.parts import record_file, tensor_groups
+from engine.statistics.files import HEADER, read_header
 from engine.storage.content_cache import OFF, ContentCache, default_place
 from engine.storage.sealed import digest_name, keep_digest, read_sealed, seal, write_sealed
 
@@ -34,6 +35,7 @@ COPIED = 10
 ABOUT = {
     "samples": "prepared samples",
     "targets": "targets",
+    "statistics": "models' statistics",
     "surveys": "surveyed groups of tensors",
     "factors": "matrices of task vectors",
     "priors": "priors",
@@ -131,6 +133,25 @@ class Reuse:
             self._keep("factors", {name: key}, sha256)
         self._keep("magnitudes", {MAGNITUDES: keys.magnitudes(computing)})
         self._keep("surveys", _surveys(keys, computing))
+
+    def bring_statistics(self, folder: str, key: str | None) -> None:
+        """Bring the statistics of a model into this folder of the state, if all of their files are kept."""
+        header = f"{folder}/{HEADER}"
+        if key is None or not self._bring("statistics", {header: key}):
+            return
+        files = read_header(self._kept.state.child(folder)).files
+        wanted = {f"{folder}/{name}": sha256 for name, sha256 in files.items()}
+        self._bring("moments", wanted)
+        if not wanted.keys() <= self._kept.state.names(folder):
+            self._kept.state.remove(header)
+
+    def keep_statistics(self, folder: str, key: str | None) -> None:
+        """Keep the statistics of a model that this folder of the state holds. Each file's key is its SHA-256."""
+        if self._cache is None or key is None:
+            return
+        for name, sha256 in read_header(self._kept.state.child(folder)).files.items():
+            self._keep("moments", {f"{folder}/{name}": sha256})
+        self._keep("statistics", {f"{folder}/{HEADER}": key})
 
     def bring_prior(self, key: str | None) -> None:
         """Bring the losses of the candidates for the prior."""

@@ -38,6 +38,7 @@ MARKER, TRIMMING = "expert-merging-cache.json", "trimming"
 FORMAT = 1
 KINDS = (
     *("digests", "samples", "inputs", "targets", "surveys", "factors", "magnitudes", "priors", "steps", "metrics"),
+    *("statistics", "moments"),
 )
 _ENTRY = re.compile(rf"({'|'.join(KINDS)})/([0-9a-f]{{64}})-([0-9a-f]{{64}})")
 # Most entries, which bounds the time to list them. Of the bytes that the disk could give to the cache, its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,18 @@ def test_published_statistics_give_the_bits_of_a_merge_that_collects_its_own(
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(own).items())
     base = weights(config.parent / "base")
     assert any(not torch.equal(tensor, base[name]) for name, tensor in weights(own).items())
+
+
+def test_a_second_merge_uses_those_of_the_first_again(config: Path, tmp_path: Path) -> None:
+    cache = f"cache={tmp_path / 'cache'}"
+    first = run_merge(plan_of(config, "merge_method=lot", cache), tmp_path / "first")
+    second = run_merge(plan_of(config, "merge_method=regmean", cache), tmp_path / "second")
+    alone = run_merge(plan_of(config, "merge_method=regmean"), tmp_path / "alone")
+    memory = [json.loads((out / "merge" / "memory.json").read_text()) for out in (first, second)]
+    assert [figures["expert_forwards"] > 0 for figures in memory] == [True, False]
+    assert memory[1]["reused"]["models' statistics"] == 2
+    assert weights(second).keys() == weights(alone).keys()
+    assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(second).items())
 
 
 def test_they_tell_what_they_are_of(config: Path, published: Path) -> None:

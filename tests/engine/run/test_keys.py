@@ -18,7 +18,7 @@ from plain import Plain
 from thorough import thorough_but
 
 from engine.calibration.samples import Sample
-from engine.config.schema import Config
+from engine.config.schema import INTERNAL, Config
 from engine.learning.learner import first_stage
 from engine.methods.learned import Parameters
 from engine.planning.factors import decomposed, factored
@@ -29,11 +29,11 @@ from engine.run.inputs import identity
 from engine.run.keys import Computing, Keys
 from engine.storage.local_folder import digest
 
-SAMPLES, TARGETS, VECTORS, MAGNITUDES, PRIOR, FIRST, SECOND = (
-    *("samples", "targets", "task vectors", "magnitudes", "prior", "stage 1", "stage 2"),
+SAMPLES, TARGETS, STATISTICS, VECTORS, MAGNITUDES, PRIOR, FIRST, SECOND = (
+    *("samples", "targets", "statistics", "task vectors", "magnitudes", "prior", "stage 1", "stage 2"),
 )
 STEPS, LEARNING = {FIRST, SECOND}, {PRIOR, FIRST, SECOND}
-MODELS = {TARGETS, VECTORS, MAGNITUDES, PRIOR, FIRST, SECOND}
+MODELS = {TARGETS, STATISTICS, VECTORS, MAGNITUDES, PRIOR, FIRST, SECOND}
 # What each key of the config changes. Of several values, each is tried.
 CHANGES: dict[str, set[str]] = {
     "parameters.weight=0.4": LEARNING,  # of experts that have none of their own
@@ -80,6 +80,8 @@ CHANGES: dict[str, set[str]] = {
     "log_dir=logs": set(),
     "cache=off": set(),
     "cache_size=1GB": set(),
+    "calibrate=svc": set(),
+    "base_statistics=folder": set(),
     "models.0.name=other": STEPS,  # the rows of the metrics have the names
 }
 # One of each kind of change.
@@ -125,6 +127,7 @@ def all_keys(plan: Plan, identity: Identity | None = None, on: Computing | None 
     return {
         SAMPLES: [keys.samples(k) for k in range(len(plan.experts))],
         TARGETS: [keys.target(mine[0], on) for mine in samples_of(plan)],
+        STATISTICS: [keys.statistics(k, samples_of(plan)[k][:1], on) for k in range(len(plan.experts))],
         VECTORS: vectors[next(name for name in vectors if "q_proj" in name)] if vectors else "none",
         MAGNITUDES: keys.magnitudes(on),
         PRIOR: keys.prior(steps_of(plan, 1), on),
@@ -150,7 +153,7 @@ def make_plan(llama_merge: Path) -> Callable[..., Plan]:
 def test_every_key_of_the_config_is_in_the_table() -> None:
     given = {change.partition("=")[0] for change in CHANGES} | OTHERS
     fields = {f"parameters.{name}" for name in Parameters.model_fields} | set(Config.model_fields)
-    fields -= {"recipe", "unused"}
+    fields -= {*INTERNAL}
     sections = {change.partition(".")[0] for change in CHANGES}
     assert fields - given - sections == set()
 
