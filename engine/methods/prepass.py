@@ -91,7 +91,7 @@ class Prepass:
 def selection(
     name: str,
     count: Callable[[MergeTensor, Counts | None], Counts],
-    keep: Callable[[Group], Sequence[int | None]],
+    keep: Callable[[Counts, Group], Sequence[int | None]],
     wanted: Callable[[dict[str, Value]], bool] = _always,
 ) -> tuple[Prepass, Prepass]:
     """Return the prepasses that find thresholds over all tensors of a group, exactly, by two rounds of counting.
@@ -99,7 +99,7 @@ def selection(
     Args:
         name: The name of the result, a `Threshold` for each row of counts.
         count: Counts the elements of a tensor, [R, bins]; see `arithmetic.selection.select`.
-        keep: Number of elements to keep, per row (None: all).
+        keep: Returns how many elements to keep, per row (None: all), from the counts by upper bits.
         wanted: See `Prepass`.
     """
     first = f"{name} by upper bits"
@@ -107,12 +107,12 @@ def selection(
     def upper(counts: Counts, group: Group) -> Found:
         from engine.methods.arithmetic.selection import upper_bits
 
-        return upper_bits(counts, keep(group))
+        return upper_bits(counts, keep(counts, group))
 
     def lower(counts: Counts, group: Group) -> Any:
         from engine.methods.arithmetic.selection import thresholds
 
-        return thresholds(counts, keep(group), group.known[first])
+        return thresholds(counts, group.known[first])
 
     return (
         Prepass(first, "counting by size", lambda tensor: count(tensor, None), upper, wanted=wanted),

@@ -14,6 +14,7 @@ from engine.methods import (
     checkpoint_average,
     closed_form,
     dare,
+    doge,
     fisher,
     iso,
     learned,
@@ -23,6 +24,7 @@ from engine.methods import (
     mergekit_library,
     model_stock,
     passthrough,
+    pcb,
     regmean,
     slerp,
     svd,
@@ -59,6 +61,8 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (wudi.METHOD, wudi.prepare),
         (wudi.SECOND, wudi.prepare),
         (widen.METHOD, widen.prepare),
+        (pcb.METHOD, pcb.prepare),
+        (doge.METHOD, doge.prepare),
         (swudi.METHOD, swudi.prepare),
         (swudi.ADAPTIVE, swudi.prepare),
         (lot.METHOD, lot.prepare),
@@ -77,6 +81,8 @@ _PREPASSES: dict[str, tuple[Prepass, ...]] = {
     ties.METHOD.name: ties.PREPASSES,
     fisher.METHOD.name: fisher.PREPASSES,
     lewis.METHOD.name: lewis.PREPASSES,
+    pcb.METHOD.name: pcb.PREPASSES,
+    doge.METHOD.name: doge.PREPASSES,
 }
 
 LEARNED = {method.name: method for method in learned.METHODS}

@@ -56,7 +56,7 @@ def count(tensor: MergeTensor, high: Counts | None) -> Counts:
     return counts(tensor, high)
 
 
-def keep(group: Group) -> list[int | None]:
+def keep(counts: Counts, group: Group) -> list[int | None]:
     """Return how many elements of the whole model each expert keeps, by the mean of its densities."""
     from engine.methods.arithmetic.sparse import kept_of
 

@@ -29,10 +29,17 @@ class Threshold:
 
 
 class Found(NamedTuple):
-    """What the first round of counting finds of each row: its threshold's upper bits, and how many of these to keep."""
+    """What the first round of counting finds of each expert.
+
+    Attributes:
+        high: The upper bits of its threshold, [K].
+        left: How many of the elements with these upper bits are kept.
+        keep: How many of all elements are kept (None: all).
+    """
 
     high: Counts
     left: list[int]
+    keep: Sequence[int | None]
 
 
 def select(count: Callable[[Counts | None], Counts], keep: Sequence[int | None]) -> list[Threshold]:
@@ -45,19 +52,19 @@ def select(count: Callable[[Counts | None], Counts], keep: Sequence[int | None])
         keep: Number of elements to keep, per expert.
     """
     found = upper_bits(count(None), keep)
-    return thresholds(count(found.high), keep, found)
+    return thresholds(count(found.high), found)
 
 
 def upper_bits(counts: Counts, keep: Sequence[int | None]) -> Found:
     """Return what counts by upper bits [K, HIGH_BINS] show of the thresholds; see `select`."""
     highs, left = zip(*(_rank(row, kept) for row, kept in zip(counts, keep, strict=True)), strict=True)
-    return Found(np.array(highs, dtype=np.int64), list(left))
+    return Found(np.array(highs, dtype=np.int64), list(left), list(keep))
 
 
-def thresholds(counts: Counts, keep: Sequence[int | None], found: Found) -> list[Threshold]:
+def thresholds(counts: Counts, found: Found) -> list[Threshold]:
     """Return the thresholds, from counts by lower bits [K, LOW_BINS]; see `select`."""
     chosen = []
-    for row, kept, high, left in zip(counts, keep, found.high.tolist(), found.left, strict=True):
+    for row, high, left, kept in zip(counts, found.high.tolist(), found.left, found.keep, strict=True):
         if kept is None:
             chosen.append(Threshold(ALL, 0, 0))
         elif kept == 0:

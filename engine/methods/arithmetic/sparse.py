@@ -101,10 +101,15 @@ def kept_of(density: float, numel: int) -> int | None:
     return max(1, math.floor(density * numel)) if density > 0 else 0
 
 
+def no_counts(experts: int, high: Counts | None) -> Counts:
+    """Return the counts of no elements; see `counts`."""
+    return np.zeros((experts, HIGH_BINS if high is None else LOW_BINS), dtype=np.int64)
+
+
 def counts(tensor: MergeTensor, high: Counts | None) -> Counts:
     """Return the number of elements of each τₖ of a tensor by their upper or lower bits; see `select`."""
     experts = list(range(len(tensor.task_vectors)))
-    total = np.zeros((len(experts), HIGH_BINS if high is None else LOW_BINS), dtype=np.int64)
+    total = no_counts(len(experts), high)
     for first in range(0, len(experts), EXPERTS_PER_PASS):
         members = experts[first : first + EXPERTS_PER_PASS]
 

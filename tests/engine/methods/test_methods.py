@@ -499,6 +499,8 @@ NATIVE = [
     ("wudi", {"steps": 3}),
     ("wudi2", {"steps": 3}),
     ("swudi", {}),
+    ("pcb", {}),
+    ("doge", {"steps": 3}),
 ]
 
 
