@@ -14,6 +14,9 @@ imports. `whole` is the time of the command. This engine forces its files to the
 Memory is the shard's own gauge, and RssAnon of mergekit's process and its children every 20 ms. At the largest K, the
 benchmark also measures mergekit with output files of this engine's size, and all processes of this engine together,
 the driver too; and one shard on a model whose tensors are twice as large. The outputs of both sides are compared.
+
+`--own` measures the methods that mergekit lacks instead: the peak of a shard over K, and the time next to task
+arithmetic. Most of them hold some whole matrices, so that larger tensors take more.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from safetensors import safe_open
 SHAPES = {
     "large": Size(1024, 14, 2816, 16, 32000),
     "large-wide": Size(2048, 4, 2816, 16, 32000),
+    "own": Size(1024, 2, 2816, 16, 8000),
     "tiny": SIZES["tiny"],
     "tiny-wide": Size(256, 2, 352, 4, 1024),
 }
@@ -55,9 +59,20 @@ METHODS: dict[str, dict[str, float]] = {
 # Methods that are measured as whole commands, with the parameters at the top of the config.
 COMMANDS: dict[str, dict[str, float]] = {"passthrough": {}, "slerp": {"t": 0.4}, "model_stock": {}}
 ONE_EXPERT = ("passthrough", "slerp")
+# Methods that mergekit lacks, beside the first one. `doge` holds the task vectors of a matrix of all K experts.
+OWN: dict[str, dict[str, float]] = {
+    "task_arithmetic": {"weight": 0.3},
+    "checkpoint_average": {},
+    "pcb": {},
+    "widen": {},
+    "swudi": {},
+    "swudi_a": {},
+    "doge": {"steps": 20},
+}
+ALL_EXPERTS = ("doge",)
 SLOW = "ties"  # in mergekit
 # Size of output files, small enough that two shards both have work. mergekit counts float32 elements.
-FILE_MB = {"large": 200, "tiny": 1}
+FILE_MB = {"large": 200, "own": 50, "tiny": 1}
 PEAK_PART, FLAT = 1 / 3, 1.05
 # Largest ratio of our time to mergekit's; of two shards on two cores to one shard on one core.
 LIMITS = {"linear": 1.0, "task_arithmetic": 1.0, "ties": 1 / 5} | dict.fromkeys(COMMANDS, 1.0)
@@ -139,7 +154,7 @@ class Random(Models):
         entries = [{"model": str(self.expert(k)), "parameters": own} for k in range(experts)]
         base = {} if method in ("linear", "passthrough") else {"base_model": str(self.base())}
         config = {"merge_method": method, **base, "models": entries, "dtype": self.dtype}
-        config["parameters"] = COMMANDS.get(method, {})
+        config["parameters"] = {} if own else (COMMANDS | OWN).get(method, {})
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
 
@@ -325,6 +340,30 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
         report.other[f"linear: all processes of ours, K={high}"] = peak
 
 
+def measure_own(made: Random, counts: Sequence[int], path: Path | None) -> None:
+    """Measure the methods that mergekit lacks with one shard, once for each K."""
+    make(made, counts[-1])
+    report = Report({"experts": counts, "methods": OWN, "elements": sum(made.elements().values())})
+    first, rows = next(iter(OWN)), {}
+    seconds: dict[str, list[float]] = {}
+    for method in OWN:
+        peaks, seconds[method] = [], []
+        for k in counts:
+            with temporary(made, method, k) as (folder, config):
+                made.read(k)
+                figures = run(WAYS[ONE], config, folder / "out", FILE_MB[made.size])
+            peaks.append(figures.peak)
+            seconds[method].append(figures.merge)
+            report.memory[f"{method}: shard, K={k}"] = figures.peak
+            report.time_ratios[f"{method} / {first}, K={k}"] = figures.merge / seconds[first][len(peaks) - 1]
+            console.print(f"K={k} {method}: {in_mb(figures.peak)} MB, merge {figures.merge:.2f} s")
+        rows[method] = [*map(in_mb, peaks), *(f"{each:.2f}" for each in seconds[method])]
+        if method not in ALL_EXPERTS:
+            report.targets.append(Target(f"{method}: shard, max / min over K", max(peaks) / min(peaks), FLAT))
+    print_table("one shard", [*(f"MB, K={k}" for k in counts), *(f"s, K={k}" for k in counts)], rows)
+    report.finish(path or made.workdir / "results" / "weight_space_own.json")
+
+
 @click.command(help=__doc__)
 @click.option("--workdir", default=models.WORKDIR, show_default=True, type=click.Path(path_type=Path))
 @click.option("--experts", "-k", multiple=True, default=[2, 4, 8], show_default=True, type=click.IntRange(1))
@@ -333,12 +372,23 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--commands", is_flag=True, help="Only the methods that are measured as whole commands.")
+@click.option("--own", is_flag=True, help="Only the methods that mergekit lacks; about five minutes.")
 @click.option("--small", is_flag=True, help="A trial of a few minutes: a tiny model, K=2, one round.")
 @json_option()
 def main(
-    workdir: Path, experts: tuple[int, ...], timed: int, rounds: int, commands: bool, small: bool, path: Path | None
+    workdir: Path,
+    experts: tuple[int, ...],
+    timed: int,
+    rounds: int,
+    commands: bool,
+    own: bool,
+    small: bool,
+    path: Path | None,
 ) -> None:
     counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
+    if own:
+        measure_own(Random(workdir.absolute(), "tiny" if small else "own"), counts, path)
+        return
     if len(os.sched_getaffinity(0)) < 2:
         raise click.ClickException("the benchmark needs two cores")
     size = "tiny" if small else "large"

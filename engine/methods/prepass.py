@@ -115,6 +115,12 @@ def selection(
         return thresholds(counts, group.known[first])
 
     return (
-        Prepass(first, "counting by size", lambda tensor: count(tensor, None), upper, wanted=wanted),
-        Prepass(name, "counting again", lambda tensor: count(tensor, tensor.known[first].high), lower, wanted=wanted),
+        Prepass(first, f"{name}: counting", lambda tensor: count(tensor, None), upper, wanted=wanted),
+        Prepass(
+            name,
+            f"{name}: counting again",
+            lambda tensor: count(tensor, tensor.known[first].high),
+            lower,
+            wanted=wanted,
+        ),
     )
