@@ -19,6 +19,11 @@ WEIGHT_SPACE: dict[str, list[Options]] = {
     "svd": [{}],
     "wudi": [{}],
     "wudi2": [{}],
+    "swudi": [{"time": time, "rank": rank} for time, rank in ((300.0, 0.85), (1300.0, 0.65))],
+    "swudi_a": [{"cut": cut} for cut in ("participation", "gavish_donoho")],
+    "widen": [{"ratio": ratio} for ratio in (1.0, 1.5)],
+    "pcb": [{"ratio": ratio, "lambda": 1.0} for ratio in (0.05, 0.1, 0.2)],
+    "doge": [{}],
 }
 SUMS = (0.2, 0.3, 0.4, 0.5, 0.6)
 MEANS = (0.7, 1.0, 1.3, 1.6, 2.0, 3.0, 4.0)
@@ -30,7 +35,9 @@ SCALED = {
     "iso": MEANS,
     "svd": MEANS,
 }
-SCALED |= {"wudi": (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0), "wudi2": (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0)}
+SCALED |= dict.fromkeys(("wudi", "wudi2", "swudi", "swudi_a", "widen"), (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0))
+# `eta` scales the whole sum of doge; its default is that of models for images.
+SCALED |= {"pcb": MEANS, "doge": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)}
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}

@@ -2,7 +2,8 @@
 
 Sources: Tian et al., WSM, arXiv 2507.17634 (weights that stand for a decay of the learning rate); Li et al., Model
 Merging in Pre-training of Large Language Models, arXiv 2505.12082 (the plain mean of the last checkpoints);
-Metrics-Weighted Averaging, arXiv 2504.18580.
+Yu and Choi, Metrics-Weighted Averaging, arXiv 2504.18580 (weights by loss or step with one exponent; its formula was
+known from its abstract alone, so that `metric` is after its idea, and may differ from it in form).
 Formula: θ = Σᵢ wᵢ·θᵢ over the last n = `window` models in the order of the config, oldest first, Σᵢ wᵢ = 1.
 With a decay curve d that falls from d(0) = 1 to d(1) = 0, wᵢ = d((i − 1)/n) − d(i/n), i = 1 … n: what was learned
 between two checkpoints then counts as much as if the learning rate had decayed along d. `linear` (d = 1 − x) gives
@@ -80,8 +81,8 @@ def _score(model: str, values: Settings, own: Settings, where: str) -> float:
 
 METHOD = Method(
     "checkpoint_average",
-    "the checkpoints of one training run, averaged with the weights of a schedule (WSM, PMA, MWA)",
-    "Tian et al., WSM, arXiv 2507.17634; Li et al., arXiv 2505.12082; Metrics-Weighted Averaging, arXiv 2504.18580",
+    "the checkpoints of one training run, averaged with the weights of a schedule (WSM, PMA, after MWA)",
+    "Tian et al., WSM, arXiv 2507.17634; Li et al., arXiv 2505.12082; Yu and Choi, arXiv 2504.18580",
     "θ = Σᵢ wᵢ·θᵢ, wᵢ = d((i − 1)/n) − d(i/n)",
     (SCHEDULE, WINDOW, BY, POWER, METRIC),
     base="optional",
