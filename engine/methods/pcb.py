@@ -9,7 +9,7 @@ sorted order. Where an expert's uₖ, or βₖ from qₖ on, are all equal, n is
 Options: `ratio` (0.1), `clamp` (1e-4), `lambda` (1.2).
 
 Quantiles and extremes are those of the whole model, found exactly by counting. Each expert is read five times: twice
-for uₖ, twice for βₖ, and for the sum. Memory is independent of their number.
+for uₖ, twice for βₖ, and for the sum. Memory does not grow with their number, but for tables of counts, 1 MB an expert.
 Letters: N elements of a piece, B of a block, K experts.
 """
 
