@@ -6,9 +6,9 @@ Yu and Choi, Metrics-Weighted Averaging, arXiv 2504.18580 (weights by loss or st
 known from its abstract alone, so that `metric` is after its idea, and may differ from it in form).
 Formula: θ = Σᵢ wᵢ·θᵢ over the last n = `window` models in the order of the config, oldest first, Σᵢ wᵢ = 1.
 With a decay curve d that falls from d(0) = 1 to d(1) = 0, wᵢ = d((i − 1)/n) − d(i/n), i = 1 … n: what was learned
-between two checkpoints then counts as much as if the learning rate had decayed along d. `linear` (d = 1 − x) gives
-equal weights, as `uniform` does; `cosine`: d = (1 + cos πx)/2; `minus_sqrt`: d = 1 − √x. `metric`: wᵢ ∝ sᵢ^power with
-sᵢ = 1/loss (`by: loss`) or the step (`by: step`).
+between two checkpoints then counts as much as if the learning rate had decayed along d; Megatron-LM's tool for WSM has
+the same weights. `linear` (d = 1 − x) gives equal weights, as `uniform` does; `cosine`: d = (1 + cos πx)/2;
+`minus_sqrt`: d = 1 − √x. `metric`: wᵢ ∝ sᵢ^power with sᵢ = 1/loss (`by: loss`) or the step (`by: step`).
 Options: `schedule` (uniform), `window` (0, which means all models), `by` (loss), `power` (1.0); per model `metric`, its
 loss or its step; a step that is not given is the last number in the model's name.
 """
