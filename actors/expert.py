@@ -1,6 +1,6 @@
 """The expert actor: one expert at a time, whose weights it surveys, and which it runs on calibration samples.
 
-It stores targets of samples, or statistics.
+It stores targets of samples, or statistics, or what calibrates a merged model.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
+from engine.correction.files import Contribution, LayerGroup
+from engine.correction.rules import Rule
+from engine.correction.streams import Streams, solve_group
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.statistics import collect
 from engine.learning.targets import load_target, save_target
@@ -35,6 +38,7 @@ class Expert:
         self._plan, self._forwards, self._by_lapack = plan, 0, 0
         self._held: tuple[int | None, FrozenExpert] | None = None
         self._survey: Survey | None = None
+        self._streams: Streams | None = None
 
     @guarded
     def ready(self, wanted: float) -> tuple[int, ...]:
@@ -101,6 +105,33 @@ class Expert:
         collect(self._expert(index), given, kinds, folder, facts)
         self._forwards += len(given)
 
+    @guarded
+    def contribute(
+        self, index: int, part: int, samples: Sequence[tuple[Sample, str | None]], rule: Rule, state: Folder
+    ) -> Contribution:
+        """Store the shares of an expert in the equations of a part of the merged model; see `Streams.contribute`.
+
+        Args:
+            index: The expert.
+            part: The part.
+            samples: The expert's samples, each with the file of its pixel inputs in the state, if it has any.
+            rule: How layers are solved.
+            state: The state folder of the run.
+        """
+        if self._streams is None or self._streams.index != index:
+            self.forget()
+            inputs = [load_target(state, name).inputs if name else {} for _, name in samples]
+            own, device = [sample for sample, _ in samples], self._process.device
+            self._streams = Streams(self._plan, rule, index, own, inputs, state, device)
+        contribution = self._streams.contribute(part)
+        self._forwards += len(samples)
+        return contribution
+
+    @guarded
+    def solve(self, part: int, group: LayerGroup, experts: Sequence[int], rule: Rule, state: Folder) -> None:
+        """Solve layers of a part from the shares of experts; see `solve_group`."""
+        solve_group(self._plan, rule, part, group, experts, state)
+
     def report(self) -> Report:
         """Return the memory figures, the forward passes, and the number of decompositions that LAPACK had to make."""
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
@@ -109,7 +140,7 @@ class Expert:
         """Drop the expert that is held, and its survey, and free their memory."""
         if self._held is not None:
             release(self._held[1].model)
-        self._held = self._survey = None
+        self._held = self._survey = self._streams = None
         give_back()
 
     def _expert(self, index: int | None) -> FrozenExpert:

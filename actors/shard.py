@@ -14,6 +14,7 @@ from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
+from engine.correction.files import load_calibrated
 from engine.learning.targets import is_damaged
 from engine.machine import usable_cpus
 from engine.methods.prepass import Array as Measured
@@ -122,6 +123,20 @@ class Shard:
     def combine(self, folder: Folder, file: OutputFile, known: Known = NOTHING, only: int | None = None) -> None:
         """Write one file of a weight-space merge. `only`: the file belongs to the output model of this one expert."""
         self._write(folder, file, lambda entry: self._weight_space.job(entry, torch_dtype(entry.dtype), known, only))
+
+    def calibrated(self, folder: Folder, file: OutputFile) -> None:
+        """Write one file of the output from the state's files of the merged model and of its solved tensors."""
+        state = self._state
+        assert state is not None
+
+        def job(entry: OutputTensor) -> TensorJob:
+            name, base = entry.name, self._models.base.read(entry.name)
+            merged = name in self._plan.merged_set
+            rounding = Rounding.of(name, base, self._plan.config.rounding, self._plan.config.seed) if merged else None
+            dtype = torch_dtype(entry.dtype) or base.dtype
+            return TensorJob(name, entry.shape, dtype, lambda: copy_of(load_calibrated(state, name)), rounding)
+
+        self._write(folder, file, job)
 
     def measure(self, method: str, index: int, names: Sequence[str], known: Known) -> dict[str, Measured]:
         """Return the arrays of a prepass of a method for the named tensors; see `measured`."""

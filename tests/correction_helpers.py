@@ -14,9 +14,9 @@ from conftest import plan_of
 from torch import Tensor
 
 from engine.calibration.samples import Sample
-from engine.correction.files import LayerGroup, load_calibrated, merged_file
+from engine.correction.files import LayerGroup, end_part, load_calibrated, merged_file
 from engine.correction.rules import Rule
-from engine.correction.streams import Streams, end_part, solve_group
+from engine.correction.streams import Streams, solve_group
 from engine.planning.plan import Plan
 from engine.storage.folder import Folder
 
@@ -86,11 +86,11 @@ class Actors:
             shares = [self._streams(k).contribute(number) for k in range(len(self._plan.experts))]
             groups: dict[LayerGroup, list[int]] = {}
             for k, of_expert in enumerate(shares):
-                for group in of_expert:
+                for group in of_expert.groups:
                     groups.setdefault(group, []).append(k)
             for group, experts in groups.items():
                 solve_group(self._plan, self._rule, number, group, experts, self._state)
-            end_part(self._state, number)
+            end_part(self._state, number, shares[0].parts)
 
     def _streams(self, k: int) -> Streams:
         seat = self._calls % len(self._held)

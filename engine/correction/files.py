@@ -4,6 +4,7 @@
     calibrated/streams/     hidden states of an expert's samples before a part
     calibrated/shares/      an expert's share in the equations of the layers of a part, and the list of them
     calibrated/solved/      solved tensors, float32
+    calibrated/parts        the number of parts that are solved, and of all
 
 Names contain hashes, since a tensor's name in a checkpoint may be any text (`../..`).
 """
@@ -12,17 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import safetensors.torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
+from engine.errors import DamagedError
 from engine.storage.folder import Folder
 from engine.storage.sealed import read_sealed, refuse, write_sealed
 
-FOLDER = "calibrated"
+FOLDER, MERGED = "calibrated", "merged"
+SOLVED_PARTS = f"{FOLDER}/parts"
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,20 @@ class LayerGroup:
         return _hash("\n".join(layer.name for layer in self.layers))
 
 
+@dataclass(frozen=True)
+class Contribution:
+    """The groups of layers of a part in which an expert has stored its shares, and the number of parts of the model."""
+
+    groups: tuple[LayerGroup, ...]
+    parts: int
+
+
+_CONTRIBUTION, _PARTS = TypeAdapter(Contribution), TypeAdapter(tuple[int, int])
+
+
 def merged_file(name: str) -> str:
     """Return the file of a tensor of the merged model."""
-    return f"merged/{_hash(name)}.safetensors"
+    return f"{MERGED}/{_hash(name)}.safetensors"
 
 
 def solved_file(name: str) -> str:
@@ -79,23 +94,38 @@ def share_file(part: int, expert: int, group: LayerGroup) -> str:
     return f"{shares_folder(part)}/{expert}-{group.key}.safetensors"
 
 
-def save_groups(state: Folder, part: int, expert: int, groups: Sequence[LayerGroup]) -> None:
-    """Store which groups an expert has shares in, which marks the shares as complete."""
-    write_sealed(state, _list_file(part, expert), json.dumps([asdict(group) for group in groups]).encode())
+def save_contribution(state: Folder, part: int, expert: int, contribution: Contribution) -> None:
+    """Store what an expert has shares in, which marks the shares as complete."""
+    write_sealed(state, _list_file(part, expert), _CONTRIBUTION.dump_json(contribution))
 
 
-def load_groups(state: Folder, part: int, expert: int) -> tuple[LayerGroup, ...] | None:
-    """Return the groups in which an expert has stored its shares, or None if they are not complete."""
-    name = _list_file(part, expert)
-    if not state.exists(name):
-        return None
+def load_contribution(state: Folder, part: int, expert: int) -> Contribution | None:
+    """Return what an expert has stored shares in, or None if they are not complete."""
     try:
-        groups = json.loads(read_sealed(state, name))
-        return tuple(
-            LayerGroup(tuple(SolvedLayer(**layer) for layer in one["layers"]), one["is_norm"]) for one in groups
-        )
-    except (ValueError, TypeError, KeyError):
-        refuse(f"{state.where}/{name}")
+        return _CONTRIBUTION.validate_json(read_sealed(state, _list_file(part, expert)))
+    except (FileNotFoundError, DamagedError, ValueError):
+        return None
+
+
+def end_part(state: Folder, part: int, parts: int) -> None:
+    """Note that a part is solved, of `parts` in all, and remove the shares in it."""
+    write_sealed(state, SOLVED_PARTS, json.dumps([part + 1, parts]).encode())
+    state.remove(shares_folder(part))
+
+
+def load_solved_parts(state: Folder) -> tuple[int, int | None]:
+    """Return the number of parts that are solved, and of all parts if it is known.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    try:
+        done, parts = _PARTS.validate_json(read_sealed(state, SOLVED_PARTS))
+    except FileNotFoundError:
+        return 0, None
+    except ValueError:
+        refuse(f"{state.where}/{SOLVED_PARTS}")
+    return done, parts
 
 
 def save_tensors(state: Folder, name: str, tensors: Mapping[str, Tensor]) -> None:

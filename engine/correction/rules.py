@@ -20,6 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import ConfigError
+from engine.methods.corrections import CORRECTIONS
+from engine.methods.registry import get_method
+from engine.planning.plan import Plan
+from engine.shards.settings import resolve
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -49,10 +55,29 @@ class Rule:
         return self.alpha > 0
 
 
-def rule_of(method: str, options: Mapping[str, Any]) -> Rule:
-    """Return the rule of `featcal` or `regmean_plus_plus` with the values of all its options."""
-    if method == "featcal":
-        return Rule(float(options["alpha"]), float(options["rho"]), float(options["ridge"]))
-    assert method == "regmean_plus_plus", method
-    off_diagonal = float(options["off_diagonal"])
-    return Rule(off_diagonal=off_diagonal, own_blocks=True, normalised=False, with_norms=False)
+def rule_of(plan: Plan) -> Rule | None:
+    """Return the rule by which the layers of a merge are solved, or None if none are.
+
+    Raises:
+        ConfigError: two methods solve them, or a method's option differs between tensors.
+    """
+    config = plan.config
+    rules = [featcal(one.options) for one in config.calibrate if CORRECTIONS[one.method].by_blocks]
+    if get_method(config.merge_method).by_blocks:
+        values = {float(resolve(plan, name)[0]["alpha"]) for name in plan.merged}
+        if len(values) != 1:
+            raise ConfigError("its value differs between tensors", "parameters.alpha", "one value for the whole model")
+        rules.append(regmean_plus_plus(values.pop()))
+    if len(rules) > 1:
+        raise ConfigError("two methods solve the layers block by block", "calibrate", "one of them")
+    return rules[0] if rules else None
+
+
+def featcal(options: Mapping[str, Any]) -> Rule:
+    """Return the rule of FeatCal with the values of its options."""
+    return Rule(float(options["alpha"]), float(options["rho"]), float(options["ridge"]))
+
+
+def regmean_plus_plus(alpha: float) -> Rule:
+    """Return the rule of RegMean++; `alpha` is the factor of the elements off the diagonals."""
+    return Rule(off_diagonal=alpha, own_blocks=True, normalised=False, with_norms=False)

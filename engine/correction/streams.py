@@ -15,16 +15,16 @@ from torch import Tensor
 
 from engine.calibration.samples import Sample
 from engine.correction.files import (
+    Contribution,
     LayerGroup,
     SolvedLayer,
     load_calibrated,
-    load_groups,
+    load_contribution,
     load_merged,
     load_sealed_tensors,
-    save_groups,
+    save_contribution,
     save_tensors,
     share_file,
-    shares_folder,
     solved_file,
     stream_file,
 )
@@ -85,7 +85,7 @@ class Streams:
         # The part that the streams are before, and the expert's states after it, if these are known.
         self._at, self._ahead = 0, list[SampleState]()
 
-    def contribute(self, number: int) -> tuple[LayerGroup, ...]:
+    def contribute(self, number: int) -> Contribution:
         """Store the expert's shares in the equations of part `number`, and return the groups of layers that it has.
 
         All parts before have been solved. Nothing is done if the shares are stored.
@@ -93,13 +93,13 @@ class Streams:
         Raises:
             CheckpointError: the inputs of a layer are not finite, or the model does not run block by block.
         """
-        stored = load_groups(self.state, number, self.index)
+        stored = load_contribution(self.state, number, self.index)
         if stored is not None:
             return stored
         self._go_to(number)
-        groups = self._observe(number)
-        save_groups(self.state, number, self.index, groups)
-        return groups
+        contribution = Contribution(self._observe(number), len(self._merged.run.parts))
+        save_contribution(self.state, number, self.index, contribution)
+        return contribution
 
     def _go_to(self, number: int) -> None:
         """Bring the streams before a part: from memory, from the file of that part or of the one before, or anew."""
@@ -248,11 +248,6 @@ def solve_group(plan: Plan, rule: Rule, number: int, group: LayerGroup, experts:
         save_tensors(state, solved_file(layer.weight), {"tensor": weight})
         if layer.bias is not None and found.bias is not None:
             save_tensors(state, solved_file(layer.bias), {"tensor": found.bias})
-
-
-def end_part(state: Folder, number: int) -> None:
-    """Remove the shares in a part that is solved."""
-    state.remove(shares_folder(number))
 
 
 def affine(read: Read, layer: SolvedLayer) -> Affine:

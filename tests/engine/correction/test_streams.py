@@ -17,13 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from engine.calibration.samples import Sample
 from engine.correction.files import solved_file
-from engine.correction.rules import Rule, rule_of
+from engine.correction.rules import Rule, featcal, regmean_plus_plus
 from engine.planning.plan import Plan
 from engine.storage.local_folder import LocalFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FEATCAL = rule_of("featcal", {"alpha": 0.3, "rho": 2.0, "ridge": 0.05})
+FEATCAL = featcal({"alpha": 0.3, "rho": 2.0, "ridge": 0.05})
 LENGTHS = (9, 12, 7)
 Array = np.ndarray[Any, Any]
 
@@ -184,7 +184,7 @@ def test_regmean_plus_plus_solves_on_the_inputs_of_each_experts_block_in_the_mer
     merged = loaded(Path(plan.base.model))
     merged.load_state_dict(result(plan, state), strict=False)
     experts = [loaded(Path(expert.model)) for expert in plan.experts]
-    Actors(plan, rule_of("regmean_plus_plus", {"off_diagonal": 0.9}), samples, state).run(range(2))
+    Actors(plan, regmean_plus_plus(0.9), samples, state).run(range(2))
     for number in range(2):
         own = [model.model.layers[number] for model in experts]
         linears = [name for name, module in own[0].named_modules() if isinstance(module, torch.nn.Linear)]

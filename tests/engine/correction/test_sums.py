@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.correction.rules import Rule, rule_of
+from engine.correction.rules import Rule, featcal, regmean_plus_plus
 from engine.correction.sums import Affine, InputSums, NormSums, added, anchor_of, solve_linear, solve_norm
 
 INPUTS, OUTPUTS, TOKENS = 6, 5, (11, 9)
-FEATCAL = rule_of("featcal", {"alpha": 0.3, "rho": 2.0, "ridge": 0.05})
+FEATCAL = featcal({"alpha": 0.3, "rho": 2.0, "ridge": 0.05})
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -106,7 +106,7 @@ def test_a_sample_without_inputs_in_some_direction_leaves_it_to_the_anchor() -> 
     """Regression on the inputs that there are; all else is the merged weight, not zero."""
     merged = layer(3)
     s = [torch.cat([x[..., :4], torch.zeros(*x.shape[:-1], 2)], dim=-1) for x in samples(10)]
-    rule = rule_of("regmean_plus_plus", {"off_diagonal": 1.0})
+    rule = regmean_plus_plus(1.0)
     found = solved([layer(1)], [s], [s], merged, layer(4), rule)
     torch.testing.assert_close(found.weight[:, :4], layer(1).weight[:, :4], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.weight[:, 4:], merged.weight[:, 4:], rtol=1e-4, atol=1e-4)
@@ -116,7 +116,7 @@ def test_a_sample_without_inputs_in_some_direction_leaves_it_to_the_anchor() -> 
 @pytest.mark.parametrize("factor", [1.0, 0.6])
 def test_regmean_plus_plus_divides_by_the_sum_of_reduced_gram_matrices(factor: float) -> None:
     experts, s = [layer(1), layer(2)], [samples(10), samples(20)]
-    found = solved(experts, s, s, layer(3), layer(4), rule_of("regmean_plus_plus", {"off_diagonal": factor}))
+    found = solved(experts, s, s, layer(3), layer(4), regmean_plus_plus(factor))
     total, numerator = np.zeros((INPUTS, INPUTS)), np.zeros((OUTPUTS, INPUTS))
     for expert, of_merged in zip(experts, s, strict=True):
         gram = flat(of_merged).T @ flat(of_merged) / len(flat(of_merged))

@@ -1,0 +1,80 @@
+"""Solving the layers of a merged model block by block on expert actors, before its weight files are written.
+
+The shards store the merged model in the state, a file a tensor. Then, for part after part of the model, each expert
+contributes its share in the equations of the part's layers, and these are solved. A part is finished before the next
+one begins, so the driver goes on from the last part that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.attempt import Attempt
+from engine.calibration.samples import Sample
+from engine.checkpoints.writer import OutputFile
+from engine.correction.files import MERGED, LayerGroup, end_part, load_solved_parts, merged_file
+from engine.correction.rules import Rule
+from engine.output.model_folder import output_files
+
+PHASE = "solving blocks"
+Samples = Sequence[Sequence[Sample]]
+
+
+def solve_blocks(
+    attempt: Attempt, crew: Any, samples: Samples, rule: Rule, write: Callable[[Any, OutputFile], Any]
+) -> None:
+    """Store the merged model and its solved tensors in the state. What an earlier attempt stored is kept.
+
+    Args:
+        attempt: The attempt at the merge.
+        crew: Starts and dismisses the actors.
+        samples: The samples of each expert.
+        rule: How layers are solved.
+        write: Calls a shard to write one file of the merged model into the state, and returns the reference.
+
+    Raises:
+        CheckpointError: a model does not run block by block, or computes what is not finite.
+    """
+    folder, state = attempt.folder, attempt.folder.state
+    stored = state.names(MERGED)
+    files = [OutputFile(merged_file(one.name), (one,)) for file in output_files(attempt.plan) for one in file.tensors]
+    missing = [file for file in files if file.name not in stored]
+    attempt.spread("merging", crew.shards, missing, write, len(files) - len(missing))
+    named = [
+        [(sample, folder.inputs(sample) if sample.inputs else None) for sample in of_expert] for of_expert in samples
+    ]
+    done, parts = load_solved_parts(state)
+    if done == parts:
+        return
+    experts = [k for k, of_expert in enumerate(samples) if of_expert]
+    actors = crew.experts(len(experts))
+
+    def contribute(actor: Any, task: tuple[int, int]) -> Any:
+        part, k = task
+        return actor.contribute.remote(k, part, named[k], rule, state)
+
+    def solve(actor: Any, task: tuple[int, LayerGroup, list[int]]) -> Any:
+        return actor.solve.remote(*task, rule, state)
+
+    began = False
+    while done != parts:
+        answers = attempt.watch.hand_out([(done, k) for k in experts], actors, contribute, PHASE)
+        found = {k: contribution for (_, k), contribution in answers}
+        if not began:
+            began, parts = True, found[experts[0]].parts
+            attempt.progress.phase(PHASE, parts, done)
+        groups: dict[LayerGroup, list[int]] = {}
+        for k in experts:
+            for group in found[k].groups:
+                groups.setdefault(group, []).append(k)
+        tasks = [(done, group, having) for group, having in groups.items()]
+        for _ in attempt.watch.hand_out(tasks, actors, solve, PHASE):
+            pass
+        folder.held()
+        end_part(state, done, parts)
+        done += 1
+        attempt.progress.advance(PHASE, done)
+    for actor in actors:
+        attempt.report(actor)
+        crew.dismiss(actor)
