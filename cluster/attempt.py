@@ -108,6 +108,10 @@ class Attempt:
         folder.mkdir(exist_ok=True)
         write_companions(folder, self.plan, base_folder(self.plan), files, tokenizer)
 
+    def write_solved(self, shard: Any, file: OutputFile) -> Any:
+        """Call a shard to write one file of a model that was solved block by block, and return the reference."""
+        return shard.calibrated.remote(self.folder.weights, file)
+
     def _complete(self, shards: Sequence[Any], names: Sequence[str]) -> set[str]:
         """Return those of the output's files that are as an earlier attempt wrote them. The others are removed."""
         if not names:

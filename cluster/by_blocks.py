@@ -19,11 +19,11 @@ from engine.output.model_folder import output_files
 
 PHASE = "solving blocks"
 Samples = Sequence[Sequence[Sample]]
+# Calls a shard to write one file, and returns the reference.
+Ask = Callable[[Any, OutputFile], Any]
 
 
-def solve_blocks(
-    attempt: Attempt, crew: Any, samples: Samples, rule: Rule, write: Callable[[Any, OutputFile], Any]
-) -> None:
+def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, write: Ask) -> None:
     """Store the merged model and its solved tensors in the state. What an earlier attempt stored is kept.
 
     Args:
@@ -31,7 +31,7 @@ def solve_blocks(
         crew: Starts and dismisses the actors.
         samples: The samples of each expert.
         rule: How layers are solved.
-        write: Calls a shard to write one file of the merged model into the state, and returns the reference.
+        write: Writes one file of the merged model into the state.
 
     Raises:
         CheckpointError: a model does not run block by block, or computes what is not finite.
@@ -57,13 +57,14 @@ def solve_blocks(
     def solve(actor: Any, task: tuple[int, LayerGroup, list[int]]) -> Any:
         return actor.solve.remote(*task, rule, state)
 
-    began = False
+    begun = False
     while done != parts:
         answers = attempt.watch.hand_out([(done, k) for k in experts], actors, contribute, PHASE)
         found = {k: contribution for (_, k), contribution in answers}
-        if not began:
-            began, parts = True, found[experts[0]].parts
+        parts = found[experts[0]].parts
+        if not begun:
             attempt.progress.phase(PHASE, parts, done)
+            begun = True
         groups: dict[LayerGroup, list[int]] = {}
         for k in experts:
             for group in found[k].groups:

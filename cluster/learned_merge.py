@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cluster.attempt import Attempt
+from cluster.by_blocks import solve_blocks
 from cluster.crew import Crew
 from cluster.placement import Devices, check_memory, machines
 from cluster.progress import Progress
@@ -25,6 +26,7 @@ from cluster.trainer_seats import arrange_trainers
 from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
+from engine.correction.rules import rule_of
 from engine.errors import GpuMemoryError
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage
@@ -290,10 +292,14 @@ class LearnedMerge(Attempt):
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""
-        self.folder.start_output(self.weight_files())
+        rule = rule_of(self.plan)
+        folder = self.folder.weights if rule is None else self.folder.state
 
         def ask(shard: Any, file: OutputFile) -> Any:
             wanted = {t.name: coefficients.of(t.name) for t in file.tensors if t.name in self.plan.merged_set}
-            return shard.write.remote(self.folder.weights, file, wanted)
+            return shard.write.remote(folder, file, wanted)
 
-        self.write_files(crew.shards, ask)
+        if rule is not None:
+            solve_blocks(self, crew, self.samples, rule, ask)
+        self.folder.start_output(self.weight_files())
+        self.write_files(crew.shards, ask if rule is None else self.write_solved)

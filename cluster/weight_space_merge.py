@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from cluster.attempt import Attempt
+from cluster.by_blocks import Ask, solve_blocks
 from cluster.placement import Devices, machines
 from cluster.progress import Progress
 from cluster.seats import Node, Seating
 from cluster.statistics import collect_statistics
 from cluster.watch import Watch
 from engine.calibration.samples import Sample
+from engine.correction.rules import rule_of
 from engine.methods.prepass import Array
 from engine.methods.registry import get_method, prepasses
 from engine.output.merge_record import write_weight_space_record
@@ -65,6 +67,10 @@ class WeightSpaceMerge(Attempt):
             if self.plan.config.statistics or self.plan.config.statistics_of_base:
                 collect_statistics(self, crew, self._samples, self.digests(crew.shards))
             known = self._known(crew.shards)
+            if (rule := rule_of(self.plan)) is not None:
+                state = self.folder.state
+                merge: Ask = lambda shard, file: shard.combine.remote(state, file, known)  # noqa: E731
+                solve_blocks(self, crew, self._samples, rule, merge)
             self.folder.start_output(self.weight_files())
             for k, model in enumerate(self.models):
                 self._write(crew.shards, known, k if model else None, model)
@@ -77,7 +83,8 @@ class WeightSpaceMerge(Attempt):
 
     def _write(self, shards: Sequence[Any], known: Known, only: int | None, expert: str) -> None:
         weights = self.folder.weights
-        self.write_files(shards, lambda shard, file: shard.combine.remote(weights, file, known, only), expert)
+        ask: Ask = lambda shard, file: shard.combine.remote(weights, file, known, only)  # noqa: E731
+        self.write_files(shards, ask if rule_of(self.plan) is None else self.write_solved, expert)
 
     def _known(self, shards: Sequence[Any]) -> Known:
         """Return what the methods have to know of the whole model first, measured by the shards."""

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from engine.config.schema import Config
+from engine.correction.files import MERGED, load_solved_parts
 from engine.errors import CheckpointError, DamagedError, OutputError, RunError
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
@@ -158,8 +159,9 @@ class RunFolder(KeptState):
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""
-        of_experts = (len(self.stored_targets()), *(len(self.state.names(one)) for one in (SURVEY, FOLDER, STATISTICS)))
-        return *of_experts, self.steps_taken(), len(self.written())
+        folders = SURVEY, FOLDER, STATISTICS, MERGED
+        of_experts = (len(self.stored_targets()), *(len(self.state.names(one)) for one in folders))
+        return *of_experts, self.steps_taken(), load_solved_parts(self.state), len(self.written())
 
     def start_output(self, files: Iterable[str]) -> None:
         """Create the output's folders, and remove everything in them except weight files that this run wrote.
@@ -246,7 +248,8 @@ class RunFolder(KeptState):
         `of_models`: targets, surveys and stored task vectors count, too. What comes from a cache does not.
         """
         names = self.state.names().difference(*self.reused().values())
-        kept = ("stage-", *(["targets/", f"{SURVEY}/", f"{FOLDER}/", f"{STATISTICS}/"] if of_models else []))
+        of_work = "targets", SURVEY, FOLDER, STATISTICS, MERGED
+        kept = ("stage-", *([f"{one}/" for one in of_work] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 
     def _remove_log(self) -> None:

@@ -1,0 +1,71 @@
+"""Merges that are solved block by block, on a real Ray: the bits of the plain classes, with any actors and faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+from cluster_helpers import KillOnce, run_merge
+from conftest import plan_of
+from correction_helpers import Actors, result
+from safetensors.torch import load_file
+from torch import Tensor
+from weight_space import combine
+
+from cluster.by_blocks import PHASE
+from engine.calibration.encoder import encoder
+from engine.calibration.records import read_records
+from engine.calibration.samples import make_samples
+from engine.correction.files import merged_file
+from engine.correction.rules import rule_of
+from engine.planning.plan import Plan
+from engine.storage.local_folder import LocalFolder
+
+pytestmark = pytest.mark.usefixtures("small_ray")
+
+BLOCKS = tiny.COMMON["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_merge(tmp_path_factory.mktemp("merge"), parameters={"samples_per_model": 3})
+
+
+def expected(plan: Plan, merged: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Return what the plain classes make of a merged model."""
+    rule, state, records = rule_of(plan), LocalFolder(folder), read_records(plan)
+    assert rule is not None
+    for name, tensor in merged.items():
+        state.write(merged_file(name), safetensors.torch.save({name: tensor}))
+    samples = make_samples(records, encoder(plan, records), plan)
+    Actors(plan, rule, samples, state).run(range(BLOCKS))
+    return result(plan, state)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("method", ["featcal", "regmean_plus_plus"])
+def test_a_merge_has_the_bits_of_the_plain_classes_also_after_actors_were_killed(
+    config: Path, tmp_path: Path, method: str
+) -> None:
+    own = ["merge_method=task_arithmetic", "calibrate=featcal"] if method == "featcal" else [f"merge_method={method}"]
+    plan = plan_of(config, *own)
+    merged = load_file(combine(plan, tmp_path / "merged") / "model.safetensors")
+    wanted = expected(plan, merged, tmp_path / "state")
+    assert not equal(wanted, merged)
+    kill = KillOnce({PHASE: "ray::Expert"})
+    out = run_merge(plan_of(config, *own, "cluster.shards=2"), tmp_path / "out", kill)
+    assert not kill.missed
+    assert equal(load_file(out / "model.safetensors"), wanted)
+
+
+def test_a_learned_merge_is_calibrated_too(config: Path, tmp_path: Path) -> None:
+    learned = load_file(run_merge(plan_of(config), tmp_path / "learned") / "model.safetensors")
+    plan = plan_of(config, "calibrate=featcal")
+    out = run_merge(plan, tmp_path / "out")
+    assert equal(load_file(out / "model.safetensors"), expected(plan, learned, tmp_path / "state"))
