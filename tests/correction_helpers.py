@@ -75,7 +75,9 @@ class Actors:
         state: Folder,
         count: int = 1,
         inputs: Sequence[Sequence[Mapping[str, Tensor]]] | None = None,
+        experts: Sequence[int] | None = None,
     ) -> None:
+        self._experts = range(len(plan.experts)) if experts is None else experts
         self._plan, self._rule, self._samples, self._state = plan, rule, samples, state
         self._inputs = inputs or [[{} for _ in of_expert] for of_expert in samples]
         self._held: list[tuple[int, Streams] | None] = [None] * count
@@ -83,14 +85,14 @@ class Actors:
 
     def run(self, parts: Sequence[int]) -> None:
         for number in parts:
-            shares = [self._streams(k).contribute(number) for k in range(len(self._plan.experts))]
+            shares = {k: self._streams(k).contribute(number) for k in self._experts}
             groups: dict[LayerGroup, list[int]] = {}
-            for k, of_expert in enumerate(shares):
+            for k, of_expert in shares.items():
                 for group in of_expert.groups:
                     groups.setdefault(group, []).append(k)
             for group, experts in groups.items():
                 solve_group(self._plan, self._rule, number, group, experts, self._state)
-            end_part(self._state, number, shares[0].parts)
+            end_part(self._state, number, next(iter(shares.values())).parts)
 
     def _streams(self, k: int) -> Streams:
         seat = self._calls % len(self._held)

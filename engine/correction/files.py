@@ -130,7 +130,9 @@ def load_solved_parts(state: Folder) -> tuple[int, int | None]:
 
 def save_tensors(state: Folder, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a sealed file."""
-    write_sealed(state, name, safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+    write_sealed(
+        state, name, safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+    )
 
 
 def load_sealed_tensors(state: Folder, name: str) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class PartialModel:
         names = tuple(
             f"{one.name}."
             for one in self.run.parts
-            if one == part or (part.block is None and one.block is not None and one.tower < part.tower)
+            if one.block is not None and (one == part if part.block is not None else one.tower < part.tower)
         )
         return sorted({place.parameter for place in self._places.values() if place.parameter.startswith(names)})
 

@@ -67,6 +67,7 @@ class Streams:
         device: torch.device,
     ) -> None:
         self.plan, self.rule, self.index, self.state, self._samples = plan, rule, index, state, samples
+        self._device = device
         given = []
         for sample, pixels in zip(samples, inputs, strict=True):
             ids_BT = torch.tensor([sample.input_ids])
@@ -213,7 +214,7 @@ class Streams:
 
     def _store(self, number: int, group: LayerGroup, sums: InputSums | NormSums) -> LayerGroup:
         """Store the expert's share in the equations of a group."""
-        layers = {layer.name: affine(self._read_expert, layer) for layer in group.layers}
+        layers = {layer.name: affine(self._read_expert, layer, self._device) for layer in group.layers}
         share = sums.share(layers, self.rule) if isinstance(sums, InputSums) else sums.share(*layers.values())
         if not all(bool(tensor.isfinite().all()) for tensor in share.values()):
             raise CheckpointError(
@@ -250,7 +251,11 @@ def solve_group(plan: Plan, rule: Rule, number: int, group: LayerGroup, experts:
             save_tensors(state, solved_file(layer.bias), {"tensor": found.bias})
 
 
-def affine(read: Read, layer: SolvedLayer) -> Affine:
-    """Return the weight, [O, I], and the bias of a layer in float32."""
-    weight = read(layer.weight).float()
-    return Affine(weight.T if layer.transposed else weight, None if layer.bias is None else read(layer.bias).float())
+def affine(read: Read, layer: SolvedLayer, device: torch.device | None = None) -> Affine:
+    """Return the weight, [O, I], and the bias of a layer in float32, on the CPU or a device."""
+
+    def get(name: str) -> Tensor:
+        return read(name).to(device or "cpu", torch.float32)
+
+    weight = get(layer.weight)
+    return Affine(weight.T if layer.transposed else weight, None if layer.bias is None else get(layer.bias))

@@ -62,7 +62,7 @@ class InputSums:
         if rule.off_diagonal != 1:
             gram_II = gram_II * rule.off_diagonal + torch.diag(gram_II.diagonal() * (1 - rule.off_diagonal))
             cross_II = gram_II
-        scale = 1 / gram_II.norm().clamp_min(LEAST_NORM) if rule.normalised else torch.ones(())
+        scale = 1 / gram_II.norm().clamp_min(LEAST_NORM) if rule.normalised else gram_II.new_ones(())
         found = {"gram": gram_II * scale, "mean": mean_I * scale, "scale": scale}
         for name, layer in layers.items():
             found[f"numerator.{name}"] = layer.weight @ (cross_II * scale)
