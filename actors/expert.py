@@ -13,7 +13,7 @@ from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
 from engine.correction.files import Contribution, LayerGroup
 from engine.correction.rules import Rule
-from engine.correction.streams import Streams, solve_group
+from engine.correction.streams import Streams, given_of, solve_group
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.statistics import collect
 from engine.learning.targets import load_target, save_target
@@ -120,9 +120,11 @@ class Expert:
         """
         if self._streams is None or self._streams.index != index:
             self.forget()
-            inputs = [load_target(state, name).inputs if name else {} for _, name in samples]
-            own, device = [sample for sample, _ in samples], self._process.device
-            self._streams = Streams(self._plan, rule, index, own, inputs, state, device)
+            own, files = zip(*samples, strict=True)
+            inputs = [load_target(state, name).inputs if name else {} for name in files]
+            given = given_of(own, inputs, index, state, lambda: self._expert(index))
+            self.forget()  # the expert that has generated responses
+            self._streams = Streams(self._plan, rule, index, given, state, self._process.device)
         contribution = self._streams.contribute(part)
         self._forwards += len(samples)
         return contribution

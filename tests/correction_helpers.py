@@ -16,7 +16,8 @@ from torch import Tensor
 from engine.calibration.samples import Sample
 from engine.correction.files import LayerGroup, end_part, load_calibrated, merged_file
 from engine.correction.rules import Rule
-from engine.correction.streams import Streams, solve_group
+from engine.correction.streams import Streams, given_of, solve_group
+from engine.learning.frozen_expert import FrozenExpert
 from engine.planning.plan import Plan
 from engine.storage.folder import Folder
 
@@ -99,10 +100,10 @@ class Actors:
         self._calls += 1
         held = self._held[seat]
         if held is None or held[0] != k:
-            held = self._held[seat] = (
-                k,
-                Streams(self._plan, self._rule, k, self._samples[k], self._inputs[k], self._state, CPU),
+            given = given_of(
+                self._samples[k], self._inputs[k], k, self._state, lambda: FrozenExpert(self._plan, k, CPU)
             )
+            held = self._held[seat] = k, Streams(self._plan, self._rule, k, given, self._state, CPU)
         return held[1]
 
 

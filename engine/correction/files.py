@@ -1,6 +1,7 @@
 """The files of a calibration in the state of a run: the merged model, hidden states, shares, and solved tensors.
 
     merged/     a file per tensor of the merged model, in the output's dtypes, as shards write it
+    calibrated/tokens/      token ids of an expert's samples, with the responses that it generated
     calibrated/streams/     hidden states of an expert's samples before a part
     calibrated/shares/      an expert's share in the equations of the layers of a part, and the list of them
     calibrated/solved/      solved tensors, float32
@@ -77,6 +78,11 @@ def merged_file(name: str) -> str:
 def solved_file(name: str) -> str:
     """Return the file of a solved tensor."""
     return f"{FOLDER}/solved/{_hash(name)}.safetensors"
+
+
+def tokens_file(expert: int) -> str:
+    """Return the file of the token ids of an expert's samples."""
+    return f"{FOLDER}/tokens/{expert}.safetensors"
 
 
 def stream_file(expert: int, part: int) -> str:

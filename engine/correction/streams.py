@@ -7,8 +7,9 @@ kinds of calls, which any actor can do from the files in the state: `Streams.con
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,13 @@ from engine.correction.files import (
     share_file,
     solved_file,
     stream_file,
+    tokens_file,
 )
 from engine.correction.partial_model import PartialModel, Read, is_norm, normalised
 from engine.correction.rules import Rule
 from engine.correction.sums import Affine, InputSums, NormSums, added, anchor_of, solve_linear, solve_norm
 from engine.errors import CheckpointError, DamagedError
-from engine.learning.frozen_expert import config_of, weight_of
+from engine.learning.frozen_expert import FrozenExpert, config_of, weight_of
 from engine.models.blocks import SampleState
 from engine.models.forward import arguments
 from engine.planning.open_models import load_base_config, open_base, open_expert
@@ -50,8 +52,7 @@ class Streams:
         plan: The plan.
         rule: How layers are solved.
         index: k.
-        samples: The expert's samples. Responses that an expert would generate are not part of them.
-        inputs: The pixel inputs of each sample.
+        given: The arguments of a forward pass over each of the expert's samples; see `given_of`.
         state: The folder of the run's state, with the merged model.
         device: The device of the forward passes.
     """
@@ -61,17 +62,12 @@ class Streams:
         plan: Plan,
         rule: Rule,
         index: int,
-        samples: Sequence[Sample],
-        inputs: Sequence[Mapping[str, Tensor]],
+        given: Sequence[Mapping[str, Any]],
         state: Folder,
         device: torch.device,
     ) -> None:
-        self.plan, self.rule, self.index, self.state, self._samples = plan, rule, index, state, samples
+        self.plan, self.rule, self.index, self.state, self._count = plan, rule, index, state, len(given)
         self._device = device
-        given = []
-        for sample, pixels in zip(samples, inputs, strict=True):
-            ids_BT = torch.tensor([sample.input_ids])
-            given.append(arguments(ids_BT, torch.ones_like(ids_BT), pixels))
         base, source = open_base(plan), open_expert(plan.experts[index])
         config, folder = load_base_config(plan), base.folder
         self._read_expert: Read = lambda name: weight_of(base, source, name)
@@ -180,7 +176,7 @@ class Streams:
         working = [model for model in (None if rule.own_blocks else self._merged, self._expert) if model is not None]
         for model in working:
             model.load(part)
-        for place in range(len(self._samples)):
+        for place in range(self._count):
             seen: dict[Names, Tensor] = {}
 
             def observe(names: Names, x: Tensor, seen: dict[Names, Tensor] = seen) -> None:
@@ -223,6 +219,29 @@ class Streams:
             )
         save_tensors(self.state, share_file(number, self.index, group), share)
         return group
+
+
+def given_of(
+    samples: Sequence[Sample],
+    inputs: Sequence[Mapping[str, Tensor]],
+    index: int,
+    state: Folder,
+    load: Callable[[], FrozenExpert],
+) -> list[dict[str, Any]]:
+    """Return the arguments of a forward pass over each sample of expert `index`, on the CPU.
+
+    If a sample asks for a response, the expert, which `load` returns, generates it, once in the life of a run.
+    `inputs` are the pixel inputs of each sample.
+    """
+    ids = [torch.tensor([sample.input_ids]) for sample in samples]
+    if any(sample.generate for sample in samples):
+        name = tokens_file(index)
+        if not state.exists(name):
+            written = [load().given(*pair)["input_ids"] for pair in zip(samples, inputs, strict=True)]
+            save_tensors(state, name, {str(place): ids_BT for place, ids_BT in enumerate(written)})
+        stored = load_sealed_tensors(state, name)
+        ids = [stored[str(place)] for place in range(len(samples))]
+    return [arguments(ids_BT, torch.ones_like(ids_BT), own) for ids_BT, own in zip(ids, inputs, strict=True)]
 
 
 def solve_group(plan: Plan, rule: Rule, number: int, group: LayerGroup, experts: Sequence[int], state: Folder) -> None:

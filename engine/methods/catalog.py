@@ -80,6 +80,8 @@ def _section(method: Method) -> Iterable[str]:
     for kinds, whose in ((method.statistics, "each expert"), (method.base_statistics, "the base")):
         if kinds:
             notes.append(f"It needs statistics of {whose}: {', '.join(STATISTICS[kind] for kind in kinds)}.")
+    if method.by_blocks:
+        notes.append("It runs the models block by block on calibration samples.")
     if notes:
         yield " ".join(notes) + "\n"
     if method.options:

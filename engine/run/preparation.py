@@ -18,6 +18,7 @@ from engine.calibration.records import Records, read_records
 from engine.calibration.samples import Sample, make_samples
 from engine.checkpoints.find import ROOT
 from engine.checkpoints.vocabulary import untie
+from engine.correction.rules import rule_of
 from engine.errors import CalibrationError, CheckpointError, InputError
 from engine.learning.targets import save_target, without_targets
 from engine.planning.open_models import base_folder, load_base_config, open_expert
@@ -68,11 +69,13 @@ def check_inputs(plan: Plan) -> tuple[Plan, Records]:
         The plan with the images of the records, and the records.
 
     Raises:
+        ConfigError: see `rule_of`.
         CheckpointError: transformers cannot load a model, or a tensor does not fit the model's modules.
         CalibrationError: a record is invalid.
     """
     from engine.learning.frozen_expert import check_models
 
+    rule_of(plan)
     records = read_records(plan)
     check_models(plan)
     images = tuple(tuple(str(image) for record in mine for image in record.images) for mine in records)

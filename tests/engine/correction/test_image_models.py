@@ -16,7 +16,7 @@ from thorough import as_thorough
 from engine.calibration.encoder import encoder
 from engine.calibration.records import read_records
 from engine.calibration.samples import Sample, make_samples
-from engine.correction.files import merged_file, solved_file
+from engine.correction.files import load_sealed_tensors, merged_file, solved_file, tokens_file
 from engine.correction.rules import Rule, featcal
 from engine.planning.plan import Plan
 from engine.storage.local_folder import LocalFolder
@@ -63,6 +63,9 @@ def test_all_layers_are_solved_and_bits_do_not_depend_on_actors(tmp_path: Path, 
         for cut in cuts:
             Actors(plan, FEATCAL, samples, state, count, inputs).run(cut)
         results.append(result(plan, state))
+        # Records without a response: each expert has written one.
+        written = load_sealed_tensors(state, tokens_file(0))
+        assert any(len(written[str(one.index)][0]) > len(one.input_ids) for one in samples[0])
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
     changed = {name for name, tensor in results[0].items() if not torch.equal(tensor, before[name])}
     for part in (
@@ -75,7 +78,7 @@ def test_all_layers_are_solved_and_bits_do_not_depend_on_actors(tmp_path: Path, 
 
 
 def test_text_alone_leaves_the_vision_tower_as_it_is(tmp_path: Path) -> None:
-    plan, samples, inputs = prepared(tmp_path, "qwen3_vl")
+    plan, samples, _ = prepared(tmp_path, "qwen3_vl")
     state = LocalFolder(tmp_path / "state")
     base = store(plan, state, plan.base.model)
     # Nothing but the text sample.
