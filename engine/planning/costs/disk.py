@@ -6,7 +6,9 @@ The output is written in OUT.run/ and renamed, so one disk holds both, and an ea
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,26 +24,32 @@ from engine.planning.factors import decomposed, factor_elements, stored_bytes
 from engine.planning.plan import Plan
 from engine.storage.paths import is_uri
 
+# The name of a tensor from the number of its layer on.
+LAYER = re.compile(r"(\.\d+)\..*")
+
 
 @dataclass(frozen=True)
 class DiskNeeds:
     """Bytes of a merge on disk: the output's weights, stored task vectors, (estimated) targets, and leading parts.
 
-    Stored task vectors take the place of the leading parts from which they are computed, matrix by matrix.
+    Stored task vectors take the place of the leading parts from which they are computed, matrix by matrix. `blocks` is
+    what a merge stores that is solved block by block.
     """
 
     output: int
     orthogonal: int = 0
     targets: int = 0
     parts: int = 0
+    blocks: int = 0
 
     @property
     def total(self) -> int:
         """The most bytes of OUT.run/: before task vectors are stored, or when the output is complete."""
-        return self.targets + max(self.parts, self.output + self.orthogonal)
+        return self.targets + max(self.parts, self.output + self.orthogonal + self.blocks)
 
     def __str__(self) -> str:
         parts = {"the output": self.output, "task vectors": self.orthogonal, "targets": self.targets}
+        parts["what is solved block by block"] = self.blocks
         if self.parts > self.output + self.orthogonal:
             parts = {"leading parts of the experts": self.parts, "targets": self.targets}
         return ", ".join(f"{rich.filesize.decimal(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
@@ -86,7 +94,24 @@ def disk_needs(
         output *= len(plan.experts)
     targets = target_bytes(plan, sum(map(sum, tokens)))
     parts = 0 if stored else 4 * factor_elements(plan, decomposed(plan))
-    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts)
+    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, output))
+
+
+def block_bytes(plan: Plan, output: int) -> int:
+    """Return the most bytes in the state of a merge that is solved block by block, hidden states aside; else 0.
+
+    These are the merged model, of `output` bytes, all solved tensors, and each expert's shares in the equations of the
+    largest layer: for a matrix [O, I] the elements of its own size and of the moments of its inputs. All but the model
+    are float32.
+    """
+    if not any(method.by_blocks for method in plan.config.methods):
+        return 0
+    tensors, shares = plan.base_header.tensors, Counter[str]()
+    for name in plan.merged:
+        if plan.base_header.roles.get(name) not in (Role.EMBEDDING, Role.HEAD) and len(tensors[name].shape) == 2:
+            rows, columns = tensors[name].shape
+            shares[LAYER.sub(r"\1", name)] += rows * columns + columns**2
+    return output + 4 * (sum(plan.numels.values()) + len(plan.experts) * max(shares.values(), default=0))
 
 
 def check_disk(needs: DiskNeeds, out: str) -> None:

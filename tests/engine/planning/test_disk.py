@@ -102,3 +102,16 @@ def test_a_merge_is_refused_before_ray_and_leaves_nothing(
     with refused(ClusterError, where=str(tmp_path / "out"), do="free disk", facts=["1.0 kB"]):
         cluster.driver.merge(plan_of(llama_merge), str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_is_solved_block_by_block_stores_the_model_what_is_solved_and_the_shares_of_a_layer(
+    llama_merge: Path,
+) -> None:
+    plan = plan_of(llama_merge, "merge_method=task_arithmetic", "calibrate=featcal")
+    needs = disk_needs(plan)
+    # Hidden size 32, 16 rows of keys and values, 48 features of the MLP; 2 experts, float32.
+    squares = 6 * 32**2 + 48**2
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48 + squares
+    assert needs.blocks == needs.output + 4 * (sum(plan.numels.values()) + 2 * layer)
+    assert needs.total == needs.output + needs.blocks
+    assert disk_needs(plan_of(llama_merge)).blocks == 0
