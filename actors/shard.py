@@ -23,6 +23,8 @@ from engine.planning.open_models import base_folder, open_task_vectors, weight_f
 from engine.planning.plan import Plan
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
 from engine.shards.prepasses import NOTHING, Known, measured
+from engine.shards.projections import LayerFit, fit_layers
+from engine.shards.statistics import MergeStatistics
 from engine.shards.weight_space import WeightSpace
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
@@ -76,6 +78,10 @@ class Shard:
         device = self._process.device
         self._by_lapack += len(orthogonalise(self._plan, self._models, self._state, names, factored, device))
         return self._task_vectors.inspect(names, with_base=False)
+
+    def fit(self, names: Sequence[str]) -> dict[str, LayerFit]:
+        """Return the coefficients of layers whose outputs come nearest to the experts'; see `fit_layers`."""
+        return fit_layers(self._plan, self._models, self._task_vectors, MergeStatistics(self._plan, self._state), names)
 
     def digests(self, files: Sequence[str]) -> dict[str, str]:
         """Return the SHA-256 of files (paths or URIs), by file, in hexadecimal."""

@@ -21,6 +21,7 @@ from cluster.readiness import Readiness
 from cluster.seats import Seating
 from cluster.session import nodes
 from cluster.stages import Stages
+from cluster.statistics import collect_statistics
 from cluster.targets import SURVEY, TargetComputation
 from cluster.trainer_seats import arrange_trainers
 from cluster.trainers import Trainers
@@ -29,7 +30,7 @@ from engine.checkpoints.writer import OutputFile
 from engine.correction.rules import rule_of
 from engine.errors import GpuMemoryError
 from engine.learning.importance import stage_2_layout
-from engine.learning.learner import first_stage, second_stage
+from engine.learning.learner import first_stage, second_stage, with_priors
 from engine.output.merge_record import write_record
 from engine.planning.costs.disk import check_disk, disk_needs
 from engine.planning.costs.patience import patience
@@ -43,6 +44,7 @@ from engine.run.inputs import identity
 from engine.run.keys import Computing, Keys
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import PARTS, tensor_groups
+from engine.shards.projections import LayerFit, starting_coefficients, total_residual
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
 
@@ -93,6 +95,7 @@ class LearnedMerge(Attempt):
             targets.begin()
             magnitudes = self._magnitudes(crew, targets) if kept is None else kept
             self._digests = self.digests(crew.shards)
+            fits = self._fit_layers(crew, targets)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
@@ -101,8 +104,9 @@ class LearnedMerge(Attempt):
                 self._check(self._ask(trainer))
             trainers = Trainers(self, crew, targets, trainer)
             training = Stages(self, self.samples, trainers, targets, computing)
-            self.plan = training.find_prior()
-            self._stages = [training.stage(first_stage(self.plan))]
+            priors, start = starting_coefficients(fits)
+            self.plan = with_priors(self.plan, priors) if fits else training.find_prior()
+            self._stages = [training.stage(first_stage(self.plan, start))]
             self._importance = None
             if self.plan.config.stages == 2:
                 self.progress.phase("importance", 1)
@@ -289,6 +293,23 @@ class LearnedMerge(Attempt):
             crew.dismiss(shard)
         self.folder.state.remove(PARTS)
         return {name: inspection for group in done for name, inspection in group.items()}
+
+    def _fit_layers(self, crew: Crew, targets: TargetComputation) -> dict[str, LayerFit]:
+        """Return the coefficients of the layers in closed form (`weight: closed_form`), from the experts' statistics.
+
+        Raises:
+            CheckpointError: see `collect_statistics`.
+        """
+        if not self.plan.config.closed_form:
+            return {}
+        targets.all_stored()
+        collect_statistics(self, crew, self.samples, self._digests)
+        ask = lambda shard, names: shard.fit.remote(names)  # noqa: E731
+        found = self.spread("fitting layers", crew.shards, tensor_groups(self.plan), ask)
+        fits = {name: fit for part in found for name, fit in part.items()}
+        left = total_residual(fits)
+        self.progress.say(f"the best coefficients of {len(fits)} layers leave {left:.1%} of what the experts change")
+        return {name: fits[name] for name in self.plan.merged if name in fits}
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""

@@ -37,7 +37,7 @@ RECORDS, TOKENS = 1_000_000, 10_000_000
 # Keys that accept several kinds of values, with the text that error messages show as expected.
 UNIONS: dict[int | str, str] = {
     "name": f"a text that is not blank, of at most {NAME} characters",
-    "weight": "a number, or auto",
+    "weight": "a number, auto or closed_form",
     "hidden_layers": "middle, all, or a list of indices into hidden_states",
     "num_gpus": NUM_GPUS,
     "batch_tokens": f"auto, or a whole number from 1 to {TOKENS:,}",
@@ -238,11 +238,10 @@ class Config(Section):
     collect_base: bool = False
 
     def weight(self, expert: ExpertConfig) -> float | None:
-        """Return the prior ᾱₖ of an expert, or None for `weight: auto`."""
-        weight = expert.parameters.weight
-        if weight is None:
-            weight = self.parameters.weight
-        return None if weight == "auto" else weight
+        """Return the prior ᾱₖ of an expert, or None for one that the merge finds (`auto`, `closed_form`)."""
+        own = expert.parameters.weight
+        weight = self.parameters.weight if own is None else own
+        return None if isinstance(weight, str) else weight
 
     def loss_weight(self, expert: ExpertConfig) -> float:
         """Return the loss weight βₖ of an expert."""
@@ -267,6 +266,11 @@ class Config(Section):
         return self.merge_method != "adamerging"
 
     @property
+    def closed_form(self) -> bool:
+        """Whether learning starts at the coefficients that least squares on the layers' outputs give."""
+        return self.learned and self.parameters.weight == "closed_form"
+
+    @property
     def stages(self) -> int:
         """Number of learning stages: 2 for Expert Merging++, 1 for the other learned methods."""
         return 2 if self.merge_method == "expert_merging_pp" else 1
@@ -286,7 +290,9 @@ class Config(Section):
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """The statistics that must be known of every expert."""
-        return self.collect or tuple(dict.fromkeys(kind for method in self.methods for kind in method.statistics))
+        needed: list[Statistic] = ["gram"] if self.closed_form else []
+        needed += [kind for method in self.methods for kind in method.statistics]
+        return self.collect or tuple(dict.fromkeys(needed))
 
     @property
     def statistics_of_base(self) -> tuple[Statistic, ...]:

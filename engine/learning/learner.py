@@ -7,7 +7,9 @@ Letters in array names: K experts, C learned coefficients of one expert.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -51,14 +53,18 @@ class Stage:
 
 def with_prior(plan: Plan, weight: float) -> Plan:
     """Return the plan with this prior for every expert that has none of its own (`weight: auto`)."""
-    return replace(
-        plan, experts=tuple(replace(e, weight=weight if e.weight is None else e.weight) for e in plan.experts)
-    )
+    return with_priors(plan, [weight] * len(plan.experts))
 
 
 def needs_prior(plan: Plan) -> bool:
     """Return whether an expert has no prior yet (`weight: auto`)."""
     return any(expert.weight is None for expert in plan.experts)
+
+
+def with_priors(plan: Plan, weights: Sequence[float]) -> Plan:
+    """Return the plan with these priors for the experts that have none of their own."""
+    pairs = zip(plan.experts, weights, strict=True)
+    return replace(plan, experts=tuple(replace(e, weight=w if e.weight is None else e.weight) for e, w in pairs))
 
 
 def common_prior(plan: Plan, weight: float) -> Coefficients:
@@ -79,9 +85,10 @@ def best_prior(losses_WN2: Array, loss_weight_N: Array, hidden_weight: float) ->
     return PRIORS[int(np.argmin(totals_W))]
 
 
-def first_stage(plan: Plan) -> Stage:
+def first_stage(plan: Plan, start: Mapping[str, Sequence[float]] = MappingProxyType({})) -> Stage:
     """Return stage 1: one coefficient per (expert, merged tensor), starting at the prior.
 
+    A tensor in `start` starts at the coefficients there, one for each expert.
     For `adamerging` with `granularity: task`, the coefficients of an expert are tied.
     """
     layout = ChunkLayout.make(plan.numels, dict.fromkeys(plan.merged, 1))
@@ -89,7 +96,11 @@ def first_stage(plan: Plan) -> Stage:
     prior = Coefficients.constant(layout, weights).values
     config = plan.config
     tied = config.merge_method == "adamerging" and config.parameters.granularity == "task"
-    return Stage(1, layout, np.array(weights), prior, prior, tied)
+    begin = prior.copy()
+    for column, name in enumerate(layout.tensors):
+        if name in start:
+            begin[:, column] = start[name]
+    return Stage(1, layout, np.array(weights), begin, prior, tied)
 
 
 def second_stage(plan: Plan, layout: ChunkLayout, learned: Coefficients) -> Stage:

@@ -44,7 +44,8 @@ ADAMERGING = PAPER | {"weight": 0.3, "regularization": 0.0}
 
 # Description of each option, for docs/methods.md and errors.
 ABOUT = {
-    "weight": "prior ᾱₖ: the coefficient at which learning starts and towards which `regularization` pulls",
+    "weight": "prior ᾱₖ: where learning starts, and what `regularization` pulls to; `auto`: the best common one; "
+    "`closed_form`: where least squares on the layers' outputs start each layer",
     "loss_weight": "βₖ, the weight of the expert's losses",
     "samples_per_model": "number of calibration samples of the expert",
     "task_vectors": "`whole`, or `orthogonal`: leading singular parts, made orthogonal across experts (TSV-M), times 4",
@@ -87,7 +88,7 @@ class ModelParameters(Section):
 class Parameters(Section):
     """Options of a merge. The defaults were chosen by `benchmarks/quality`; `PAPER` has those of the published code."""
 
-    weight: Float | Literal["auto"] = "auto"
+    weight: Float | Literal["auto", "closed_form"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
     task_vectors: Literal["orthogonal", "whole"] = "orthogonal"

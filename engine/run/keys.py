@@ -169,6 +169,7 @@ class Keys:
         """
         named = [expert.name for expert in self.plan.experts]
         own = [[name, self._option(f"parameters.{name}")] for name in SECOND] if before else []
+        own += [["closed form", "start"]] if self.plan.config.closed_form else []
         key = self._key("stage", self._learning("stage 1", computing), self.plan.priors, named, before, own)
         keys: list[str] = []
         for window in windows:

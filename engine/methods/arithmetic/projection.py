@@ -15,9 +15,11 @@ from itertools import starmap
 import torch
 from torch import Tensor
 
-from engine.methods.arithmetic.regression import Layer, layers_of
+from engine.methods.arithmetic.regression import layers_of
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.sizes import PIECE
+from engine.statistics.moments import Moments
+from engine.task_vectors.kinds import TaskVector
 
 # Reads rows `start` to `stop` of all task vectors, [K, R, I], float32.
 Rows = Callable[[int, int], Tensor]
@@ -69,28 +71,50 @@ def projection_of(tensor: MergeTensor) -> Projection | None:
     layers = layers_of(tensor)
     if not layers:
         return None
-    width = tensor.shape[1]
+    blocks = blocks_of(tensor.shape, len(tensor.task_vectors))
+    rows = rows_of(tensor.base, tensor.task_vectors)
+
+    def checked(start: int, stop: int) -> Tensor:
+        tau_KRI = rows(start, stop)
+        for k, tau_RI in enumerate(tau_KRI):
+            tensor.check_finite(k, tau_RI)
+        return tau_KRI
+
+    return normal_equations(checked, blocks, {layer.expert: partial(mean_gram, layer.moments) for layer in layers})
+
+
+def mean_gram(moments: Callable[[], Moments]) -> Tensor:
+    """Return Cₖ [I, I] of an expert's moments, which are read."""
+    found = moments()
+    return found.gram() / found.tokens
+
+
+def blocks_of(shape: Sequence[int], experts: int) -> list[tuple[int, int]]:
+    """Return first and last row (exclusive) of the parts of a matrix of which all experts' are in memory at a time."""
+    size = max(1, PIECE // (shape[1] * experts))
+    return [(start, min(start + size, shape[0])) for start in range(0, shape[0], size)]
+
+
+def rows_of(base: Tensor, task_vectors: Sequence[TaskVector | None]) -> Rows:
+    """Return a function that reads rows of the task vectors of a matrix; see `Rows`."""
+    width = base.shape[1]
 
     def rows(start: int, stop: int) -> Tensor:
-        base_N = tensor.base.reshape(-1)[start * width : stop * width].float()
-        tau_KN = torch.zeros(len(tensor.task_vectors), len(base_N))
-        for k, task_vector in enumerate(tensor.task_vectors):
+        base_N = base.reshape(-1)[start * width : stop * width].float()
+        tau_KN = torch.zeros(len(task_vectors), len(base_N))
+        for tau_N, task_vector in zip(tau_KN, task_vectors, strict=True):
             if task_vector is not None:
-                task_vector.block(start * width, stop * width, base_N, tau_KN[k])
-                tensor.check_finite(k, tau_KN[k])
+                task_vector.block(start * width, stop * width, base_N, tau_N)
         return tau_KN.view(len(tau_KN), stop - start, width)
 
-    def gram(layer: Layer) -> Tensor:
-        moments = layer.moments()
-        return moments.gram() / moments.tokens
-
-    size = max(1, PIECE // (width * len(tensor.task_vectors)))
-    blocks = [(start, min(start + size, tensor.shape[0])) for start in range(0, tensor.shape[0], size)]
-    return normal_equations(rows, blocks, {layer.expert: partial(gram, layer) for layer in layers})
+    return rows
 
 
 def normal_equations(
-    rows: Rows, blocks: Sequence[tuple[int, int]], grams: Mapping[int, Callable[[], Tensor]]
+    rows: Rows,
+    blocks: Sequence[tuple[int, int]],
+    grams: Mapping[int, Callable[[], Tensor]],
+    own: Rows | None = None,
 ) -> Projection:
     """Return the normal equations of a layer.
 
@@ -98,6 +122,7 @@ def normal_equations(
         rows: Reads all task vectors; called for each block once, and once more for each Gram matrix.
         blocks: First and last row (exclusive) of what is read at a time. The sums are in their order.
         grams: Reads Cₖ [I, I] of each expert of whose inputs there are moments; called twice.
+        own: Reads the experts' own task vectors, whose outputs are to be met, where `rows` reads others (τ⊥).
     """
     # A takes the sum of the Gram matrices alone, so that it costs no more than b.
     sum_II: Tensor | None = None
@@ -113,8 +138,10 @@ def normal_equations(
     right_K, energy = torch.zeros(len(matrix_KK), dtype=torch.float64), 0.0
     for k, gram in grams.items():
         gram_II = gram()
-        for tau_KRI in starmap(rows, blocks):
-            products_K = flat(tau_KRI) @ (tau_KRI[k] @ gram_II).double().flatten()
-            right_K += products_K
-            energy += float(products_K[k])
+        for block in blocks:
+            tau_KRI = rows(*block)
+            own_RI = tau_KRI[k] if own is None else own(*block)[k]
+            outputs = (own_RI @ gram_II).double().flatten()
+            right_K += flat(tau_KRI) @ outputs
+            energy += float(own_RI.double().flatten() @ outputs)
     return Projection((matrix_KK + matrix_KK.T) / 2, right_K, energy)
