@@ -23,6 +23,7 @@ from engine.methods import (
     lot,
     mergekit_library,
     model_stock,
+    ota_ffg,
     passthrough,
     pcb,
     regmean,
@@ -72,6 +73,7 @@ _NATIVE: dict[str, tuple[Method, Prepare]] = {
         (closed_form.METHOD, closed_form.prepare),
         (fisher.METHOD, fisher.prepare),
         (lewis.METHOD, lewis.prepare),
+        (ota_ffg.METHOD, ota_ffg.prepare),
         (passthrough.METHOD, passthrough.prepare),
         (slerp.METHOD, slerp.prepare),
         (model_stock.METHOD, model_stock.prepare),
@@ -85,6 +87,7 @@ _PREPASSES: dict[str, tuple[Prepass, ...]] = {
     lewis.METHOD.name: lewis.PREPASSES,
     pcb.METHOD.name: pcb.PREPASSES,
     doge.METHOD.name: doge.PREPASSES,
+    ota_ffg.METHOD.name: ota_ffg.PREPASSES,
 }
 
 LEARNED = {method.name: method for method in learned.METHODS}
