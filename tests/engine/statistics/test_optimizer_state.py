@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from advice import Advice, found, refusal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from engine.errors import CheckpointError
 from engine.statistics.optimizer_state import squared_gradients
 
 BETA = 0.9
+ADVICE = Advice(__name__, {})
 
 
 class Model(nn.Module):
@@ -62,11 +64,11 @@ def trained(groups: Callable[[nn.Module], Any]) -> tuple[nn.Module, torch.optim.
     return model, optimizer, {name: tensor.detach() for name, tensor in expected.items()}
 
 
-def agree(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert set(found) == set(expected) and "unused.weight" not in found
+def agree(read: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(read) == set(expected) and "unused.weight" not in read
     for name, tensor in expected.items():
-        assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], tensor)
+        assert read[name].dtype == torch.float32
+        torch.testing.assert_close(read[name], tensor)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,31 @@ def flattened(path: Path) -> None:
 
 def quantized(path: Path) -> None:
     torch.save({"state": {0: {"state1": torch.ones(4), "exp_avg_sq": torch.ones(4, dtype=torch.uint8)}}}, path)
+
+
+def unnamed(path: Path) -> None:
+    """The state by numbers of a model that has one more parameter."""
+    torch.save({"state": {0: {"exp_avg_sq": torch.ones(4)}}, "param_groups": [{"params": [0, 1]}]}, path)
+
+
+@ADVICE.followed("do: {CONVERT}")
+@pytest.mark.parametrize("write", [flattened, quantized, unnamed, lambda path: path.write_bytes(b"no archive")])
+def test_the_advice_leads_to_a_file_that_is_read(write: Callable[[Path], Any], tmp_path: Path) -> None:
+    model, optimizer, expected = trained(lambda model: model.parameters())
+    write(tmp_path / "optimizer.pt")
+    error = refusal(lambda: list(squared_gradients(tmp_path / "optimizer.pt", shapes(model))))
+    assert found("`(exp_avg_sq)`.* by the names of the parameters, as safetensors", error)
+    saved = {
+        f"{name}.exp_avg_sq": optimizer.state[parameter]["exp_avg_sq"]
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+    save_file(saved, tmp_path / "state.safetensors")
+    agree(dict(squared_gradients(tmp_path / "state.safetensors", shapes(model))), expected)
+
+
+def test_every_advice_is_followed() -> None:
+    ADVICE.check()
 
 
 BROKEN: list[Callable[[Path], Any]] = [
