@@ -27,6 +27,8 @@ ROUNDING = torch.finfo(torch.float32).eps
 WELL_CONDITIONED = 1e3
 # Vectors and steps of the power iterations that estimate a condition number.
 PROBES, STEPS = 8, 6
+# Rows that are multiplied and divided at a time, so that copies in float64 are small.
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def regress(
         mean = float(all_NI.square().sum()) / all_NI.shape[1]
         inverse = Inverse(all_NI @ all_NI.T, ridge * mean, rcond)
         right_ON = torch.cat([layer.weight() @ x.T for layer, x in zip(layers, samples, strict=True)], dim=1)
-        return inverse.divide(right_ON).float() @ all_NI
+        return inverse.divide(right_ON) @ all_NI
 
     def gram(layer: Layer) -> Tensor:
         moments = layer.moments()
@@ -109,14 +111,23 @@ def regress(
     sum_II = gram(layers[0]).double()
     for layer in layers[1:]:
         sum_II += gram(layer)
-    inverse = Inverse(sum_II, ridge * float(sum_II.diagonal().mean()), rcond)
+    sum_II.diagonal().add_(ridge * sum_II.diagonal().mean())
+    inverse = Inverse(sum_II, rcond=rcond)
     del sum_II
     right_OI: Tensor | None = None
     for layer in layers:
-        weight_OI, gram_II = layer.weight().to(inverse.dtype), gram(layer).to(inverse.dtype)
-        right_OI = weight_OI @ gram_II if right_OI is None else right_OI.addmm_(weight_OI, gram_II)
+        weight_OI = layer.weight()
+        if right_OI is None:
+            right_OI = torch.zeros(weight_OI.shape, dtype=inverse.dtype)
+        _add_product(right_OI, weight_OI, gram(layer).to(inverse.dtype))
     assert right_OI is not None
-    return inverse.divide(right_OI).float()
+    return inverse.divide(right_OI)
+
+
+def _add_product(sum_OI: Tensor, weight_OI: Tensor, gram_II: Tensor) -> None:
+    """Add weight·gram to a sum in its dtype, some rows at a time."""
+    for part_RI, rows_RI in zip(torch.split(sum_OI, ROWS), torch.split(weight_OI, ROWS), strict=True):
+        part_RI.addmm_(rows_RI.to(sum_OI.dtype), gram_II)
 
 
 def _few_samples(layers: Sequence[Layer], per_token: bool) -> list[Tensor] | None:
@@ -150,12 +161,11 @@ def solve(
         rcond: See `Inverse`.
     """
     inverse = Inverse(gram_II, ridge, rcond)
-    numerator_OI = numerator_OI.to(inverse.dtype)
     if anchor_OI is None:
-        return inverse.divide(numerator_OI).float()
-    anchor_OI = anchor_OI.to(inverse.dtype)
-    numerator_OI = torch.addmm(numerator_OI, anchor_OI, gram_II.to(inverse.dtype), alpha=-1)
-    return (anchor_OI + inverse.divide(numerator_OI)).float()
+        return inverse.divide(numerator_OI)
+    right_OI = numerator_OI.to(inverse.dtype, copy=True)
+    _add_product(right_OI, -anchor_OI, gram_II.to(inverse.dtype))
+    return anchor_OI.float() + inverse.divide(right_OI)
 
 
 class Inverse:
@@ -177,13 +187,14 @@ class Inverse:
     def __init__(self, gram_II: Tensor, ridge: float = 0.0, rcond: float = ROUNDING) -> None:
         limit = 1 / max(rcond, ROUNDING)
         self.dtype = torch.float32
-        self._factor_II = _factor(gram_II.float(), ridge, min(WELL_CONDITIONED, limit))
+        self._factor_II = _factor(_ridged(gram_II, ridge, torch.float32), min(WELL_CONDITIONED, limit))
         if self._factor_II is not None:
             return
         self.dtype = torch.float64
-        self._factor_II = _factor(gram_II.double(), ridge, limit)
+        ridged_II = _ridged(gram_II, ridge, torch.float64)
+        self._factor_II = _factor(ridged_II, limit)
         if self._factor_II is None:
-            values_I, self._vectors_II = torch.linalg.eigh(_ridged(gram_II.double(), ridge))
+            values_I, self._vectors_II = torch.linalg.eigh(ridged_II)
             kept_I = (values_I > 0) & (values_I >= values_I[-1] / limit)
             self._inverse_I = torch.where(kept_I, 1 / values_I, 0)
 
@@ -193,26 +204,30 @@ class Inverse:
         return self._factor_II is None
 
     def divide(self, right_OI: Tensor) -> Tensor:
-        """Return right·(gram + ridge·1)⁻¹ [O, I], in `dtype`."""
-        right_OI = right_OI.to(self.dtype)
-        if self._factor_II is None:
-            divided_OI: Tensor = (right_OI @ self._vectors_II * self._inverse_I) @ self._vectors_II.T
-        else:
-            divided_OI = torch.cholesky_solve(right_OI.T, self._factor_II).T
-        return divided_OI
+        """Return right·(gram + ridge·1)⁻¹ [O, I], float32, computed in `dtype`, some rows at a time."""
+        found_OI = torch.empty(right_OI.shape)
+        for found_RI, right_RI in zip(torch.split(found_OI, ROWS), torch.split(right_OI, ROWS), strict=True):
+            right_RI = right_RI.to(self.dtype)
+            if self._factor_II is None:
+                found_RI.copy_((right_RI @ self._vectors_II * self._inverse_I) @ self._vectors_II.T)
+            else:
+                found_RI.copy_(torch.cholesky_solve(right_RI.T, self._factor_II).T)
+        return found_OI
 
 
-def _ridged(gram_II: Tensor, ridge: float) -> Tensor:
-    ridged_II = gram_II.clone()
+def _ridged(gram_II: Tensor, ridge: float, dtype: torch.dtype) -> Tensor:
+    """Return gram + ridge·1 in a dtype; the Gram matrix itself if that is the same."""
+    if not ridge:
+        return gram_II.to(dtype)
+    ridged_II = gram_II.to(dtype, copy=True)
     ridged_II.diagonal().add_(ridge)
     return ridged_II
 
 
-def _factor(gram_II: Tensor, ridge: float, highest: float) -> Tensor | None:
-    """Return the Cholesky factor of gram + ridge·1, or None if its condition number is above `highest`."""
-    ridged_II = _ridged(gram_II, ridge)
-    factor_II, failed = torch.linalg.cholesky_ex(ridged_II)
-    if failed or condition(ridged_II, factor_II) > highest:
+def _factor(matrix_II: Tensor, highest: float) -> Tensor | None:
+    """Return the Cholesky factor of a matrix, or None if its condition number is above `highest`."""
+    factor_II, failed = torch.linalg.cholesky_ex(matrix_II)
+    if failed or condition(matrix_II, factor_II) > highest:
         return None
     factor: Tensor = factor_II
     return factor

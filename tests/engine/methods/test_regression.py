@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.methods.arithmetic import regression
 from engine.methods.arithmetic.regression import Inverse, solve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +89,15 @@ def test_a_gram_matrix_of_zeros_leaves_the_anchor() -> None:
     anchor = normal(OUTPUTS, INPUTS, seed=0).float()
     zeros = torch.zeros(INPUTS, INPUTS)
     assert torch.equal(solve(torch.zeros(OUTPUTS, INPUTS), zeros, anchor_OI=anchor), anchor)
+
+
+@pytest.mark.parametrize("samples", [3, SAMPLES])
+def test_rows_are_divided_in_parts(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    anchor, weights, merged, own = layers(samples)
+    given = (*sides(weights, merged, own), 0.0, anchor.float(), 1e-6)
+    whole = solve(*given)
+    monkeypatch.setattr(regression, "ROWS", 2)
+    assert relative(solve(*given), whole.double()) < 1e-6
 
 
 def test_a_gram_matrix_is_left_as_it_is() -> None:
