@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from engine.models.blocks import BlockRun
 from engine.models.skeleton import part_of
 from engine.statistics.files import StatisticsHeader, StatisticsWriter
 from engine.statistics.moments import Moments
+from engine.statistics.optimizer_state import squared_gradients
 from engine.storage.folder import Folder
+from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.rounding import seed_of
 
 # Elements of the Fisher information in one file.
@@ -35,6 +38,7 @@ def collect(
     kinds: Sequence[Statistic],
     folder: Folder,
     facts: Mapping[str, Any],
+    optimizer_state: Path | None = None,
 ) -> StatisticsHeader:
     """Collect the statistics of a model on samples, and write them to a folder.
 
@@ -46,21 +50,28 @@ def collect(
         kinds: What is collected.
         folder: The folder.
         facts: `base` and `model` of `StatisticsHeader`.
+        optimizer_state: The state of the model's training, whose squared gradients are then its Fisher information.
 
     Returns:
         The header of the files.
 
     Raises:
-        CheckpointError: The model does not run block by block.
+        CheckpointError: The model does not run block by block, or see `squared_gradients`.
     """
     given, writer = [model.given(sample, inputs) for sample, inputs in samples], StatisticsWriter(folder)
     if {"activations", "gram"} & set(kinds):
         _collect_moments(model, given, "gram" in kinds, writer)
-    if "fisher" in kinds:
+    data = digest_of(samples)
+    if "fisher" in kinds and optimizer_state is None:
         _collect_fisher(model, given, writer)
+    elif "fisher" in kinds and optimizer_state is not None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.model.named_parameters()}
+        _write_fisher(model, dict(squared_gradients(optimizer_state, shapes)), writer)
+        state = LocalFolder(optimizer_state.parent).digest(optimizer_state.name)
+        data = hashlib.sha256(f"{data}{state}".encode()).hexdigest()
     return writer.finish(
         **facts,
-        data=digest_of(samples),
+        data=data,
         sequences=len(samples),
         tokens=sum(arguments["input_ids"].shape[1] for arguments in given),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -118,3 +118,31 @@ def test_the_digest_of_data_tells_tokens_and_inputs_apart() -> None:
         [(SAMPLES[0], {"pixel_values": torch.ones(4, 1)}), GIVEN[1]],
     ]
     assert len({digest_of(variant) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_state_of_a_training_is_its_fisher_information(tmp_path: Path, family: str) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert0")
+    decayed = [[one for one in model.parameters() if (one.dim() > 1) == large] for large in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in decayed])
+    ids = torch.tensor([SAMPLES[0].input_ids])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    # By the names of the files, which are those of the module or of its parts.
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    squares = {names[parameter]: state["exp_avg_sq"] for parameter, state in optimizer.state.items()}
+    expert, folder = FrozenExpert(plan, 0, CPU), LocalFolder(tmp_path / "s")
+    header = collect(expert, [], ["fisher"], folder, FACTS, tmp_path / "optimizer.pt")
+    assert header.data != collect(expert, [], [], LocalFolder(tmp_path / "none"), FACTS).data
+    assert header.sequences == 0 and header.kinds == ("fisher",)
+    statistics, found = Statistics(folder), dict[str, list[tuple[int, torch.Tensor]]]()
+    for name, place in expert.places.items():
+        fisher = statistics.of(name, plan.base_header.tensors[name].shape).fisher()
+        assert fisher is not None, name
+        found.setdefault(place.parameter, []).append((place.start, fisher.reshape(-1)))
+    assert set(found) == set(squares)
+    for name, parts in found.items():
+        whole = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        assert torch.equal(whole, squares[name].reshape(-1))
