@@ -7,7 +7,7 @@ information: θ₀ + λ·Σₖ wₖ·τₖ / Σₖ wₖ. Elements without weight
 Options: `weight` (1.0), `floor` (1e-6), `lambda` (1.0).
 
 With λ = 1 the base has no part in it, as in the paper. `floor` decides about elements that matter to no expert, which
-get the weighted mean; it is that of published code.
+get the weighted mean. Published code adds as much to Fₖ itself, so that its effect depends on the size of gradients.
 """
 
 from __future__ import annotations
