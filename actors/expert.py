@@ -6,6 +6,7 @@ It stores targets of samples, or statistics, or what calibrates a merged model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.gpus import NO_GPUS, Gpus
@@ -102,7 +103,8 @@ class Expert:
         if folder.exists(HEADER):
             return
         given = [(sample, load_target(state, inputs).inputs if inputs else {}) for sample, inputs in samples]
-        collect(self._expert(index), given, kinds, folder, facts)
+        training = None if index is None else self._plan.config.models[index].optimizer_state
+        collect(self._expert(index), given, kinds, folder, facts, None if training is None else Path(training))
         self._forwards += len(given)
 
     @guarded

@@ -100,6 +100,9 @@ def text_of(fields: Mapping[str, Any]) -> str:
 def _of_expert(plan: Plan, number: int) -> list[Record]:
     expert, sources = plan.experts[number], plan.config.models[number].calibration
     budget, chosen = expert.samples, []
+    if not sources:
+        # Its statistics come from files.
+        return []
     files = [
         [_record(plan, expert, source, path, where, fields) for where, fields in _chosen(plan, expert, place, source)]
         for place, (source, path) in enumerate(zip(sources, expert.calibration, strict=True))

@@ -207,7 +207,7 @@ def check_folder_name(name: str, where: str) -> None:
 def _check_data(config: Config, expert: ExpertConfig, at: str) -> None:
     """Check that an expert of a weight-space method has the data that the method, or a step after it, needs."""
     by_blocks = [method.name for method in config.methods if method.by_blocks]
-    collected = [method.name for method in config.methods if method.statistics and not expert.statistics]
+    collected = [method.name for method in config.methods if not expert.knows(method.statistics) and method.statistics]
     of_base = [method.name for method in config.methods if method.base_statistics and not config.base_statistics]
     needing = [*by_blocks, *collected, *of_base]
     if needing and not expert.calibration:

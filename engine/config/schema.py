@@ -8,6 +8,7 @@ of the learned methods (Expert Merging, arXiv 2509.25712), `Config.recipe` those
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -135,6 +136,8 @@ class ExpertConfig(Section):
         calibration: A file with records of the expert's domain, or a list of files. Learned methods need it, and
             methods that use statistics, unless `statistics` is given.
         statistics: The folder of the expert's statistics (`python cli.py stats`).
+        optimizer_state: The state of Adam at the end of the expert's training (`optimizer.pt`, or safetensors), whose
+            squared gradients take the place of its Fisher information. Methods that use this alone need no samples.
         parameters: Options of this model, which take precedence over those of the merge.
     """
 
@@ -142,7 +145,12 @@ class ExpertConfig(Section):
     name: Annotated[str, AfterValidator(_name)] = Field(default_factory=lambda given: last_part(given.get("model", "")))
     calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files, json_schema_input_type=Files)] = ()
     statistics: Text | None = None
+    optimizer_state: Text | None = None
     parameters: ModelParameters = ModelParameters()
+
+    def knows(self, kinds: Iterable[Statistic]) -> bool:
+        """Return whether these statistics follow from files, and not from samples."""
+        return self.statistics is not None or (self.optimizer_state is not None and set(kinds) <= {"fisher"})
 
 
 class Calibration(Section):

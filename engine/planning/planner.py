@@ -121,9 +121,13 @@ def _located(config: Config, config_folder: Path) -> Config:
     if config.base_statistics and not is_uri(config.base_statistics):
         located["base_statistics"] = str(locate(config.base_statistics, config_folder, ConfigError))
     located["models"] = tuple(
-        one.model_copy(update={"statistics": str(locate(one.statistics, config_folder, ConfigError))})
-        if one.statistics and not is_uri(one.statistics)
-        else one
+        one.model_copy(
+            update={
+                key: str(locate(given, config_folder, ConfigError))
+                for key, given in (("statistics", one.statistics), ("optimizer_state", one.optimizer_state))
+                if given and not is_uri(given)
+            }
+        )
         for one in config.models
     )
     images = locate(config.calibration.image_folder or ".", config_folder, ConfigError)

@@ -145,7 +145,9 @@ def check_positions(plan: Plan, samples: Sequence[Sequence[Sample]]) -> None:
     from engine.models.names import positions_of
     from engine.models.skeleton import build_generation_skeleton
 
-    longest = max((sample for mine in samples for sample in mine), key=lambda sample: sample.tokens)
+    longest = max((sample for mine in samples for sample in mine), key=lambda sample: sample.tokens, default=None)
+    if longest is None:
+        return
     config = load_base_config(plan)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if type(most) is not int or longest.tokens <= most:
