@@ -335,14 +335,14 @@ def collected(config: Config, kinds: tuple[Statistic, ...], with_base: bool, whe
     Raises:
         ConfigError: An expert has no calibration file, or a name that no folder can have.
     """
-    for expert in config.models:
+    models = tuple(expert.model_copy(update={"statistics": None}) for expert in config.models)
+    for expert in models:
         check_folder_name(expert.name, where)
-        if not expert.calibration:
+        if not expert.calibration and (with_base or not expert.knows(kinds)):
             raise ConfigError(
                 f"expert {expert.name!r} has no calibration file",
                 where,
                 "`calibration: FILE` with records of its domain (.json, .jsonl or .parquet)",
             )
-    models = tuple(expert.model_copy(update={"statistics": None}) for expert in config.models)
     update = {"models": models, "base_statistics": None, "calibrate": (), "collect": kinds, "collect_base": with_base}
     return config.model_copy(update=update)

@@ -59,6 +59,7 @@ def public_config(config: Config) -> Config:
                 "model": public_name(expert.model),
                 "calibration": of_expert,
                 "statistics": named(expert.statistics),
+                "optimizer_state": named(expert.optimizer_state),
             }
         )
         for expert, of_expert in zip(config.models, files, strict=True)

@@ -68,6 +68,9 @@ def _files(plan: Plan) -> Iterator[tuple[str, InputFile]]:
             file = fetch(header) if is_uri(header) else Path(header)
             if file.is_file():
                 yield header, _hashed(file, header)
+    for state in (given.optimizer_state for given in plan.config.models):
+        if state is not None and Path(state).is_file():
+            yield state, _stat(Path(state), state)
     for expert, images in zip(plan.experts, plan.images, strict=False):
         for number, image in enumerate(images):
             # By its number: the folder of the images may be another one on another machine.

@@ -129,6 +129,9 @@ def _inputs(plan: Plan, config: Path | None) -> Iterator[tuple[str, str]]:
     for folder in (plan.config.base_statistics, *(expert.statistics for expert in plan.config.models)):
         if folder is not None:
             yield "a folder of statistics", folder
+    for state in (expert.optimizer_state for expert in plan.config.models):
+        if state is not None:
+            yield "the state of an optimizer", state
     for image in (image for images in plan.images for image in images):
         yield "an image", image
     if plan.config.uses_samples and plan.config.calibration.image_folder:
