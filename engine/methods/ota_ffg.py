@@ -7,8 +7,8 @@ Pₖ = √vₖ; an element of expert k counts where vₖ·τₖ² is among the `
 expert has no vₖ: θ₀ + (λ/K)·Σₖ τₖ.
 Options: `density` (0.4), `lambda` (1.0).
 
-vₖ is the Fisher information in the expert's statistics: of the state of its optimiser, or else, as here derived, of
-samples. Elements equal to the threshold all count.
+vₖ is the Fisher information in the expert's statistics: of the state of its optimiser (`optimizer_state`) or else, as
+here derived, of samples. Elements equal to the threshold all count.
 """
 
 from __future__ import annotations
