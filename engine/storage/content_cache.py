@@ -138,8 +138,7 @@ class ContentCache:
         except FileNotFoundError:
             return None
         if linked is None:
-            content = self.read(kind, key)
-            if content is not None:
+            if (content := self.read(kind, key)) is not None:
                 folder.write(name, content)
             return sha256 if content is not None else None
         if digest(linked.temporary) != sha256:
