@@ -130,7 +130,11 @@ class Keys:
         inputs = [self.inputs(one.expert, one.index) for one in samples if one.inputs]
         model = "base" if k is None else self._experts[k]
         kinds = kinds_of(self.plan, k)
-        return self._key("statistics", self._options("statistics"), model, given, inputs, kinds, computing.expert)
+        training = None if k is None else self.plan.config.models[k].optimizer_state
+        state = "" if training is None else self._file(training)
+        return self._key(
+            "statistics", self._options("statistics"), model, given, inputs, kinds, state, computing.expert
+        )
 
     def survey(self, k: int, names: Sequence[str], computing: Computing) -> str | None:
         """Return the key of the survey of a group of tensors of expert k, none of which is decomposed."""
@@ -236,12 +240,14 @@ class Keys:
         inside = {name.removeprefix(folder): name for name in self.identity.files if name.startswith(folder)}
         # Other models, and calibration files, may lie in folders below this one.
         own = [short for short in inside if "/" not in short or short.startswith(f"{TEMPLATES}/")]
-        return [[short, self._file(inside[short])] for short in sorted(own) if inside[short] not in self._weights]
+        return [[short, self._file(inside[short])] for short in sorted(own) if inside[short] not in self._apart]
 
     @cached_property
-    def _weights(self) -> frozenset[str]:
+    def _apart(self) -> frozenset[str]:
+        """Names of weight files, and of the states of trainings, which few computations read."""
         models = (self.plan.base, *self.plan.experts)
-        return frozenset(file.address for model in models for file in weight_files(model))
+        states = [given.optimizer_state for given in self.plan.config.models if given.optimizer_state is not None]
+        return frozenset([*states, *(file.address for model in models for file in weight_files(model))])
 
     def _images(self, k: int) -> Sequence[str]:
         return self.plan.images[k] if k < len(self.plan.images) else ()

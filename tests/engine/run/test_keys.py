@@ -158,6 +158,21 @@ def test_every_key_of_the_config_is_in_the_table() -> None:
     assert fields - given - sections == set()
 
 
+def test_the_state_of_a_training_decides_the_statistics_alone(llama_merge: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama_merge.parent, tmp_path / "merge")
+    plan = plan_of(folder / llama_merge.name)
+    state = folder / "expert0" / "optimizer.pt"
+    state.write_bytes(b"a state")
+    given = plan_of(folder / llama_merge.name, f"models.0.optimizer_state={state}")
+    before, now = all_keys(plan), all_keys(given)
+    assert changed(before, now) == {STATISTICS} and None not in before[STATISTICS]  # type: ignore[operator]
+    state.write_bytes(b"another")
+    assert changed(now, all_keys(given)) == {STATISTICS}
+    # Nobody hashes it before the merge, so that its statistics are not reused.
+    on = computing(given)
+    assert Keys(given, identity(given)).statistics(0, [], on) is None
+
+
 @pytest.mark.parametrize("change", thorough_but(QUICK, CHANGES))
 def test_a_key_changes_with_the_options_that_its_computation_reads(change: str, make_plan: Callable[..., Plan]) -> None:
     assert changed(all_keys(make_plan()), all_keys(make_plan(change))) == CHANGES[change]
