@@ -163,14 +163,14 @@ def test_the_state_of_a_training_decides_the_statistics_alone(llama_merge: Path,
     plan = plan_of(folder / llama_merge.name)
     state = folder / "expert0" / "optimizer.pt"
     state.write_bytes(b"a state")
-    given = plan_of(folder / llama_merge.name, f"models.0.optimizer_state={state}")
-    before, now = all_keys(plan), all_keys(given)
+    trained = plan_of(folder / llama_merge.name, f"models.0.optimizer_state={state}")
+    before, now = all_keys(plan), all_keys(trained)
     assert changed(before, now) == {STATISTICS} and None not in before[STATISTICS]  # type: ignore[operator]
     state.write_bytes(b"another")
-    assert changed(now, all_keys(given)) == {STATISTICS}
+    assert changed(now, all_keys(trained)) == {STATISTICS}
     # Nobody hashes it before the merge, so that its statistics are not reused.
-    on = computing(given)
-    assert Keys(given, identity(given)).statistics(0, [], on) is None
+    on = computing(trained)
+    assert Keys(trained, identity(trained)).statistics(0, [], on) is None
 
 
 @pytest.mark.parametrize("change", thorough_but(QUICK, CHANGES))
