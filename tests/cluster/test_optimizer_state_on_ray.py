@@ -13,6 +13,10 @@ from conftest import plan_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from cluster.driver import merge
+from engine.config.reader import collected, load_config
+from engine.planning.planner import make_plan
+
 pytestmark = pytest.mark.usefixtures("small_ray")
 
 DENSITY = 0.4
@@ -34,17 +38,16 @@ def test_states_of_trainings_take_the_place_of_samples(tmp_path: Path) -> None:
     config = tiny.make_merge(tmp_path / "merge", experts=2)
     folders = [config.parent / f"expert{k}" for k in range(2)]
     squares = [trained(folder, k) for k, folder in enumerate(folders)]
-    given = [
-        f"models.{k}.{key}={value}"
-        for k in range(2)
-        for key, value in (("calibration", "[]"), ("optimizer_state", folders[k] / "optimizer.pt"))
-    ]
-    out = run_merge(
-        plan_of(
-            config, "merge_method=ota_ffg", "exclude=[]", f"parameters.density={DENSITY}", "cluster.shards=2", *given
-        ),
-        tmp_path / "out",
-    )
+    options = ["merge_method=ota_ffg", "exclude=[]", f"parameters.density={DENSITY}", "cluster.shards=2"]
+    options += [f"models.{k}.calibration=[]" for k in range(2)]
+    states = [f"models.{k}.optimizer_state={folder / 'optimizer.pt'}" for k, folder in enumerate(folders)]
+    out = run_merge(plan_of(config, *options, *states), tmp_path / "out")
+    # As statistics to be published, they give the same bits.
+    wanted = collected(load_config(config, [*options, *states]), ("fisher",), False, "config")
+    assert merge(make_plan(wanted, config.parent), str(tmp_path / "statistics"))
+    given = [f"models.{k}.statistics={tmp_path / 'statistics' / folder.name}" for k, folder in enumerate(folders)]
+    same = run_merge(plan_of(config, *options, *given), tmp_path / "same")
+    assert (same / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
     merged = safetensors.torch.load_file(out / "model.safetensors")
     base, *experts = (
         safetensors.torch.load_file(folder / "model.safetensors") for folder in (config.parent / "base", *folders)
