@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_images
 import torch
 from conftest import plan_of
+from plain import Plain
+from thorough import thorough_but
 from transformers import AutoModelForCausalLM
 
 from engine.calibration.samples import Sample
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.statistics import MomentSums, collect, digest_of
+from engine.learning.targets import load_target
+from engine.run.run_folder import RunFolder
 from engine.statistics.files import Statistics
 from engine.storage.local_folder import LocalFolder
 
@@ -146,3 +151,33 @@ def test_the_state_of_a_training_is_its_fisher_information(tmp_path: Path, famil
     for name, parts in found.items():
         whole = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
         assert torch.equal(whole, squares[name].reshape(-1))
+
+
+@pytest.mark.parametrize("family", thorough_but(["qwen2_vl", "internvl"], tiny_images.FAMILIES))
+def test_moments_of_a_model_that_takes_images_are_those_of_whole_forward_passes(tmp_path: Path, family: str) -> None:
+    """Vision tower and projector included; the last sample has no image."""
+    plan = plan_of(tiny_images.make_merge(tmp_path / "merge", family, experts=1, exclude=[]))
+    plain = Plain(plan, tmp_path)
+    run = RunFolder(str(tmp_path / "plain"))
+    samples = [*plain.samples[0], Sample(0, 9, (5, 9, 33, 12), "here")]
+    given = [(one, load_target(run.state, run.inputs(one)).inputs if one.inputs else {}) for one in samples]
+    expert, folder = FrozenExpert(plan, 0, CPU), LocalFolder(tmp_path / "statistics")
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
+    for name, layer in expert.model.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            hook = lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0])  # noqa: E731
+            handles.append(layer.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for arguments in [expert.given(sample, inputs) for sample, inputs in given]:
+            expert.model(**arguments)
+    for handle in handles:
+        handle.remove()
+    header = collect(expert, given, ["gram"], folder, FACTS)
+    statistics = Statistics(folder)
+    assert any("vis" in name for name in header.moments)
+    for name, entry in header.moments.items():
+        x_NI = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen[expert.places[name].parameter]])
+        moments = statistics.of(name, plan.base_header.tensors[name].shape).moments()
+        assert moments is not None and entry.tokens == len(x_NI)
+        torch.testing.assert_close(moments.gram(), x_NI.T @ x_NI, rtol=1e-4, atol=1e-4)
