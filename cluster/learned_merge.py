@@ -175,7 +175,7 @@ class LearnedMerge(Attempt):
         stored = self.folder.has_task_vectors(self.plan)
         check_disk(disk_needs(self.plan, self._tokens, layout.factored, stored), self.folder.out)
         estimated = machines(there, config, devices)
-        self.bound(patience(plan, estimated, len(layout.shards), work))
+        self.bound(patience(plan, estimated, len(layout.shards), work, self._tokens))
         keep: Callable[[Devices], None] = lambda devices: self.folder.keep_devices(asdict(devices))  # noqa: E731
         keep(devices)
         begun = self.folder.computed()

@@ -31,7 +31,8 @@ class StatisticsRun(Attempt):
     def run(self) -> None:
         """Collect the statistics, and move them into the output."""
         layout, plan = self.await_layout(lambda: self.seats(nodes())), self.plan
-        self.bound(patience(plan, machines(nodes(), plan.config, Devices(0, 0)), len(layout.shards)))
+        here, tokens = machines(nodes(), plan.config, Devices(0, 0)), [[s.tokens for s in own] for own in self._samples]
+        self.bound(patience(plan, here, len(layout.shards), tokens=tokens))
         with Crew(plan, self.folder.state, layout, self.watch) as crew:
             digests = self.digests(crew.shards)
             collect_statistics(self, crew, self._samples, digests)

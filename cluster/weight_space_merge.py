@@ -61,7 +61,8 @@ class WeightSpaceMerge(Attempt):
             self.progress.say(f"resuming; {written} of {len(self.weight_files())} weight files kept")
         layout = self.await_layout(lambda: self.seats(self._hosts.nodes()))
         here = machines(self._hosts.nodes(), self.plan.config, Devices(0, 0))
-        self.bound(patience(self.plan, here, len(layout.shards)))
+        tokens = [[sample.tokens for sample in of_expert] for of_expert in self._samples]
+        self.bound(patience(self.plan, here, len(layout.shards), tokens=tokens))
         with self._hosts.crew(self.plan, self.folder.state, layout, self.watch) as crew:
             self.answers("starting", [shard.report.remote() for shard in crew.shards])
             if self.plan.config.statistics or self.plan.config.statistics_of_base:

@@ -68,7 +68,7 @@ def print_plan(
     asked = plan.config.cluster.trainers
     fewer = f" of {asked} (no more have a seat and passes)" if asked != "auto" and asked > machines.trainers else ""
     console.print(f"trainers: {machines.trainers}{fewer}, with `gradients: {plan.config.gradients}`")
-    hang = patience(plan, machines, chosen.shards, work)
+    hang = patience(plan, machines, chosen.shards, work, tokens)
     console.print(f"hangs: all actors are replaced after {hang:.0f} s without a result, see `cluster.hang`")
     for role in get_args(Role):
         number = getattr(plan.config.cluster, role).num_gpus

@@ -7,6 +7,7 @@ taken for one that hangs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.methods.registry import get_method
@@ -26,9 +27,18 @@ SLOW_DISK = 20 * MB
 # FLOP of a weight-space method of whole matrices, per element, model and row or column: 300 steps with a product of
 # matrices each, as in WUDI. Singular value decompositions take a thirtieth.
 WHOLE_FLOPS = 600
+# Passes of a sample through a matrix, of which the gradient of a Fisher information takes two. FLOP of a solution of
+# equations with a matrix [I, I], per I³: its eigenvalues in float64.
+PASSES, SOLVING_FLOPS = 3, 25
 
 
-def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = None) -> float:
+def patience(
+    plan: Plan,
+    machines: Machines,
+    shards: int,
+    work: Work | None = None,
+    tokens: Sequence[Sequence[int]] = (),
+) -> float:
     """Return `cluster.hang`, or the seconds without a result after which the actors of a merge count as hung.
 
     Args:
@@ -36,12 +46,14 @@ def patience(plan: Plan, machines: Machines, shards: int, work: Work | None = No
         machines: The machines.
         shards: Number of shards.
         work: The calibration work of a learned merge.
+        tokens: Numbers of tokens of the samples on which models run for statistics or block by block, given per expert.
     """
     given = plan.config.cluster.hang
     if given != "auto":
         return given
     cores = max(1.0, machines.cpus * machines.nodes / max(shards, machines.nodes))
     calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _decomposing(plan, machines, cores)]
+    calls.append(_on_samples(plan, tokens, machines))
     if work is not None:
         calls += [_target(plan, work, machines), _step(plan, work, machines)]
     return max(FLOOR, SLOWER * max(calls))
@@ -85,6 +97,27 @@ def _whole_matrices(plan: Plan, cores: float) -> float:
         flops += WHOLE_FLOPS * (len(plan.experts) + 2) * float(tensor.numel) * min(tensor.shape)
         room -= tensor.nbytes
     return flops / (CORE_FLOPS * cores)
+
+
+def _on_samples(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines) -> float:
+    """Return the seconds of a call that collects statistics of a model, or that works on a block, on the CPU.
+
+    Each token costs the passes through the matrices [O, I], and the moments of their inputs; for each block, weights
+    are multiplied by the moments, and equations are solved. All blocks count, for statistics are one call.
+    """
+    config = plan.config
+    if not (config.statistics or config.statistics_of_base or any(method.by_blocks for method in config.methods)):
+        return 0.0
+    counts = [sum(of_expert) for of_expert in tokens]
+    most = sum(counts) if config.statistics_of_base else max(counts, default=0)
+    flops = 0.0
+    for tensor in plan.base_header.tensors.values():
+        if len(tensor.shape) == 2:
+            rows, columns = map(float, tensor.shape)
+            flops += most * (PASSES * 2 * rows * columns + 4 * columns**2) + 2 * rows * columns**2
+            flops += SOLVING_FLOPS * columns**3
+    given = config.cluster.rates.compute_tflops
+    return flops / (given * 1e12 if given else CORE_FLOPS * max(1.0, machines.cpus))
 
 
 def _target(plan: Plan, work: Work, machines: Machines) -> float:

@@ -65,3 +65,19 @@ def test_decompositions_and_whole_matrices_take_longer(llama_merge: Path, make_m
     assert bound("parameters.task_vectors=orthogonal") > bound("parameters.task_vectors=whole")
     assert bound("merge_method=wudi") > bound("merge_method=linear")
     assert bound("merge_method=wudi", "max_shard_size=1KB") < bound("merge_method=wudi")
+
+
+def test_samples_on_which_models_run_take_longer(llama_merge: Path) -> None:
+    def bound(tokens: int, *options: str) -> float:
+        return patience(larger(plan_of(llama_merge, *options), 100), CPU, 1, tokens=[[tokens], [100]])
+
+    for options in (
+        ["merge_method=lot"],
+        ["merge_method=regmean_plus_plus"],
+        ["merge_method=ties", "calibrate=featcal"],
+    ):
+        # Seconds of the passes of the longer of the two through all matrices, at 177 GFLOP/s.
+        plan = larger(plan_of(llama_merge, *options), 100)
+        matrices = [t.numel for t in plan.base_header.tensors.values() if len(t.shape) == 2]
+        assert bound(100_000, *options) > SLOWER * 100_000 * 2 * sum(matrices) / 177e9 > FLOOR
+    assert bound(100_000, "merge_method=linear") == bound(1, "merge_method=linear")
