@@ -27,6 +27,7 @@ from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
 from engine.run.starts import read_left_out, read_starts
 from engine.sizes import LOGIT_BYTES
+from engine.storage.folder import Folder
 
 # Times that the bound of a wait is doubled.
 MOST_DOUBLINGS = 3
@@ -100,7 +101,8 @@ class Attempt:
         """
         files = output_files(self.plan)
         mine = [named(expert, file) for file in files]
-        written = self._complete(shards, sorted(self.folder.written() & {file.name for file in mine}))
+        written = self.folder.written() & {file.name for file in mine}
+        written = self.intact(shards, self.folder.weights, sorted(written))
         missing = [file for file in mine if file.name not in written]
         self.spread(f"writing {expert}".strip(), shards, missing, ask, len(files) - len(missing))
         tokenizer = find_model(self.plan.tokenizer, ROOT) if self.plan.tokenizer else None
@@ -112,16 +114,18 @@ class Attempt:
         """Call a shard to write one file of a model that was solved block by block, and return the reference."""
         return shard.calibrated.remote(self.folder.weights, file)
 
-    def _complete(self, shards: Sequence[Any], names: Sequence[str]) -> set[str]:
-        """Return those of the output's files that are as an earlier attempt wrote them. The others are removed."""
+    def intact(self, shards: Sequence[Any], folder: Folder, names: Sequence[str]) -> set[str]:
+        """Return those of the files in a folder that are as an earlier attempt's shards wrote them; remove the others.
+
+        `names` are the names of the files.
+        """
         if not names:
             return set()
-        weights = self.folder.weights
-        ask = lambda shard, share: shard.incomplete.remote(weights, share)  # noqa: E731
+        ask = lambda shard, share: shard.incomplete.remote(folder, share)  # noqa: E731
         incomplete = self.dealt("checking written files", shards, names, ask)
         for name in (name for name in names if incomplete[name]):
-            self.progress.say(f"{weights.where}/{name}: damaged; the file is written again")
-            weights.remove(name)
+            self.progress.say(f"{folder.where}/{name}: damaged; the file is written again")
+            folder.remove(name)
         return {name for name in names if not incomplete[name]}
 
     def digests(self, shards: Sequence[Any]) -> dict[str, str]:

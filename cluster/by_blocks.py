@@ -37,8 +37,8 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
         CheckpointError: a model does not run block by block, or computes what is not finite.
     """
     folder, state = attempt.folder, attempt.folder.state
-    stored = state.names(MERGED)
     files = [OutputFile(merged_file(one.name), (one,)) for file in output_files(attempt.plan) for one in file.tensors]
+    stored = attempt.intact(crew.shards, state, sorted(state.names(MERGED) & {file.name for file in files}))
     missing = [file for file in files if file.name not in stored]
     attempt.spread("merging", crew.shards, missing, write, len(files) - len(missing))
     named = [

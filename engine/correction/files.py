@@ -157,8 +157,16 @@ def load_sealed_tensors(state: Folder, name: str) -> dict[str, Tensor]:
 
 
 def load_merged(state: Folder, name: str) -> Tensor:
-    """Return a tensor of the merged model, as it was before the calibration."""
-    tensor: Tensor = safetensors.torch.load(state.read(merged_file(name)))[name]
+    """Return a tensor of the merged model, as it was before the calibration.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    file = merged_file(name)
+    try:
+        tensor: Tensor = safetensors.torch.load(state.read(file))[name]
+    except (SafetensorError, ValueError, KeyError):
+        refuse(f"{state.where}/{file}")
     return tensor
 
 

@@ -30,11 +30,14 @@ _STATE = re.compile(
     r"|(magnitudes|prior|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
     r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
     r"|statistics/(?:\d+|base)(?:/statistics\.json|/(?:moments|fisher)-\d{5}\.safetensors)?"
+    r"|(merged|calibrated/solved)/[0-9a-f]{64}\.safetensors|calibrated/parts|calibrated/tokens/\d+\.safetensors"
+    r"|calibrated/streams/\d+-\d+\.safetensors|calibrated/(shares(/\d+)?|streams|solved|tokens)"
+    r"|calibrated/shares/\d+/\d+(-[0-9a-f]{64}\.safetensors|\.json)"
     r"|starts/\d+\.json|rounding/.+\.json|(digests|output|replaced)/.+"
 )
 _FOLDERS = {
     *("targets", "inputs", "orthogonal", "parts", "survey", "metrics", "statistics"),
-    *("starts", "rounding", "digests", "output", "replaced"),
+    *("starts", "rounding", "digests", "output", "replaced", "merged", "calibrated"),
 }
 # Maximum bytes of a file about an output, and of a file in object storage whose content is compared.
 _BYTES, _SMALL = 32 << 20, 1 << 20

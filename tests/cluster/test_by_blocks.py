@@ -8,9 +8,10 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from cluster_helpers import KillOnce, run_merge
+from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
-from correction_helpers import Actors, result
+from correction_helpers import Actors
+from correction_helpers import result as calibrated
 from safetensors.torch import load_file
 from torch import Tensor
 from weight_space import combine
@@ -42,7 +43,7 @@ def expected(plan: Plan, merged: dict[str, Tensor], folder: Path) -> dict[str, T
         state.write(merged_file(name), safetensors.torch.save({name: tensor}))
     samples = make_samples(records, encoder(plan, records), plan)
     Actors(plan, rule, samples, state).run(range(BLOCKS))
-    return result(plan, state)
+    return calibrated(plan, state)
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -62,6 +63,29 @@ def test_a_merge_has_the_bits_of_the_plain_classes_also_after_actors_were_killed
     out = run_merge(plan_of(config, *own, "cluster.shards=2"), tmp_path / "out", kill)
     assert not kill.missed
     assert equal(load_file(out / "model.safetensors"), wanted)
+
+
+def test_a_merge_that_was_stopped_goes_on_where_it_was(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(config, "merge_method=task_arithmetic", "calibrate=featcal", "max_shard_size=20KB")
+    whole = run_merge(plan, tmp_path / "whole")
+    seen: list[str] = []
+
+    def stop(phase: str) -> None:
+        seen.append(phase)
+        if seen.count(PHASE) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_merge(plan, tmp_path / "out", stop)
+    state = LocalFolder(tmp_path / "out.run")
+    damaged = sorted(state.names("merged"))[0]
+    state.write(damaged, state.read(damaged)[:-1] + b"\1")
+    capsys.readouterr()
+    assert result(run_merge(plan, tmp_path / "out")) == result(whole)
+    said = capsys.readouterr().out
+    assert f"{PHASE}: {BLOCKS} (2 done before)" in said and damaged in said
 
 
 def test_a_learned_merge_is_calibrated_too(config: Path, tmp_path: Path) -> None:
