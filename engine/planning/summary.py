@@ -88,6 +88,10 @@ def print_weight_space_plan(plan: Plan, out: str, console: rich.console.Console 
     facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, one to three times, as the method needs")
     needs, room = disk_needs(plan), DiskRoom.of(out)
     facts.add_row("disk", _disk(needs, room))
+    if plan.config.uses_samples:
+        facts.add_row(
+            "samples", f"at most {max(one.samples for one in plan.experts)} of each expert, which runs on them"
+        )
     if plan.config.unused:
         facts.add_row("not used", ", ".join(plan.config.unused))
     for line in plan.stacked:

@@ -26,6 +26,8 @@ from engine.storage.paths import is_uri
 
 # The name of a tensor from the number of its layer on.
 LAYER = re.compile(r"(\.\d+)\..*")
+# Names of matrices whose inputs are no other matrix's.
+LAST = re.compile(r"\.(o_proj|out_proj|dense|down_proj|c_proj|proj|wo|w2|fc2|dense_4h_to_h)\.")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class DiskNeeds:
     """Bytes of a merge on disk: the output's weights, stored task vectors, (estimated) targets, and leading parts.
 
     Stored task vectors take the place of the leading parts from which they are computed, matrix by matrix. `blocks` is
-    what a merge stores that is solved block by block.
+    what a merge stores that is solved block by block, `statistics` are those that it collects (estimated).
     """
 
     output: int
@@ -41,17 +43,18 @@ class DiskNeeds:
     targets: int = 0
     parts: int = 0
     blocks: int = 0
+    statistics: int = 0
 
     @property
     def total(self) -> int:
         """The most bytes of OUT.run/: before task vectors are stored, or when the output is complete."""
-        return self.targets + max(self.parts, self.output + self.orthogonal + self.blocks)
+        return self.targets + self.statistics + max(self.parts, self.output + self.orthogonal + self.blocks)
 
     def __str__(self) -> str:
         parts = {"the output": self.output, "task vectors": self.orthogonal, "targets": self.targets}
-        parts["what is solved block by block"] = self.blocks
+        parts |= {"what is solved block by block": self.blocks, "statistics": self.statistics}
         if self.parts > self.output + self.orthogonal:
-            parts = {"leading parts of the experts": self.parts, "targets": self.targets}
+            parts = {"leading parts of the experts": self.parts, "targets": self.targets, "statistics": self.statistics}
         return ", ".join(f"{rich.filesize.decimal(nbytes)} for {what}" for what, nbytes in parts.items() if nbytes)
 
 
@@ -92,9 +95,12 @@ def disk_needs(
     method = NATIVE.get(plan.config.merge_method)
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
-    targets = target_bytes(plan, sum(map(sum, tokens)))
+    targets = target_bytes(plan, sum(map(sum, tokens))) if plan.config.learned else 0
     parts = 0 if stored else 4 * factor_elements(plan, decomposed(plan))
-    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, output))
+    statistics = statistics_bytes(plan, tokens)
+    if plan.config.collect:
+        return DiskNeeds(0, statistics=statistics)
+    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, output), statistics)
 
 
 def block_bytes(plan: Plan, output: int) -> int:
@@ -112,6 +118,27 @@ def block_bytes(plan: Plan, output: int) -> int:
             rows, columns = tensors[name].shape
             shares[LAYER.sub(r"\1", name)] += rows * columns + columns**2
     return output + 4 * (sum(plan.numels.values()) + len(plan.experts) * max(shares.values(), default=0))
+
+
+def statistics_bytes(plan: Plan, tokens: Sequence[Sequence[int]] = ()) -> int:
+    """Return about the bytes of the statistics that a merge collects.
+
+    Of a block, matrices with equally many inputs are taken to share these, but for the projections that come last, as
+    those of attention's output and of the MLP. `tokens`: see `disk_needs`; none: many.
+    """
+    config, header = plan.config, plan.base_header
+    collected = [config.statistics for one in config.models if config.statistics and not one.statistics]
+    collected += [config.statistics_of_base] if config.statistics_of_base and not config.base_statistics else []
+    most, inputs = max(map(sum, tokens), default=None), set[tuple[str, int]]()
+    for name, tensor in header.tensors.items():
+        if len(tensor.shape) == 2 and header.roles.get(name) not in (Role.EMBEDDING, Role.HEAD):
+            inputs.add((name if LAST.search(name) else name.rpartition(".")[0].rpartition(".")[0], tensor.shape[1]))
+    features = [count for _, count in inputs]
+    diagonal = 8 * sum(features)
+    gram = sum(4 * min(i * (i + 1) // 2, i * (i if most is None else most)) for i in features)
+    fisher = 4 * sum(tensor.numel for tensor in header.tensors.values())
+    each = {"activations": diagonal, "gram": gram + diagonal, "fisher": fisher}
+    return sum(each[kind] for kinds in collected for kind in kinds)
 
 
 def check_disk(needs: DiskNeeds, out: str) -> None:

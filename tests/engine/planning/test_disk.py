@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
+import torch
 from conftest import plan_of
 from errors import refused
 from plain import task_vectors
@@ -18,9 +20,14 @@ from transformers import AutoModelForCausalLM
 
 import cluster.driver
 import cluster.session
+from engine.calibration.samples import Sample
+from engine.config.reader import collected, load_config
 from engine.errors import ClusterError
+from engine.learning.frozen_expert import FrozenExpert
+from engine.learning.statistics import collect
 from engine.planning.costs import disk
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, check_disk, disk_needs, shortage
+from engine.planning.planner import make_plan
 from engine.shards.orthogonal import FOLDER, orthogonalise
 from engine.storage.local_folder import LocalFolder
 
@@ -115,3 +122,14 @@ def test_a_merge_that_is_solved_block_by_block_stores_the_model_what_is_solved_a
     assert needs.blocks == needs.output + 4 * (sum(plan.numels.values()) + 2 * layer)
     assert needs.total == needs.output + needs.blocks
     assert disk_needs(plan_of(llama_merge)).blocks == 0
+
+
+@pytest.mark.parametrize("kinds", [("activations",), ("gram",), ("fisher",), ("gram", "fisher")])
+def test_needs_of_statistics_are_what_is_collected(llama_merge: Path, tmp_path: Path, kinds: tuple[Any, ...]) -> None:
+    config = collected(load_config(llama_merge), kinds, False, "config")
+    plan, sample = make_plan(config, llama_merge.parent), Sample(0, 0, (5, 9, 33, 12, 7, 41), "here")
+    needs = disk_needs(plan, [[6 * 40], [6]])
+    many = [(replace(sample, index=index), {}) for index in range(40)]
+    collect(FrozenExpert(plan, 0, torch.device("cpu")), many, kinds, LocalFolder(tmp_path), {"base": {}, "model": {}})
+    stored = sum(tensor.nbytes for file in tmp_path.glob("*.safetensors") for tensor in load_file(file).values())
+    assert needs == DiskNeeds(0, statistics=len(plan.experts) * stored)

@@ -1,8 +1,9 @@
-"""Compare merges of the quickstart's three LoRA experts: options by the loss on validation, then scores on the test set.
+"""Compare merges of the quickstart's experts by many methods: options by the loss on validation, then test scores.
 
-`python benchmarks/quality/adapters.py [METHOD …]` merges by every setting of SPACE, scores each on the 40 validation
-examples of a skill, and the best one of each method on its 100 test examples. A line a setting goes to stdout as JSON,
-then the table. Half an hour on two cores; see benchmarks/quality/README.md.
+`python compare_methods.py [ROW …]` merges by every setting of SPACE and scores each on the 40 validation and the 100
+test examples of each skill. The table has the setting of each row with the smallest loss on validation. A line a
+setting goes to stdout as JSON. It takes two hours on two cores and is not needed for the quickstart; the figures are in
+benchmarks/quality/README.md.
 """
 
 from __future__ import annotations
@@ -16,10 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART = ROOT / "examples" / "quickstart"
-sys.path[:0] = [str(QUICKSTART)]
-
+from demo import CONFIG, ROOT
 from scoring import score
 from skills import SKILLS
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,7 +73,7 @@ def measure(name: str, setting: list[str], folder: Path, cache: Path) -> dict[st
     """Merge by a setting, and return the scores on both splits; those on the test set are read for the chosen one."""
     given = [part for override in (*setting, f"cache={cache}") for part in ("--set", override)]
     out, began = folder / "out", time.monotonic()
-    command = [sys.executable, ROOT / "cli.py", "merge", QUICKSTART / "merge.yaml", "--out", out, *given]
+    command = [sys.executable, ROOT / "cli.py", "merge", CONFIG, "--out", out, *given]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - began
     memory = json.loads((out / "merge" / "memory.json").read_text(encoding="utf-8"))
