@@ -51,7 +51,7 @@ def changes(tensor: MergeTensor) -> Array:
 
     def importance(model: Tensor, of: TensorStatistics | None) -> float:
         moments = None if of is None else of.moments()
-        if moments is None:
+        if moments is None or not moments.tokens:
             return np.nan
         # In float64: the difference of two importances is small.
         mean_I = moments.square_I.double() / moments.tokens

@@ -56,7 +56,7 @@ def layers_of(tensor: MergeTensor, of_weights: bool = False) -> list[Layer]:
     return [
         Layer(k, partial(_weight, tensor, k, of_weights), partial(_moments, of))
         for k, of in enumerate(tensor.statistics)
-        if of is not None and of.moments() is not None
+        if of is not None and (moments := of.moments()) is not None and moments.tokens
     ]
 
 
@@ -95,11 +95,16 @@ def regress(
     rcond = ROUNDING if ridge else rcond
     samples = _few_samples(layers, per_token) if off_diagonal == 1 else None
     if samples is not None:
-        all_NI = torch.cat(samples)
-        mean = float(all_NI.square().sum()) / all_NI.shape[1]
-        inverse = Inverse(all_NI @ all_NI.T, ridge * mean, rcond)
-        right_ON = torch.cat([layer.weight() @ x.T for layer, x in zip(layers, samples, strict=True)], dim=1)
-        return inverse.divide(right_ON) @ all_NI
+        # In float64: samples that begin alike have equal inputs, and the matrix of their products is singular.
+        all_NI = torch.cat(samples).double()
+        inverse = Inverse(all_NI @ all_NI.T, ridge * float(all_NI.square().sum()) / all_NI.shape[1], rcond)
+        parts = [
+            layer.weight().to(inverse.dtype) @ x_NI.T.to(inverse.dtype)
+            for layer, x_NI in zip(layers, samples, strict=True)
+        ]
+        # The parts of equal inputs are large and cancel out.
+        divided_ON = inverse.divide(torch.cat(parts, dim=1), torch.float64)
+        return (divided_ON @ all_NI).float()
 
     def gram(layer: Layer) -> Tensor:
         moments = layer.moments()
@@ -203,9 +208,9 @@ class Inverse:
         """Whether it is the pseudo-inverse."""
         return self._factor_II is None
 
-    def divide(self, right_OI: Tensor) -> Tensor:
-        """Return right·(gram + ridge·1)⁻¹ [O, I], float32, computed in `dtype`, some rows at a time."""
-        found_OI = torch.empty(right_OI.shape)
+    def divide(self, right_OI: Tensor, out: torch.dtype = torch.float32) -> Tensor:
+        """Return right·(gram + ridge·1)⁻¹ [O, I] in the dtype `out`, computed in `dtype`, some rows at a time."""
+        found_OI = torch.empty(right_OI.shape, dtype=out)
         for found_RI, right_RI in zip(torch.split(found_OI, ROWS), torch.split(right_OI, ROWS), strict=True):
             right_RI = right_RI.to(self.dtype)
             if self._factor_II is None:

@@ -72,6 +72,17 @@ def test_the_pseudo_inverse_leaves_out_what_is_below_rcond(rcond: float, as_gram
     assert relative(found - BASE.float(), lot(xs, rcond)) < 1e-5
 
 
+# A Gram matrix is float32, whose rounding a ridge has to be above.
+@pytest.mark.parametrize(("ridge", "as_gram"), [(0.0, True), (0.0, False), (1e-2, True), (1e-4, False)])
+def test_samples_that_begin_alike(ridge: float, as_gram: bool) -> None:
+    xs = inputs(FEW)
+    common = (20 * xs[0][:, :1]).float().double()
+    for x in xs:
+        x[:, :3] = common
+    found = merged("lot", BASE, TAUS, [seen(x, as_gram) for x in xs], ridge=ridge)
+    assert relative(found - BASE.float(), lot(xs, ridge=ridge)) < 1e-4
+
+
 @pytest.mark.parametrize("domain", ["task_vector", "weight"])
 @pytest.mark.parametrize("alpha", [0.1, 0.9, 1.0])
 def test_regmean(alpha: float, domain: str) -> None:
@@ -111,6 +122,8 @@ def test_experts_of_which_there_are_no_inputs_have_no_part(method: str) -> None:
     xs = inputs(MANY)
     statistics = [seen(xs[0]), None, seen(xs[2])]
     found = merged(method, BASE, TAUS, [statistics[0], Known(), statistics[2]])
+    no_tokens = merged(method, BASE, TAUS, [statistics[0], seen(torch.zeros(INPUTS, 0)), statistics[2]])
+    assert torch.equal(found, no_tokens)
     assert torch.equal(found, merged(method, BASE, [TAUS[0], TAUS[2]], [statistics[0], statistics[2]]))
     assert torch.equal(found, merged(method, BASE, TAUS, statistics))
 
