@@ -58,6 +58,7 @@ FOLLOWED = {
         "engine/report",
     ),
     "test_advice_on_storage": ("engine/storage",),
+    "test_statistics_on_ray": ("engine/statistics/files",),
     "test_optimizer_state": ("engine/statistics/optimizer_state",),
     "test_push": ("engine/output/push",),
 }

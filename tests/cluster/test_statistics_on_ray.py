@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import tiny
 import torch
+from advice import Advice
 from cluster_helpers import run_merge
 from conftest import plan_of
 from errors import refused
@@ -21,7 +23,25 @@ from engine.planning.planner import make_plan
 from engine.statistics.files import HEADER, Statistics
 from engine.storage.local_folder import LocalFolder
 
-pytestmark = pytest.mark.usefixtures("small_ray")
+ADVICE = Advice(
+    __name__,
+    {
+        # Other faults of the files, for which the advice is the same.
+        "the file has {size} bytes": "test_a_damaged_file_is_refused_and_computed_again",
+        "there are no statistics": "test_a_damaged_file_is_refused_and_computed_again",
+        "not a header of statistics": "test_a_damaged_file_is_refused_and_computed_again",
+        "the file has no tensor": "test_a_damaged_file_is_refused_and_computed_again",
+        "expected: float32 of shape": "test_a_damaged_file_is_refused_and_computed_again",
+        "has a NaN or infinite value": "test_a_damaged_file_is_refused_and_computed_again",
+        "a file of the statistics is missing": "test_a_damaged_file_is_refused_and_computed_again",
+        "expected: those of a weight of shape": "test_a_damaged_file_is_refused_and_computed_again",
+    },
+)
+
+
+def each_on_ray(test: Any) -> Any:
+    """Mark a test that needs Ray."""
+    return pytest.mark.slow(pytest.mark.usefixtures("small_ray")(test))
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +58,13 @@ def published(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
+def again(config: Path, folder: Path, *kinds: str) -> Path:
+    """Compute the statistics, as `python cli.py stats` does, and return their folder."""
+    out = folder / "statistics"
+    merge(make_plan(collected(load_config(config), kinds or ("gram",), False, "config"), config.parent), str(out))
+    return out
+
+
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(out / "model.safetensors")
 
@@ -46,6 +73,7 @@ def given(published: Path) -> list[str]:
     return [f"models.{k}.statistics={published / f'expert{k}'}" for k in range(2)]
 
 
+@each_on_ray
 def test_published_statistics_give_the_bits_of_a_merge_that_collects_its_own(
     config: Path, published: Path, tmp_path: Path
 ) -> None:
@@ -57,6 +85,7 @@ def test_published_statistics_give_the_bits_of_a_merge_that_collects_its_own(
     assert any(not torch.equal(tensor, base[name]) for name, tensor in weights(own).items())
 
 
+@each_on_ray
 def test_a_second_merge_uses_those_of_the_first_again(config: Path, tmp_path: Path) -> None:
     cache = f"cache={tmp_path / 'cache'}"
     first = run_merge(plan_of(config, "merge_method=lot", cache), tmp_path / "first")
@@ -69,6 +98,7 @@ def test_a_second_merge_uses_those_of_the_first_again(config: Path, tmp_path: Pa
     assert all(torch.equal(tensor, weights(alone)[name]) for name, tensor in weights(second).items())
 
 
+@each_on_ray
 def test_they_tell_what_they_are_of(config: Path, published: Path) -> None:
     headers = {name: Statistics(LocalFolder(published / name)).header for name in ("base", "expert0", "expert1")}
     assert {path.name for path in published.iterdir()} == {*headers, "merge"}
@@ -79,22 +109,35 @@ def test_they_tell_what_they_are_of(config: Path, published: Path) -> None:
     assert not merge(plan, str(published)), "they are there already"
 
 
-def test_statistics_of_another_expert_are_refused(config: Path, published: Path, tmp_path: Path) -> None:
+def test_every_advice_is_followed() -> None:
+    ADVICE.check()
+
+
+@each_on_ray
+def test_statistics_of_another_expert_are_refused_and_computed_again(
+    config: Path, published: Path, tmp_path: Path
+) -> None:
     swapped = [f"models.{k}.statistics={published / f'expert{1 - k}'}" for k in range(2)]
-    with refused(CheckpointError, where=HEADER, facts=["another model"]):
+    with refused(CheckpointError, where=HEADER, facts=["another model"], do="cli.py stats"):
         run_merge(plan_of(config, "merge_method=lot", *swapped), tmp_path / "merged")
+    run_merge(plan_of(config, "merge_method=lot", *given(again(config, tmp_path))), tmp_path / "merged")
 
 
-def test_statistics_without_what_a_method_needs_are_refused(config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "statistics"
-    merge(make_plan(collected(load_config(config), ("activations",), False, "config"), config.parent), str(out))
-    with refused(CheckpointError, where=HEADER, facts=["gram"], do="--kinds activations,gram"):
+@each_on_ray
+def test_statistics_without_what_a_method_needs_are_refused_and_computed_again(config: Path, tmp_path: Path) -> None:
+    out = again(config, tmp_path / "first", "activations")
+    with refused(CheckpointError, where=HEADER, facts=["gram"], do="--kinds activations,gram") as caught:
         run_merge(plan_of(config, "merge_method=lot", *given(out)), tmp_path / "merged")
+    kinds = caught.value.do.rpartition("--kinds ")[2].split(",")
+    run_merge(plan_of(config, "merge_method=lot", *given(again(config, tmp_path, *kinds))), tmp_path / "merged")
 
 
-def test_a_damaged_file_is_refused(config: Path, published: Path, tmp_path: Path) -> None:
+@each_on_ray
+@ADVICE.followed("the file is not the one that statistics.json lists")
+def test_a_damaged_file_is_refused_and_computed_again(config: Path, published: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(published, tmp_path / "copy")
     (file, *_) = sorted((copy / "expert1").glob("moments-*"))
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
-    with refused(CheckpointError, where=file.name):
+    with refused(CheckpointError, where=file.name, do="cli.py stats"):
         run_merge(plan_of(config, "merge_method=lot", *given(copy)), tmp_path / "merged")
+    run_merge(plan_of(config, "merge_method=lot", *given(again(config, tmp_path))), tmp_path / "merged")

@@ -34,6 +34,8 @@ ADVICE = Advice(
     __name__,
     elsewhere={
         "set `metric` in the `parameters` of each model": "test_a_checkpoint_without_a_loss_is_refused_when_planned",
+        "statistics of another {kind}": "tests/cluster/test_statistics_on_ray.py",
+        "the statistics have no {missing[0]}": "tests/cluster/test_statistics_on_ray.py",
         "use a method that needs no statistics": "no other method runs a model block by block",
         "set `hidden_layers: []`": "test_hidden_states_of_several_streams_are_refused_and_can_be_left_out",
     },
