@@ -23,9 +23,10 @@ from engine.planning.open_models import base_folder, open_task_vectors, weight_f
 from engine.planning.plan import Plan
 from engine.shards.orthogonal import orthogonalise, with_orthogonal
 from engine.shards.prepasses import NOTHING, Known, measured
-from engine.shards.projections import LayerFit, fit_layers
+from engine.shards.projections import fit_layers
 from engine.shards.statistics import MergeStatistics
 from engine.shards.weight_space import WeightSpace
+from engine.statistics.fits import LayerFit
 from engine.storage.cache import fetch
 from engine.storage.folder import Folder
 from engine.storage.local_folder import digest
@@ -147,7 +148,7 @@ class Shard:
     def measure(self, method: str, index: int, names: Sequence[str], known: Known) -> dict[str, Measured]:
         """Return the arrays of a prepass of a method for the named tensors; see `measured`."""
         tensors = (self._weight_space.tensor(name, known) for name in names)
-        return measured(self._plan, method, index, tensors)
+        return measured(self._plan, method, index, tensors, self._models.threads)
 
     def forget(self) -> None:
         """Do nothing: a shard holds no model."""

@@ -44,7 +44,7 @@ from engine.run.inputs import identity
 from engine.run.keys import Computing, Keys
 from engine.run.run_folder import RunFolder
 from engine.shards.parts import PARTS, tensor_groups
-from engine.shards.projections import LayerFit, starting_coefficients, total_residual
+from engine.statistics.fits import Fits, described, starting_coefficients
 from engine.task_vectors.coefficients import Array, Coefficients
 from engine.task_vectors.streams import Inspection
 
@@ -95,7 +95,7 @@ class LearnedMerge(Attempt):
             targets.begin()
             magnitudes = self._magnitudes(crew, targets) if kept is None else kept
             self._digests = self.digests(crew.shards)
-            fits = self._fit_layers(crew, targets)
+            self._fits = fits = self._fit_layers(crew, targets)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
@@ -128,7 +128,7 @@ class LearnedMerge(Attempt):
         files = self.weight_files()
         self.folder.check_unchanged(self.plan)
         encoded, devices = self.folder.identity.encode(), self.folder.load_devices()
-        results = self._digests, self._stages, self._importance, metrics, files, devices
+        results = self._digests, self._stages, self._importance, metrics, files, devices, self._fits
         write_record(self.folder.composed, self.plan, encoded, *results)
         self.reports[:0] = self._targets.reports
         by_lapack = sum(report.counts.get("by_lapack", 0) for report in self.reports)
@@ -294,7 +294,7 @@ class LearnedMerge(Attempt):
         self.folder.state.remove(PARTS)
         return {name: inspection for group in done for name, inspection in group.items()}
 
-    def _fit_layers(self, crew: Crew, targets: TargetComputation) -> dict[str, LayerFit]:
+    def _fit_layers(self, crew: Crew, targets: TargetComputation) -> Fits:
         """Return the coefficients of the layers in closed form (`weight: closed_form`), from the experts' statistics.
 
         Raises:
@@ -305,11 +305,11 @@ class LearnedMerge(Attempt):
         targets.all_stored()
         collect_statistics(self, crew, self.samples, self._digests)
         ask = lambda shard, names: shard.fit.remote(names)  # noqa: E731
-        found = self.spread("fitting layers", crew.shards, tensor_groups(self.plan), ask)
-        fits = {name: fit for part in found for name, fit in part.items()}
-        left = total_residual(fits)
-        self.progress.say(f"the best coefficients of {len(fits)} layers leave {left:.1%} of what the experts change")
-        return {name: fits[name] for name in self.plan.merged if name in fits}
+        parts = self.spread("fitting layers", crew.shards, tensor_groups(self.plan), ask)
+        found = {name: fit for part in parts for name, fit in part.items()}
+        fits = {name: found[name] for name in self.plan.merged if name in found}
+        self.progress.say(described(fits))
+        return fits
 
     def _write(self, crew: Crew, coefficients: Coefficients) -> None:
         """Write the output's files on the shards, tensor by tensor, in the run's folder for the output."""

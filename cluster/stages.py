@@ -75,7 +75,8 @@ class Stages:
         order = training_order([len(samples) for samples in self.samples], parameters.epochs)
         steps = windows(order, parameters.gradient_accumulation)
         reuse, before = self.attempt.folder.reuse, self._last.get(1) if stage.number == 2 else ""
-        keys = self._keys.steps(self._samples(steps), self.computing, before)
+        start = stage.start.tolist() if stage.number == 1 and self.attempt.plan.config.closed_form else ()
+        keys = self._keys.steps(self._samples(steps), self.computing, before, start)
         reuse.bring_steps(stage.number, keys)
         state = self._state(stage, len(steps))
         phase = f"stage {stage.number}"

@@ -22,6 +22,8 @@ from engine.planning.costs.patience import patience
 from engine.planning.plan import Plan, slices
 from engine.run.run_folder import RunFolder
 from engine.shards.prepasses import Known, known_of
+from engine.shards.projections import known_fits
+from engine.statistics.fits import described
 from engine.storage.folder import Folder
 
 
@@ -68,6 +70,8 @@ class WeightSpaceMerge(Attempt):
             if self.plan.config.statistics or self.plan.config.statistics_of_base:
                 collect_statistics(self, crew, self._samples, self.digests(crew.shards))
             known = self._known(crew.shards)
+            if fits := known_fits(self.plan, known):
+                self.progress.say(described(fits))
             if (rule := rule_of(self.plan)) is not None:
                 state = self.folder.state
                 merge: Ask = lambda shard, file: shard.combine.remote(state, file, known)  # noqa: E731
@@ -78,8 +82,8 @@ class WeightSpaceMerge(Attempt):
             digests = self.digests(crew.shards)
             for shard in crew.shards:
                 self.report(shard)
-        identity = self.folder.identity.encode()
-        write_weight_space_record(self.folder.composed, self.plan, method, identity, digests, self.weight_files())
+        result = self.folder.identity.encode(), digests, self.weight_files(), fits
+        write_weight_space_record(self.folder.composed, self.plan, method, *result)
         self.finish()
 
     def _write(self, shards: Sequence[Any], known: Known, only: int | None, expert: str) -> None:

@@ -18,7 +18,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.prepass import Array, Group, Prepass
+from engine.statistics.fits import LayerFit
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -37,18 +41,43 @@ METHOD = Method(
     statistics=("gram",),
 )
 
+# The name of the prepass, whose result is the fit of each layer.
+FITTED = "fits of layers"
+
+
+def fitted(tensor: MergeTensor) -> Array:
+    """Return α [K], energy and residual of a layer in one array, float64; an empty one of any other tensor.
+
+    Raises:
+        CheckpointError: τₖ has a NaN or infinite element, or the statistics cannot be read.
+    """
+    from engine.methods.arithmetic.projection import projection_of
+
+    projection = projection_of(tensor)
+    if projection is None:
+        return np.empty(0)
+    fit = projection.fit(float(tensor.values["ridge"]), float(tensor.values["rcond"]))
+    return np.array([*fit.coefficients, fit.energy, fit.residual])
+
+
+def fits(arrays: dict[str, Array], group: Group) -> dict[str, LayerFit]:
+    """Return the fit of each layer by tensor."""
+    found = {name: array.tolist() for name, array in arrays.items() if len(array)}
+    return {name: LayerFit(tuple(alpha), energy, residual) for name, (*alpha, energy, residual) in found.items()}
+
+
+PREPASSES = (Prepass(FITTED, "fitting layers", fitted, fits, gather=True),)
+
 
 def prepare(tensor: MergeTensor) -> Fill:
     """Return the tensor's `Fill`.
 
     Raises:
-        CheckpointError: τₖ has a NaN or infinite element, or the statistics cannot be read.
+        CheckpointError: τₖ has a NaN or infinite element.
     """
     from engine.methods.arithmetic.matrices import mean_of_task_vectors
-    from engine.methods.arithmetic.projection import projection_of
 
-    projection = projection_of(tensor)
-    if projection is None:
+    fit = tensor.known[FITTED].get(tensor.name)
+    if fit is None:
         return mean_of_task_vectors(tensor)
-    alpha_K = projection.coefficients(float(tensor.values["ridge"]), float(tensor.values["rcond"]))
-    return tensor.sum_of_task_vectors((float(tensor.values["lambda"]) * alpha_K).tolist())
+    return tensor.sum_of_task_vectors([float(tensor.values["lambda"]) * alpha for alpha in fit.coefficients])

@@ -78,6 +78,7 @@ class Prepass:
             arrays by tensor name. Runs in the driver. Floats are summed in the order of the plan.
         gather: The arrays are not summed.
         wanted: Whether values of the options with scope `merge` need it. A group has it if those of any tensor do.
+        counts: `measure` itself uses all threads and returns large tables: it runs for one tensor at a time.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Prepass:
     conclude: Callable[[Any, Group], Any]
     gather: bool = False
     wanted: Callable[[dict[str, Value]], bool] = _always
+    counts: bool = False
 
 
 def selection(
@@ -115,12 +117,13 @@ def selection(
         return thresholds(counts, group.known[first])
 
     return (
-        Prepass(first, f"{name}: counting", lambda tensor: count(tensor, None), upper, wanted=wanted),
+        Prepass(first, f"{name}: counting", lambda tensor: count(tensor, None), upper, wanted=wanted, counts=True),
         Prepass(
             name,
             f"{name}: counting again",
             lambda tensor: count(tensor, tensor.known[first].high),
             lower,
             wanted=wanted,
+            counts=True,
         ),
     )

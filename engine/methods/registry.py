@@ -87,6 +87,7 @@ _PREPASSES: dict[str, tuple[Prepass, ...]] = {
     lewis.METHOD.name: lewis.PREPASSES,
     pcb.METHOD.name: pcb.PREPASSES,
     doge.METHOD.name: doge.PREPASSES,
+    closed_form.METHOD.name: closed_form.PREPASSES,
     ota_ffg.METHOD.name: ota_ffg.PREPASSES,
 }
 

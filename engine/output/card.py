@@ -16,6 +16,7 @@ from engine.output.names import code, dump, markdown, public_config, public_name
 from engine.output.resolved_config import versions
 from engine.output.sources import NamedModel, inherited_license, sources_of
 from engine.planning.plan import Plan
+from engine.statistics.fits import NO_FITS, Fits, described
 from engine.storage.scores import NO_SCORES
 from engine.task_vectors.coefficients import Coefficients
 
@@ -27,8 +28,16 @@ PICTURE = "merge/coefficients.png"
 _NO_MEMORY = "<!-- memory -->"
 
 
-def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[str, str]) -> None:
-    """Write the README.md of a learned merge. `digests`: the SHA-256 of the weight files, by address."""
+def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[str, str], fits: Fits = NO_FITS) -> None:
+    """Write the README.md of a learned merge.
+
+    Args:
+        path: The file.
+        plan: The plan, with every prior.
+        learned: The coefficients of the last stage.
+        digests: The SHA-256 of the weight files, by address.
+        fits: The coefficients of the layers in closed form, if the merge computed them.
+    """
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
         plan.config.merge_method, "Expert Merging"
     )
@@ -46,6 +55,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
         f"{total}\ncoefficients were learned on unlabelled samples, so that {_aim(plan)}.\n"
         f"{len(plan.merged)} tensors are merged; all other tensors are the base's.",
         _chunks(plan, learned),
+        _fitted(fits),
         "\n".join(["| expert | given as | prior | mean learned coefficient | range |", "|---|---|---|---|---|", *rows]),
         f"![The distance of the coefficients from their priors: experts down, tensors across]({PICTURE})",
     ]
@@ -56,16 +66,26 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
     _write(path, plan, plan.config.merge_method, f"{len(plan.experts)} experts by {method}", about, record, digests)
 
 
-def write_weight_space_card(path: Path, plan: Plan, method: Method, digests: Mapping[str, str]) -> None:
+def write_weight_space_card(
+    path: Path, plan: Plan, method: Method, digests: Mapping[str, str], fits: Fits = NO_FITS
+) -> None:
     """Write the README.md of a weight-space merge; see `write_card`."""
     output = "One model per expert, each in a folder of its name" if method.outputs == "experts" else "One model"
     about = [
         f"{output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are\n"
         f"merged; all other tensors are those of {code(public_name(plan.base.address))}.",
+        _fitted(fits),
         _list("The layers of the output, from the first to the last:", [markdown(line) for line in plan.stacked]),
     ]
     record = "`merge/` holds the whole config and the peak memory of every process."
     _write(path, plan, method.name, f"{plan.described_models} by {method.name}", about, record, digests)
+
+
+def _fitted(fits: Fits) -> str:
+    """Return what the coefficients in closed form foretell; nothing if there are none."""
+    if not fits:
+        return ""
+    return f"By least squares on the experts' own inputs, {described(fits)} (`merge/layers.parquet`)."
 
 
 def add_memory(path: Path, memory: Mapping[str, Any]) -> None:

@@ -21,7 +21,8 @@ from engine.output.card import PICTURE, write_card, write_weight_space_card
 from engine.output.picture import draw_coefficients
 from engine.output.resolved_config import resolved_config, versions
 from engine.planning.open_models import weight_files
-from engine.planning.plan import ModelPlan, Plan
+from engine.planning.plan import ModelPlan, Plan, experts_of
+from engine.statistics.fits import NO_FITS, Fits, write_fits
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
 
@@ -72,6 +73,7 @@ def write_record(
     metrics: Sequence[Mapping[str, Any]],
     weights: Sequence[str] = (),
     devices: Mapping[str, Any] | None = None,
+    fits: Fits = NO_FITS,
 ) -> None:
     """Write the model card and all files of `merge/` except memory.json, rounding.json and report.html.
 
@@ -85,6 +87,7 @@ def write_record(
         metrics: The rows of metrics.parquet.
         weights: The names of the weight files, which may be in another folder.
         devices: What trainer and experts computed on.
+        fits: The coefficients of the layers in closed form, if the merge computed them.
     """
     record = folder / "merge"
     names = [expert.name for expert in plan.experts]
@@ -93,17 +96,25 @@ def write_record(
     if importance_L is not None:
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L, plan.numels)
     write_metrics(record / "metrics.parquet", metrics)
+    _write_fits(folder, plan, fits)
     draw_coefficients(folder / PICTURE, names, plan.priors, stages[-1])
-    write_card(folder / "README.md", plan, stages[-1], digests)
+    write_card(folder / "README.md", plan, stages[-1], digests, fits)
     more = priors | {"files": _files(folder, plan, weights), "devices": devices or {}}
     write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), more)
 
 
 def write_weight_space_record(
-    folder: Path, plan: Plan, method: Method, identity: bytes, digests: Mapping[str, str], weights: Sequence[str]
+    folder: Path,
+    plan: Plan,
+    method: Method,
+    identity: bytes,
+    digests: Mapping[str, str],
+    weights: Sequence[str],
+    fits: Fits = NO_FITS,
 ) -> None:
-    """Write the model card and merge/config.yaml of a weight-space merge; see `write_record`."""
-    write_weight_space_card(folder / "README.md", plan, method, digests)
+    """Write the model card and the files of `merge/` of a weight-space merge; see `write_record`."""
+    _write_fits(folder, plan, fits)
+    write_weight_space_card(folder / "README.md", plan, method, digests, fits)
     files = {"files": _files(folder, plan, weights)}
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), files)
 
@@ -113,6 +124,12 @@ def write_statistics_record(folder: Path, plan: Plan, identity: bytes, digests: 
     files = sorted({*LocalFolder(folder).names(), *STATISTICS_FILES})
     more = {"statistics": list(plan.config.collect), "files": files}
     write_config(folder / "merge" / "config.yaml", plan, identity, _hashed(plan, digests), more)
+
+
+def _write_fits(folder: Path, plan: Plan, fits: Fits) -> None:
+    if fits:
+        models = {name: [plan.experts[k].name for k in experts_of(plan, name)] for name in fits}
+        write_fits(folder / "merge" / "layers.parquet", fits, models)
 
 
 def _files(folder: Path, plan: Plan, weights: Sequence[str]) -> list[str]:

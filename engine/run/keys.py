@@ -161,7 +161,13 @@ class Keys:
         seen = [[[s.expert, s.index, self._target_of(s, computing)] for s in window] for window in windows]
         return self._key("prior", self._learning("prior", computing), given, PRIORS, seen)
 
-    def steps(self, windows: Sequence[Sequence[Sample]], computing: Computing, before: str | None = "") -> list[str]:
+    def steps(
+        self,
+        windows: Sequence[Sequence[Sample]],
+        computing: Computing,
+        before: str | None = "",
+        start: Sequence[Sequence[float]] = (),
+    ) -> list[str]:
         """Return the keys of the states after each step of a stage; none where a file's SHA-256 is not known.
 
         Each follows from the one before, so that a stage of more steps goes on from one of fewer.
@@ -170,10 +176,11 @@ class Keys:
             windows: The samples of each step.
             computing: What the merge computes on.
             before: Of stage 2, the key of the last state of stage 1; None if that is not known. Empty for stage 1.
+            start: Of stage 1, where the coefficients start, if not at the priors.
         """
         named = [expert.name for expert in self.plan.experts]
-        own = [[name, self._option(f"parameters.{name}")] for name in SECOND] if before else []
-        own += [["closed form", "start"]] if self.plan.config.closed_form else []
+        own: list[Any] = [[name, self._option(f"parameters.{name}")] for name in SECOND] if before else []
+        own += [["start", start]] if start else []
         key = self._key("stage", self._learning("stage 1", computing), self.plan.priors, named, before, own)
         keys: list[str] = []
         for window in windows:

@@ -6,16 +6,19 @@ A tensor belongs to a group, those that are merged by its method from its expert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any
 
 import numpy as np
+import torch
 
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.prepass import Array, Group
 from engine.methods.registry import prepasses
 from engine.planning.plan import Plan, experts_of
 from engine.shards.settings import method_at, resolve
+from engine.task_vectors.pipeline import in_order
 
 # A group: the name of a method, and the experts.
 Key = tuple[str, tuple[int, ...]]
@@ -63,18 +66,25 @@ def known_of(plan: Plan, measure: Measure) -> Known:
     return known
 
 
-def measured(plan: Plan, method: str, index: int, tensors: Iterable[MergeTensor]) -> dict[str, Array]:
-    """Return what a prepass measures of tensors, by name.
+def measured(plan: Plan, method: str, index: int, tensors: Iterable[MergeTensor], threads: int) -> dict[str, Array]:
+    """Return what a prepass measures of tensors, by name, at most `threads` of them at a time.
 
     Whole numbers that are to be summed are summed here, under the name of the first tensor of each group.
     """
     prepass, found, firsts = prepasses(method)[index], {}, dict[Key, str]()
-    for tensor in tensors:
-        array = prepass.measure(tensor)
-        if prepass.gather or not np.issubdtype(array.dtype, np.integer):
-            found[tensor.name] = array
-        elif (first := firsts.setdefault(group_of(plan, tensor.name), tensor.name)) in found:
-            found[first] += array
-        else:
-            found[first] = array
+    at_a_time = 1 if prepass.counts else threads
+
+    def call(tensor: MergeTensor) -> Callable[[], tuple[str, Array]]:
+        return lambda: (tensor.name, prepass.measure(tensor))
+
+    # As in `stream`: a measurement may wait for work in the tensor's pool, so it runs in a thread of its own, with one
+    # intra-op thread, since its sums must not depend on the number of threads.
+    with ThreadPoolExecutor(at_a_time, "measure", initializer=torch.set_num_threads, initargs=(1,)) as conductors:
+        for name, array in in_order(map(call, tensors), conductors, at_a_time - 1):
+            if prepass.gather or not np.issubdtype(array.dtype, np.integer):
+                found[name] = array
+            elif (first := firsts.setdefault(group_of(plan, name), name)) in found:
+                found[first] += array
+            else:
+                found[first] = array
     return found

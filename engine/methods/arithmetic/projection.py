@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.methods.arithmetic.regression import layers_of
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.sizes import PIECE
+from engine.statistics.fits import LayerFit
 from engine.statistics.moments import Moments
 from engine.task_vectors.kinds import TaskVector
 
@@ -60,6 +61,11 @@ class Projection:
         alpha_K = alpha_K.double()
         left = self.energy - 2 * alpha_K @ self.right_K + alpha_K @ self.matrix_KK @ alpha_K
         return max(0.0, float(left) / self.energy) if self.energy > 0 else 0.0
+
+    def fit(self, ridge: float = 0.0, rcond: float = 1e-6) -> LayerFit:
+        """Return the coefficients, and what they leave; see `coefficients`."""
+        alpha_K = self.coefficients(ridge, rcond)
+        return LayerFit(tuple(alpha_K.tolist()), self.energy, self.residual(alpha_K))
 
 
 def projection_of(tensor: MergeTensor) -> Projection | None:
@@ -121,13 +127,13 @@ def normal_equations(
     Args:
         rows: Reads all task vectors; called for each block once, and once more for each Gram matrix.
         blocks: First and last row (exclusive) of what is read at a time. The sums are in their order.
-        grams: Reads Cₖ [I, I] of each expert of whose inputs there are moments; called twice.
+        grams: Reads Cₖ [I, I], anew each time, of each expert of whose inputs there are moments; called twice.
         own: Reads the experts' own task vectors, whose outputs are to be met, where `rows` reads others (τ⊥).
     """
     # A takes the sum of the Gram matrices alone, so that it costs no more than b.
     sum_II: Tensor | None = None
     for gram in grams.values():
-        sum_II = gram() if sum_II is None else sum_II + gram()
+        sum_II = gram() if sum_II is None else sum_II.add_(gram())
     assert sum_II is not None
 
     def flat(tau_KRI: Tensor) -> Tensor:

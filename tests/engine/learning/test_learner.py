@@ -341,6 +341,14 @@ def test_the_first_stage_has_one_coefficient_a_tensor_at_the_prior() -> None:
     np.testing.assert_array_equal(stage.start, [[0.2] * 3, [0.45] * 3])
 
 
+def test_the_first_stage_starts_where_it_is_told() -> None:
+    stage = first_stage(plan(), {"b": [0.7, 0.02]})
+    np.testing.assert_array_equal(stage.start, [[0.2, 0.7, 0.2], [0.45, 0.02, 0.45]])
+    np.testing.assert_array_equal(stage.prior, WEIGHTS)
+    learner = Learner(Parameters(), stage)
+    np.testing.assert_allclose(learner.coefficients.values, stage.start, rtol=1e-12)
+
+
 @pytest.mark.parametrize("merge_method", ["expert_merging", "expert_merging_pp", "adamerging"])
 @pytest.mark.parametrize("granularity", ["layer", "task"])
 def test_coefficients_are_tied_only_by_adamerging_task_by_task(merge_method: str, granularity: str) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.methods.arithmetic import projection
 from engine.methods.arithmetic.projection import Projection, projection_of
+from engine.methods.closed_form import PREPASSES
+from engine.methods.prepass import Group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,15 +108,23 @@ def test_equations_of_layers_add_up() -> None:
     assert float(gradient.abs().max()) / (one + two).energy < 1e-5
 
 
+def by_method(statistics: list[Known], **options: float) -> Tensor:
+    (prepass,) = PREPASSES
+    with ThreadPoolExecutor(1) as pool:
+        tensor = tensor_of("closed_form", BASE.float(), TAUS, statistics, pool=pool, **options)
+        known = {prepass.name: prepass.conclude({tensor.name: prepass.measure(tensor)}, Group())}
+    return merged("closed_form", BASE, TAUS, statistics, known=known, **options)
+
+
 def test_the_method_merges_by_the_coefficients() -> None:
-    found = merged("closed_form", BASE, TAUS, [seen(x) for x in XS], **{"lambda": 0.5})
+    found = by_method([seen(x) for x in XS], **{"lambda": 0.5})
     alpha = projected().coefficients()
     expected = BASE + 0.5 * sum((a * tau for a, tau in zip(alpha, TAUS, strict=True)), torch.zeros(()))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_tensors_without_samples_are_averaged() -> None:
-    found = merged("closed_form", BASE, TAUS, [Known()] * EXPERTS)
+    found = by_method([Known()] * EXPERTS)
     torch.testing.assert_close(found.double(), BASE + sum(TAUS, torch.zeros(())) / EXPERTS, rtol=0, atol=1e-6)
 
 

@@ -213,6 +213,13 @@ def test_more_epochs_go_on_from_fewer(make_plan: Callable[..., Plan]) -> None:
     assert one[:full] == other[:full]
 
 
+def test_steps_from_other_coefficients_have_other_keys(make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan()
+    starts: list[tuple[list[float], ...]] = [(), ([0.3, 0.4], [0.5, 0.6]), ([0.4, 0.3], [0.5, 0.6])]
+    found = [Keys(plan, known(plan)).steps(steps_of(plan), computing(plan), "", start) for start in starts]
+    assert len({key for keys in found for key in keys}) == len(starts) * len(found[0])
+
+
 def test_devices_that_compute_other_bits_have_other_keys(make_plan: Callable[..., Plan]) -> None:
     plan = make_plan()
     before = all_keys(plan)
