@@ -53,8 +53,9 @@ def run_merge(
 
 
 def result(out: Path) -> dict[str, bytes]:
-    """The files of an output that must not depend on the placement: weights, coefficients and importance, as bytes."""
-    files = [*out.glob("*.safetensors"), *out.glob("merge/coefficients.parquet"), *out.glob("merge/importance.parquet")]
+    """The files of an output that must not depend on the placement: weights and tables of coefficients, as bytes."""
+    tables = ("coefficients", "importance", "layers")
+    files = [*out.glob("*.safetensors"), *(path for name in tables for path in out.glob(f"merge/{name}.parquet"))]
     assert len(files) >= 2
     return {path.name: path.read_bytes() for path in files}
 

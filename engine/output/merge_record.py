@@ -21,7 +21,7 @@ from engine.output.card import PICTURE, write_card, write_weight_space_card
 from engine.output.picture import draw_coefficients
 from engine.output.resolved_config import resolved_config, versions
 from engine.planning.open_models import weight_files
-from engine.planning.plan import ModelPlan, Plan, experts_of
+from engine.planning.plan import ModelPlan, Plan
 from engine.statistics.fits import NO_FITS, Fits, write_fits
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import Array, Coefficients, write_coefficients
@@ -128,8 +128,7 @@ def write_statistics_record(folder: Path, plan: Plan, identity: bytes, digests: 
 
 def _write_fits(folder: Path, plan: Plan, fits: Fits) -> None:
     if fits:
-        models = {name: [plan.experts[k].name for k in experts_of(plan, name)] for name in fits}
-        write_fits(folder / "merge" / "layers.parquet", fits, models)
+        write_fits(folder / "merge" / "layers.parquet", fits, [expert.name for expert in plan.experts])
 
 
 def _files(folder: Path, plan: Plan, weights: Sequence[str]) -> list[str]:

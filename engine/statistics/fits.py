@@ -74,11 +74,11 @@ def starting_coefficients(fits: Fits) -> tuple[list[float], dict[str, list[float
     return priors, {name: alpha_K.tolist() for name, alpha_K in each.items()}
 
 
-def write_fits(path: Path, fits: Fits, models: Mapping[str, Sequence[str]]) -> None:
-    """Write merge/layers.parquet: one row per layer and expert. `models`: the names of each layer's experts."""
+def write_fits(path: Path, fits: Fits, experts: Sequence[str]) -> None:
+    """Write merge/layers.parquet: one row per layer and expert."""
     rows = [
         dict(zip(FITS.names, (name, model, alpha, fit.energy, fit.residual), strict=True))
         for name, fit in fits.items()
-        for model, alpha in zip(models[name], fit.coefficients, strict=True)
+        for model, alpha in zip(experts, fit.coefficients, strict=True)
     ]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema=FITS), path)
