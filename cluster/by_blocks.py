@@ -17,7 +17,9 @@ from engine.correction.files import MERGED, LayerGroup, end_part, load_solved_pa
 from engine.correction.rules import Rule
 from engine.output.model_folder import output_files
 
-PHASE = "solving blocks"
+MERGING, PHASE = "merging", "solving blocks"
+# Tensors between two reports of progress.
+STEP = 50
 Samples = Sequence[Sequence[Sample]]
 # Calls a shard to write one file, and returns the reference.
 Ask = Callable[[Any, OutputFile], Any]
@@ -40,7 +42,11 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
     files = [OutputFile(merged_file(one.name), (one,)) for file in output_files(attempt.plan) for one in file.tensors]
     stored = attempt.intact(crew.shards, state, sorted(state.names(MERGED) & {file.name for file in files}))
     missing = [file for file in files if file.name not in stored]
-    attempt.spread("merging", crew.shards, missing, write, len(files) - len(missing))
+    attempt.progress.phase(MERGING, len(files), len(files) - len(missing))
+    written = attempt.watch.hand_out(missing, crew.shards, write, MERGING)
+    for done, _ in enumerate(written, start=len(files) - len(missing) + 1):
+        if done % STEP == 0 or done == len(files):
+            attempt.progress.advance(MERGING, done)
     named = [
         [(sample, folder.inputs(sample) if sample.inputs else None) for sample in of_expert] for of_expert in samples
     ]
