@@ -50,7 +50,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("method", ["featcal", "regmean_plus_plus"])
+@pytest.mark.parametrize("method", ["featcal", pytest.param("regmean_plus_plus", marks=pytest.mark.slow)])
 def test_a_merge_has_the_bits_of_the_plain_classes_also_after_actors_were_killed(
     config: Path, tmp_path: Path, method: str
 ) -> None:
@@ -65,6 +65,7 @@ def test_a_merge_has_the_bits_of_the_plain_classes_also_after_actors_were_killed
     assert equal(load_file(out / "model.safetensors"), wanted)
 
 
+@pytest.mark.slow
 def test_a_merge_that_was_stopped_goes_on_where_it_was(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +89,7 @@ def test_a_merge_that_was_stopped_goes_on_where_it_was(
     assert f"{PHASE}: {BLOCKS} (2 done before)" in said and damaged in said
 
 
+@pytest.mark.slow
 def test_a_learned_merge_is_calibrated_too(config: Path, tmp_path: Path) -> None:
     learned = load_file(run_merge(plan_of(config), tmp_path / "learned") / "model.safetensors")
     plan = plan_of(config, "calibrate=featcal")
