@@ -15,6 +15,7 @@ from actors.process import ActorProcess, Report, guarded
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
 from engine.codec import Packed, pack_all, unpack_all
 from engine.correction.files import load_calibrated
+from engine.correction.steps import TensorSteps, steps_around
 from engine.learning.targets import is_damaged
 from engine.machine import usable_cpus
 from engine.methods.prepass import Array as Measured
@@ -123,13 +124,17 @@ class Shard:
             wanted, config = coefficients[name], self._plan.config
             rounding = Rounding.of(name, base, config.rounding, config.seed)
             fill: Fill = lambda piece, out_N: streams.merge(piece, wanted, out_N)  # noqa: E731
-            return TensorJob(name, entry.shape, dtype, lambda: fill, rounding)
+            return self._steps[0].after(TensorJob(name, entry.shape, dtype, lambda: fill, rounding))
 
         self._write(folder, file, job)
 
     def combine(self, folder: Folder, file: OutputFile, known: Known = NOTHING, only: int | None = None) -> None:
         """Write one file of a weight-space merge. `only`: the file belongs to the output model of this one expert."""
-        self._write(folder, file, lambda entry: self._weight_space.job(entry, torch_dtype(entry.dtype), known, only))
+
+        def job(entry: OutputTensor) -> TensorJob:
+            return self._steps[0].after(self._weight_space.job(entry, torch_dtype(entry.dtype), known, only))
+
+        self._write(folder, file, job)
 
     def calibrated(self, folder: Folder, file: OutputFile) -> None:
         """Write one file of the output from the state's files of the merged model and of its solved tensors."""
@@ -141,7 +146,8 @@ class Shard:
             merged = name in self._plan.merged_set
             rounding = Rounding.of(name, base, self._plan.config.rounding, self._plan.config.seed) if merged else None
             dtype = torch_dtype(entry.dtype) or base.dtype
-            return TensorJob(name, entry.shape, dtype, lambda: copy_of(load_calibrated(state, name)), rounding)
+            solved = TensorJob(name, entry.shape, dtype, lambda: copy_of(load_calibrated(state, name)), rounding)
+            return self._steps[1].after(solved)
 
         self._write(folder, file, job)
 
@@ -176,6 +182,13 @@ class Shard:
     @cached_property
     def _task_vectors(self) -> TaskVectors:
         return with_orthogonal(self._plan, self._models, self._state)
+
+    @cached_property
+    def _steps(self) -> tuple[TensorSteps, TensorSteps]:
+        """The steps on single tensors: before layers are solved block by block, and after."""
+        statistics = MergeStatistics(self._plan, self._state)
+        before, after = (TensorSteps(self._plan, steps, self._models, statistics) for steps in steps_around(self._plan))
+        return before, after
 
     @cached_property
     def _weight_space(self) -> WeightSpace:

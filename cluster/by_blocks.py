@@ -8,6 +8,7 @@ one begins, so the driver goes on from the last part that is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.attempt import Attempt
@@ -16,6 +17,7 @@ from engine.checkpoints.writer import OutputFile
 from engine.correction.files import MERGED, LayerGroup, end_part, load_solved_parts, merged_file
 from engine.correction.rules import Rule
 from engine.output.model_folder import output_files
+from engine.planning.plan import Plan
 
 MERGING, PHASE = "merging", "solving blocks"
 # Tensors between two reports of progress.
@@ -39,7 +41,7 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
         CheckpointError: a model does not run block by block, or computes what is not finite.
     """
     folder, state = attempt.folder, attempt.folder.state
-    files = [OutputFile(merged_file(one.name), (one,)) for file in output_files(attempt.plan) for one in file.tensors]
+    files = _merged_files(attempt.plan)
     stored = attempt.intact(crew.shards, state, sorted(state.names(MERGED) & {file.name for file in files}))
     missing = [file for file in files if file.name not in stored]
     attempt.progress.phase(MERGING, len(files), len(files) - len(missing))
@@ -85,3 +87,13 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
     for actor in actors:
         attempt.report(actor)
         crew.dismiss(actor)
+
+
+def _merged_files(plan: Plan) -> list[OutputFile]:
+    """Return the files of the merged model in the state. Merged tensors are float32: they are rounded at the end."""
+    tensors = (tensor for file in output_files(plan) for tensor in file.tensors)
+    exact = (
+        replace(tensor, dtype="F32", nbytes=4 * plan.numels[tensor.name]) if tensor.name in plan.merged_set else tensor
+        for tensor in tensors
+    )
+    return [OutputFile(merged_file(tensor.name), (tensor,)) for tensor in exact]

@@ -95,7 +95,10 @@ class LearnedMerge(Attempt):
             targets.begin()
             magnitudes = self._magnitudes(crew, targets) if kept is None else kept
             self._digests = self.digests(crew.shards)
-            self._fits = fits = self._fit_layers(crew, targets)
+            if self.plan.config.statistics or self.plan.config.statistics_of_base:
+                targets.all_stored()
+                collect_statistics(self, crew, self.samples, self._digests)
+            self._fits = fits = self._fit_layers(crew)
             if not crew.layout.overlap:
                 targets.all_stored()
             # Without a seat of its own, the trainer starts after the experts.
@@ -294,16 +297,10 @@ class LearnedMerge(Attempt):
         self.folder.state.remove(PARTS)
         return {name: inspection for group in done for name, inspection in group.items()}
 
-    def _fit_layers(self, crew: Crew, targets: TargetComputation) -> Fits:
-        """Return the coefficients of the layers in closed form (`weight: closed_form`), from the experts' statistics.
-
-        Raises:
-            CheckpointError: see `collect_statistics`.
-        """
+    def _fit_layers(self, crew: Crew) -> Fits:
+        """Return the coefficients of the layers by the experts' statistics (`weight: closed_form`); else none."""
         if not self.plan.config.closed_form:
             return {}
-        targets.all_stored()
-        collect_statistics(self, crew, self.samples, self._digests)
         ask = lambda shard, names: shard.fit.remote(names)  # noqa: E731
         parts = self.spread("fitting layers", crew.shards, tensor_groups(self.plan), ask)
         found = {name: fit for part in parts for name, fit in part.items()}

@@ -19,7 +19,7 @@ from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
-from engine.config.slices import check_whole
+from engine.config.slices import check_corrections, check_whole, check_whole_models
 from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
 from engine.errors import ConfigError
@@ -142,7 +142,8 @@ def _validated(raw: dict[str, Any], path: Path, where: Where) -> Config:
 
 def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: Any) -> None:
     """Check conditions that span several keys. `experts`: those in `models`, and their places there."""
-    _check_whole_models(config, where)
+    check_corrections(config, where)
+    check_whole_models(config, where)
     if config.learned and not experts:
         raise ConfigError("models lists no expert besides the base", where(("models",)), "at least one expert")
     names: set[str] = set()
@@ -217,25 +218,6 @@ def _check_data(config: Config, expert: ExpertConfig, at: str) -> None:
             at,
             f"`calibration: FILE` with records of its domain (.json, .jsonl or .parquet){other}",
         )
-
-
-def _check_whole_models(config: Config, where: Where) -> None:
-    """Refuse methods that run models on samples where the output is not the base with other weights."""
-    running = [m.name for m in config.methods if m.statistics or m.base_statistics or m.by_blocks]
-    recipe = config.recipe
-    if not running or recipe is None:
-        return
-    for key, other in (
-        ("slices", not recipe.plain),
-        ("base_model", recipe.baseless),
-        ("tokenizer_source", config.tokenizer_source not in (None, "base")),
-    ):
-        if other:
-            raise ConfigError(
-                f"{running[0]} compares what models compute, which needs the base's layers and tokens",
-                where((key,)),
-                "`models` and a `base_model`, without `slices`, `modules` and `tokenizer_source`",
-            )
 
 
 def read_recorded(path: Path) -> dict[str, Any]:

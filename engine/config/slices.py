@@ -121,6 +121,46 @@ def check_whole(raw: dict[str, Any], where: Where) -> None:
             )
 
 
+def check_whole_models(config: Config, where: Where) -> None:
+    """Refuse methods that run models on samples, and steps after a merge, where the output has other layers or tokens.
+
+    Raises:
+        ConfigError: The config has slices, no base or, where models run, a vocabulary that is not the base's.
+    """
+    running = [m.name for m in config.methods if m.statistics or m.base_statistics or m.by_blocks]
+    comparing = [*running, *(one.method for one in config.calibrate)]
+    recipe = config.recipe
+    if not comparing or recipe is None:
+        return
+    for key, other in (
+        ("slices", not recipe.plain),
+        ("base_model", recipe.baseless),
+        ("tokenizer_source", bool(running) and config.tokenizer_source not in (None, "base")),
+    ):
+        if other:
+            raise ConfigError(
+                f"{comparing[0]} compares models with the base, which needs the base's layers and tokens",
+                where((key,)),
+                "`models` and a `base_model`, without `slices`, `modules` and `tokenizer_source`",
+            )
+
+
+def check_corrections(config: Config, where: Where) -> None:
+    """Check that the method and the steps after the merge go together.
+
+    Raises:
+        ConfigError: The output is not one model, or two of them solve its layers block by block.
+    """
+    at = where(("calibrate",))
+    if config.calibrate and any(method.outputs == "experts" for method in config.methods):
+        raise ConfigError(
+            f"{config.merge_method} makes one model per expert, and {config.calibrate[0].method} works on one model", at
+        )
+    solving = [method.name for method in config.methods if method.by_blocks]
+    if len(solving) > 1:
+        raise ConfigError(f"{solving[0]} and {solving[1]} both solve the layers block by block", at, "one such step")
+
+
 def as_slices(config: Config, entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return `models`, `slices` or `modules` of a config, of which `given_slices` reads the same.
 

@@ -1,6 +1,6 @@
 """The files of a calibration in the state of a run: the merged model, hidden states, shares, and solved tensors.
 
-    merged/     a file per tensor of the merged model, in the output's dtypes, as shards write it
+    merged/     a file per tensor of the merged model, as shards write it: merged ones float32, others as in the output
     calibrated/tokens/      token ids of an expert's samples, with the responses that it generated
     calibrated/streams/     hidden states of an expert's samples before a part
     calibrated/shares/      an expert's share in the equations of the layers of a part, and the list of them

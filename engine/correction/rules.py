@@ -59,22 +59,15 @@ def rule_of(plan: Plan) -> Rule | None:
     """Return the rule by which the layers of a merge are solved, or None if none are.
 
     Raises:
-        ConfigError: two methods solve them, the output is not one model, or an option differs between tensors.
+        ConfigError: an option differs between tensors.
     """
     config = plan.config
-    rules = [featcal(one.options) for one in config.calibrate if CORRECTIONS[one.method].by_blocks]
     if get_method(config.merge_method).by_blocks:
         values = {float(resolve(plan, name)[0]["alpha"]) for name in plan.merged}
         if len(values) != 1:
             raise ConfigError("its value differs between tensors", "parameters.alpha", "one value for the whole model")
-        rules.append(regmean_plus_plus(values.pop()))
-    if len(rules) > 1:
-        raise ConfigError("two methods solve the layers block by block", "calibrate", "one of them")
-    if rules and get_method(config.merge_method).outputs == "experts":
-        raise ConfigError(
-            f"{config.merge_method} makes one model per expert, and blocks are solved for one model", "calibrate"
-        )
-    return rules[0] if rules else None
+        return regmean_plus_plus(values.pop())
+    return next((featcal(one.options) for one in config.calibrate if CORRECTIONS[one.method].by_blocks), None)
 
 
 def featcal(options: Mapping[str, Any]) -> Rule:

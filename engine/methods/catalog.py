@@ -11,6 +11,7 @@ import rich.box
 import rich.console
 import rich.table
 
+from engine.methods.corrections import CORRECTIONS
 from engine.methods.mergekit_library import INSTALL
 from engine.methods.mergekit_library import NAMES as MERGEKIT
 from engine.methods.options import Method, Option, Statistic
@@ -47,9 +48,16 @@ method, with these differences:
   slice says, this engine as the last one says.
 """
 
+AFTER = """## Steps after a merge
+
+`calibrate` names one of these or a list of them, which change the weights of the merged model in that order. They go
+with every learned and weight-space method whose output is one model with the layers of a `base_model`.
+[docs/config.md](config.md#after-the-merge) describes the key.
+"""
+
 # What the kinds of statistics are, for a reader.
 STATISTICS: dict[Statistic, str] = {
-    "activations": "the squares of its layers' inputs",
+    "activations": "the squares and magnitudes of its layers' inputs",
     "gram": "the Gram matrices of its layers' inputs",
     "fisher": "its diagonal Fisher information",
 }
@@ -99,6 +107,9 @@ def page() -> str:
     parts.append("## Weight-space methods\n")
     for method in NATIVE.values():
         parts += _section(method)
+    parts.append(AFTER)
+    for method in CORRECTIONS.values():
+        parts += _section(method)
     parts.append("## Methods of mergekit's library\n")
     parts.append(
         f"Available after `{INSTALL}`, with mergekit's options. Each tensor is in memory as a whole, once for the base "
@@ -118,10 +129,10 @@ def print_methods(console: rich.console.Console | None = None) -> None:
     known = [*LEARNED.values(), *NATIVE.values()]
     if has_mergekit():
         known += [method for name in MERGEKIT if (method := find_method(name)) is not None]
-    for method in known:
+    for method in [*known, *CORRECTIONS.values()]:
         options = " ".join(f"{option.name}={_default(option)}" for option in method.options)
         names = ", ".join((method.name, *method.aliases))
-        table.add_row(names, method.summary, options)
+        table.add_row(f"calibrate: {names}" if method in CORRECTIONS.values() else names, method.summary, options)
     if not has_mergekit():
         for name, about in MERGEKIT.items():
             table.add_row(name, about, f"requires mergekit: {INSTALL}")

@@ -30,7 +30,8 @@ SVC = Method(
     "singular values of the merged task vector divided by how often the experts count them (SVC)",
     "Spectral calibration, arXiv 2602.05536",
     "σᵣ ← K·σᵣ / Σₖ max(alpha, ⟨aᵣ, aᵣₖ⟩/‖aᵣₖ‖²), aᵣ = τᵀuᵣ, aᵣₖ = τₖᵀuᵣ",
-    (Option("alpha", 0.1, "the least count of an expert", low=0),),
+    (Option("alpha", 0.1, "the least count of an expert; 1 only shrinks singular values", low=1e-3),),
+    whole=True,
 )
 AIM = Method(
     "aim",
@@ -38,6 +39,7 @@ AIM = Method(
     "Activation-Informed Merging, arXiv 2502.02421",
     "τ ← τ·diag(1 − s·(1 − omega)), s = mean |x| / max mean |x| of the base's inputs x",
     (Option("omega", 0.4, "ω, what is left of the change at the largest inputs", low=0, high=1),),
+    whole=True,
     base_statistics=("activations",),
 )
 CORRECTIONS = {method.name: method for method in (FEATCAL, SVC, AIM)}
@@ -65,6 +67,10 @@ class Correction(Section):
 
     method: str
     options: dict[str, Value]
+
+    def __str__(self) -> str:
+        """Return the step as a reader sees it: its name and the values of its options."""
+        return f"{self.method} ({', '.join(f'{name} {value}' for name, value in self.options.items())})"
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> Any:

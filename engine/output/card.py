@@ -10,6 +10,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from engine.config.mergekit_yaml import as_yaml
+from engine.methods.corrections import CORRECTIONS
 from engine.methods.options import Method
 from engine.methods.registry import get_method
 from engine.output.names import code, dump, markdown, public_config, public_name, yaml_block
@@ -55,6 +56,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
         f"{total}\ncoefficients were learned on unlabelled samples, so that {_aim(plan)}.\n"
         f"{len(plan.merged)} tensors are merged; all other tensors are the base's.",
         _chunks(plan, learned),
+        _steps(plan),
         _fitted(fits),
         "\n".join(["| expert | given as | prior | mean learned coefficient | range |", "|---|---|---|---|---|", *rows]),
         f"![The distance of the coefficients from their priors: experts down, tensors across]({PICTURE})",
@@ -76,6 +78,7 @@ def write_weight_space_card(
         f"merged; all other tensors are those of {code(public_name(plan.base.address))}.",
         _fitted(fits),
         _list("The layers of the output, from the first to the last:", [markdown(line) for line in plan.stacked]),
+        _steps(plan),
     ]
     record = "`merge/` holds the whole config and the peak memory of every process."
     _write(path, plan, method.name, f"{plan.described_models} by {method.name}", about, record, digests)
@@ -127,6 +130,13 @@ def _write(
         _folded("SHA-256 of their weight files", _hashes(sources)),
     ]
     path.write_text("\n\n".join(part.strip("\n") for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _steps(plan: Plan) -> str:
+    """Return the steps after the merge as a list."""
+    methods = [(step, CORRECTIONS[step.method]) for step in plan.config.calibrate]
+    lines = [f"{step}: {method.summary}, `{method.formula}` ({method.source})" for step, method in methods]
+    return _list("Steps after the merge, in order:", lines)
 
 
 def _front(plan: Plan, method: str, sources: Sequence[NamedModel]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import rich.filesize
 import rich.table
 
 from engine.checkpoints.headers import main_dtype
+from engine.methods.corrections import CORRECTIONS
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
 from engine.planning.costs.fitting import Role, shortages
 from engine.planning.costs.patience import patience
@@ -141,6 +142,8 @@ def _tensors(plan: Plan) -> rich.table.Table:
     facts.add_column()
     facts.add_column(overflow="fold")
     facts.add_row("method", plan.config.merge_method)
+    for step in plan.config.calibrate:
+        facts.add_row("then", f"{step}: {CORRECTIONS[step.method].summary}")
     facts.add_row("base", f"{_given(plan, plan.base.address)}: {header.architecture}, {header.num_layers} blocks")
     facts.add_row("tensors", f"{len(plan.merged)} merged of {len(header.tensors)}; the base provides the others")
     if plan.vocabulary is not None:

@@ -42,6 +42,8 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
     """Yield the key figures of a merge as pairs of name and value."""
     config, memory = merge.config, merge.memory
     yield "method", config.merge_method
+    if config.calibrate:
+        yield "then", ", ".join(map(str, config.calibrate))
     yield "base", config.base_model
     yield "experts", f"{len(config.models):,}"
     if config.recipe is not None and not config.recipe.plain:

@@ -35,7 +35,9 @@ def summary(merge: Merged) -> ReportSection:
 def _points(merge: Merged, distances: Mapping[str, Mapping[str, tuple[float, float]]]) -> Iterator[str]:
     names = [expert.name for expert in merge.config.models]
     more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
-    yield f"{', '.join(names[:NAMES])}{more} merged with {merge.config.base_model} by {merge.config.merge_method}."
+    then = "".join(f", then {step.method}" for step in merge.config.calibrate)
+    by = f"by {merge.config.merge_method}{then}"
+    yield f"{', '.join(names[:NAMES])}{more} merged with {merge.config.base_model} {by}."
     for loss, by_expert in distances.items():
         starts, ends = (sum(pair[place] for pair in by_expert.values()) / len(by_expert) for place in (0, 1))
         sentence = f"On the samples, {MEASURED[loss]} went from {number(starts)} to {number(ends)} in the mean"

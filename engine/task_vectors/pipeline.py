@@ -137,11 +137,21 @@ def _computed(
         exact_N = torch.empty(piece.numel) if dtype == torch.float32 else _memory.take(piece.numel)
         fill(piece, exact_N)
         out_N, survived[piece.name] = rounding.round(piece, exact_N, dtype)
-    if dtype in FLOATS and not all_finite(out_N):
-        wider = "" if dtype is torch.float32 else ", or set `out_dtype: float32`"
+    if dtype in FLOATS:
+        check_merged(piece.name, out_N)
+    return out_N, survived
+
+
+def check_merged(name: str, merged: Tensor) -> None:
+    """Check that a merged tensor, or a piece of it, is finite.
+
+    Raises:
+        RunError: it is not.
+    """
+    if not all_finite(merged):
+        wider = "" if merged.dtype is torch.float32 else ", or set `out_dtype: float32`"
         raise RunError(
-            f"the merged tensor has a NaN or infinite weight in {str(dtype).removeprefix('torch.')}",
-            piece.name,
+            f"the merged tensor has a NaN or infinite weight in {str(merged.dtype).removeprefix('torch.')}",
+            name,
             do=f"check the models' weights, lower `weight`{wider}, and run with --fresh",
         )
-    return out_N, survived

@@ -226,11 +226,7 @@ class MergeTensor:
 
     def check_finite(self, k: int, tau: Tensor) -> None:
         """Raise a CheckpointError if an element of τₖ, or of a part or factor of it, is NaN or infinite."""
-        if not all_finite(tau):
-            raise CheckpointError(
-                f"the tensor {self.name!r} has a NaN or infinite weight",
-                f"expert {self.models[k]!r} or the base",
-            )
+        check_finite(self.name, self.models[k], tau)
 
     def _rescale(self, sparse: Sparse) -> list[float]:
         """Return cₖ of each expert: 1, 1/density, or the scale that preserves Σ |τₖ|, which takes a pass over all."""
@@ -258,6 +254,16 @@ class MergeTensor:
 
     def _coefficients(self, factors: Sequence[float]) -> TensorCoefficients:
         return TensorCoefficients((0, self.numel), np.array(_float32(factors), dtype=np.float32)[:, None])
+
+
+def check_finite(name: str, model: str, tau: Tensor) -> None:
+    """Check that the elements of an expert's task vector, or of a part or factor of it, are finite.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    if not all_finite(tau):
+        raise CheckpointError(f"the tensor {name!r} has a NaN or infinite weight", f"expert {model!r} or the base")
 
 
 def _float32(factors: Iterable[float]) -> list[np.float32]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +91,8 @@ def disk_needs(
         stored: The task vectors are stored already, so that no leading parts are needed.
     """
     tensors = plan.base_header.tensors
-    output = sum(tensor.numel * BYTES.get(plan.out_dtype(name), 1) for name, tensor in tensors.items())
+    each = {name: tensor.numel * BYTES.get(plan.out_dtype(name), 1) for name, tensor in tensors.items()}
+    output = sum(each.values())
     method = NATIVE.get(plan.config.merge_method)
     if method is not None and method.outputs == "experts":
         output *= len(plan.experts)
@@ -100,14 +101,16 @@ def disk_needs(
     statistics = statistics_bytes(plan, tokens)
     if plan.config.collect:
         return DiskNeeds(0, statistics=statistics)
-    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, output), statistics)
+    return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, each), statistics)
 
 
-def block_bytes(plan: Plan, output: int) -> int:
+def block_bytes(plan: Plan, output: Mapping[str, int]) -> int:
     """Return the most bytes in the state of a merge that is solved block by block, hidden states aside; else 0.
 
-    These are the merged model, of `output` bytes, all solved tensors, and each expert's shares in the equations of the
-    largest layer: for a matrix [O, I] the elements of its own size and of the moments of its inputs. All but the model
+    `output`: the bytes of each tensor of the output.
+
+    These are the merged model, all solved tensors, and each expert's shares in the equations of the largest layer: for
+    a matrix [O, I] the elements of its own size and of the moments of its inputs. All but copies of the base's tensors
     are float32.
     """
     if not any(method.by_blocks for method in plan.config.methods):
@@ -117,7 +120,8 @@ def block_bytes(plan: Plan, output: int) -> int:
         if plan.base_header.roles.get(name) not in (Role.EMBEDDING, Role.HEAD) and len(tensors[name].shape) == 2:
             rows, columns = tensors[name].shape
             shares[LAYER.sub(r"\1", name)] += rows * columns + columns**2
-    return output + 4 * (sum(plan.numels.values()) + len(plan.experts) * max(shares.values(), default=0))
+    copied = sum(nbytes for name, nbytes in output.items() if name not in plan.merged_set)
+    return copied + 4 * (2 * sum(plan.numels.values()) + len(plan.experts) * max(shares.values(), default=0))
 
 
 def statistics_bytes(plan: Plan, tokens: Sequence[Sequence[int]] = ()) -> int:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from engine.methods.registry import get_method
 from engine.planning.costs.flops import SVD_FLOPS, decompositions
 from engine.planning.costs.rates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, MB, Site, decomposing_rate
 from engine.planning.costs.scaling import Machines, Work, predict
@@ -52,10 +51,9 @@ def patience(
     if given != "auto":
         return given
     cores = max(1.0, machines.cpus * machines.nodes / max(shards, machines.nodes))
-    calls = [_reading(plan), _whole_matrices(plan, cores) if work is None else _decomposing(plan, machines, cores)]
-    calls.append(_on_samples(plan, tokens, machines))
+    calls = [_reading(plan), _whole_matrices(plan, cores), _on_samples(plan, tokens, machines)]
     if work is not None:
-        calls += [_target(plan, work, machines), _step(plan, work, machines)]
+        calls += [_decomposing(plan, machines, cores), _target(plan, work, machines), _step(plan, work, machines)]
     return max(FLOOR, SLOWER * max(calls))
 
 
@@ -83,8 +81,8 @@ def _decomposing(plan: Plan, machines: Machines, cores: float) -> float:
 
 
 def _whole_matrices(plan: Plan, cores: float) -> float:
-    """Return the seconds of a call that writes a file by a weight-space method, if that holds whole matrices."""
-    if not get_method(plan.config.merge_method).whole:
+    """Return the seconds of a call that writes a file, if the method or a step after it holds whole matrices."""
+    if not any(method.whole for method in plan.config.methods):
         return 0.0
     tensors = sorted(
         (tensor for tensor in plan.base_header.tensors.values() if len(tensor.shape) > 1 and tensor.numel),

@@ -27,10 +27,6 @@ def test_a_rule_has_the_values_of_the_config(config: Path) -> None:
     assert regmean == Rule(off_diagonal=0.7, own_blocks=True, normalised=False, with_norms=False)
 
 
-def test_what_is_not_one_rule_for_one_model_is_refused(config: Path) -> None:
-    with refused(ConfigError, where="calibrate"):
-        rule_of(plan_of(config, "merge_method=regmean_plus_plus", "calibrate=featcal"))
-    with refused(ConfigError, where="calibrate", facts=["svd"]):
-        rule_of(plan_of(config, "merge_method=svd_intermediate", "calibrate=featcal"))
+def test_a_value_that_differs_between_tensors_is_no_rule(config: Path) -> None:
     with refused(ConfigError, where="parameters.alpha"):
         rule_of(plan_of(config, "merge_method=regmean_plus_plus", "parameters.alpha=[0.1, 0.9]"))

@@ -114,7 +114,8 @@ def test_a_merge_is_refused_before_ray_and_leaves_nothing(
 def test_a_merge_that_is_solved_block_by_block_stores_the_model_what_is_solved_and_the_shares_of_a_layer(
     llama_merge: Path,
 ) -> None:
-    plan = plan_of(llama_merge, "merge_method=task_arithmetic", "calibrate=featcal")
+    options = "merge_method=task_arithmetic", "calibrate=featcal"
+    plan = plan_of(llama_merge, *options)
     needs = disk_needs(plan)
     # Hidden size 32, 16 rows of keys and values, 48 features of the MLP; 2 experts, float32.
     squares = 6 * 32**2 + 48**2
@@ -122,6 +123,14 @@ def test_a_merge_that_is_solved_block_by_block_stores_the_model_what_is_solved_a
     assert needs.blocks == needs.output + 4 * (sum(plan.numels.values()) + 2 * layer)
     assert needs.total == needs.output + needs.blocks
     assert disk_needs(plan_of(llama_merge)).blocks == 0
+    # Until the end, merged tensors are float32.
+    halves = disk_needs(plan_of(llama_merge, *options, "out_dtype=bfloat16"))
+    assert (halves.output, halves.blocks) == (needs.output // 2, needs.blocks)
+
+
+def test_steps_on_single_tensors_need_no_disk(llama_merge: Path) -> None:
+    options = "merge_method=task_arithmetic", "calibrate=svc"
+    assert disk_needs(plan_of(llama_merge, *options)) == disk_needs(plan_of(llama_merge, options[0]))
 
 
 @pytest.mark.parametrize("kinds", [("activations",), ("gram",), ("fisher",), ("gram", "fisher")])
