@@ -13,6 +13,7 @@ from engine.learning.importance import stage_2_layout
 from engine.output.merge_record import write_record
 from engine.planning.factors import directions
 from engine.planning.plan import Plan
+from engine.statistics.fits import NO_FITS, Fits
 from engine.task_vectors.coefficients import ChunkLayout, Coefficients
 
 # (stage, step, expert, sample) → kl: two steps a stage, in which the second expert has one sample, seen twice.
@@ -80,11 +81,12 @@ def rows(plan: Plan, scale: float = 1.0) -> list[dict[str, Any]]:
     ]
 
 
-def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0) -> Path:
+def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0, fits: Fits = NO_FITS) -> Path:
     """Write the `merge/` folder of an output, as after a merge in two stages."""
     (out / "merge").mkdir(parents=True)
     stages, importance = learned(plan, seed=seed)
-    write_record(out, plan, b"identity", defaultdict(lambda: "0" * 64), stages, importance, rows(plan, scale))
+    digests = defaultdict(lambda: "0" * 64)
+    write_record(out, plan, b"identity", digests, stages, importance, rows(plan, scale), fits=fits)
     (out / "merge" / "memory.json").write_text(json.dumps(MEMORY))
     (out / "merge" / "rounding.json").write_text(json.dumps(SURVIVED))
     return out

@@ -43,6 +43,8 @@ WORDS = {
     "that experts do not share a direction. Coefficients multiply these instead of the task vectors themselves.",
     "prior": "The coefficient at which learning starts. With `weight: auto` it is the best common one of a few.",
     "regularization": "γ, the strength with which coefficients are pulled back towards the prior.",
+    "residual": "The share of what the experts change in a layer's outputs, squared, that the best sum of their task "
+    "vectors leaves: 0 if it has the outputs of all experts.",
     "rounding": "Merged weights are computed in float32 and stored with fewer digits, so that small changes can be "
     "lost. What is left is given as a share of the squared change.",
     "shard": "A process that reads a part of the tensors of the base and of all experts, sums them up, and writes the "

@@ -27,6 +27,7 @@ from engine.errors import ConfigError
 from engine.evaluation.results import SCHEMA
 from engine.output.names import public_config
 from engine.report.memory_file import Memory
+from engine.statistics.fits import FITS, LayerFit
 from engine.storage.cache import fetch
 from engine.storage.paths import as_path, is_uri
 from engine.task_vectors.coefficients import Array, Coefficients, read_coefficients
@@ -35,7 +36,7 @@ from engine.untrusted import FAULTS, JSON_BYTES, check_regular, read_text, shown
 T = TypeVar("T")
 FILES = (
     *("config.yaml", "memory.json", "rounding.json"),
-    *("coefficients.parquet", "importance.parquet", "metrics.parquet"),
+    *("coefficients.parquet", "importance.parquet", "metrics.parquet", "layers.parquet"),
 )
 EVALUATION = "evaluation.parquet"
 # Columns of merge/metrics.parquet with the losses of a method.
@@ -99,6 +100,7 @@ class Merged:
     stages: dict[int, Coefficients]
     importance: Importance | None
     metrics: pa.Table | None
+    fits: dict[str, LayerFit]
     evaluation: pa.Table | None
 
     @classmethod
@@ -116,7 +118,7 @@ class Merged:
         if not os.path.isfile(path / FILES[0]):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])
-        memory, rounding, coefficients, importance, metrics = (path / name for name in FILES[1:])
+        memory, rounding, coefficients, importance, metrics, layers = (path / name for name in FILES[1:])
         return cls(
             where,
             config,
@@ -126,6 +128,7 @@ class Merged:
             _stages(coefficients, config, record) if os.path.lexists(coefficients) else {},
             _importance(importance) if os.path.lexists(importance) else None,
             _metrics(metrics) if os.path.lexists(metrics) else None,
+            _fits(layers, config) if os.path.lexists(layers) else {},
             read_evaluation(path / EVALUATION) if os.path.lexists(path / EVALUATION) else None,
         )
 
@@ -281,6 +284,20 @@ def _metrics(path: Path) -> pa.Table:
     if not set(table["stage"].unique().to_pylist()) <= STAGES:
         raise ConfigError("there are other stages than 1 and 2", str(path))
     return table
+
+
+def _fits(path: Path, config: Config) -> dict[str, LayerFit]:
+    """Return the fits of merge/layers.parquet: of each layer a row for every expert, in the order of the config."""
+    table, names = _table(path, FITS), [expert.name for expert in config.models]
+    tensors, models, alphas, energies, residuals = (column.to_pylist() for column in table.columns)
+    firsts, count = tensors[:: len(names)], len(names)
+    alike = [one for one in firsts for _ in names] == tensors and models == names * len(firsts)
+    if not alike or any(column.null_count for column in table.columns) or len({*firsts}) < len(firsts):
+        raise ConfigError(
+            "the rows are not one for each layer and expert of config.yaml", str(path), shown(", ".join(names), 300)
+        )
+    places = range(0, len(tensors), count)
+    return {tensors[at]: LayerFit(tuple(alphas[at : at + count]), energies[at], residuals[at]) for at in places}
 
 
 def _curve(rows: pa.Table, loss: str) -> Curve:

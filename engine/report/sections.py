@@ -13,13 +13,14 @@ from engine.config.slices import described
 from engine.report import charts
 from engine.report.charts import Axis, Blocks, Scale
 from engine.report.merge_folder import Importance, Merged
-from engine.report.parts import LOSS_NAMES, Cell, Chart, ReportSection, Table, duration, moment, share
+from engine.report.parts import LOSS_NAMES, Cell, Chart, PerCent, ReportSection, Table, duration, moment, share
 from engine.report.resources import memory_and_traffic, times
+from engine.statistics.fits import total_residual
 from engine.task_vectors.coefficients import Array, Coefficients
 
 # Each expert has a chart of its own with at most FACETS experts and more than TENSORS merged tensors.
 FACETS, TENSORS = 12, 40
-# Tensors in the chart of the most important ones.
+# Tensors in the chart of the most important ones, and in the table of those of which most is left.
 TOP = 20
 # Chunk values per line, and at most, in the text of a heatmap's cell.
 CHUNK_LINE, CHUNKS = 8, 64
@@ -28,6 +29,8 @@ CHUNK_LINE, CHUNKS = 8, 64
 def sections_of(merge: Merged) -> list[ReportSection]:
     """Return all sections of a merge after its summary, except its options."""
     sections = [ReportSection("Key figures", tables=[Table(list(key_figures(merge)))]), _experts(merge)]
+    if merge.fits:
+        sections.append(_fits(merge))
     sections += _coefficients(merge)
     if merge.importance is not None:
         sections.append(_importance(merge.importance))
@@ -57,6 +60,8 @@ def key_figures(merge: Merged) -> Iterator[tuple[str, str]]:
     if losses := merge.losses():
         steps = ((stage, len(merge.mean_curve(stage, of[0]).steps)) for stage, of in losses.items() if of)
         yield "optimiser steps", ", ".join(f"{count:,} in stage {stage}" for stage, count in steps)
+    if merge.fits:
+        yield "residual of sums of task vectors", share(total_residual(merge.fits))
     if merge.survived is not None and merge.survived.survived is not None:
         yield "change left by rounding", f"{share(merge.survived.survived)}, {merge.survived.rounding}"
     if memory is not None:
@@ -89,6 +94,42 @@ def _experts(merge: Merged) -> ReportSection:
     head = ["expert", *(["prior", "mean coefficient", "smallest", "largest"] if merge.stages else [])]
     head += [*([] if merge.config.learned else ["options"]), "model"]
     return ReportSection("Experts", tables=[Table(rows, head, explain=True)])
+
+
+def _fits(merge: Merged) -> ReportSection:
+    """Return the section of the coefficients in closed form, with the layers of which most is left."""
+    fits, left = merge.fits, total_residual(merge.fits)
+    energy = sum(fit.energy for fit in fits.values())
+    by_layer = {name: fit.energy * fit.residual for name, fit in fits.items()}
+    top = sorted(fits, key=lambda name: -by_layer[name])[:TOP]
+    labels = dict(zip(fits, Blocks.of(list(fits)).names(list(fits)), strict=True))
+    experts = [expert.name for expert in merge.config.models]
+    experts = experts if len(experts) <= FACETS else []
+
+    def part(value: float, whole: float) -> PerCent:
+        return PerCent(value / whole if whole else 0.0)
+
+    rows: list[list[Cell]] = [
+        [
+            labels[name],
+            part(fits[name].energy, energy),
+            PerCent(fits[name].residual),
+            part(by_layer[name], energy * left),
+            *fits[name].coefficients[: len(experts)],
+        ]
+        for name in top
+    ]
+    vectors = "orthogonal task vectors" if merge.config.parameters.task_vectors == "orthogonal" else "task vectors"
+    text = (
+        f"Of each layer, these are the coefficients whose sum of {vectors} has outputs nearest to the experts', on the "
+        f"inputs that each expert saw, by least squares. The residual of all {len(fits):,} layers is {share(left)}: no "
+        "other coefficients, one for each expert and layer, leave less. Chunks with coefficients of their own may."
+    )
+    head = ["layer", "share of the change", "residual", "share of all that is left", *experts]
+    title = f"The {len(top)} layers of which most is left" + (
+        ", with the coefficients of the experts" if experts else ""
+    )
+    return ReportSection("How near sums of task vectors come", text, tables=[Table(rows, head, title)])
 
 
 def options_of(merge: Merged) -> ReportSection:

@@ -38,6 +38,7 @@ from engine.report.page import report_html
 from engine.report.parts import ReportSection, duration, moment, number, share
 from engine.report.sections import coefficient_charts, key_figures, sections_of
 from engine.report.summary import summary
+from engine.statistics.fits import FITS, LayerFit
 from engine.storage.local_folder import LocalFolder
 from engine.task_vectors.coefficients import (
     SPECTRAL,
@@ -170,6 +171,58 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
     assert dict(zip(memory.data[0].y, memory.data[0].x, strict=True)) == {
         actor["role"]: actor["peak_anonymous_bytes"] / 1e9 for actor in MEMORY["actors"]
     }
+
+
+def test_the_layers_that_leave_most_come_first(llama_merge: Path, tmp_path: Path) -> None:
+    plan = plan_of(llama_merge)
+    energies = {name: float(number) for number, name in enumerate(plan.merged, 1)}
+    fits = {name: LayerFit((0.25, -0.5), energy, 0.5) for name, energy in energies.items()}
+    first = plan.merged[0]
+    fits[first] = replace(fits[first], energy=4.0, residual=1.0)
+    merge = Merged.read(str(write_merge(plan, tmp_path / "merged", fits=fits)))
+    assert merge.fits == fits
+    left = {name: fit.energy * fit.residual for name, fit in fits.items()}
+    change, total = sum(fit.energy for fit in fits.values()), sum(left.values())
+    section = next(one for one in sections_of(merge) if one.title == "How near sums of task vectors come")
+    (table,) = section.tables
+    assert table.head[-2:] == ["expert0", "expert1"] and len(table.rows) == min(20, len(fits))
+    wanted = sorted(left, key=lambda name: -left[name])[:20]
+    kinds = [f"{name.split('.')[2]} · {name.split('.')[-2]}" for name in wanted]
+    assert [row[0] for row in table.rows] == kinds
+    for name, row in zip(wanted, table.rows, strict=True):
+        fit = fits[name]
+        assert row[1:] == pytest.approx([fit.energy / change, fit.residual, left[name] / total, 0.25, -0.5])
+    assert dict(key_figures(merge))["residual of sums of task vectors"] == share(total / change)
+    assert share(total / change) in section.text
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"{1 - total / change:.1%}" in card and "merge/layers.parquet" in card
+
+
+@pytest.mark.parametrize("change", ["no energy", "not finite", "swapped", "twice", "null", "cut", "no rows"])
+def test_layers_of_other_experts_or_with_odd_numbers(llama_merge: Path, tmp_path: Path, change: str) -> None:
+    plan = plan_of(llama_merge)
+    fits = {name: LayerFit((0.25, 0.5), 1.0, 0.5) for name in plan.merged}
+    path = write_merge(plan, tmp_path / "merged", fits=fits) / "merge" / "layers.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    changes: dict[str, list[dict[str, Any]]] = {
+        "no energy": [row | {"energy": 0.0} for row in rows],
+        "not finite": [row | {"energy": float("nan"), "residual": float("inf"), "tensor": HOSTILE} for row in rows[:2]],
+        "swapped": rows[::-1],
+        "twice": [*rows, *rows[:2]],
+        "null": [row | {"coefficient": None} for row in rows],
+        "cut": rows[:-1],
+        "no rows": [],
+    }
+    table = pyarrow.Table.from_pylist(changes[change], schema=FITS)
+    pyarrow.parquet.write_table(table, path)
+    if change in ("no energy", "not finite", "no rows"):
+        page = report_html([Merged.read(str(tmp_path / "merged"))])
+        path.unlink()
+        plain = report_html([Merged.read(str(tmp_path / "merged"))])
+        assert Page(page).tags.count("script") == Page(plain).tags.count("script")
+    else:
+        with refused(ConfigError, where="layers.parquet", facts=["expert0, expert1"]):
+            Merged.read(str(tmp_path / "merged"))
 
 
 def test_times_are_of_all_starts_without_the_time_between_them(merged: Path) -> None:
@@ -405,6 +458,7 @@ def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> No
         ("coefficients.parquet", b"PAR1 no", "ArrowInvalid"),
         ("metrics.parquet", None, "ArrowInvalid"),
         ("importance.parquet", b"", "ArrowInvalid"),
+        ("layers.parquet", None, "ArrowInvalid"),
         ("memory.json", b"{}", "ValidationError"),
         ("config.yaml", b"merge_method: [", "YAML"),
         ("config.yaml", b"merge_method: ties", "KeyError"),
