@@ -149,11 +149,7 @@ def load_sealed_tensors(state: Folder, name: str) -> dict[str, Tensor]:
         DamagedError: the file is damaged.
     """
     content = read_sealed(state, name)
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError):
-        refuse(f"{state.where}/{name}")
-    return tensors
+    return _loaded(content, f"{state.where}/{name}")
 
 
 def load_merged(state: Folder, name: str) -> Tensor:
@@ -163,17 +159,25 @@ def load_merged(state: Folder, name: str) -> Tensor:
         DamagedError: the file is damaged.
     """
     file = merged_file(name)
-    try:
-        tensor: Tensor = safetensors.torch.load(state.read(file))[name]
-    except (SafetensorError, ValueError, KeyError):
-        refuse(f"{state.where}/{file}")
-    return tensor
+    where = f"{state.where}/{file}"
+    tensors = _loaded(state.read(file), where)
+    return tensors[name] if name in tensors else refuse(where)
 
 
 def load_calibrated(state: Folder, name: str) -> Tensor:
     """Return a tensor of the merged model: solved, float32, if it is, else as it was."""
     file = solved_file(name)
     return load_sealed_tensors(state, file)["tensor"] if state.exists(file) else load_merged(state, name)
+
+
+def _loaded(content: bytes, where: str) -> dict[str, Tensor]:
+    """Return the tensors in a safetensors file, which `where` names in the error."""
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError):
+        refuse(where)
+    # Cloned: the alignment of a buffer varies, and the last bit of a matrix product depends on it.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _list_file(part: int, expert: int) -> str:

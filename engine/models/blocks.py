@@ -209,7 +209,8 @@ class BlockRun:
         def this(block: Any, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if state.hidden is not None:
-                    hidden = state.hidden.to(self.device)
+                    # A copy, which the block may change, with the alignment that torch gives every tensor.
+                    hidden = state.hidden.to(self.device, copy=True)
                     args, kwargs = (
                         ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {_hidden_name(block): hidden})
                     )

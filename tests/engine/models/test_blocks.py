@@ -206,6 +206,22 @@ def test_a_run_goes_on_from_states_that_were_kept_and_leaves_the_model_as_it_was
     assert before == {name: module.forward for name, module in model.named_modules()}
 
 
+def test_a_block_that_changes_its_input_gets_the_same_one_again() -> None:
+    model = causal("llama")
+    run = BlockRun(model, sentences()[:1])
+    run.step(run.parts[0])
+    original = model.model.layers[1].forward
+
+    def changing(hidden: Tensor, **given: Any) -> Any:
+        output = original(hidden, **given)
+        hidden.zero_()
+        return output
+
+    model.model.layers[1].forward = changing
+    first, second = (run.forward(run.parts[1], 0).hidden for _ in range(2))
+    assert first is not None and second is not None and torch.equal(first, second)
+
+
 def test_a_model_without_blocks_and_one_that_repeats_a_block_are_refused() -> None:
     model = causal("llama")
     model.model.layers[1] = model.model.layers[0]
