@@ -14,18 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from threading import Semaphore
 
 import torch
 from torch import Tensor
 
-from engine.checkpoints.vocabulary import has_tokens_for_rows, is_matrix
 from engine.methods.arithmetic.damping import damp
 from engine.methods.arithmetic.spectral import spectral_calibration
 from engine.methods.arithmetic.tensor import check_finite
 from engine.methods.corrections import CORRECTIONS, Correction
 from engine.methods.options import Value
 from engine.methods.registry import get_method
+from engine.planning.costs.flops import fitting
 from engine.planning.plan import Plan
 from engine.shards.statistics import MergeStatistics
 from engine.task_vectors.pieces import Piece, pieces
@@ -63,12 +64,21 @@ class TensorSteps:
 
     def after(self, job: TensorJob) -> TensorJob:
         """Return the job of a tensor with the steps after it. It then holds a few whole matrices."""
-        name, rounding = job.name, job.rounding
-        is_vocabulary = has_tokens_for_rows(self.plan.base_header, name)
-        # What has no rounding is not merged.
-        if not self.steps or rounding is None or not is_matrix(job.shape, is_vocabulary):
+        name, rounding, at_work = job.name, job.rounding, self._at_work
+        if not self.steps or rounding is None or name not in self.plan.matrix_set:
             return job
-        return replace(job, prepare=lambda: copy_of(self._changed(name, rounding.base, self._whole(job))))
+
+        def prepare() -> Fill:
+            with at_work:
+                return copy_of(self._changed(name, rounding.base, self._whole(job)))
+
+        return replace(job, prepare=prepare)
+
+    @cached_property
+    def _at_work(self) -> Semaphore:
+        """Bounds the memory: the number of matrices that are changed at a time."""
+        largest = max((self.plan.numels[name] for name in self.plan.matrices), default=0)
+        return Semaphore(fitting(largest))
 
     def _whole(self, job: TensorJob) -> Tensor:
         """Return the merged tensor, float32.

@@ -258,8 +258,18 @@ class Plan:
         """Names of the merged tensors whose task vectors are made orthogonal: matrices, if the config says so."""
         if not self.config.learned or self.config.parameters.task_vectors != "orthogonal":
             return ()
+        return self.matrices
+
+    @cached_property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the merged tensors that map features to features."""
         header = self.base_header
         return tuple(n for n in self.merged if is_matrix(header.tensors[n].shape, has_tokens_for_rows(header, n)))
+
+    @cached_property
+    def matrix_set(self) -> frozenset[str]:
+        """`matrices` as a set."""
+        return frozenset(self.matrices)
 
     @cached_property
     def orthogonal_set(self) -> frozenset[str]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from engine.checkpoints.structure import Role
+from engine.methods.corrections import CORRECTIONS
 from engine.planning.factors import decomposed, ranks
 from engine.planning.plan import Plan
 from engine.sizes import (
@@ -49,8 +50,23 @@ def decompositions(plan: Plan, cpus: float) -> int:
     The number has no influence on the results.
     """
     largest = max((plan.numels[name] for name in decomposed(plan)), default=0)
-    fitting = DECOMPOSING_BYTES // (4 * SVD_COPIES * max(1, largest))
-    return max(1, min(int(cpus), MATRICES_PER_CALL * GROUPS_PER_CALL, fitting))
+    return max(1, min(int(cpus), MATRICES_PER_CALL * GROUPS_PER_CALL, fitting(largest)))
+
+
+def fitting(numel: int) -> int:
+    """Return how many matrices of so many elements can be decomposed at a time in DECOMPOSING_BYTES, at least 1."""
+    return max(1, DECOMPOSING_BYTES // (4 * SVD_COPIES * max(1, numel)))
+
+
+def step_bytes(plan: Plan, cpus: float) -> float:
+    """Return the bytes of the whole matrices of a shard that takes steps after a merge; 0 without any.
+
+    These are matrices at work, and changed ones that wait to be written.
+    """
+    if not any(CORRECTIONS[one.method].whole for one in plan.config.calibrate):
+        return 0
+    largest = max((plan.numels[name] for name in plan.matrices), default=0)
+    return 4 * largest * (SVD_COPIES * min(cpus, fitting(largest)) + cpus)
 
 
 def orthogonal_bytes(plan: Plan, cpus: float) -> float:

@@ -14,7 +14,7 @@ from engine.checkpoints.headers import BYTES, FLOATS, SAFETENSORS
 from engine.config.schema import Config
 from engine.machine import usable_cpus, usable_gpus, usable_memory
 from engine.planning.costs.disk import target_bytes
-from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops
+from engine.planning.costs.flops import kept_elements, orthogonal_bytes, orthogonal_flops, sample_flops, step_bytes
 from engine.planning.costs.rates import (
     CPU_FLOPS,
     CPU_MEMORY,
@@ -183,7 +183,11 @@ def _memory(plan: Plan, work: Work, machines: Machines, where: Site, shards: int
         # One bucket received and one to send.
         shard=SHARD_BYTES
         + scratch
-        + max(0 if where == "trainer" else 2 * bucket, orthogonal_bytes(plan, machines.cpus)),
+        + max(
+            0 if where == "trainer" else 2 * bucket,
+            orthogonal_bytes(plan, machines.cpus),
+            step_bytes(plan, machines.cpus),
+        ),
         store=0 if where == "trainer" else IN_FLIGHT * shards * bucket,
         page_cache=(read_bytes(plan) / (min(shards, machines.nodes) if where == "nodes" else 1) if dense else 0)
         + (0 if on_gpu else held),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from engine.correction.steps import steps_around
 from engine.errors import CheckpointError, RunError
 from engine.learning.learner import first_stage
 from engine.output.model_folder import output_files
+from engine.planning.costs.flops import SVD_COPIES, step_bytes
 from engine.planning.plan import Plan
+from engine.run.inputs import identity
 from engine.statistics.files import StatisticsWriter
 from engine.statistics.moments import Moments
 from engine.storage.local_folder import LocalFolder
@@ -238,3 +241,15 @@ def test_which_steps_are_before_the_solution_of_layers_and_which_after(
 ) -> None:
     first, second = steps_around(plan_of(llama_merge, f"merge_method={method}", f"calibrate={steps}"))
     assert ([one.method for one in first], [one.method for one in second]) == (before, after)
+
+
+def test_steps_their_order_and_their_options_are_part_of_what_a_run_is(llama_merge: Path) -> None:
+    given = ("svc", "{method: svc, alpha: 0.2}", "[svc, featcal]", "[featcal, svc]", "[]")
+    options = [identity(plan_of(llama_merge, f"calibrate={one}")).options for one in given]
+    assert all(one != other for one, other in combinations(options, 2))
+
+
+def test_the_memory_of_whole_matrices_is_in_the_plan(llama_merge: Path) -> None:
+    without, with_steps = (step_bytes(plan_of(llama_merge, f"calibrate={one}"), 4) for one in ("featcal", "svc"))
+    # Four matrices of the MLP at work, and four that wait to be written.
+    assert (without, with_steps) == (0, 4 * 32 * 48 * 4 * (SVD_COPIES + 1))

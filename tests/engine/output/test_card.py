@@ -23,6 +23,7 @@ from engine.methods.registry import get_method
 from engine.output import sources
 from engine.output.card import write_card, write_weight_space_card
 from engine.output.names import code, markdown, public_config, public_name, yaml_block
+from engine.planning.summary import print_weight_space_plan
 from engine.report.merge_folder import Merged
 from engine.report.page import report_html
 from engine.report.sections import key_figures, sections_of
@@ -111,6 +112,23 @@ def test_card_and_report_tell_chunks_of_directions(llama_merge: Path, tmp_path: 
         assert sections["Coefficients of stage 2"].text.count("singular directions") == of_report
         assert f"{sum(plan.numels.values()):,} elements" in dict(key_figures(merge))["merged"]
         assert merge.importance is not None and sum(merge.importance.numel) == sum(plan.numels.values())
+
+
+def test_plan_card_and_report_tell_the_steps_after_the_merge(
+    llama_merge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(llama_merge, "calibrate=[{method: svc, alpha: 0.7}, featcal]")
+    weight_space = plan_of(llama_merge, "merge_method=ties", "calibrate=[{method: svc, alpha: 0.7}, featcal]")
+    merge = Merged.read(str(write_merge(plan, tmp_path / "merged")))
+    write_weight_space_card(tmp_path / "w.md", weight_space, get_method("ties"), DIGESTS)
+    print_weight_space_plan(weight_space, str(tmp_path / "out"))
+    cards = [
+        path.read_text().partition("## Use it")[0] for path in (tmp_path / "merged" / "README.md", tmp_path / "w.md")
+    ]
+    for text in (*cards, dict(key_figures(merge))["then"], capsys.readouterr().out):
+        assert text.index("svc (alpha 0.7)") < text.index("featcal (alpha 0.3")
+    page = report_html([merge])
+    assert page.index("then svc") < page.index("then featcal")
 
 
 def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> None:
