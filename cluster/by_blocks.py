@@ -67,7 +67,10 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
 
     begun = False
     while done != parts:
-        answers = attempt.watch.hand_out([(done, k) for k in experts], actors, contribute, PHASE)
+        # There and back, so that an actor with several experts goes on with the one that it holds.
+        turn = 1 if done % 2 == 0 else -1
+        tasks = [(done, k) for k in experts[::turn]]
+        answers = attempt.watch.hand_out(tasks, actors[::turn], contribute, PHASE)
         found = {k: contribution for (_, k), contribution in answers}
         parts = found[experts[0]].parts
         if not begun:
@@ -77,8 +80,8 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
         for k in experts:
             for group in found[k].groups:
                 groups.setdefault(group, []).append(k)
-        tasks = [(done, group, having) for group, having in groups.items()]
-        for _ in attempt.watch.hand_out(tasks, actors, solve, PHASE):
+        layers = [(done, group, having) for group, having in groups.items()]
+        for _ in attempt.watch.hand_out(layers, actors, solve, PHASE):
             pass
         folder.held()
         end_part(state, done, parts)
