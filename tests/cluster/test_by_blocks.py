@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import tiny
+import tiny_images
 import torch
 from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
@@ -95,3 +96,16 @@ def test_a_learned_merge_is_calibrated_too(config: Path, tmp_path: Path) -> None
     plan = plan_of(config, "calibrate=featcal")
     out = run_merge(plan, tmp_path / "out")
     assert equal(load_file(out / "model.safetensors"), expected(plan, learned, tmp_path / "state"))
+
+
+@pytest.mark.slow
+def test_all_towers_of_a_model_that_takes_images_are_calibrated(tmp_path: Path) -> None:
+    given = tiny_images.make_merge(tmp_path / "merge", "qwen3_vl", merge_method="task_arithmetic")
+    plans = [plan_of(given, "parameters.samples_per_model=2", f"calibrate={steps}") for steps in ("[]", "featcal")]
+    merged, solved = (
+        load_file(run_merge(plan, tmp_path / str(number)) / "model.safetensors") for number, plan in enumerate(plans)
+    )
+    changed = {name for name, tensor in solved.items() if not torch.equal(tensor, merged[name])}
+    for part in ("visual.blocks.1.", "visual.merger.", "language_model.layers.2."):
+        assert any(part in name for name in changed), part
+    assert all(bool(tensor.isfinite().all()) for tensor in solved.values())
