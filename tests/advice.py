@@ -59,6 +59,7 @@ FOLLOWED = {
     ),
     "test_advice_on_storage": ("engine/storage",),
     "test_statistics_on_ray": ("engine/statistics/files",),
+    "test_outlook": ("cluster/outlook",),
     "test_optimizer_state": ("engine/statistics/optimizer_state",),
     "test_push": ("engine/output/push",),
 }

@@ -22,6 +22,7 @@ from cluster.commands.common import (
     strict_option,
     target_of,
 )
+from engine.errors import ConfigError
 from engine.planning.plan import Plan
 from engine.run.place import check_place
 
@@ -42,11 +43,20 @@ if TYPE_CHECKING:
 @click.option("--gpus", type=click.IntRange(0), help="GPUs per node.")
 @click.option("--memory", type=click.FloatRange(0, min_open=True), help="Memory per node in GB.")
 @click.option("--gpu-memory", type=click.FloatRange(0, min_open=True), help="Memory per GPU in GB.")
+@click.option(
+    "--with-stats", is_flag=True, help="Tell what the `statistics` of the models foretell, which reads all weights."
+)
 @kept_option
 @strict_option
 @debug_option
 def plan(
-    config: Path | None, out: str | None, overrides: tuple[str, ...], kept: str | None, strict: bool, **machines: Any
+    config: Path | None,
+    out: str | None,
+    overrides: tuple[str, ...],
+    kept: str | None,
+    strict: bool,
+    with_stats: bool,
+    **machines: Any,
 ) -> None:
     """Check CONFIG and its inputs, and estimate the merge.
 
@@ -60,8 +70,17 @@ def plan(
             check_place(target)
         documents = documents_of(config, overrides, strict)
         if len(documents) == 1:
-            print_on(None, plan_of(documents[0], target), machines, target)
+            made = plan_of(documents[0], target)
+            print_on(None, made, machines, target)
+            if with_stats:
+                from cluster.outlook import foretell
+
+                foretell(made)
             return
+        if with_stats:
+            raise ConfigError(
+                "a config of several merges", str(documents[0].path), "with --with-stats, a config of one"
+            )
         from engine.output.outline import outlined, places_of
 
         places = places_of(documents, target, kept_at(kept))

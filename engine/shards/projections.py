@@ -30,6 +30,9 @@ def fit_layers(
         used: The task vectors that are summed, which may be orthogonal.
         statistics: The statistics of the experts.
         names: The tensors.
+
+    Raises:
+        CheckpointError: A weight is not finite, or the statistics cannot be read.
     """
 
     def fit(name: str) -> LayerFit | None:
@@ -43,7 +46,10 @@ def fit_layers(
         base, grams = own.base.read(name), {k: partial(mean_gram, partial(_moments, of)) for k, of in known.items()}
         rows, outputs = (rows_of(base, streams.of(name)) for streams in (used, own))
         blocks = blocks_of(shape, len(experts))
-        return normal_equations(rows, blocks, grams, None if used is own else outputs).fit()
+        projection = normal_equations(rows, blocks, grams, None if used is own else outputs)
+        if not projection.matrix_KK.isfinite().all():
+            own.inspection(name)  # raises, and names the model
+        return projection.fit()
 
     found = zip(names, own.pool.map(fit, names), strict=True)
     return {name: one for name, one in found if one is not None}

@@ -8,14 +8,15 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import tiny
+from advice import found, refusal
+from click.testing import CliRunner
 from cluster_helpers import KillOnce, result, run_merge
 from conftest import plan_of
 
-from cluster.driver import merge
-from engine.config.reader import collected, load_config
-from engine.planning.planner import make_plan
+import cli
+from cluster.outlook import foretell
 from engine.report.merge_folder import Merged
-from engine.statistics.fits import LEAST
+from engine.statistics.fits import LEAST, write_fits
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_ray")]
 
@@ -45,7 +46,7 @@ def test_neither_shards_nor_an_interruption_change_the_bits(config: Path, once: 
 def test_the_record_has_the_fits_and_learning_starts_at_them(once: Path) -> None:
     rows = pyarrow.parquet.read_table(once / "merge" / "layers.parquet").to_pylist()
     merged = Merged.read(str(once))
-    layout, found = merged.stages[1].layout, merged.stages[1].values
+    layout, values = merged.stages[1].layout, merged.stages[1].values
     assert {row["tensor"] for row in rows} == set(layout.tensors), "every merged tensor of the tiny model is a layer"
     assert all(0 <= row["residual"] <= 1 and row["energy"] > 0 for row in rows)
     for k in range(2):
@@ -53,7 +54,7 @@ def test_the_record_has_the_fits_and_learning_starts_at_them(once: Path) -> None
         start = np.clip(mine, LEAST, 1 - LEAST)
         assert merged.prior(f"expert{k}") == pytest.approx(start.mean())
         # Three steps of AdamW on a, α = σ(a), of the learning rate at most.
-        np.testing.assert_allclose(found[k], start, atol=3 * 0.001 / 4, rtol=0)
+        np.testing.assert_allclose(values[k], start, atol=3 * 0.001 / 4, rtol=0)
         assert np.ptp(start) > 0.1
     assert "linear layers" in (once / "README.md").read_text()
     assert "merge/layers.parquet" in (once / "merge" / "config.yaml").read_text()
@@ -62,11 +63,18 @@ def test_the_record_has_the_fits_and_learning_starts_at_them(once: Path) -> None
 def test_given_statistics_and_the_weight_space_method_have_the_same_fits(
     config: Path, once: Path, tmp_path: Path
 ) -> None:
+    """The statistics are those to which the advice of `plan --with-stats` leads."""
+    error = refusal(lambda: foretell(plan_of(config)))
+    command = found(r"`python cli.py (stats CONFIG --out DIR)`.*`statistics: DIR/NAME`", error)[1]
     statistics = tmp_path / "statistics"
-    assert merge(make_plan(collected(load_config(config), ("gram",), False, "config"), config.parent), str(statistics))
+    done = CliRunner().invoke(cli.main, command.replace("CONFIG", str(config)).replace("DIR", str(statistics)).split())
+    assert done.exit_code == 0, done.output
     given = [f"models.{k}.statistics={statistics / f'expert{k}'}" for k in range(2)]
+    foretold = foretell(plan_of(config, *given))
     again = run_merge(plan_of(config, "parameters.weight=closed_form", *given), tmp_path / "again")
     assert result(again) == result(once)
     other = run_merge(plan_of(config, "merge_method=closed_form", *given), tmp_path / "closed_form")
     tables = [pyarrow.parquet.read_table(out / "merge" / "layers.parquet") for out in (once, other)]
     assert tables[0].equals(tables[1])
+    write_fits(tmp_path / "layers.parquet", foretold, ["expert0", "expert1"])
+    assert tables[0].equals(pyarrow.parquet.read_table(tmp_path / "layers.parquet"))
