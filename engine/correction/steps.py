@@ -2,7 +2,7 @@
 
 They change τ = θ − θ₀ of the merged weight θ of a linear layer in float32, before it is rounded once to the dtype of
 the output, whatever method merged it. Tensors that are not matrices, embedding and head, and excluded tensors stay as
-they are.
+they are. Rows are a layer's outputs; a matrix that a model stores the other way round (GPT-2) is taken as it is stored.
 
 svc. Source: Li et al., arXiv 2602.05536; the published code of FusionBench calibrates embeddings, too. See
 `engine.methods.arithmetic.spectral`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import safetensors.torch
+import tiny
 import torch
 from conftest import plan_of
 from correction_helpers import store_mean
 from errors import refused
+from peft_adapters import build
 from safetensors.torch import load_file
 from weight_space import MATRICES, SHAPES, Tensors, combine, entries, noise, ours, read, write_arrays, write_config
 
@@ -253,3 +256,22 @@ def test_the_memory_of_whole_matrices_is_in_the_plan(llama_merge: Path) -> None:
     without, with_steps = (step_bytes(plan_of(llama_merge, f"calibrate={one}"), 4) for one in ("featcal", "svc"))
     # Four matrices of the MLP at work, and four that wait to be written.
     assert (without, with_steps) == (0, 4 * 32 * 48 * 4 * (SVD_COPIES + 1))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft reads a deprecated attribute
+def test_an_adapter_counts_as_the_checkpoint_that_it_makes(tmp_path: Path) -> None:
+    built = build(tmp_path, tiny.make_model(), r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    shutil.copytree(built.base, tmp_path / "whole")
+    safetensors.torch.save_file(
+        {name: built.merged_tensors[name].contiguous() for name in built.base_tensors},
+        tmp_path / "whole" / "model.safetensors",
+        {"format": "pt"},
+    )
+    tiny.save(tiny.make_expert(tiny.make_model(), seed=5), tmp_path / "other")
+    options: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "base", "calibrate": SVC}
+    found = []
+    for expert in ("adapter", "whole"):
+        models = [{"model": name, "parameters": {"weight": 0.7}} for name in (expert, "other")]
+        found.append(ours(write_config(tmp_path, models=models, **options)))
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=0, atol=1e-5)
