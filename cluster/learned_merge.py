@@ -275,7 +275,7 @@ class LearnedMerge(Attempt):
     def _orthogonal(
         self, crew: Crew, targets: TargetComputation, groups: Sequence[Sequence[str]]
     ) -> dict[str, Inspection]:
-        """Make the task vectors of all matrices orthogonal, group by group, and return their statistics.
+        """Store the task vectors of all matrices (`orthogonalise`), group by group, and return their statistics.
 
         This runs on the shards. If the experts compute on GPUs, it runs in their seats when these are free.
         """
@@ -289,7 +289,10 @@ class LearnedMerge(Attempt):
             workers = crew.shards_of_experts(len(matrices))
         through = frozenset(crew.layout.factored)
         ask = lambda shard, names: shard.orthogonalise.remote(names, through.intersection(names))  # noqa: E731
-        phase = "orthogonal task vectors" if self.plan.orthogonal else "singular directions"
+        phase = "singular directions"
+        if self.plan.orthogonal:
+            shares = self.plan.config.parameters.task_vectors == "swudi"
+            phase = "task vectors of SWUDI" if shares else "orthogonal task vectors"
         done = self.spread(phase, workers, matrices, ask)
         for shard in workers if workers is not crew.shards else ():
             self.report(shard)

@@ -169,8 +169,9 @@ class Bench:
         return path
 
     def state(self, plan: Plan) -> Folder:
-        """Return the folder of the plan's orthogonal task vectors, if any, computed once per set of experts."""
-        folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}"))
+        """Return the folder of the plan's stored task vectors, if any, computed once per kind and set of experts."""
+        kind = plan.config.parameters.task_vectors
+        folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}-{kind}"))
         orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, plan.orthogonal)
         return folder
 

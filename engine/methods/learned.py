@@ -48,7 +48,8 @@ ABOUT = {
     "`closed_form`: where least squares on the layers' outputs start each layer",
     "loss_weight": "βₖ, the weight of the expert's losses",
     "samples_per_model": "number of calibration samples of the expert",
-    "task_vectors": "`whole`, or `orthogonal`: leading singular parts, made orthogonal across experts (TSV-M), times 4",
+    "task_vectors": "`whole`; leading singular parts made `orthogonal` across experts (TSV-M), times 4; or the "
+    "experts' shares in the result of `swudi`, times 4",
     "hidden_layers": "S, the compared hidden states: `middle`, `all`, or a list of indices",
     "hidden_loss": "`mse`, or `relative`: divided by the variance of the expert's hidden states",
     "hidden_weight": "λ_hid, the weight of the hidden loss",
@@ -91,7 +92,7 @@ class Parameters(Section):
     weight: Float | Literal["auto", "closed_form"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
-    task_vectors: Literal["orthogonal", "whole"] = "orthogonal"
+    task_vectors: Literal["orthogonal", "swudi", "whole"] = "orthogonal"
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_loss: Literal["mse", "relative"] = "relative"
     hidden_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0

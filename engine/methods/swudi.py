@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
     from engine.task_vectors.pipeline import Fill
 
-# Smaller eigenvalues of C, whose trace is K, are left out.
-LEAST = 1e-8
-
 START = Option(
     "start",
     "sum",
@@ -147,6 +144,8 @@ def _factors(tensor: MergeTensor, values: Tensor) -> Tensor:
     """Return hᵢ/λᵢ for the eigenvalues λᵢ, ascending as `eigh` returns them."""
     import torch
 
+    from engine.methods.arithmetic.matrices import LEAST, participation
+
     rows, columns = tensor.shape
     values = values.clamp_min(0)
     if "cut" not in tensor.values:
@@ -155,8 +154,7 @@ def _factors(tensor: MergeTensor, values: Tensor) -> Tensor:
     else:
         reached = torch.ones_like(values)
         if tensor.values["cut"] == "participation":
-            total = float(values.sum())
-            count = math.ceil(float(values.sqrt().sum()) ** 2 / total) if total else 0
+            count = participation(values)
         else:
             stacked = len(tensor.task_vectors) * rows
             threshold = gavish_donoho(stacked, columns) * _median(values.sqrt(), min(stacked, columns))

@@ -226,7 +226,7 @@ def _loading(plan: Plan) -> str:
 
 
 def _aim(plan: Plan) -> str:
-    """Return the objective of the coefficients as a clause; with orthogonal task vectors also what they multiply."""
+    """Return the objective of the coefficients as a clause, and what they multiply if not whole task vectors."""
     if not plan.config.has_targets:
         aim = "the merged model's predictions have the least entropy\n([AdaMerging](https://arxiv.org/abs/2310.02575))"
     else:
@@ -235,10 +235,11 @@ def _aim(plan: Plan) -> str:
             "([Expert Merging](https://arxiv.org/abs/2509.25712))"
         )
     if plan.orthogonal:
-        aim += (
-            "; the coefficients of matrices multiply\northogonal task vectors "
-            "([TSV-Merge](https://arxiv.org/abs/2412.00081)), times 4"
-        )
+        multiplied = {
+            "orthogonal": "orthogonal task vectors ([TSV-Merge](https://arxiv.org/abs/2412.00081))",
+            "swudi": "the shares of the experts in\n[SWUDI](https://arxiv.org/abs/2606.07289)",
+        }
+        aim += f"; the coefficients of matrices multiply\n{multiplied[plan.config.parameters.task_vectors]}, times 4"
     return aim
 
 

@@ -62,19 +62,19 @@ def check_directions(plan: Plan) -> None:
         )
     if directions(plan):
         return
-    orthogonal = plan.config.parameters.task_vectors == "orthogonal"
+    every = plan.config.parameters.task_vectors != "whole"
     raise ConfigError(
         f"{chunks} needs singular directions, and no merged tensor has such",
         "parameters.chunks",
-        "matrices to merge" if orthogonal else "experts that are all adapters, as their task vectors are `whole`",
-        "set `chunks: contiguous`" if orthogonal else "set `task_vectors: orthogonal` or `chunks: contiguous`",
+        "matrices to merge" if every else "experts that are all adapters, as their task vectors are `whole`",
+        "set `chunks: contiguous`" if every else "set `task_vectors: orthogonal` or `chunks: contiguous`",
     )
 
 
 def decomposed(plan: Plan) -> tuple[str, ...]:
     """Return the names of the matrices whose task vectors are stored as singular parts, in the order of `plan.merged`.
 
-    These are the orthogonal ones; of whole task vectors, which are adapters' then, those with chunks of directions.
+    These are `plan.orthogonal`; of whole task vectors, which are adapters' then, those with chunks of directions.
     """
     return plan.orthogonal or tuple(directions(plan))
 

@@ -255,8 +255,11 @@ class Plan:
 
     @cached_property
     def orthogonal(self) -> tuple[str, ...]:
-        """Names of the merged tensors whose task vectors are made orthogonal: matrices, if the config says so."""
-        if not self.config.learned or self.config.parameters.task_vectors != "orthogonal":
+        """Names of the matrices whose task vectors are made to fit together: made orthogonal, or shares of SWUDI.
+
+        Empty if coefficients multiply whole task vectors, or are not learned.
+        """
+        if not self.config.learned or self.config.parameters.task_vectors == "whole":
             return ()
         return self.matrices
 

@@ -158,8 +158,9 @@ def _coefficients(merge: Merged) -> list[ReportSection]:
         "prior. If a tensor has several chunks, the colour is their mean; point at a cell to see all values. Tensors "
         "without a chunk have a fixed coefficient."
     )
-    if merge.config.parameters.task_vectors == "orthogonal":
-        text += " The coefficients of matrices multiply orthogonal task vectors, which are scaled by 4."
+    multiplied = {"orthogonal": "orthogonal task vectors", "swudi": "the shares of the experts in SWUDI"}
+    if (kind := merge.config.parameters.task_vectors) in multiplied:
+        text += f" The coefficients of matrices multiply {multiplied[kind]}, which are scaled by 4."
     along = " The chunks of matrices are groups of singular directions of each expert's task vector, the largest first."
     return [
         ReportSection(

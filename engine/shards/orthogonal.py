@@ -5,7 +5,11 @@ writing then read them in place of the experts' own task vectors.
 Source: Gargiulo et al., Task Singular Vectors, arXiv 2412.00081: of τₖ = Uₖ·Σₖ·Vₖᵀ the leading r = ⌊min(m, n)/K⌋
 parts, τ⊥ₖ = U⊥ₖ·Σₖ·V⊥ₖᵀ with U⊥ the orthogonal matrix nearest to [U₁ … U_K], V⊥ likewise. TSV-Merge adds all of them
 with one λ; here a coefficient is learned for each. Directions that several experts have in common are shared among them
-(`orthogonal_parts`). Letters: m rows and n columns of a matrix, r rank, K experts.
+(`orthogonal_parts`).
+
+With `task_vectors: swudi`, they are in the same way the shares of the experts in the result of SWUDI-A (`swudi_parts`),
+to which they add up where all coefficients are 1/TASK_VECTOR_SCALE.
+Letters: m rows and n columns of a matrix, r rank, K experts.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from engine.checkpoints.headers import BYTES
 from engine.checkpoints.writer import OutputFile, OutputTensor, torch_dtype, write_file
-from engine.methods.arithmetic.matrices import Parts, orthogonal_parts
+from engine.methods.arithmetic.matrices import Parts, orthogonal_parts, swudi_parts
 from engine.planning.costs.flops import decompositions
 from engine.planning.factors import decomposed, stored_dtype
 from engine.planning.plan import Plan
@@ -144,14 +148,16 @@ def _entry(name: str, shape: tuple[int, ...], code: str) -> OutputTensor:
 def _orthogonal(plan: Plan, name: str, parts: Mapping[int, Parts], by_lapack: Callable[[], None]) -> Factors:
     """Return the factors of all experts, from the parts of those that change the matrix.
 
-    They are TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n] or, of whole task vectors, U·Σ and Vᵀ. The directions of
-    each expert are in the order of its singular values.
+    They are TASK_VECTOR_SCALE · U⊥·Σ [m, R] and V⊥ᵀ [R, n], or those of `swudi_parts`, or, of whole task vectors, U·Σ
+    and Vᵀ. The directions of each expert are in the order of its singular values.
     """
     ranks = tuple(len(parts[k][1]) if k in parts else 0 for k in range(len(plan.experts)))
     if not plan.orthogonal or not parts:
         whole = {k: Product(u * s, vt) for k, (u, s, vt) in parts.items()}
         return Factors.of([whole.get(k) for k in range(len(ranks))], plan.base_header.tensors[name].shape)
-    left, values, right = orthogonal_parts(list(parts.values()), by_lapack)
+    given = list(parts.values())
+    shares = plan.config.parameters.task_vectors == "swudi"
+    left, values, right = swudi_parts(given) if shares else orthogonal_parts(given, by_lapack)
     return Factors(left * (TASK_VECTOR_SCALE * values), right, ranks)
 
 

@@ -1,10 +1,11 @@
-"""Functions shared by the matrix methods (iso, svd, wudi, orthogonal task vectors): singular parts and results.
+"""Functions shared by the matrix methods (iso, svd, wudi, stored task vectors): singular parts and results.
 
 Letters: m rows and n columns of a matrix, r rank, K experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from engine.task_vectors.sums import whole
 
 # U [m, r], Σ [r], Vᵀ [r, n].
 Parts = tuple[Tensor, Tensor, Tensor]
+# SWUDI leaves out smaller eigenvalues of C, whose trace is K.
+LEAST = 1e-8
 
 
 def mean_of_task_vectors(tensor: MergeTensor) -> Fill:
@@ -150,6 +153,35 @@ def _nearest_orthogonal(matrix: Tensor, by_lapack: Callable[[], None] | None) ->
     # Without null directions, the whole factors: a product of slices may have other bits.
     nearest: Tensor = p @ qt if rank == len(d) else p[:, :rank] @ qt[:rank]
     return nearest
+
+
+def swudi_parts(parts: Sequence[Parts]) -> Parts:
+    """Return U [m, Σr], Σ [Σr] and W [Σr, n], float32, of several experts' parts (U, Σ, Vᵀ), concatenated in order.
+
+    The products τ̃ₖ = Uₖ·Σₖ·Wₖ add up to τ of SWUDI-A (arXiv 2606.07289), which is linear in the experts:
+    τ̃ₖ = τₖ·(1 − C·P + Cₖ·P) with Cₖ = τₖᵀτₖ/‖τₖ‖²_F, C = Σₖ Cₖ = Q·Λ·Qᵀ and P = Q·Λ⁻¹·Qᵀ over the eigenvalues that
+    count (`participation`), from τ₀ = Σₖ τₖ. On inputs in these directions τ̃ₖ answers to expert k alone; elsewhere it
+    is τₖ. Equal experts get equal shares.
+
+    With V [Σr, n] of all experts and c = Σ/‖τₖ‖_F, C = (c·V)ᵀ·(c·V) has the eigenvalues of the small matrix
+    (c·V)·(c·V)ᵀ = Z·Λ·Zᵀ, and the formula becomes W = V + (c·Z·Λ⁻¹ − c⁻¹·Z)·Zᵀ·(c·V). All of it in float64.
+    """
+    left, values, right = zip(*parts, strict=True)
+    c = torch.cat([own.double() / own.double().norm() for own in values])[:, None]
+    rows = c * torch.cat(right)
+    eigenvalues, z = torch.linalg.eigh(rows @ rows.T)
+    counted = slice(len(eigenvalues) - participation(eigenvalues), None)
+    z = z[:, counted]
+    changed_rows = ((c * z / eigenvalues[counted] - z / c) @ z.T @ rows).float()
+    return torch.cat(left, dim=1), torch.cat(values), torch.cat(right) + changed_rows
+
+
+def participation(eigenvalues: Tensor) -> int:
+    """Return how many of the largest eigenvalues count in SWUDI-A: ⌈(Σ√λᵢ)²/Σλᵢ⌉ of those from LEAST on."""
+    counted = eigenvalues[eigenvalues >= LEAST]
+    if not len(counted):
+        return 0
+    return min(len(counted), math.ceil(float(counted.sqrt().sum().square() / counted.sum())))
 
 
 def _by_lapack(matrix: Tensor) -> Parts:

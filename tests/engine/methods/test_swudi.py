@@ -1,7 +1,8 @@
-"""SWUDI beside the objective that it minimises, and of adapters beside their dense products."""
+"""SWUDI beside the objective that it minimises, of adapters beside their dense products, and as a sum over experts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
+from engine.methods.arithmetic.matrices import leading, leading_of_product, swudi_parts
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.registry import get_method, preparation
 from engine.task_vectors.kinds import Product, Stored, TaskVector
@@ -112,3 +114,81 @@ def test_a_factor_that_is_not_finite_is_an_error(factor: int, pool: ThreadPoolEx
     with pytest.raises(CheckpointError) as caught:
         merged(pool, "swudi", [Product(*pair) for pair in pairs])
     assert "'1'" in str(caught.value)
+
+
+def shares(taus: list[Tensor]) -> list[Tensor]:
+    """Return τ̃ₖ = τₖ·(1 − C·P + Cₖ·P) of the experts in SWUDI-A, in float64, by the eigenvectors of the whole C."""
+    taus = [tau.double() for tau in taus]
+    grams = [tau.T @ tau / tau.norm() ** 2 for tau in taus]
+    c = torch.stack(grams).sum(dim=0)
+    values, vectors = torch.linalg.eigh(c)
+    values = values.clamp_min(0)
+    count = math.ceil(float(values.sqrt().sum() ** 2 / values.sum()) * (1 - 1e-6))
+    q = vectors[:, -count:]
+    p = q / values[-count:] @ q.T
+    return [tau - tau @ c @ p + tau @ gram @ p for tau, gram in zip(taus, grams, strict=True)]
+
+
+def found_shares(parts: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    left, values, right = swudi_parts(parts)
+    assert left.dtype == values.dtype == right.dtype == torch.float32
+    ends = [sum(len(s) for _, s, _ in parts[: k + 1]) for k in range(len(parts))]
+    own = [slice(end - len(s), end) for end, (_, s, _) in zip(ends, parts, strict=True)]
+    return [(left[:, mine] * values[mine]) @ right[mine] for mine in own]
+
+
+def experts(case: str) -> list[Tensor]:
+    first, second, third = (left @ right for left, right in factors())
+    return {
+        "any": [first, second, third],
+        "one": [first],
+        "equal": [first, first, second],
+        "all equal": [first, first, first],
+        "multiples": [first, 3 * first, second],
+        "opposite": [first, -first, second],
+        "of other sizes": [1e-3 * first, second, 1e3 * third],
+        "common inputs": [first, torch.randn(ROWS, ROWS, generator=torch.Generator().manual_seed(2)) @ first],
+    }[case]
+
+
+CASES = ["any", "one", "equal", "all equal", "multiples", "opposite", "of other sizes", "common inputs"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_shares_of_experts_are_those_of_the_formula(case: str) -> None:
+    taus = experts(case)
+    found = found_shares([leading(tau, RANK) for tau in taus])
+    for one, wanted, tau in zip(found, shares(taus), taus, strict=True):
+        assert float((one - wanted).norm() / tau.norm()) < 1e-5
+
+
+def test_the_share_of_one_expert_is_its_task_vector() -> None:
+    (tau,) = experts("one")
+    (found,) = found_shares([leading(tau, RANK)])
+    assert float((found - tau).norm() / tau.norm()) < 1e-5
+
+
+def test_equal_experts_have_equal_shares_that_are_one_task_vector_where_eigenvalues_count() -> None:
+    u, _, vt = torch.linalg.svd(experts("one")[0], full_matrices=False)
+    s = torch.tensor([1, 0.8, 0.6, 0.2, 0.05, 0.02])
+    tau = (u[:, :RANK] * s) @ vt[:RANK]
+    # (Σσ)²/Σσ² = 3.5: the two smallest do not count.
+    counted = vt[:4]
+    for one in found_shares([leading(tau, RANK)] * EXPERTS):
+        wanted = tau - tau @ counted.T @ counted * (1 - 1 / EXPERTS)
+        assert float((one - wanted).norm() / tau.norm()) < 1e-5
+
+
+def test_the_shares_add_up_to_swudi_a(pool: ThreadPoolExecutor) -> None:
+    pairs = factors()
+    products: list[TaskVector | None] = [Product(*pair) for pair in pairs]
+    wanted = merged(pool, "swudi_a", products)
+    found = torch.stack(found_shares([leading_of_product(*pair, RANK) for pair in pairs])).sum(dim=0)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_more_ranks_than_inputs_have_the_shares_of_the_formula() -> None:
+    generator = torch.Generator().manual_seed(3)
+    taus = [torch.randn(5, 4, generator=generator) for _ in range(6)]
+    for one, wanted in zip(found_shares([leading(tau, 4) for tau in taus]), shares(taus), strict=True):
+        assert float((one - wanted).norm() / wanted.norm()) < 1e-5

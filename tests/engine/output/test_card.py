@@ -131,6 +131,17 @@ def test_plan_card_and_report_tell_the_steps_after_the_merge(
     assert page.index("then svc") < page.index("then featcal")
 
 
+@pytest.mark.parametrize("kind", ["whole", "orthogonal", "swudi"])
+def test_card_and_report_tell_what_coefficients_multiply(llama_merge: Path, tmp_path: Path, kind: str) -> None:
+    plan = plan_of(llama_merge, f"parameters.task_vectors={kind}")
+    merge = Merged.read(str(write_merge(plan, tmp_path / kind)))
+    card = (tmp_path / kind / "README.md").read_text().partition("## Use it")[0]
+    report = {section.title: section for section in sections_of(merge)}["Coefficients of stage 1"].text
+    for text in (card, report):
+        said = {"orthogonal": "orthogonal task vectors" in text, "swudi": "SWUDI" in text}
+        assert said == {name: name == kind for name in said}
+
+
 def test_cards_and_reports_carry_no_paths(llama_merge: Path, tmp_path: Path) -> None:
     inside = str(llama_merge.parent)
     images = f"calibration.image_folder={json.dumps(inside)}"
