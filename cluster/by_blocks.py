@@ -40,15 +40,8 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
     Raises:
         CheckpointError: a model does not run block by block, or computes what is not finite.
     """
+    _merge(attempt, crew, write)
     folder, state = attempt.folder, attempt.folder.state
-    files = _merged_files(attempt.plan)
-    stored = attempt.intact(crew.shards, state, sorted(state.names(MERGED) & {file.name for file in files}))
-    missing = [file for file in files if file.name not in stored]
-    attempt.progress.phase(MERGING, len(files), len(files) - len(missing))
-    written = attempt.watch.hand_out(missing, crew.shards, write, MERGING)
-    for done, _ in enumerate(written, start=len(files) - len(missing) + 1):
-        if done % STEP == 0 or done == len(files):
-            attempt.progress.advance(MERGING, done)
     named = [
         [(sample, folder.inputs(sample) if sample.inputs else None) for sample in of_expert] for of_expert in samples
     ]
@@ -90,6 +83,18 @@ def solve_blocks(attempt: Attempt, crew: Any, samples: Samples, rule: Rule, writ
     for actor in actors:
         attempt.report(actor)
         crew.dismiss(actor)
+
+
+def _merge(attempt: Attempt, crew: Any, write: Ask) -> None:
+    """Store the merged model in the state. Its files of an earlier attempt are kept if they are not damaged."""
+    state, files = attempt.folder.state, _merged_files(attempt.plan)
+    stored = attempt.intact(crew.shards, state, sorted(state.names(MERGED) & {file.name for file in files}))
+    missing = [file for file in files if file.name not in stored]
+    attempt.progress.phase(MERGING, len(files), len(files) - len(missing))
+    written = attempt.watch.hand_out(missing, crew.shards, write, MERGING)
+    for done, _ in enumerate(written, start=len(files) - len(missing) + 1):
+        if done % STEP == 0 or done == len(files):
+            attempt.progress.advance(MERGING, done)
 
 
 def _merged_files(plan: Plan) -> list[OutputFile]:
