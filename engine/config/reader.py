@@ -212,7 +212,10 @@ def _check_data(config: Config, expert: ExpertConfig, at: str) -> None:
     of_base = [method.name for method in config.methods if method.base_statistics and not config.base_statistics]
     needing = [*by_blocks, *collected, *of_base]
     if needing and not expert.calibration:
-        other = "" if by_blocks or of_base else ", or `statistics: FOLDER` with its statistics (`python cli.py stats`)"
+        folders = ["`statistics: FOLDER`"] if collected else []
+        folders += ["`base_statistics: FOLDER`"] if of_base else []
+        base = " --base" if of_base else ""
+        other = "" if by_blocks else f", or {' and '.join(folders)} from `python cli.py stats{base}`"
         raise ConfigError(
             f"expert {expert.name!r} has no calibration file, and {needing[0]} runs models on samples",
             at,

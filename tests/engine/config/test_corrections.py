@@ -50,7 +50,7 @@ def test_steps_on_weights_need_no_samples_and_aim_those_of_the_base(tmp_path: Pa
     assert not load(tmp_path, f"{merge}{MODELS}calibrate: aim\nbase_statistics: folder\n").uses_samples
     sampled = load(tmp_path, f"{merge}{RECORDS}calibrate: aim\n")
     assert sampled.uses_samples and sampled.statistics == () and sampled.statistics_of_base == ("activations",)
-    with refused(ConfigError, where="merge.yaml:3", facts=["'x'", "aim"]):
+    with refused(ConfigError, where="merge.yaml:3", facts=["'x'", "aim", "base_statistics"]):
         load(tmp_path, f"{merge}{MODELS}calibrate: aim\n")
 
 
