@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,17 +70,17 @@ def scores_of(out: Path, split: str) -> dict[str, list[float]]:
     return {skill: [one.exact_match, one.loss] for skill, one in found.items()}
 
 
-def measure(name: str, setting: list[str], folder: Path, cache: Path) -> dict[str, Any]:
-    """Merge by a setting, and return the scores on both splits; those on the test set are read for the chosen one."""
+def measure(name: str, setting: list[str], out: Path, cache: Path) -> dict[str, Any]:
+    """Merge by a setting into a folder, and return what it took and its scores on the validation examples."""
     given = [part for override in (*setting, f"cache={cache}") for part in ("--set", override)]
-    out, began = folder / "out", time.monotonic()
+    began = time.monotonic()
     command = [sys.executable, ROOT / "cli.py", "merge", CONFIG, "--out", out, *given]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - began
     memory = json.loads((out / "merge" / "memory.json").read_text(encoding="utf-8"))
-    scores = {split: scores_of(out, split) for split in ("validation", "test")}
     peak = max(actor["peak_anonymous_bytes"] for actor in memory["actors"])
-    return {"name": name, "setting": setting, "seconds": round(seconds, 1), "peak": peak, **scores}
+    took = {"seconds": round(seconds, 1), "peak": peak}
+    return {"name": name, "setting": setting, **took, "validation": scores_of(out, "validation")}
 
 
 def mean(row: dict[str, Any], split: str, place: int) -> float:
@@ -94,12 +95,14 @@ def main(names: list[str]) -> None:
     table = []
     with tempfile.TemporaryDirectory() as scratch:
         for name in names or SPACE:
-            tried = []
-            for number, setting in enumerate(SPACE[name]):
-                with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{number}-") as folder:
-                    tried.append(measure(name, setting, Path(folder), Path(scratch, "cache")))
-                print(json.dumps(tried[-1]), flush=True)
-            table.append(min(tried, key=lambda row: mean(row, "validation", 1)))
+            outs = [Path(scratch, f"{len(table)}-{number}") for number in range(len(SPACE[name]))]
+            tried = [measure(name, *pair, Path(scratch, "cache")) for pair in zip(SPACE[name], outs, strict=True)]
+            chosen = min(range(len(tried)), key=lambda number: mean(tried[number], "validation", 1))
+            tried[chosen]["test"] = scores_of(outs[chosen], "test")
+            for row, out in zip(tried, outs, strict=True):
+                print(json.dumps(row), flush=True)
+                shutil.rmtree(out)
+            table.append(tried[chosen])
     print(f"| merge | {' | '.join(SKILLS)} | mean | loss | validation | seconds | peak GB | chosen of |")
     print(f"|{'---|' * (len(SKILLS) + 7)}")
     for row in table:
