@@ -28,6 +28,9 @@ LOGIT_BYTES, GPU_LOGIT_BYTES = 32 << 20, 1 << 30
 # Bytes of targets that stay on the trainer's GPU between epochs.
 TARGET_BYTES = 1 << 30
 
+# Gradients of samples times weights that are in memory at a time, of which medians over the samples are taken.
+SENSITIVITIES = 1 << 30
+
 # Smaller side of matrices that are decomposed by matrix products: for leading parts, and for nearest isometries. LAPACK
 # is as quick for smaller ones (measured on two kinds of matrices, one thread).
 LEADING_SIDE, ISOMETRY_SIDE = 512, 1024

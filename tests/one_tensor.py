@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Known:
 
     of_inputs: Moments | None = None
     information: Tensor | None = None
+    square: Tensor | None = None
+    median: Tensor | None = None
     sequences: int = 4
 
     def moments(self) -> Moments | None:
@@ -31,6 +33,9 @@ class Known:
 
     def fisher(self) -> Tensor | None:
         return self.information
+
+    def sensitivity(self, part: Literal["square", "median"]) -> Tensor | None:
+        return self.square if part == "square" else self.median
 
 
 def seen(inputs_IN: Tensor, as_gram: bool = True) -> Known:

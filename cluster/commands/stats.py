@@ -26,7 +26,7 @@ from engine.errors import ConfigError
 from engine.planning.planner import make_plan
 from engine.run.place import check_apart, check_place
 
-KINDS = ("activations", "gram", "fisher")
+KINDS = ("activations", "gram", "fisher", "sensitivity")
 OUT = "statistics"
 
 
@@ -45,7 +45,7 @@ def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tu
     default="gram",
     show_default=True,
     callback=_kinds,
-    help="What is collected, separated by commas: activations, gram (activations included), fisher.",
+    help="What is collected, separated by commas: activations, gram (activations included), fisher, sensitivity.",
 )
 @click.option("--base", "with_base", is_flag=True, help="Collect those of the base as well, on all samples.")
 @set_option

@@ -1,14 +1,15 @@
-"""The statistics of a model on samples: moments of the inputs of its linear layers, and its Fisher information.
+"""The statistics of a model on samples: moments of its layers' inputs, Fisher information, and sensitivities.
 
 The moments are collected block by block, so that the sums of one block are in memory at a time. Letters: B batch (1),
-T tokens, V vocabulary, N tokens of all samples, I input features.
+T tokens, V vocabulary, N tokens of all samples, I input features, S samples, E elements of some tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.learning.frozen_expert import FrozenExpert
 from engine.methods.options import Statistic
 from engine.models.blocks import BlockRun
 from engine.models.skeleton import part_of
+from engine.sizes import SENSITIVITIES
 from engine.statistics.files import StatisticsHeader, StatisticsWriter
 from engine.statistics.moments import Moments
 from engine.statistics.optimizer_state import squared_gradients
@@ -69,6 +71,8 @@ def collect(
         _write_fisher(model, dict(squared_gradients(optimizer_state, shapes)), writer)
         state = LocalFolder(optimizer_state.parent).digest(optimizer_state.name)
         data = hashlib.sha256(f"{data}{state}".encode()).hexdigest()
+    if "sensitivity" in kinds:
+        _collect_sensitivity(model, given, writer)
     return writer.finish(
         **facts,
         data=data,
@@ -189,3 +193,78 @@ def _write_fisher(model: FrozenExpert, of_parameters: Mapping[str, Tensor], writ
             writer.fisher(tensors)
             tensors, numel = {}, 0
     writer.fisher(tensors)
+
+
+def _collect_sensitivity(model: FrozenExpert, given: Sequence[Mapping[str, Any]], writer: StatisticsWriter) -> None:
+    """Write mean square and median over samples of g∘θ, g the gradient of the mean loss of a sample's next tokens.
+
+    A median needs the values of all samples, so the samples pass once for each group of tensors whose values fit in
+    memory, a large tensor in parts.
+    """
+    most = max(1, SENSITIVITIES // len(given))
+    for names in _groups(model, most):
+        shapes = [model.plan.base_header.tensors[name].shape for name in names]
+        numels = [math.prod(shape) for shape in shapes]
+        squares, medians = [], []
+        for start in range(0, max(1, sum(numels)), most):
+            values_SE = _sensitivities(model, given, names, start, min(start + most, sum(numels)))
+            square_E = torch.zeros(values_SE.shape[1])
+            for values_E in values_SE:
+                square_E.addcmul_(values_E, values_E)
+            squares.append(square_E.div_(len(given)))
+            medians.append(values_SE.kthvalue(len(given) // 2 + 1, dim=0).values)
+        parts = (torch.split(torch.cat(each), numels) for each in (squares, medians))
+        whole = zip(names, shapes, *parts, strict=True)
+        writer.sensitivity({name: (square.view(shape), median.view(shape)) for name, shape, square, median in whole})
+
+
+def _groups(model: FrozenExpert, most: int) -> Iterator[list[str]]:
+    """Yield the names of all tensors of floats, in groups of at most that many elements, or of one tensor."""
+    parameters, group, numel = _parameters(model), list[str](), 0
+    for name, place in model.places.items():
+        if place.parameter in parameters:
+            own = math.prod(model.plan.base_header.tensors[name].shape)
+            if group and numel + own > most:
+                yield group
+                group, numel = [], 0
+            group.append(name)
+            numel += own
+    if group:
+        yield group
+
+
+def _parameters(model: FrozenExpert) -> dict[str, Tensor]:
+    """Return the parameters of floats by name, a tied one by each of its names."""
+    named = model.model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if parameter.is_floating_point()}
+
+
+def _sensitivities(
+    model: FrozenExpert, given: Sequence[Mapping[str, Any]], names: Sequence[str], start: int, stop: int
+) -> Tensor:
+    """Return g∘θ [S, E], float32, of the elements from `start` to `stop` of these tensors one after the other."""
+    known, places = _parameters(model), [model.places[name] for name in names]
+    shapes = [model.plan.base_header.tensors[name].shape for name in names]
+    parameters = {place.parameter: known[place.parameter] for place in places}
+    values_SE = torch.zeros(len(given), stop - start)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    for values_E, arguments in zip(values_SE, given, strict=True):
+        with torch.enable_grad():
+            logits_BTV = model.model(**arguments, use_cache=False, return_dict=True).logits
+            next_T1 = arguments["input_ids"][0, 1:, None]
+            chosen_T1 = logits_BTV[0, :-1].float().log_softmax(-1).gather(1, next_T1.to(logits_BTV.device))
+            loss = -chosen_T1.sum() / max(1, len(chosen_T1))
+        # Samples without images have no gradients of a vision tower, which may be all that the group has.
+        if not loss.requires_grad:
+            continue
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        gradients = {name: gradient.contiguous() for name, gradient in zip(parameters, found, strict=True)}
+        products = [
+            part_of(gradients[place.parameter], place, shape).float()
+            * part_of(parameters[place.parameter].detach(), place, shape).float()
+            for place, shape in zip(places, shapes, strict=True)
+        ]
+        values_E.copy_(torch.cat([product.reshape(-1).cpu() for product in products])[start:stop])
+    model.model.requires_grad_(False)
+    return values_SE

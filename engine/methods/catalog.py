@@ -60,6 +60,7 @@ STATISTICS: dict[Statistic, str] = {
     "activations": "the squares and magnitudes of its layers' inputs",
     "gram": "the Gram matrices of its layers' inputs",
     "fisher": "its diagonal Fisher information",
+    "sensitivity": "its gradients on samples times its weights",
 }
 
 

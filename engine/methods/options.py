@@ -18,7 +18,7 @@ import pydantic
 Value = bool | int | float | str
 Setting = Any
 Settings = Mapping[str, Setting]
-Statistic = Literal["activations", "gram", "fisher"]
+Statistic = Literal["activations", "gram", "fisher", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Method:
         learned: Its coefficients are learned.
         least, most: Bounds of the number of models, the base included.
         statistics: What it needs of each expert: `activations` (the diagonal moments of the inputs of linear layers),
-            `gram` (their Gram matrices, and the diagonal) or `fisher`; see `engine.statistics`.
+            `gram` (their Gram matrices, and the diagonal), `fisher` or `sensitivity`; see `engine.statistics`.
         base_statistics: What it needs of the base.
         by_blocks: It runs the merged model and the experts block by block on samples; see `engine.correction`.
         check: Checks a tensor's values together: called with its name, the names of its experts, and the values of the

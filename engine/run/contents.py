@@ -29,7 +29,7 @@ _STATE = re.compile(
     r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused|left-out)\.json|name|writing|log(\.1)?"
     r"|(magnitudes|prior|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
     r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
-    r"|statistics/(?:\d+|base)(?:/statistics\.json|/(?:moments|fisher)-\d{5}\.safetensors)?"
+    r"|statistics/(?:\d+|base)(?:/statistics\.json|/(?:moments|fisher|sensitivity)-\d{5}\.safetensors)?"
     r"|(merged|calibrated/solved)/[0-9a-f]{64}\.safetensors|calibrated/parts|calibrated/tokens/\d+\.safetensors"
     r"|calibrated/streams/\d+-\d+\.safetensors|calibrated/(shares(/\d+)?|streams|solved|tokens)"
     r"|calibrated/shares/\d+/\d+(-[0-9a-f]{64}\.safetensors|\.json)"

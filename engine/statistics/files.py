@@ -1,4 +1,4 @@
-"""The files of a model's statistics: safetensors with the moments and squared gradients, and statistics.json.
+"""The files of a model's statistics: safetensors with moments, and of gradients, and statistics.json.
 
 `statistics.json` says of which base, model and data they are, by SHA-256, so that they can be published with a model,
 and lists each file with its SHA-256. A Gram matrix is stored as its upper triangle, row by row; layers with the same
@@ -34,7 +34,7 @@ AGAIN = "compute the statistics again with `python cli.py stats`"
 # Rows of a Gram matrix that are packed or unpacked at a time.
 ROWS = 256
 
-FileName = Annotated[str, Field(pattern=r"^(moments|fisher)-[0-9]{5}\.safetensors$")]
+FileName = Annotated[str, Field(pattern=r"^(moments|fisher|sensitivity)-[0-9]{5}\.safetensors$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Form = Literal["gram", "inputs", "diagonal"]
 Count = Annotated[Int, Field(ge=0)]
@@ -72,6 +72,7 @@ class StatisticsHeader(Section):
         kinds: What was collected.
         moments: Where the moments are, by the tensor's name in the checkpoint.
         fisher: The file of each tensor's Fisher information.
+        sensitivity: The file of each tensor's sensitivity.
         files: SHA-256 of each file, by name.
     """
 
@@ -82,9 +83,10 @@ class StatisticsHeader(Section):
     sequences: Count
     tokens: Count
     dtype: str
-    kinds: tuple[Literal["activations", "gram", "fisher"], ...]
+    kinds: tuple[Literal["activations", "gram", "fisher", "sensitivity"], ...]
     moments: dict[str, MomentsEntry] = Field(default_factory=dict)
     fisher: dict[str, FileName] = Field(default_factory=dict)
+    sensitivity: dict[str, FileName] = Field(default_factory=dict)
     files: dict[FileName, Sha256] = Field(default_factory=dict)
 
 
@@ -95,6 +97,7 @@ class StatisticsWriter:
         self._folder = folder
         self._moments: dict[str, MomentsEntry] = {}
         self._fisher: dict[str, str] = {}
+        self._sensitivity: dict[str, str] = {}
         self._files: dict[str, str] = {}
 
     def moments(self, collected: Sequence[tuple[Sequence[str], Moments]]) -> None:
@@ -122,18 +125,29 @@ class StatisticsWriter:
 
     def fisher(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the Fisher information of some tensors, float32, to one file."""
-        if not tensors:
-            return
-        file = self._next("fisher")
-        self._fisher |= dict.fromkeys(tensors, file)
+        self._fisher |= dict.fromkeys(tensors, self._whole("fisher", tensors))
+
+    def sensitivity(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write the sensitivity of some tensors, mean square and median, float32, to one file."""
+        parts = {f"{name}.square": square for name, (square, _) in tensors.items()}
+        parts |= {f"{name}.median": median for name, (_, median) in tensors.items()}
+        self._sensitivity |= dict.fromkeys(tensors, self._whole("sensitivity", parts))
+
+    def _whole(self, kind: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write tensors to one file, float32, and return its name; no file without tensors."""
+        file = self._next(kind)
         entries = tuple(_entry(name, tuple(tensor.shape)) for name, tensor in tensors.items())
-        self._files[file] = write_file(
-            self._folder, OutputFile(file, entries), lambda entry: iter([tensors[entry.name].float()])
-        )
+        if entries:
+            self._files[file] = write_file(
+                self._folder, OutputFile(file, entries), lambda entry: iter([tensors[entry.name].float()])
+            )
+        return file
 
     def finish(self, **facts: Any) -> StatisticsHeader:
         """Write statistics.json with the other fields of `StatisticsHeader`, and return it."""
-        header = StatisticsHeader(moments=self._moments, fisher=self._fisher, files=self._files, **facts)
+        header = StatisticsHeader(
+            moments=self._moments, fisher=self._fisher, sensitivity=self._sensitivity, files=self._files, **facts
+        )
         self._folder.write(HEADER, header.model_dump_json(indent=1).encode())
         return header
 
@@ -237,6 +251,10 @@ class _OfTensor:
     def fisher(self) -> Tensor | None:
         file = self.statistics.header.fisher.get(self.name)
         return None if file is None else self.statistics.read(file, self.name, self.shape)
+
+    def sensitivity(self, part: Literal["square", "median"]) -> Tensor | None:
+        file = self.statistics.header.sensitivity.get(self.name)
+        return None if file is None else self.statistics.read(file, f"{self.name}.{part}", self.shape)
 
 
 def packed(gram_II: Tensor) -> Iterator[Tensor]:

@@ -1,4 +1,4 @@
-"""Moments of the inputs of linear layers, and squared gradients: what an expert's statistics hold of a tensor.
+"""Moments of the inputs of linear layers, and of gradients: what an expert's statistics hold of a tensor.
 
 Letters: N tokens, I input features.
 """
@@ -6,7 +6,7 @@ Letters: N tokens, I input features.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -51,4 +51,12 @@ class TensorStatistics(Protocol):
         """Return the diagonal Fisher information, float32 in the tensor's shape, or None where it was not collected.
 
         It is the mean over sequences of the squared gradient of log p(y|x), with y sampled from the model.
+        """
+
+    def sensitivity(self, part: Literal["square", "median"]) -> Tensor | None:
+        """Return what a sequence's sensitivity is, float32 in the tensor's shape, or None where it was not collected.
+
+        The sensitivity g∘θ is the gradient of the sequence's mean loss per token times the weight. `square`: the mean
+        of (g∘θ)² over S sequences. `median`: of each element the (⌊S/2⌋ + 1)-th smallest value of g∘θ, below or at
+        which are those of more than half of the sequences.
         """

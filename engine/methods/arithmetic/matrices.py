@@ -56,9 +56,9 @@ def changed_parts(tensor: MergeTensor, rank: int) -> Iterator[Parts]:
 
 
 def add_to_base(tensor: MergeTensor, tau: Tensor) -> Fill:
-    """Return the fill of θ₀ + λ·τ for a whole τ [m, n], float32."""
+    """Return the fill of θ₀ + λ·τ for a whole τ [m, n], float32; λ is 1 for a method without it."""
     tau_N, base_N = tau.reshape(-1), tensor.base.reshape(-1)
-    factor = float(tensor.values["lambda"])
+    factor = float(tensor.values.get("lambda", 1.0))
 
     def fill(piece: Piece, out_N: Tensor) -> None:
         elements = slice(piece.start, piece.stop)

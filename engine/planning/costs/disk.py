@@ -141,7 +141,7 @@ def statistics_bytes(plan: Plan, tokens: Sequence[Sequence[int]] = ()) -> int:
     diagonal = 8 * sum(features)
     gram = sum(4 * min(i * (i + 1) // 2, i * (i if most is None else most)) for i in features)
     fisher = 4 * sum(tensor.numel for tensor in header.tensors.values())
-    each = {"activations": diagonal, "gram": gram + diagonal, "fisher": fisher}
+    each = {"activations": diagonal, "gram": gram + diagonal, "fisher": fisher, "sensitivity": 2 * fisher}
     return sum(each[kind] for kinds in collected for kind in kinds)
 
 

@@ -15,7 +15,7 @@ from engine.planning.costs.rates import CORE_FLOPS, CPU_MEMORY, GB, GPU_MEMORY, 
 from engine.planning.costs.scaling import Machines, Work, predict
 from engine.planning.factors import decomposed
 from engine.planning.plan import Plan
-from engine.sizes import GROUPS_PER_CALL, MATRICES_PER_CALL
+from engine.sizes import GROUPS_PER_CALL, MATRICES_PER_CALL, SENSITIVITIES
 
 # Seconds. Processes start, import packages from network storage and compile kernels, on machines that others use too.
 FLOOR = 900.0
@@ -102,12 +102,16 @@ def _on_samples(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines)
 
     Each token costs the passes through the matrices [O, I], and the moments of their inputs; for each block, weights
     are multiplied by the moments, and equations are solved. All blocks count, for statistics are one call.
+    Sensitivities take passes for each part of the weights.
     """
     config = plan.config
     if not (config.statistics or config.statistics_of_base or any(method.by_blocks for method in config.methods)):
         return 0.0
     counts = [sum(of_expert) for of_expert in tokens]
     most = sum(counts) if config.statistics_of_base else max(counts, default=0)
+    if "sensitivity" in (*config.statistics, *config.statistics_of_base):
+        samples = max(sum(map(len, tokens)) if config.statistics_of_base else 0, *map(len, tokens), 1)
+        most *= math.ceil(samples * sum(t.numel for t in plan.base_header.tensors.values()) / SENSITIVITIES)
     flops = 0.0
     for tensor in plan.base_header.tensors.values():
         if len(tensor.shape) == 2:

@@ -14,9 +14,11 @@ from thorough import thorough_but
 from transformers import AutoModelForCausalLM
 
 from engine.calibration.samples import Sample
+from engine.learning import statistics as statistics_module
 from engine.learning.frozen_expert import FrozenExpert
 from engine.learning.statistics import MomentSums, collect, digest_of
 from engine.learning.targets import load_target
+from engine.models.skeleton import part_of
 from engine.run.run_folder import RunFolder
 from engine.statistics.files import Statistics
 from engine.storage.local_folder import LocalFolder
@@ -103,6 +105,51 @@ def test_the_fisher_information_is_the_mean_square_of_each_sequence_s_gradient(
     for name, tensor in expected.items():
         fisher = statistics.of(name, tensor.shape).fisher()
         torch.testing.assert_close(fisher, tensor, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_sensitivities_are_gradients_times_weights_sample_by_sample(tmp_path: Path, family: str) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", family, experts=1))
+    samples = [*SAMPLES, Sample(0, 2, (4,), "here"), Sample(0, 3, (17, 3, 3, 30), "here"), Sample(0, 4, (8, 1), "here")]
+    for count in (4, 5):
+        folder = LocalFolder(tmp_path / f"s{count}")
+        expert = FrozenExpert(plan, 0, CPU)
+        collect(expert, [(sample, {}) for sample in samples[:count]], ["sensitivity"], folder, FACTS)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / "expert0").eval()
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.named_parameters()}
+        for sample in samples[:count]:
+            model.zero_grad()
+            ids = torch.tensor([sample.input_ids])
+            if ids.shape[1] > 1:
+                model(ids, labels=ids).loss.backward()
+            for name, parameter in model.named_parameters():
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                rows[name].append((gradient * parameter).detach())
+        found = Statistics(folder)
+        assert set(found.header.sensitivity) == set(plan.base_header.tensors)
+        for name, place in expert.places.items():
+            shape = plan.base_header.tensors[name].shape
+            values = torch.stack([part_of(row, place, shape) for row in rows[place.parameter]])
+            square, median = (found.of(name, shape).sensitivity(part) for part in ("square", "median"))
+            torch.testing.assert_close(square, values.square().mean(0), rtol=1e-4, atol=1e-12)
+            torch.testing.assert_close(median, values.sort(dim=0).values[count // 2], rtol=1e-4, atol=1e-8)
+
+
+def test_sensitivities_have_the_same_bits_whatever_fits_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tiny.make_merge(tmp_path / "merge", experts=1, tied=True))
+    found = []
+    for most in (1 << 30, 20000, 3000):
+        monkeypatch.setattr(statistics_module, "SENSITIVITIES", most)
+        folder = LocalFolder(tmp_path / str(most))
+        header = collect(FrozenExpert(plan, 0, CPU), GIVEN, ["sensitivity"], folder, FACTS)
+        found.append((Statistics(folder), len(header.files)))
+    assert [files for _, files in found] == sorted({files for _, files in found})
+    for name, tensor in plan.base_header.tensors.items():
+        for part in ("square", "median"):
+            first, *others = (statistics.of(name, tensor.shape).sensitivity(part) for statistics, _ in found)
+            assert all(torch.equal(first, other) for other in others), name
 
 
 def test_repeated_statistics_have_the_same_bits(tmp_path: Path) -> None:

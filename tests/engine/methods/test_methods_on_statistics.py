@@ -24,6 +24,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher": {},
     "lewis": {"weight": 1.0},
     "ota_ffg": {"density": 0.3},
+    "rcp": {"penalty": 0.01},
 }
 
 
@@ -32,14 +33,16 @@ def inputs(name: str, model: int) -> torch.Tensor:
 
 
 def write_statistics(folder: Path, model: int) -> str:
-    """Write the moments of three layers and the Fisher information of all tensors of a model, and return the folder."""
+    """Write the moments of three layers and what gradients tell of all tensors of a model, and return the folder."""
     folder.mkdir()
     writer = StatisticsWriter(LocalFolder(folder))
     for name in MATRICES:
         x = inputs(name, model)
         writer.moments([((name,), Moments(TOKENS, x.square().sum(0), x.abs().sum(0), x.T @ x))])
     writer.fisher({name: noise(shape, 77 * model + len(name)).square() for name, shape in SHAPES.items()})
-    kinds = ("activations", "gram", "fisher")
+    values = {name: noise(shape, 78 * model + len(name)) for name, shape in SHAPES.items()}
+    writer.sensitivity({name: (value.square(), value) for name, value in values.items()})
+    kinds = ("activations", "gram", "fisher", "sensitivity")
     writer.finish(base={}, model={}, data="0" * 64, sequences=4, tokens=TOKENS, dtype="float32", kinds=kinds)
     return str(folder)
 

@@ -133,7 +133,7 @@ def test_steps_on_single_tensors_need_no_disk(llama_merge: Path) -> None:
     assert disk_needs(plan_of(llama_merge, *options)) == disk_needs(plan_of(llama_merge, options[0]))
 
 
-@pytest.mark.parametrize("kinds", [("activations",), ("gram",), ("fisher",), ("gram", "fisher")])
+@pytest.mark.parametrize("kinds", [("activations",), ("gram",), ("fisher",), ("sensitivity",), ("gram", "fisher")])
 def test_needs_of_statistics_are_what_is_collected(llama_merge: Path, tmp_path: Path, kinds: tuple[Any, ...]) -> None:
     config = collected(load_config(llama_merge), kinds, False, "config")
     plan, sample = make_plan(config, llama_merge.parent), Sample(0, 0, (5, 9, 33, 12, 7, 41), "here")
