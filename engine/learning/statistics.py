@@ -21,7 +21,7 @@ from engine.learning.frozen_expert import FrozenExpert
 from engine.methods.options import Statistic
 from engine.models.blocks import BlockRun
 from engine.models.skeleton import part_of
-from engine.sizes import SENSITIVITIES
+from engine.sizes import PIECE, SENSITIVITIES
 from engine.statistics.files import StatisticsHeader, StatisticsWriter
 from engine.statistics.moments import Moments
 from engine.statistics.optimizer_state import squared_gradients
@@ -212,7 +212,9 @@ def _collect_sensitivity(model: FrozenExpert, given: Sequence[Mapping[str, Any]]
             for values_E in values_SE:
                 square_E.addcmul_(values_E, values_E)
             squares.append(square_E.div_(len(given)))
-            medians.append(values_SE.kthvalue(len(given) // 2 + 1, dim=0).values)
+            for part_SE in torch.split(values_SE, PIECE, dim=1):
+                median_E = part_SE.to(model.device).kthvalue(len(given) // 2 + 1, dim=0).values
+                medians.append(median_E.cpu())
         parts = (torch.split(torch.cat(each), numels) for each in (squares, medians))
         whole = zip(names, shapes, *parts, strict=True)
         writer.sensitivity({name: (square.view(shape), median.view(shape)) for name, shape, square, median in whole})

@@ -53,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The statistics of base and experts."""
     out = tmp_path_factory.mktemp("out") / "statistics"
-    given = collected(load_config(config), ("gram", "fisher"), True, "config")
+    given = collected(load_config(config), ("gram", "fisher", "sensitivity"), True, "config")
     assert merge(make_plan(given, config.parent), str(out))
     return out
 
@@ -74,11 +74,12 @@ def given(published: Path) -> list[str]:
 
 
 @each_on_ray
+@pytest.mark.parametrize("method", ["lot", "rcp"])
 def test_published_statistics_give_the_bits_of_a_merge_that_collects_its_own(
-    config: Path, published: Path, tmp_path: Path
+    config: Path, published: Path, tmp_path: Path, method: str
 ) -> None:
-    own = run_merge(plan_of(config, "merge_method=lot", "cluster.shards=2"), tmp_path / "own")
-    again = run_merge(plan_of(config, "merge_method=lot", *given(published)), tmp_path / "again")
+    own = run_merge(plan_of(config, f"merge_method={method}", "cluster.shards=2"), tmp_path / "own")
+    again = run_merge(plan_of(config, f"merge_method={method}", *given(published)), tmp_path / "again")
     assert weights(own).keys() == weights(again).keys()
     assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(own).items())
     base = weights(config.parent / "base")

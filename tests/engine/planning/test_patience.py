@@ -80,4 +80,10 @@ def test_samples_on_which_models_run_take_longer(llama_merge: Path) -> None:
         plan = larger(plan_of(llama_merge, *options), 100)
         matrices = [t.numel for t in plan.base_header.tensors.values() if len(t.shape) == 2]
         assert bound(100_000, *options) > SLOWER * 100_000 * 2 * sum(matrices) / 177e9 > FLOOR
+    tokens = [[900] * 99, [9]]
+    lot, rcp = (
+        patience(larger(plan_of(llama_merge, f"merge_method={name}"), 300), CPU, 1, tokens=tokens)
+        for name in ("lot", "rcp")
+    )
+    assert rcp > 2 * lot > 2 * FLOOR, "the samples pass several times"
     assert bound(100_000, "merge_method=linear") == bound(1, "merge_method=linear")
