@@ -4,8 +4,8 @@ They change τ = θ − θ₀ of the merged weight θ of a linear layer in float
 the output, whatever method merged it. Tensors that are not matrices, embedding and head, and excluded tensors stay as
 they are. Rows are a layer's outputs; a matrix that a model stores the other way round (GPT-2) is taken as it is stored.
 
-svc. Source: Li et al., arXiv 2602.05536; the published code of FusionBench calibrates embeddings, too. See
-`engine.methods.arithmetic.spectral`.
+svc. Source: Li et al., arXiv 2602.05536; see `engine.methods.arithmetic.spectral`. The authors' code
+(github.com/lyymuwu/SVC) leaves embeddings out, as here; that of FusionBench does not.
 aim. Source: Nobari et al., arXiv 2502.02421; see `engine.methods.arithmetic.damping`. Implementations also damp the
 weights of norms and of the head; here those of linear layers of whose inputs the base has statistics are damped.
 """

@@ -1,6 +1,8 @@
 """Calibration of the singular values of a merged task vector, after any merge (SVC).
 
-Source: Li et al., When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, arXiv 2602.05536.
+Source: Li et al., When Shared Knowledge Hurts: Spectral Over-Accumulation in Model Merging, arXiv 2602.05536, whose γᵣ
+FusionBench computes, too. The authors' code (github.com/lyymuwu/SVC) divides by max(α, mean of sᵣₖ over k) where all
+sᵣₖ are positive, and leaves other directions as they are.
 Letters: m rows and n columns, R singular parts, K experts.
 """
 
