@@ -36,7 +36,7 @@ REQUIRED = 0.5
     "files",
     multiple=True,
     metavar="FILE",
-    help="Records of an expert's domain, for learned methods; once for each --expert, in the same order.",
+    help="Records of an expert's domain, for methods that run on samples; once for each --expert, in the same order.",
 )
 @click.option("--method", type=click.Choice(list(METHODS)), help=f"Merge method.  [default: {DEFAULT}]")
 @debug_option
@@ -57,12 +57,12 @@ def init(
         chosen = METHODS[method or (_ask("method", DEFAULT, type=click.Choice(list(METHODS))) if asked else DEFAULT)]
         of_base = base or _ask("base model (folder, URI or hub id)")
         models = list(experts) or _ask_each("expert {} (a checkpoint or adapter; nothing to end)")
-        data = list(files) if chosen.learned else []
+        data = list(files) if chosen.runs_models else []
         if len(data) < len(files):
             click.echo(f"not used by {chosen.name}, which takes no data: {', '.join(files)}")
-        if chosen.learned and not data:
+        if chosen.runs_models and not data:
             data = [_ask(f"records of the domain of {model} (.json, .jsonl or .parquet)") for model in models]
-        if chosen.learned and len(data) != len(models):
+        if chosen.runs_models and len(data) != len(models):
             what = f"{len(models)} experts and {len(data)} files with records"
             raise ConfigError(what, "--data", "one file for each expert, in the same order")
         given = [_from(place.parent, one) for one in (of_base, *models, *data)]
@@ -84,7 +84,7 @@ def commented(method: Method, base: str, experts: Sequence[str], files: Sequence
 
     Args:
         method: The method.
-        base, experts, files: Models, and for a learned method a file with records for each expert.
+        base, experts, files: Models, and for a method that runs them on samples a file with records for each expert.
         place: The file that the text is for.
     """
     lines = []
@@ -98,7 +98,7 @@ def commented(method: Method, base: str, experts: Sequence[str], files: Sequence
     ]
     for number, expert in enumerate(experts):
         lines.append(f"  - model: {_yaml(expert)}")
-        if method.learned:
+        if method.runs_models:
             lines.append(
                 f"    calibration: {_yaml(files[number])}    # records of the expert's domain, with or without answers"
             )

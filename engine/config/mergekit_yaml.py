@@ -148,7 +148,7 @@ def runs_models(methods: Iterable[Method], calibrate: Any) -> bool:
     steps = calibrate if isinstance(calibrate, list) else [calibrate]
     names = [step.get("method") if isinstance(step, dict) else step for step in steps]
     after = [CORRECTIONS[name] for name in names if isinstance(name, str) and name in CORRECTIONS]
-    return any(method.statistics or method.base_statistics or method.by_blocks for method in (*methods, *after))
+    return any(method.runs_models for method in (*methods, *after))
 
 
 def _learning_keys(with_samples: bool) -> tuple[list[str], list[str]]:

@@ -186,6 +186,11 @@ class Method:
         """The options, by name."""
         return {option.name: option for option in self.options}
 
+    @property
+    def runs_models(self) -> bool:
+        """Whether it runs models on calibration samples, unless their statistics are given."""
+        return bool(self.learned or self.statistics or self.base_statistics or self.by_blocks)
+
 
 # Options shared by several methods.
 WEIGHT = Option("weight", 0.1, "wₖ, the coefficient of the expert's task vector", "expert")

@@ -48,9 +48,9 @@ def uncommented(text: str) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("method", thorough_but(("expert_merging_pp", "ties"), METHODS))
+@pytest.mark.parametrize("method", thorough_but(("expert_merging_pp", "ties", "rcp"), METHODS))
 def test_options_give_a_config_that_plans_as_it_is_and_with_its_comments(folder: Path, method: str) -> None:
-    done = run("init", *MODELS, *(DATA if method in LEARNED else ()), "--method", method)
+    done = run("init", *MODELS, *(DATA if {**LEARNED, **NATIVE}[method].runs_models else ()), "--method", method)
     assert done.exit_code == 0, done.output
     text = (folder / "merge.yaml").read_text()
     assert yaml.safe_load(text)["merge_method"] == method
