@@ -67,6 +67,16 @@ def test_decompositions_and_whole_matrices_take_longer(llama_merge: Path, make_m
     assert bound("merge_method=wudi", "max_shard_size=1KB") < bound("merge_method=wudi")
 
 
+@pytest.mark.parametrize("method", ["expert_merging", "task_arithmetic"])
+def test_steps_of_whole_matrices_take_longer(llama_merge: Path, method: str) -> None:
+    work = WORK if method == "expert_merging" else None
+    plain, stepped = (
+        patience(larger(plan_of(llama_merge, f"merge_method={method}", f"calibrate={steps}"), 500), CPU, 1, work)
+        for steps in ("[]", "svc")
+    )
+    assert stepped > plain
+
+
 def test_samples_on_which_models_run_take_longer(llama_merge: Path) -> None:
     def bound(tokens: int, *options: str) -> float:
         return patience(larger(plan_of(llama_merge, *options), 100), CPU, 1, tokens=[[tokens], [100]])
