@@ -228,3 +228,31 @@ def test_moments_of_a_model_that_takes_images_are_those_of_whole_forward_passes(
         moments = statistics.of(name, plan.base_header.tensors[name].shape).moments()
         assert moments is not None and entry.tokens == len(x_NI)
         torch.testing.assert_close(moments.gram(), x_NI.T @ x_NI, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", thorough_but(["qwen2_vl"], tiny_images.FAMILIES))
+def test_weights_that_a_sample_does_not_use_have_no_sensitivity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """As those of a vision tower, of samples without images."""
+    plan = plan_of(tiny_images.make_merge(tmp_path / "merge", family, experts=1, exclude=[]))
+    plain = Plain(plan, tmp_path)
+    seen = plain.samples[0][0]
+    run = RunFolder(str(tmp_path / "plain"))
+    images = load_target(run.state, run.inputs(seen)).inputs
+    found = []
+    # All tensors at once, and the vision tower alone in many groups.
+    for most, samples in ((1 << 30, [(seen, images), *GIVEN]), (60_000, [(seen, images), *GIVEN]), (1 << 30, GIVEN)):
+        monkeypatch.setattr(statistics_module, "SENSITIVITIES", most)
+        folder = LocalFolder(tmp_path / str(len(found)))
+        collect(FrozenExpert(plan, 0, CPU), samples, ["sensitivity"], folder, FACTS)
+        found.append(Statistics(folder))
+    at_once = found[0]
+    towers = [name for name in at_once.header.sensitivity if "vis" in name]
+    assert towers
+    for name in at_once.header.sensitivity:
+        shape = plan.base_header.tensors[name].shape
+        one, other, text = (of.of(name, shape).sensitivity("square") for of in found)
+        assert one is not None and torch.equal(one, other), name
+        assert name not in towers or not text.any()
+    assert any(bool(at_once.of(n, plan.base_header.tensors[n].shape).sensitivity("square").any()) for n in towers)
