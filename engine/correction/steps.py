@@ -6,9 +6,9 @@ they are. Rows are a layer's outputs; a matrix that a model stores the other way
 
 svc. Source: Li et al., arXiv 2602.05536; see `engine.methods.arithmetic.spectral`. The authors' code
 (github.com/lyymuwu/SVC) leaves embeddings out, as here; that of FusionBench does not.
-aim. Source: Nobari et al., arXiv 2502.02421; see `engine.methods.arithmetic.damping`. The formula is that of a published
-implementation, not compared with the authors' code. It damps the weights of norms and of the head, too; here those of
-linear layers of whose inputs the base has statistics are damped.
+aim. Source: Nobari et al., arXiv 2502.02421; see `engine.methods.arithmetic.damping`. The formula is that of an
+implementation by others, not compared with the authors' code. It damps the weights of norms and of the head, too; here
+those of linear layers of whose inputs the base has statistics are damped.
 """
 
 from __future__ import annotations
