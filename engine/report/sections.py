@@ -119,11 +119,12 @@ def _fits(merge: Merged) -> ReportSection:
         ]
         for name in top
     ]
-    vectors = "orthogonal task vectors" if merge.config.parameters.task_vectors == "orthogonal" else "task vectors"
+    orthogonal = merge.config.learned and merge.config.parameters.task_vectors == "orthogonal"
+    vectors = "orthogonal task vectors" if orthogonal else "task vectors"
     text = (
         f"Of each layer, these are the coefficients whose sum of {vectors} has outputs nearest to the experts', on the "
-        f"inputs that each expert saw, by least squares. The residual of all {len(fits):,} layers is {share(left)}: no "
-        "other coefficients, one for each expert and layer, leave less. Chunks with coefficients of their own may."
+        f"inputs that each expert saw, by least squares. The residual of all {len(fits):,} layers is {share(left)}. "
+        "Chunks with coefficients of their own may leave less."
     )
     head = ["layer", "share of the change", "residual", "share of all that is left", *experts]
     title = f"The {len(top)} layers of which most is left" + (

@@ -174,7 +174,7 @@ def test_the_page_shows_the_values_of_the_parquet_files(merged: Path) -> None:
 
 
 def test_the_layers_that_leave_most_come_first(llama_merge: Path, tmp_path: Path) -> None:
-    plan = plan_of(llama_merge)
+    plan = plan_of(llama_merge, "parameters.task_vectors=orthogonal")
     energies = {name: float(number) for number, name in enumerate(plan.merged, 1)}
     fits = {name: LayerFit((0.25, -0.5), energy, 0.5) for name, energy in energies.items()}
     first = plan.merged[0]
@@ -193,7 +193,9 @@ def test_the_layers_that_leave_most_come_first(llama_merge: Path, tmp_path: Path
         fit = fits[name]
         assert row[1:] == pytest.approx([fit.energy / change, fit.residual, left[name] / total, 0.25, -0.5])
     assert dict(key_figures(merge))["residual of sums of task vectors"] == share(total / change)
-    assert share(total / change) in section.text
+    assert share(total / change) in section.text and "orthogonal" in section.text
+    weight_space = replace(merge, config=plan_of(llama_merge, "merge_method=closed_form").config, stages={})
+    assert not any("orthogonal" in one.text for one in sections_of(weight_space))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"{1 - total / change:.1%}" in card and "merge/layers.parquet" in card
 
