@@ -43,6 +43,22 @@ def test_neither_shards_nor_an_interruption_change_the_bits(config: Path, once: 
     assert kill.missed == set()
 
 
+class Stopped(Exception):
+    """The end of a merge that goes on later."""
+
+
+@pytest.mark.parametrize("at", ["fitting layers", "writing"])
+def test_a_merge_that_was_stopped_goes_on_to_the_same_bits(config: Path, once: Path, tmp_path: Path, at: str) -> None:
+    def stop(phase: str) -> None:
+        if phase == at:
+            raise Stopped
+
+    plan = plan_of(config, "parameters.weight=closed_form")
+    with pytest.raises(Stopped):
+        run_merge(plan, tmp_path / "merged", stop)
+    assert result(run_merge(plan, tmp_path / "merged")) == result(once)
+
+
 def test_the_record_has_the_fits_and_learning_starts_at_them(once: Path) -> None:
     rows = pyarrow.parquet.read_table(once / "merge" / "layers.parquet").to_pylist()
     merged = Merged.read(str(once))
