@@ -28,6 +28,10 @@ class Known:
     median: Tensor | None = None
     sequences: int = 4
 
+    @property
+    def tokens(self) -> int:
+        return 0 if self.of_inputs is None else self.of_inputs.tokens
+
     def moments(self) -> Moments | None:
         return self.of_inputs
 

@@ -40,7 +40,7 @@ def fit_layers(
         shape = header.tensors[name].shape
         if not is_matrix(shape, has_tokens_for_rows(header, name)):
             return None
-        known = {k: of for k, of in enumerate(statistics.of_experts(name, experts)) if of and of.moments()}
+        known = {k: of for k, of in enumerate(statistics.of_experts(name, experts)) if of and of.tokens}
         if not known:
             return None
         base, grams = own.base.read(name), {k: partial(mean_gram, partial(_moments, of)) for k, of in known.items()}

@@ -231,6 +231,11 @@ class _OfTensor:
     def sequences(self) -> int:
         return self.statistics.header.sequences
 
+    @property
+    def tokens(self) -> int:
+        entry = self.statistics.header.moments.get(self.name)
+        return 0 if entry is None else entry.tokens
+
     def moments(self) -> Moments | None:
         entry = self.statistics.header.moments.get(self.name)
         if entry is None:

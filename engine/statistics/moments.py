@@ -44,6 +44,10 @@ class TensorStatistics(Protocol):
     def sequences(self) -> int:
         """The number of sequences from which the statistics were collected."""
 
+    @property
+    def tokens(self) -> int:
+        """The number of inputs of the linear layer whose weight the tensor is; 0 if it is none. Nothing is read."""
+
     def moments(self) -> Moments | None:
         """Return the moments of the inputs, or None if the tensor is not the weight of a linear layer that saw any."""
 

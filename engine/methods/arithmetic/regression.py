@@ -56,7 +56,7 @@ def layers_of(tensor: MergeTensor, of_weights: bool = False) -> list[Layer]:
     return [
         Layer(k, partial(_weight, tensor, k, of_weights), partial(_moments, of))
         for k, of in enumerate(tensor.statistics)
-        if of is not None and (moments := of.moments()) is not None and moments.tokens
+        if of is not None and of.tokens
     ]
 
 
