@@ -14,7 +14,7 @@ from typing import Any
 import rich.console
 
 from cluster.commands.common import kept_at, plan_of, target_of
-from cluster.commands.plan import print_on
+from cluster.commands.plan import plan_alone, print_on
 from cluster.evaluate_command import EvaluateOptions, evaluated
 from cluster.results import EvaluationResult, MergeResult, PlannedMerge
 from engine.config.documents import Document, Given, given_documents
@@ -85,6 +85,7 @@ def plan(
     gpus: int | None = None,
     memory: float | None = None,
     gpu_memory: float | None = None,
+    with_stats: bool = False,
     strict: bool = False,
 ) -> PlannedMerge:
     """Check a config and its inputs, and estimate the merge. Reads file headers and a small sample of the weights.
@@ -95,9 +96,10 @@ def plan(
         nodes: Number of equal nodes.
         cpus, gpus: Those of a node; None: those of this machine.
         memory, gpu_memory: Memory of a node and of a GPU, in GB; None: that of this machine.
+        with_stats: Tell what the statistics of the models foretell, too, which reads all weights.
 
     Raises:
-        InputError: The config, a model or a calibration file is wrong.
+        InputError: The config, a model, statistics or a calibration file is wrong.
     """
     target = target_of("merged" if out is None else os.fspath(out))
     if out is not None:
@@ -108,9 +110,9 @@ def plan(
         file=text, width=WIDTH, force_jupyter=False, highlight=False, soft_wrap=True, markup=False, emoji=False
     )
     documents = given_documents(config, overrides, strict)
-    if len(documents) == 1:
-        made = plan_of(documents[0], target)
-        estimates = print_on(console, made, machines, target)
+    if len(documents) == 1 or with_stats:
+        made = plan_alone(documents, target)
+        estimates = print_on(console, made, machines, target, with_stats)
         return PlannedMerge(made, estimates, text.getvalue())
     from engine.output.outline import outlined, places_of
 

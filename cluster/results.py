@@ -48,6 +48,11 @@ class MergeResult:
         return self._table("importance")
 
     @property
+    def layers(self) -> pa.Table | None:
+        """The coefficients of layers in closed form, with energy and residual. None if the merge computed none."""
+        return self._table("layers")
+
+    @property
     def metrics(self) -> pa.Table | None:
         """The losses of each sample in each optimiser step. None without learning."""
         return self._table("metrics")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from cluster.commands.common import (
     strict_option,
     target_of,
 )
+from engine.config.documents import Document
 from engine.errors import ConfigError
 from engine.planning.plan import Plan
 from engine.run.place import check_place
@@ -69,18 +70,10 @@ def plan(
         if out is not None:  # else a plan can be made where nothing can be written
             check_place(target)
         documents = documents_of(config, overrides, strict)
-        if len(documents) == 1:
-            made = plan_of(documents[0], target)
-            print_on(None, made, machines, target)
-            if with_stats:
-                from cluster.outlook import foretell
-
-                foretell(made)
+        if len(documents) == 1 or with_stats:
+            made = plan_alone(documents, target)
+            print_on(None, made, machines, target, with_stats)
             return
-        if with_stats:
-            raise ConfigError(
-                "a config of several merges", str(documents[0].path), "with --with-stats, a config of one"
-            )
         from engine.output.outline import outlined, places_of
 
         places = places_of(documents, target, kept_at(kept))
@@ -92,8 +85,33 @@ def plan(
     guarded(run, machines.pop("debug"))
 
 
-def print_on(console: Console | None, made: Plan, machines: Mapping[str, Any], target: str) -> Prediction | None:
-    """Print a plan on a console or stdout, of a learned merge with estimates on the given machines; return these."""
+def plan_alone(documents: Sequence[Document], target: str) -> Plan:
+    """Return the plan of the merge into `target` of a config of one merge.
+
+    Raises:
+        ConfigError: The config has several, of which models may not be there yet.
+    """
+    if len(documents) > 1:
+        raise ConfigError("a config of several merges", str(documents[0].path), "with --with-stats, a config of one")
+    return plan_of(documents[0], target)
+
+
+def print_on(
+    console: Console | None, made: Plan, machines: Mapping[str, Any], target: str, with_stats: bool = False
+) -> Prediction | None:
+    """Print a plan on a console or stdout, of a learned merge with estimates on the given machines; return these.
+
+    `with_stats`: print what the statistics of the models foretell, too.
+    """
+    estimates = _print_plan(console, made, machines, target)
+    if with_stats:
+        from cluster.outlook import foretell
+
+        foretell(made, console)
+    return estimates
+
+
+def _print_plan(console: Console | None, made: Plan, machines: Mapping[str, Any], target: str) -> Prediction | None:
     from engine.calibration.records import read_records
     from engine.calibration.samples import about_tokens
     from engine.planning.costs.rates import GB

@@ -14,11 +14,14 @@ from advice import Advice
 from click.testing import CliRunner, Result
 from conftest import plan_of
 from errors import refused
+from recorded_merges import write_merge
 from safetensors.torch import load_file, save_file
 
 import cli
+import cluster
 from cluster import outlook
 from cluster.outlook import foretell
+from cluster.results import MergeResult
 from engine.errors import CheckpointError, ConfigError
 from engine.statistics.files import StatisticsWriter
 from engine.statistics.fits import Fits, total_residual
@@ -100,6 +103,14 @@ def test_the_residuals_are_of_kinds_of_parts_and_of_all(folder: Path) -> None:
 def test_the_method_does_not_matter(folder: Path, method: str) -> None:
     config = folder / "merge.yaml"
     assert foretell(plan_of(config, f"merge_method={method}")) == foretell(plan_of(config))
+
+
+def test_from_python_the_text_has_what_is_foretold(folder: Path) -> None:
+    config = folder / "merge.yaml"
+    plain, whole = cluster.plan(config).text, cluster.plan(config, with_stats=True).text
+    assert whole.startswith(plain) and f"{total_residual(foretell(plan_of(config))):.1%}" in whole
+    merged = MergeResult(str(write_merge(plan_of(config), folder / "merged", fits=foretell(plan_of(config)))))
+    assert merged.layers is not None and merged.layers.num_rows == 2 * len(foretell(plan_of(config)))
 
 
 def test_hashes_are_taken_from_those_of_earlier_merges(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
