@@ -29,7 +29,8 @@ Inputs = list[list[dict[str, torch.Tensor]]]
 
 def prepared(folder: Path, family: str) -> tuple[Plan, list[list[Sample]], Inputs]:
     config = tiny_images.make_merge(folder, family, merge_method="task_arithmetic", calibrate="featcal")
-    plan = plan_of(config, "parameters.samples_per_model=2")
+    # Longer responses of one of these experts, which are random, have image tokens.
+    plan = plan_of(config, "parameters.samples_per_model=2", "calibration.generate_responses=8")
     records = read_records(plan)
     found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     samples = make_samples(
