@@ -31,7 +31,9 @@ OUT = "statistics"
 
 
 def _kinds(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    given = tuple(dict.fromkeys(part.strip() for part in value.split(",")))
+    given = tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
+    if not given:
+        raise click.BadParameter(f"give at least one of {', '.join(KINDS)}")
     if unknown := [kind for kind in given if kind not in KINDS]:
         raise click.BadParameter(f"{unknown[0]!r} is not one of {', '.join(KINDS)}")
     return given

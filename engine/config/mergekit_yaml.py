@@ -126,9 +126,14 @@ def read_recipe(
         modules[name], dropped = of_module["parameters"], (*dropped, *more)
         _check(modules[name], methods, ("modules", name, "parameters"), where)
     cluster = raw.get("cluster")
-    keys, actors = _learning_keys(runs_models(methods, raw.get("calibrate")))
+    with_samples = runs_models(methods, raw.get("calibrate"))
+    keys, actors = _learning_keys(with_samples)
     of_actors = [f"cluster.{key}" for key in actors if isinstance(cluster, dict) and key in cluster]
     unused += [*dropped, *(key for key in keys if key in raw), *of_actors]
+    if not with_samples:
+        named = {key for model in experts.models if isinstance(model, dict) for key in model}
+        unused += [f"models[].{key}" for key in ("statistics", "optimizer_state") if key in named]
+        unused += ["base_statistics"] if "base_statistics" in raw else []
     tokens = read_tokens(tokenizer, reference(raw.get("base_model")), experts.models, where)
     recipe = WeightSpaceSettings(
         slices=tuple(slices), modules=modules, top=top["parameters"], baseless=experts.baseless, tokens=tokens

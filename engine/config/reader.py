@@ -18,7 +18,7 @@ import yaml
 from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.recipe import WeightSpaceSettings
-from engine.config.schema import INTERNAL, UNIONS, Config, ExpertConfig
+from engine.config.schema import INTERNAL, NAME, UNIONS, Config, ExpertConfig
 from engine.config.slices import check_corrections, check_whole, check_whole_models
 from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_unknown
 from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
@@ -157,6 +157,12 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
                 do="give one of them another `name`, which labels it in all outputs",
             )
         names.add(expert.name)
+        if expert.statistics and expert.optimizer_state:
+            raise ConfigError(
+                f"expert {expert.name!r} has both `statistics` and `optimizer_state`, of which one can be used",
+                at,
+                do="remove one of them; `python cli.py stats --kinds fisher` writes statistics of an `optimizer_state`",
+            )
         if folders:
             check_folder_name(expert.name, at)
         if not config.learned:
@@ -196,11 +202,13 @@ def check_folder_name(name: str, where: str) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    if re.search(r"[/\\\0]", name) or name.strip(". ") != name or name.lower() in ("merge", "base"):
+    odd = re.search(r"[/\\\0]", name) or name.strip(". ") != name or len(name.encode()) > NAME
+    if odd or name.lower() in ("merge", "base"):
         raise ConfigError(
             f"the expert's name {shown(repr(name))} cannot be that of a folder of the output",
             where,
-            "a name without slashes, that is neither `merge` nor `base`",
+            f"a name of at most {NAME} bytes, without slashes and without a dot or a space at its ends, neither "
+            "`merge` nor `base`",
             "give the expert another `name`",
         )
 
@@ -321,6 +329,9 @@ def collected(config: Config, kinds: tuple[Statistic, ...], with_base: bool, whe
         ConfigError: An expert has no calibration file, or a name that no folder can have.
     """
     models = tuple(expert.model_copy(update={"statistics": None}) for expert in config.models)
+    update = {"models": models, "base_statistics": None, "calibrate": (), "collect": kinds, "collect_base": with_base}
+    made = config.model_copy(update=update)
+    check_whole_models(made, lambda at: ".".join([where, *map(str, at)]))
     for expert in models:
         check_folder_name(expert.name, where)
         if not expert.calibration and (with_base or not expert.knows(kinds)):
@@ -329,5 +340,4 @@ def collected(config: Config, kinds: tuple[Statistic, ...], with_base: bool, whe
                 where,
                 "`calibration: FILE` with records of its domain (.json, .jsonl or .parquet)",
             )
-    update = {"models": models, "base_statistics": None, "calibrate": (), "collect": kinds, "collect_base": with_base}
-    return config.model_copy(update=update)
+    return made

@@ -128,6 +128,7 @@ def check_whole_models(config: Config, where: Where) -> None:
         ConfigError: The config has slices, no base or, where models run, a vocabulary that is not the base's.
     """
     running = [m.name for m in config.methods if m.statistics or m.base_statistics or m.by_blocks]
+    running += ["`stats`"] if config.collect else []
     comparing = [*running, *(one.method for one in config.calibrate)]
     recipe = config.recipe
     if not comparing or recipe is None:

@@ -30,7 +30,7 @@ from engine.storage.local_folder import LocalFolder
 from engine.untrusted import JSON_BYTES, shown
 
 HEADER = "statistics.json"
-AGAIN = "compute the statistics again with `python cli.py stats`"
+AGAIN = "compute the statistics with `python cli.py stats` again, those of the base with --base"
 # Rows of a Gram matrix that are packed or unpacked at a time.
 ROWS = 256
 
@@ -88,6 +88,23 @@ class StatisticsHeader(Section):
     fisher: dict[str, FileName] = Field(default_factory=dict)
     sensitivity: dict[str, FileName] = Field(default_factory=dict)
     files: dict[FileName, Sha256] = Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _has_what_it_says(self) -> StatisticsHeader:
+        """Refuse a header that lacks what its kinds say, or names files that it does not list."""
+        forms = {entry.form for entry in self.moments.values()}
+        has = {
+            "activations": bool(forms),
+            "gram": bool(forms) and "diagonal" not in forms,
+            "fisher": bool(self.fisher),
+            "sensitivity": bool(self.sensitivity),
+        }
+        if missing := [kind for kind in self.kinds if not has[kind]]:
+            raise ValueError(f"it has no {missing[0]}")
+        named = {entry.file for entry in self.moments.values()} | {*self.fisher.values(), *self.sensitivity.values()}
+        if unlisted := sorted(named - self.files.keys()):
+            raise ValueError(f"{unlisted[0]} is not in files")
+        return self
 
 
 class StatisticsWriter:
@@ -159,20 +176,24 @@ def read_header(folder: Folder) -> StatisticsHeader:
     """Read statistics.json.
 
     Raises:
-        CheckpointError: It is missing or not valid.
+        CheckpointError: It is missing, no regular file, or not valid.
     """
     where = f"{folder.where}/{HEADER}"
+    if not folder.exists(HEADER):  # nor is a pipe or a device, which may have no end
+        inside = folder.path.glob(f"*/{HEADER}") if isinstance(folder, LocalFolder) else []
+        one = min((path.parent.name for path in inside), default=None)
+        do = AGAIN if one is None else f"name the folder of one model, such as {one}"
+        raise CheckpointError("there are no statistics", folder.where, f"a folder with the file {HEADER}", do)
+    size = folder.size(HEADER)
+    if size > JSON_BYTES:
+        raise CheckpointError(f"the file has {size:,} bytes", where, f"at most {JSON_BYTES:,} bytes", AGAIN)
     try:
-        size = folder.size(HEADER)
-        if size > JSON_BYTES:
-            raise CheckpointError(f"the file has {size:,} bytes", where, f"at most {JSON_BYTES:,} bytes", AGAIN)
         return StatisticsHeader.model_validate_json(folder.read(HEADER))
-    except FileNotFoundError as error:
-        raise CheckpointError("there are no statistics", folder.where, f"a folder with {HEADER}", AGAIN) from error
     except pydantic.ValidationError as error:
         (fault, *_) = error.errors(include_url=False)
-        place = ".".join(map(str, fault["loc"]))
-        raise CheckpointError(f"not a header of statistics: {shown(place)}: {fault['msg']}", where, do=AGAIN) from error
+        place = "".join(f"{part}." for part in fault["loc"]).removesuffix(".")
+        what = f"{shown(place)}: {fault['msg']}" if place else fault["msg"]
+        raise CheckpointError(f"not a header of statistics: {what}", where, do=AGAIN) from error
 
 
 class Statistics:
@@ -211,6 +232,8 @@ class Statistics:
 
     def _open(self, file: str, where: str) -> Any:
         try:
+            if not self.folder.exists(file):
+                raise FileNotFoundError(file)
             with borrowed(self.folder, file) as path:
                 if LocalFolder(path.parent).digest(path.name) != self.header.files.get(file):
                     raise CheckpointError("the file is not the one that statistics.json lists", where, do=AGAIN)

@@ -37,6 +37,7 @@ from engine.run.preparation import check_heads, check_inputs, check_positions
 
 # The packages whose advice is followed here, and the advice that is followed elsewhere.
 ELSEWHERE = {
+    "has both `statistics` and `optimizer_state`": "test_statistics_and_the_state_of_a_training_are_not_both_given",
     "set `tokenizer_source` to a model that has a chat template": "test_images_need_a_chat_template_which_tokenizer",
     "keep only the records that are needed": "test_hostile_records.py: files with more than a million lines",
     "save the image again": "the file is one that no image library writes",

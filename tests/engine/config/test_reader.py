@@ -17,7 +17,7 @@ from errors import refused
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.config.reader import DEPTH, load_config, parse_config
+from engine.config.reader import DEPTH, collected, load_config, parse_config
 from engine.config.resources import Rates
 from engine.config.schema import INTERNAL, Config
 from engine.errors import ConfigError
@@ -823,3 +823,25 @@ def test_any_override_is_applied_or_refused(
     path = tmp_path_factory.getbasetemp() / "override.yaml"
     path.write_bytes(FILES[0])
     assert is_config_or_refused(path, f"{'.'.join(keys)}={value}")
+
+
+def test_statistics_and_the_state_of_a_training_are_not_both_given(llama_merge: Path) -> None:
+    both = ("merge_method=fisher", "models.0.statistics=folder", "models.0.optimizer_state=optimizer.pt")
+    with refused(ConfigError, facts=["expert0"], do="remove one"):
+        load_config(llama_merge, both)
+    load_config(llama_merge, both[:2]), load_config(llama_merge, (both[0], both[2]))
+
+
+def test_statistics_that_a_method_does_not_use_are_listed(llama_merge: Path) -> None:
+    given = ("models.0.statistics=folder", "base_statistics=folder", "models.1.optimizer_state=optimizer.pt")
+    named = {"models[].statistics", "models[].optimizer_state", "base_statistics"}
+    assert named <= set(load_config(llama_merge, ("merge_method=ties", *given)).unused)
+    assert not named & set(load_config(llama_merge, ("merge_method=lewis", *given)).unused)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "end ", "Merge", "base", "é" * 200])
+def test_a_name_that_cannot_be_a_folder_s_is_refused_by_stats(llama_merge: Path, name: str) -> None:
+    config = load_config(llama_merge)
+    models = (config.models[0].model_copy(update={"name": name}), *config.models[1:])
+    with refused(ConfigError, do="another `name`"):
+        collected(config.model_copy(update={"models": models}), ("gram",), False, "config")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,40 @@ def test_statistics_of_other_shapes_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no statistics"):
         Statistics(LocalFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.update(moments={}),
+        lambda header: header.update(fisher={}),
+        lambda header: header["moments"]["q.weight"].update(form="diagonal"),
+        lambda header: header["fisher"].update(norm="fisher-00009.safetensors"),
+        lambda header: header.update(kinds=["sensitivity"]),
+    ],
+)
+def test_a_header_that_lacks_what_it_says_is_refused(tmp_path: Path, change: object) -> None:
+    path = written(tmp_path) / HEADER
+    header = json.loads(path.read_text())
+    assert callable(change)
+    change(header)
+    path.write_text(json.dumps(header))
+    with pytest.raises(CheckpointError, match=HEADER):
+        Statistics(LocalFolder(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+@pytest.mark.parametrize("name", [HEADER, "moments-00000.safetensors"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str, name: str) -> None:
+    path = written(tmp_path) / name
+    path.unlink()
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
+    with pytest.raises(CheckpointError):
+        Statistics(LocalFolder(tmp_path)).of("q.weight", (2, 5)).moments()
+
+
+def test_the_folder_of_several_models_names_one_of_them(tmp_path: Path) -> None:
+    written(tmp_path / "expert1")
+    with pytest.raises(CheckpointError) as caught:
+        Statistics(LocalFolder(tmp_path))
+    assert "expert1" in caught.value.do
