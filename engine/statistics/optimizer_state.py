@@ -8,16 +8,17 @@ mapped into memory and unpickled with `weights_only`. Its states are by name, by
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.untrusted import check_regular, library_errors_as, shown
+from engine.untrusted import check_regular, library_errors_as, open_regular, shown
 
 SQUARES = "exp_avg_sq"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -25,8 +26,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 # Where a state is in what trainers save around it.
 PLACES = ("optimizer", "optimizer_state_dict", "optim")
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+# The first bytes of a zip archive. Older files of `torch.save` are bare pickles, which cannot be mapped into memory.
+ZIP = b"PK\x03\x04"
 EXPECTED = "the state of Adam or AdamW by `torch.save`, or safetensors with tensors `NAME.exp_avg_sq`"
 CONVERT = "save the tensors `exp_avg_sq` from your training, by the names of the parameters, as safetensors"
+AGAIN = "load it in a place where you trust it, with `torch.load` or `pickle.load`, and write it by `torch.save` again"
 
 
 def squared_gradients(file: Path, shapes: Shapes) -> Iterator[tuple[str, Tensor]]:
@@ -63,7 +68,7 @@ def _of_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             names = [name for name in sorted(opened.keys()) if name.endswith(end)]
-            found = {name.removesuffix(end): opened.get_tensor(name) for name in names}
+            found = {name.removesuffix(end): _dense(name, opened.get_tensor(name), file) for name in names}
     except SafetensorError as error:
         raise CheckpointError("not a valid safetensors file", str(file), EXPECTED) from error
     if not found:
@@ -72,39 +77,88 @@ def _of_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _of_archive(file: Path, shapes: Shapes) -> dict[str, Tensor]:
+    with open_regular(file, None, CheckpointError, "the state of the optimizer") as opened:
+        if opened.read(len(ZIP)) != ZIP:
+            what = "the file is no zip archive of `torch.save`"
+            raise CheckpointError(what, str(file), EXPECTED, f"{AGAIN}, or {CONVERT}")
+
     def fault(message: str) -> CheckpointError:
         return CheckpointError(
             f"the file is no archive of tensors alone: {shown(message)}", str(file), EXPECTED, CONVERT
         )
 
-    with library_errors_as(fault, pickle.UnpicklingError, EOFError):
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    outer = [content, *(content.get(place) for place in PLACES)] if isinstance(content, dict) else []
-    saved = next((one for one in outer if isinstance(one, dict) and isinstance(one.get("state"), dict)), None)
-    states: dict[Any, Tensor] = {}
-    for key, state in (saved or {"state": {}})["state"].items():
-        squares = state.get(SQUARES) if isinstance(state, dict) else None
-        # Some parameters have none, such as those that Muon trains beside Adam; quantized ones are integers.
-        if isinstance(squares, Tensor) and squares.is_floating_point():
-            states[key] = squares
-    if saved is None or not states:
+    with library_errors_as(fault, pickle.UnpicklingError, EOFError, struct.error):
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    content = _entries(loaded)
+    outer = [content, *(_entries(content.get(place)) for place in PLACES)]
+    saved = next((one for one in outer if isinstance(one.get("state"), dict)), {})
+    states = {key: _entries(state) for key, state in _entries(saved.get("state")).items()}
+    # Some parameters have none, such as those that Muon trains beside Adam.
+    values = {key: state[SQUARES] for key, state in states.items() if SQUARES in state}
+    if not values:
         what = f"the file has no {SQUARES} by parameter, as of flattened or quantized states"
         raise CheckpointError(what, str(file), EXPECTED, CONVERT)
-    if all(isinstance(key, str) for key in states):
-        return states
-    names = _names_of_numbers(saved.get("param_groups"), states, shapes)
+    kinds = {type(key) for key in values}
+    if kinds != {str} and kinds != {int}:
+        what = "the states have neither names alone nor numbers alone"
+        raise CheckpointError(what, str(file), EXPECTED, CONVERT)
+    squares = {key: _dense(f"{key}.{SQUARES}", value, file) for key, value in values.items()}
+    if kinds == {str}:
+        return squares
+    groups = _groups(saved.get("param_groups"))
+    if groups is None:
+        what = "the states have numbers, and `param_groups` does not list the numbers of the parameters"
+        expected = "groups with a list of numbers, `params`, and with a list of names, `param_names`, or without it"
+        raise CheckpointError(what, str(file), expected, CONVERT)
+    names = _names_of_numbers(*groups, squares, shapes)
     if names is None:
         what = "the states have numbers that do not fit the order of the model's parameters"
         raise CheckpointError(what, str(file), "states by name, or of this model", CONVERT)
-    return {names[key]: squares for key, squares in states.items()}
+    return {names[key]: tensor for key, tensor in squares.items()}
 
 
-def _names_of_numbers(groups: Any, states: Mapping[Any, Tensor], shapes: Shapes) -> dict[int, str] | None:
-    """Return the names of the parameters by their numbers in the groups, or None if they cannot be known."""
+def _entries(value: Any) -> dict[Any, Any]:
+    """Return the entries of a mapping, and none for another value.
+
+    An OrderedDict in a file can have attributes in the place of its methods.
+    """
+    return dict(dict.items(value)) if isinstance(value, dict) else {}
+
+
+def _dense(name: str, value: Any, file: Path) -> Tensor:
+    """Return a tensor of a file if it is dense, of floats and with its values, without attributes that a file set."""
+    kind = type(value).__name__
+    if type(value) in (Tensor, nn.Parameter):
+        tensor = torch.detach(value)
+        dense = tensor.layout == torch.strided and not tensor.is_nested
+        if dense and tensor.device.type == "cpu" and tensor.dtype in FLOATS:
+            return tensor
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        kind = f"{tensor.dtype}, {layout}, on {tensor.device.type}"
+    what = f"{shown(name)} is no dense tensor of floats ({kind})"
+    raise CheckpointError(what, str(file), EXPECTED, CONVERT)
+
+
+def _groups(groups: Any) -> tuple[list[int], list[str]] | None:
+    """Return the numbers of the parameters and the names beside them, or None if there are no such lists."""
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return None
-    numbers = [number for group in groups for number in group.get("params", [])]
-    given = [name for group in groups for name in group.get("param_names", [])]
+    entries = [_entries(group) for group in groups]
+    numbers = [group.get("params", []) for group in entries]
+    names = [group.get("param_names", []) for group in entries]
+    if not all(isinstance(part, list | tuple) for part in numbers + names):
+        return None
+    flat_numbers = [number for part in numbers for number in part]
+    flat_names = [name for part in names for name in part]
+    if not all(type(number) is int for number in flat_numbers) or not all(type(name) is str for name in flat_names):
+        return None
+    return flat_numbers, flat_names
+
+
+def _names_of_numbers(
+    numbers: list[int], given: list[str], states: Mapping[int, Tensor], shapes: Shapes
+) -> dict[int, str] | None:
+    """Return the names of the parameters by their numbers in the groups, or None if they cannot be known."""
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     others = [name for name, shape in shapes.items() if len(shape) <= 1]
     for names in (given, [*matrices, *others], list(shapes)):

@@ -147,6 +147,35 @@ def test_the_advice_leads_to_a_file_that_is_read(write: Callable[[Path], Any], t
     agree(dict(squared_gradients(tmp_path / "state.safetensors", shapes(model))), expected)
 
 
+def legacy(state: Any, path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def pickled(state: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(state))
+
+
+@ADVICE.followed("do: {AGAIN}, or {CONVERT}")
+@pytest.mark.parametrize("write", [legacy, pickled])
+def test_a_file_that_is_no_zip_archive_can_be_saved_again(write: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    model, optimizer, expected = trained(lambda model: model.named_parameters())
+    path = tmp_path / "optimizer.pt"
+    write(optimizer.state_dict(), path)
+    error = refusal(lambda: list(squared_gradients(path, shapes(model))))
+    assert "zip archive" in error.what and "mmap" not in str(error)
+    assert found("`(torch.load)` or `(pickle.load)`.* by `(torch.save)` again", error)
+    loaded = torch.load(path, weights_only=False) if write is legacy else pickle.loads(path.read_bytes())
+    torch.save(loaded, path)
+    agree(dict(squared_gradients(path, shapes(model))), expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"P", b"no archive", pickle.dumps({"state": {}})])
+def test_the_message_on_a_file_that_is_no_zip_archive(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "optimizer.pt").write_bytes(content)
+    error = refusal(lambda: list(squared_gradients(tmp_path / "optimizer.pt", {})))
+    assert "zip archive" in error.what and "mmap" not in str(error)
+
+
 def test_every_advice_is_followed() -> None:
     ADVICE.check()
 
