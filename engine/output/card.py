@@ -57,7 +57,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
         f"{len(plan.merged)} tensors are merged; all other tensors are the base's.",
         _chunks(plan, learned),
         _steps(plan),
-        _fitted(fits),
+        _fitted(fits, plan),
         "\n".join(["| expert | given as | prior | mean learned coefficient | range |", "|---|---|---|---|---|", *rows]),
         f"![The distance of the coefficients from their priors: experts down, tensors across]({PICTURE})",
     ]
@@ -76,7 +76,7 @@ def write_weight_space_card(
     about = [
         f"{output}: {method.summary}, `{method.formula}` ({method.source}). {len(plan.merged)} tensors are\n"
         f"merged; all other tensors are those of {code(public_name(plan.base.address))}.",
-        _fitted(fits),
+        _fitted(fits, plan),
         _list("The layers of the output, from the first to the last:", [markdown(line) for line in plan.stacked]),
         _steps(plan),
     ]
@@ -84,11 +84,12 @@ def write_weight_space_card(
     _write(path, plan, method.name, f"{plan.described_models} by {method.name}", about, record, digests)
 
 
-def _fitted(fits: Fits) -> str:
+def _fitted(fits: Fits, plan: Plan) -> str:
     """Return what the coefficients in closed form foretell; nothing if there are none."""
     if not fits:
         return ""
-    return f"By least squares on the experts' own inputs, {described(fits)} (`merge/layers.parquet`)."
+    before = f", before {plan.config.calibrate[0].method}" if plan.config.calibrate else ""
+    return f"By least squares on the experts' own inputs{before}, {described(fits)} (`merge/layers.parquet`)."
 
 
 def add_memory(path: Path, memory: Mapping[str, Any]) -> None:

@@ -40,7 +40,8 @@ def _points(merge: Merged, distances: Mapping[str, Mapping[str, tuple[float, flo
     yield f"{', '.join(names[:NAMES])}{more} merged with {merge.config.base_model} {by}."
     for loss, by_expert in distances.items():
         starts, ends = (sum(pair[place] for pair in by_expert.values()) / len(by_expert) for place in (0, 1))
-        sentence = f"On the samples, {MEASURED[loss]} went from {number(starts)} to {number(ends)} in the mean"
+        before = f" before {merge.config.calibrate[0].method}" if merge.config.calibrate else ""
+        sentence = f"On the samples{before}, {MEASURED[loss]} went from {number(starts)} to {number(ends)} in the mean"
         left = {name: _left(pair) for name, pair in by_expert.items() if math.isfinite(_left(pair))}
         if len(left) > 1:
             near, far = min(left, key=lambda name: left[name]), max(left, key=lambda name: left[name])

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from engine.methods.arithmetic.matrices import leading
 
+# A response of less than this part of an expert's task vector is one of rounding.
+NONE = 1e-5
+
 
 def spectral_calibration(tau: Tensor, task_vectors: Iterable[Tensor], alpha: float) -> Tensor:
     """Return Σᵣ γᵣ·σᵣ·uᵣ·vᵣᵀ [m, n], float32, of a merged task vector τ = Σᵣ σᵣ·uᵣ·vᵣᵀ.
 
-    γᵣ = K / Σₖ max(α, sᵣₖ), with the projection sᵣₖ = ⟨τᵀuᵣ, τₖᵀuᵣ⟩ / ‖τₖᵀuᵣ‖² of the merged response to the output
+    γᵣ = Kᵣ / Σₖ max(α, sᵣₖ), with the projection sᵣₖ = ⟨τᵀuᵣ, τₖᵀuᵣ⟩ / ‖τₖᵀuᵣ‖² of the merged response to the output
     direction uᵣ on that of expert k. Where experts share a direction, it was added up: sᵣₖ is above 1 and σᵣ shrinks.
-    An expert without a response, τₖᵀuᵣ = 0, counts with sᵣₖ = 0. Each expert is read once.
+    The sum is over the Kᵣ experts that respond to uᵣ: sᵣₖ of another one is undefined, and what rounding leaves of it
+    has any size. Where none responds, σᵣ stays. Each expert is read once.
 
     Args:
         tau: τ [m, n], float32.
@@ -34,14 +38,15 @@ def spectral_calibration(tau: Tensor, task_vectors: Iterable[Tensor], alpha: flo
     if not tau.any():
         return tau
     u_mR, s_R, vt_Rn = leading(tau, min(tau.shape))
-    total_R, experts = torch.zeros(len(s_R), dtype=torch.float64), 0
+    total_R, count_R = torch.zeros(2, len(s_R), dtype=torch.float64)
     for own in task_vectors:
         response_Rn = u_mR.T @ own
         # τᵀuᵣ = σᵣ·vᵣ
         along_R = torch.linalg.vecdot(vt_Rn, response_Rn).double() * s_R
         square_R = response_Rn.double().square().sum(dim=1)
-        total_R += torch.where(square_R > 0, along_R / square_R, 0).clamp_min(alpha)
-        experts += 1
-    scaled_R = (s_R * (experts / total_R)).float()
+        responds_R = square_R > (NONE * own.double().norm()) ** 2
+        total_R += torch.where(responds_R, (along_R / square_R).clamp_min(alpha), 0)
+        count_R += responds_R
+    scaled_R = (s_R * torch.where(count_R > 0, count_R / total_R, 1)).float()
     calibrated: Tensor = (u_mR * scaled_R) @ vt_Rn
     return calibrated

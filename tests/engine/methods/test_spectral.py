@@ -52,4 +52,14 @@ def test_experts_that_share_nothing_are_as_they_were() -> None:
 def test_a_merge_that_changes_nothing_and_an_expert_without_a_response() -> None:
     own, nothing = noise((6, 10), 1), torch.zeros(6, 10)
     assert torch.equal(spectral_calibration(nothing, [own], 0.1), nothing)
-    assert torch.allclose(spectral_calibration(own, [own, nothing], 0.5), own * 2 / 1.5, atol=1e-5)
+    assert torch.allclose(spectral_calibration(own, [own, nothing, nothing], 0.5), own, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0])
+def test_adapters_of_orthogonal_directions_are_as_they_were(alpha: float) -> None:
+    """In floats, the response of one to a direction of the other is rounding, of either sign."""
+    left, right = (torch.linalg.qr(noise((size, 16), seed))[0] for seed, size in enumerate((96, 64)))
+    taus = [left[:, part] @ torch.diag(torch.linspace(1, 3, 8)) @ right[:, part].T for part in (slice(8), slice(8, 16))]
+    merged = taus[0] + taus[1]
+    found = spectral_calibration(merged, taus, alpha)
+    assert float((found - merged).norm() / merged.norm()) < 1e-5

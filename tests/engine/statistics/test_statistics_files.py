@@ -112,7 +112,6 @@ def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda header: header.update(moments={}),
         lambda header: header.update(fisher={}),
         lambda header: header["moments"]["q.weight"].update(form="diagonal"),
         lambda header: header["fisher"].update(norm="fisher-00009.safetensors"),
@@ -144,3 +143,8 @@ def test_the_folder_of_several_models_names_one_of_them(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         Statistics(LocalFolder(tmp_path))
     assert "expert1" in caught.value.do
+
+
+def test_a_model_without_linear_layers_has_no_moments(tmp_path: Path) -> None:
+    StatisticsWriter(LocalFolder(tmp_path)).finish(**FACTS, kinds=("gram",))
+    assert Statistics(LocalFolder(tmp_path)).of("c_attn.weight", (5, 15)).moments() is None
