@@ -136,11 +136,9 @@ class Attempt:
         """
         files = {file for of_model in input_files(self.plan).values() for file in of_model}
         known = self.folder.identity.digests
-        missing = sorted(files - known.keys())
-        if not missing:
-            self.folder.check_unchanged(self.plan)
-            return dict(known)
-        hashed = self.dealt("hashing the inputs", shards, missing, lambda shard, share: shard.digests.remote(share))
+        missing, hashed = sorted(files - known.keys()), dict[str, str]()
+        if missing:
+            hashed = self.dealt("hashing the inputs", shards, missing, lambda shard, share: shard.digests.remote(share))
         self.folder.check_unchanged(self.plan, hashed)
         self.folder.reuse.keep_digests(self.folder.identity, sorted(files))
         return known | hashed

@@ -19,6 +19,7 @@ from errors import refused
 from cluster.driver import merge
 from engine.config.reader import collected, load_config
 from engine.errors import CheckpointError
+from engine.methods.options import Statistic
 from engine.planning.planner import make_plan
 from engine.statistics.files import HEADER, Statistics
 from engine.storage.local_folder import LocalFolder
@@ -38,6 +39,8 @@ ADVICE = Advice(
     },
 )
 
+KINDS: tuple[Statistic, ...] = ("gram", "fisher", "sensitivity")
+
 
 def each_on_ray(test: Any) -> Any:
     """Mark a test that needs Ray."""
@@ -53,7 +56,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The statistics of base and experts."""
     out = tmp_path_factory.mktemp("out") / "statistics"
-    given = collected(load_config(config), ("gram", "fisher", "sensitivity"), True, "config")
+    given = collected(load_config(config), KINDS, True, "config")
     assert merge(make_plan(given, config.parent), str(out))
     return out
 
@@ -106,7 +109,7 @@ def test_they_tell_what_they_are_of(config: Path, published: Path) -> None:
     assert headers["expert0"].base == headers["expert1"].base == headers["base"].model
     assert headers["expert0"].model != headers["expert1"].model
     assert headers["base"].sequences == headers["expert0"].sequences + headers["expert1"].sequences
-    plan = make_plan(collected(load_config(config), ("gram", "fisher"), True, "config"), config.parent)
+    plan = make_plan(collected(load_config(config), KINDS, True, "config"), config.parent)
     assert not merge(plan, str(published)), "they are there already"
 
 
