@@ -49,6 +49,11 @@ class RayWatch(Watch):
         super().__init__(say, patience)
         self._restarts: dict[str, int] = {}
 
+    def gone(self, actor: Any) -> None:
+        """See `Watch`. What has happened to the actor since the last look is said first."""
+        self._say_restarts()
+        super().gone(actor)
+
     def _ready(self, references: Sequence[Any], timeout: float) -> list[Any]:
         ready: list[Any] = ray.wait(list(references), num_returns=1, timeout=timeout)[0]
         return ready
