@@ -44,7 +44,7 @@ def spectral_calibration(tau: Tensor, task_vectors: Iterable[Tensor], alpha: flo
         # τᵀuᵣ = σᵣ·vᵣ
         along_R = torch.linalg.vecdot(vt_Rn, response_Rn).double() * s_R
         square_R = response_Rn.double().square().sum(dim=1)
-        responds_R = square_R > (NONE * own.double().norm()) ** 2
+        responds_R = square_R > (NONE * torch.linalg.vector_norm(own, dtype=torch.float64)) ** 2
         total_R += torch.where(responds_R, (along_R / square_R).clamp_min(alpha), 0)
         count_R += responds_R
     scaled_R = (s_R * torch.where(count_R > 0, count_R / total_R, 1)).float()

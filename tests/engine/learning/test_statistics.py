@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -29,16 +31,19 @@ GIVEN = [(sample, {}) for sample in SAMPLES]
 FACTS = {"base": {}, "model": {}}
 
 
-def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def inputs_of(model: torch.nn.Module, given: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Return the inputs of each linear layer in whole forward passes, by the name of its weight."""
     seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             hook = lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0])  # noqa: E731
-            layer.register_forward_pre_hook(hook)
+            handles.append(layer.register_forward_pre_hook(hook))
     with torch.no_grad():
-        for sample in SAMPLES:
-            model(torch.tensor([sample.input_ids]))
+        for arguments in given:
+            model(**arguments)
+    for handle in handles:
+        handle.remove()
     return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in parts]) for name, parts in seen.items()}
 
 
@@ -49,7 +54,7 @@ def test_moments_are_those_of_whole_forward_passes(tmp_path: Path, family: str, 
     folder = LocalFolder(tmp_path / "statistics")
     header = collect(FrozenExpert(plan, k, CPU), GIVEN, ["gram"], folder, FACTS)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merge" / ("base" if k is None else "expert0")).eval()
-    expected = inputs_of(model)
+    expected = inputs_of(model, [{"input_ids": torch.tensor([sample.input_ids])} for sample in SAMPLES])
     statistics = Statistics(folder)
     assert header.tokens == 9 and header.sequences == 2
     names = {name for name in expected if name in plan.base_header.tensors and "lm_head" not in name}
@@ -209,22 +214,12 @@ def test_moments_of_a_model_that_takes_images_are_those_of_whole_forward_passes(
     samples = [*plain.samples[0], Sample(0, 9, (5, 9, 33, 12), "here")]
     given = [(one, load_target(run.state, run.inputs(one)).inputs if one.inputs else {}) for one in samples]
     expert, folder = FrozenExpert(plan, 0, CPU), LocalFolder(tmp_path / "statistics")
-    seen: dict[str, list[torch.Tensor]] = {}
-    handles = []
-    for name, layer in expert.model.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            hook = lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0])  # noqa: E731
-            handles.append(layer.register_forward_pre_hook(hook))
-    with torch.no_grad():
-        for arguments in [expert.given(sample, inputs) for sample, inputs in given]:
-            expert.model(**arguments)
-    for handle in handles:
-        handle.remove()
+    expected = inputs_of(expert.model, [expert.given(sample, inputs) for sample, inputs in given])
     header = collect(expert, given, ["gram"], folder, FACTS)
     statistics = Statistics(folder)
     assert any("vis" in name for name in header.moments)
     for name, entry in header.moments.items():
-        x_NI = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen[expert.places[name].parameter]])
+        x_NI = expected[expert.places[name].parameter]
         moments = statistics.of(name, plan.base_header.tensors[name].shape).moments()
         assert moments is not None and entry.tokens == len(x_NI)
         torch.testing.assert_close(moments.gram(), x_NI.T @ x_NI, rtol=1e-4, atol=1e-4)
