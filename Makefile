@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: install demo test test-slow test-thorough mergekit-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
-	quality check clean
+	quality quality-b check clean
 
 install: $(STAMP)
 
@@ -82,6 +82,11 @@ quality: install
 	$(BIN)/python benchmarks/quality/sensitivity.py
 	$(BIN)/python benchmarks/quality/sensitivity_figure.py benchmarks/quality/sensitivity.png
 	$(BIN)/python benchmarks/quality/table.py
+
+# The same on skills that no option was chosen on, once per release: hours, as above.
+quality-b: install
+	$(BIN)/python benchmarks/quality/bench_b.py
+	$(BIN)/python benchmarks/quality/table_b.py
 
 check: install
 	$(BIN)/ruff format --check .

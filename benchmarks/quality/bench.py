@@ -79,10 +79,15 @@ class Bench:
     """A model that takes the weights of base, experts, mixture or any merge.
 
     `workdir/models` holds base, experts and mixture; calibration files, targets and states are kept next to it.
+
+    Args:
+        workdir: The folder of all of these.
+        skills: The skills whose experts are merged. Default: all of bench A.
+        adapters: Which experts: full ones (empty), or LoRA adapters, by the end of their names (`-r8`, `-r16`).
     """
 
-    def __init__(self, workdir: Path, skills: Sequence[str] = tuple(tasks.SKILLS)) -> None:
-        self.workdir, self.skills = workdir, tuple(skills)
+    def __init__(self, workdir: Path, skills: Sequence[str] = tuple(tasks.BENCHES["a"]), adapters: str = "") -> None:
+        self.workdir, self.skills, self.adapters = workdir, tuple(skills), adapters
         self.models = workdir / "models"
         base = self.models / "base"
         self.model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -97,10 +102,21 @@ class Bench:
             if split != "calibration"
         }
 
+    @property
+    def which(self) -> dict[str, Any]:
+        """What a key of the results says of the merged experts; nothing for the full experts of bench A."""
+        which: dict[str, Any] = {} if self.skills[0] in tasks.BENCHES["a"] else {"bench": "b"}
+        if self.skills != tuple(tasks.BENCHES["a"]):
+            which["experts"] = len(self.skills)
+        return which | ({"adapters": self.adapters} if self.adapters else {})
+
     # Weights and scores.
 
     def load(self, name: str) -> None:
-        """Load the weights of the base, an expert or the mixture."""
+        """Load the weights of the base, an expert (an adapter is added to the base) or the mixture."""
+        if (self.models / name / "adapter_config.json").exists():
+            self.combine(self.plan("task_arithmetic", {"weight": 1.0}, experts=[name]))
+            return
         with safe_open(self.models / name / "model.safetensors", "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 self.model.get_parameter(key).data.copy_(file.get_tensor(key))
@@ -140,14 +156,22 @@ class Bench:
 
     # Plans and their inputs.
 
-    def plan(self, merge_method: str, options: Mapping[str, Any], seed: int = 0, samples: int = 8) -> Plan:
-        """Return a plan of the skills' experts; `options` are dotted keys of the config, or parameters."""
+    def plan(
+        self,
+        merge_method: str,
+        options: Mapping[str, Any],
+        seed: int = 0,
+        samples: int = 8,
+        experts: Sequence[str] | None = None,
+    ) -> Plan:
+        """Return a plan of the skills' experts, or of these; `options` are dotted keys of the config, or parameters."""
+        names = [skill + self.adapters for skill in self.skills] if experts is None else experts
         folder = self.workdir / "configs"
         folder.mkdir(exist_ok=True)
         raw: dict[str, Any] = {"merge_method": merge_method, "base_model": str(self.models / "base")}
         raw["models"] = [
-            {"model": str(self.models / skill), "calibration": str(self._calibration(skill, seed, samples))}
-            for skill in self.skills
+            {"model": str(self.models / name), "calibration": str(self._calibration(name, seed, samples))}
+            for name in names
         ]
         raw["parameters"] = {"samples_per_model": samples}
         raw["seed"] = seed
@@ -159,8 +183,9 @@ class Bench:
         ]
         return make_plan(load_config(path, nested), folder)
 
-    def _calibration(self, skill: str, seed: int, samples: int) -> Path:
-        """Write `samples` prompts of the skill's pool, drawn by the seed; a larger sample extends a smaller one."""
+    def _calibration(self, expert: str, seed: int, samples: int) -> Path:
+        """Write `samples` prompts of an expert's skill, drawn by the seed; a larger sample extends a smaller one."""
+        skill = expert.partition("-")[0]
         path = self.workdir / "calibration" / f"{skill}-{seed}-{samples}.jsonl"
         path.parent.mkdir(exist_ok=True)
         chosen = random.Random(f"{skill}-{seed}").sample(range(POOL), POOL)[:samples]
@@ -170,8 +195,8 @@ class Bench:
 
     def state(self, plan: Plan) -> Folder:
         """Return the folder of the plan's stored task vectors, if any, computed once per kind and set of experts."""
-        kind = plan.config.parameters.task_vectors
-        folder = open_folder(str(self.workdir / f"state-{len(plan.experts)}-{kind}"))
+        what = [plan.config.parameters.task_vectors, *(expert.name for expert in plan.experts)]
+        folder = open_folder(str(self.workdir / f"state-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"))
         orthogonalise(plan, open_task_vectors(plan, torch.get_num_threads()), folder, plan.orthogonal)
         return folder
 
@@ -205,7 +230,7 @@ class Bench:
 
     def magnitudes(self, plan: Plan) -> Any:
         """Return the mean magnitudes sₖ,ₗ of the task vectors [K, L]."""
-        key = len(plan.experts), plan.merged, plan.config.parameters.task_vectors
+        key = *(expert.name for expert in plan.experts), plan.merged, plan.config.parameters.task_vectors
         if key not in self._magnitudes:
             streams = open_task_vectors(plan, torch.get_num_threads())
             inspected = with_orthogonal(plan, streams, self.state(plan)).inspect(plan.merged)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import tasks
 from bench import Bench
 from fine_tune import WORKDIR
 from safetensors.torch import load_model, save_model
@@ -48,17 +47,19 @@ class Log:
         print(f"{json.dumps(key)}: {mean:.1f} % loss {loss:.4f}  {matches}", flush=True)
 
 
-def score_into(log: Log, bench: Bench, split: str, key: dict[str, Any], **more: Any) -> None:
-    """Score the bench's model on a split and log it."""
+def score_into(
+    log: Log, bench: Bench, split: str, key: dict[str, Any], skills: Sequence[str] = (), **more: Any
+) -> None:
+    """Score the bench's model on a split of some skills (none: of all) and log it."""
     began = time.monotonic()
-    score = bench.score(split)
+    score = bench.score(split, skills)
     seconds = {"scoring": round(time.monotonic() - began, 1)} | more.pop("seconds", {})
     log.add(key, exact_match=score.exact_match, loss=score.loss, seconds=seconds, **more)
 
 
 def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...]) -> Iterator[float]:
     """Set the model to the method's merge at each scale in turn; the merge is computed once and stored."""
-    path = bench.workdir / "merges" / f"{method} {json.dumps(options)}.safetensors"
+    path = bench.workdir / "merges" / f"{method} {json.dumps(options | bench.which)}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         bench.combine(bench.plan(method, options))
@@ -79,8 +80,7 @@ def try_learned(
     """Run a learned method and score the stages that are not logged yet."""
     plan = bench.plan(method, options, seed, samples)
     names = ["expert_merging", method] if plan.config.stages == 2 else [method]
-    few = {} if len(bench.skills) == len(tasks.SKILLS) else {"experts": len(bench.skills)}
-    keys = [{"method": name, "options": options, "seed": seed, "samples": samples} | few for name in names]
+    keys = [{"method": name, "options": options, "seed": seed, "samples": samples} | bench.which for name in names]
     if log.has(**keys[-1]):
         return
     began = time.monotonic()

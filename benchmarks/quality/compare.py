@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from bench import Bench
 from choose import RESULTS, Log, scaled, score_into, try_learned
-from fine_tune import MIXTURE, WORKDIR
+from fine_tune import MIXTURES, WORKDIR
 from space import CHOSEN, CHOSEN_LEARNED, SEEDED
 
 SEEDS = range(5)
@@ -24,7 +24,7 @@ SEEDS = range(5)
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(os.environ.get("QUALITY_WORKDIR", WORKDIR)))
 def main(names: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
     bench, log = Bench(workdir), Log(RESULTS / "test.jsonl")
-    single = ["base", *bench.skills, MIXTURE]
+    single = ["base", *bench.skills, MIXTURES["a"]]
     for name in names or [*single, *CHOSEN, *CHOSEN_LEARNED]:
         if name in single and not log.has(model=name):
             bench.load(name)

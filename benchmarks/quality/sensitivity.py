@@ -30,7 +30,7 @@ AROUND = {
     "samples": DEFAULTS.samples_per_model,
     "budget": DEFAULTS.budget,
     "kappa": DEFAULTS.kappa,
-    "experts": len(tasks.SKILLS),
+    "experts": len(tasks.BENCHES["a"]),
 }
 
 
@@ -46,7 +46,7 @@ def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
         for value in POINTS[name]:
             experts = int(value if name == "experts" else AROUND["experts"])
             if experts not in benches:
-                benches[experts] = Bench(workdir, list(tasks.SKILLS)[:experts])
+                benches[experts] = Bench(workdir, list(tasks.BENCHES["a"])[:experts])
             # A default is left out of the options, so that the common point of all curves is computed once.
             varied = options | ({name: value} if name in ("budget", "kappa") and value != AROUND[name] else {})
             samples = int(value if name == "samples" else AROUND["samples"])

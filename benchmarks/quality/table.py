@@ -14,7 +14,7 @@ from typing import Any
 import click
 import tasks
 from choose import RESULTS
-from fine_tune import MIXTURE
+from fine_tune import MIXTURES
 from space import CHOSEN, CHOSEN_LEARNED
 
 Line = dict[str, Any]
@@ -28,7 +28,7 @@ def read(name: str) -> list[Line]:
 def own_scores(lines: Sequence[Line]) -> dict[str, float]:
     """Return the exact match of each skill's own expert, in per cent."""
     models = {line["key"].get("model"): line["exact_match"] for line in lines}
-    return {skill: models[skill][skill] for skill in tasks.SKILLS}
+    return {skill: models[skill][skill] for skill in tasks.BENCHES["a"]}
 
 
 def normalised(line: Line, own: dict[str, float]) -> float:
@@ -44,9 +44,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
     """Yield the rows of the table: a name, and its lines, one per seed."""
-    for model in ("base", *tasks.SKILLS, MIXTURE):
+    for model in ("base", *tasks.BENCHES["a"], MIXTURES["a"]):
         of_model = [line for line in lines if line["key"] == {"model": model}]
-        yield (model if model in ("base", MIXTURE) else f"expert {model}"), of_model
+        yield (model if model in ("base", MIXTURES["a"]) else f"expert {model}"), of_model
     for method, (options, scale) in CHOSEN.items():
         key = {"method": method, "options": options, "scale": scale}
         yield method, [line for line in lines if key.items() <= line["key"].items()]
@@ -58,12 +58,12 @@ def print_test() -> None:
     """Print the comparison on the test split."""
     lines = read("test")
     own = own_scores(lines)
-    print("| model | " + " | ".join(tasks.SKILLS) + " | mean | normalised | loss | seeds |")
-    print("|---" * (len(tasks.SKILLS) + 5) + "|")
+    print("| model | " + " | ".join(tasks.BENCHES["a"]) + " | mean | normalised | loss | seeds |")
+    print("|---" * (len(tasks.BENCHES["a"]) + 5) + "|")
     for name, seeds in groups(lines):
         if not seeds:
             continue
-        skills = [spread([line["exact_match"][skill] for line in seeds], 1) for skill in tasks.SKILLS]
+        skills = [spread([line["exact_match"][skill] for line in seeds], 1) for skill in tasks.BENCHES["a"]]
         means = [statistics.mean(line["exact_match"].values()) for line in seeds]
         losses = [statistics.mean(line["loss"].values()) for line in seeds]
         cells = [*skills, spread(means, 1), spread([normalised(line, own) for line in seeds], 3), spread(losses, 3)]

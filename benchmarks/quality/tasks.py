@@ -1,7 +1,8 @@
-"""Five skills as seeded streams of (question, answer), and each skill's splits: calibration pool, validation, test.
+"""The skills of two benches as seeded streams of (question, answer), and their calibration pool, validation and test.
 
-Dates, number words and sorting come from the quickstart; times of day and JSON extraction are added. No question is in
-two splits, and training leaves out the questions of all splits.
+Options are chosen on bench A, never on bench B. Of A's five skills, dates, number words and sorting come from the
+quickstart; times of day and JSON extraction are added. `tasks_b.py` has those of bench B. No question is in two splits,
+and training leaves out the questions of all splits.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "quickstart"))
+import tasks_b
 from skills import SKILLS as QUICKSTART
-from skills import Example, in_words, stream
+from skills import Example, Skill, in_words, stream
 
 # Questions per split. Calibration samples are drawn by seed from a pool; options are chosen on the validation split.
 SIZES = {"calibration": 100, "validation": 60, "test": 200}
@@ -49,7 +51,11 @@ def extraction(rng: random.Random) -> Example:
     return f"Extract name, age and city as JSON: {sentence}", json.dumps({k: facts[k] for k in ("name", "age", "city")})
 
 
-SKILLS = {**QUICKSTART, "clock": clock, "extraction": extraction}
+BENCHES: dict[str, dict[str, Skill]] = {
+    "a": {**QUICKSTART, "clock": clock, "extraction": extraction},
+    "b": tasks_b.SKILLS,
+}
+SKILLS = BENCHES["a"] | BENCHES["b"]
 
 
 def splits(skill: str) -> dict[str, list[Example]]:
