@@ -113,7 +113,7 @@ class Bench:
     # Weights and scores.
 
     def load(self, name: str) -> None:
-        """Load the weights of the base, an expert (an adapter is added to the base) or the mixture."""
+        """Load the weights of the base, an expert (an adapter is added to the base), the mixture, or any folder."""
         if (self.models / name / "adapter_config.json").exists():
             self.combine(self.plan("task_arithmetic", {"weight": 1.0}, experts=[name]))
             return
@@ -165,6 +165,18 @@ class Bench:
         experts: Sequence[str] | None = None,
     ) -> Plan:
         """Return a plan of the skills' experts, or of these; `options` are dotted keys of the config, or parameters."""
+        config = self.config(merge_method, options, seed, samples, experts)
+        return make_plan(load_config(*config), self.workdir / "configs")
+
+    def config(
+        self,
+        merge_method: str,
+        options: Mapping[str, Any],
+        seed: int = 0,
+        samples: int = 8,
+        experts: Sequence[str] | None = None,
+    ) -> tuple[Path, list[str]]:
+        """Write the config of a plan, and return its path and the overrides with the options."""
         names = [skill + self.adapters for skill in self.skills] if experts is None else experts
         folder = self.workdir / "configs"
         folder.mkdir(exist_ok=True)
@@ -181,7 +193,7 @@ class Bench:
             f"{key if key.partition('.')[0] in Config.model_fields else f'parameters.{key}'}={json.dumps(value)}"
             for key, value in options.items()
         ]
-        return make_plan(load_config(path, nested), folder)
+        return path, nested
 
     def _calibration(self, expert: str, seed: int, samples: int) -> Path:
         """Write `samples` prompts of an expert's skill, drawn by the seed; a larger sample extends a smaller one."""

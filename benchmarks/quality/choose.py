@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from bench import Bench
+from command_line import in_bench, merged
 from fine_tune import WORKDIR
 from safetensors.torch import load_model, save_model
 from space import LEARNED, SCALED, WEIGHT_SPACE
@@ -57,13 +58,26 @@ def score_into(
     log.add(key, exact_match=score.exact_match, loss=score.loss, seconds=seconds, **more)
 
 
-def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...]) -> Iterator[float]:
-    """Set the model to the method's merge at each scale in turn; the merge is computed once and stored."""
-    path = bench.workdir / "merges" / f"{method} {json.dumps(options | bench.which)}.safetensors"
+def stored(bench: Bench, method: str, options: dict[str, Any], seed: int = 0, samples: int = 8) -> Path:
+    """Return the file with the method's merge, which is computed once."""
+    name = f"{method} {json.dumps(options | bench.which)} {seed} {samples}.safetensors"
+    path = bench.workdir / "merges" / name
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        bench.combine(bench.plan(method, options))
+        if in_bench(method, options):
+            bench.combine(bench.plan(method, options, seed, samples))
+        else:
+            with merged(bench, method, options, seed, samples) as out:
+                bench.load(str(out))
         save_model(bench.model, path)
+    return path
+
+
+def scaled(
+    bench: Bench, method: str, options: dict[str, Any], scales: tuple[float, ...], seed: int = 0
+) -> Iterator[float]:
+    """Set the model to the method's merge at each scale in turn."""
+    path = stored(bench, method, options, seed)
     bench.load("base")
     base = {name: parameter.data.clone() for name, parameter in bench.model.named_parameters()}
     load_model(bench.model, path)
@@ -77,7 +91,13 @@ def scaled(bench: Bench, method: str, options: dict[str, Any], scales: tuple[flo
 def try_learned(
     log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int = 0, samples: int = 8
 ) -> None:
-    """Run a learned method and score the stages that are not logged yet."""
+    """Run a learned method, or one that runs models on samples, and score the stages that are not logged yet."""
+    if not in_bench(method, options):
+        key = {"method": method, "options": options, "seed": seed, "samples": samples} | bench.which
+        if not log.has(**key):
+            load_model(bench.model, stored(bench, method, options, seed, samples))
+            score_into(log, bench, split, key)
+        return
     plan = bench.plan(method, options, seed, samples)
     names = ["expert_merging", method] if plan.config.stages == 2 else [method]
     keys = [{"method": name, "options": options, "seed": seed, "samples": samples} | bench.which for name in names]

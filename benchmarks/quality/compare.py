@@ -34,8 +34,7 @@ def main(names: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
             for seed in seeds if name in SEEDED else (0,):
                 key = {"method": name, "options": options, "scale": scale, "seed": seed}
                 if not log.has(**key):
-                    seeded = options | ({"seed": seed} if name in SEEDED else {})
-                    for _ in scaled(bench, name, seeded, (scale,)):
+                    for _ in scaled(bench, name, options, (scale,), seed):
                         score_into(log, bench, "test", key)
         if name in CHOSEN_LEARNED:
             method, options = CHOSEN_LEARNED[name]

@@ -10,6 +10,9 @@ from typing import Any
 
 Options = dict[str, Any]
 
+# Weight-space methods that run the experts on samples, which are drawn by seed.
+SAMPLED = ("lot", "regmean", "regmean_plus_plus", "closed_form", "fisher", "lewis")
+
 WEIGHT_SPACE: dict[str, list[Options]] = {
     "weight_average": [{}],
     "task_arithmetic": [{"weight": 1.0}],
@@ -24,6 +27,11 @@ WEIGHT_SPACE: dict[str, list[Options]] = {
     "widen": [{"ratio": ratio} for ratio in (1.0, 1.5)],
     "pcb": [{"ratio": ratio, "lambda": 1.0} for ratio in (0.05, 0.1, 0.2)],
     "doge": [{}],
+    "lot": [{}],
+    "regmean": [{"alpha": alpha} for alpha in (0.5, 0.9, 1.0)],
+    "closed_form": [{}],
+    "fisher": [{}],
+    "lewis": [{"weight": 1.0}],
 }
 SUMS = (0.2, 0.3, 0.4, 0.5, 0.6)
 MEANS = (0.7, 1.0, 1.3, 1.6, 2.0, 3.0, 4.0)
@@ -38,12 +46,18 @@ SCALED = {
 SCALED |= dict.fromkeys(("wudi", "wudi2", "swudi", "swudi_a", "widen"), (0.3, 0.5, 0.7, 1.0, 1.3, 1.6, 2.0))
 # `eta` scales the whole sum of doge; its default is that of models for images.
 SCALED |= {"pcb": MEANS, "doge": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)}
+SCALED |= dict.fromkeys(("lot", "regmean", "closed_form", "fisher", "lewis"), (0.7, 1.0, 1.3, 1.6, 2.0))
+# Whole settings, without a scale afterwards: of methods that learn, and of those that are solved block by block.
+FEATCAL = {"calibrate": ["featcal"]}
 LEARNED: dict[str, list[Options]] = {
     "adamerging": [
         {"weight": weight, "learning_rate": rate, "epochs": epochs}
         for weight in (0.2, 0.4)
         for rate, epochs in ((0.5, 1), (0.1, 4))
     ],
+    "regmean_plus_plus": [{"alpha": alpha} for alpha in (0.1, 0.9)],
+    "task_arithmetic": [{"weight": weight, **FEATCAL} for weight in (0.3, 0.4)],
+    "svd": [{"lambda": scale, **FEATCAL} for scale in (1.0, 1.6)],
 }
 
 # Chosen on the validation split: options and λ of weight-space methods; method and options of learned ones by name. The
@@ -66,5 +80,11 @@ CHOSEN_LEARNED: dict[str, tuple[str, Options]] = {
     "expert_merging_pp, task_vectors: whole": ("expert_merging_pp", {"task_vectors": "whole"}),
     "expert_merging": ("expert_merging", {}),
     "expert_merging_pp": ("expert_merging_pp", {}),
+    "expert_merging, task_vectors: swudi": ("expert_merging", {"task_vectors": "swudi"}),
+    "expert_merging_pp, task_vectors: swudi": ("expert_merging_pp", {"task_vectors": "swudi"}),
+    "expert_merging, weight: closed_form": ("expert_merging", {"weight": "closed_form"}),
+    "expert_merging_pp, weight: closed_form": ("expert_merging_pp", {"weight": "closed_form"}),
+    "expert_merging, featcal": ("expert_merging", FEATCAL),
+    "expert_merging_pp, featcal": ("expert_merging_pp", FEATCAL),
 }
-SEEDED = ("dare_ties",)
+SEEDED = ("dare_ties", *SAMPLED)

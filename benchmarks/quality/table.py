@@ -14,10 +14,13 @@ from typing import Any
 import click
 import tasks
 from choose import RESULTS
-from fine_tune import MIXTURES
-from space import CHOSEN, CHOSEN_LEARNED
+from command_line import costs
+from fine_tune import MIXTURES, STEPS
+from space import CHOSEN, CHOSEN_LEARNED, LEARNED, SAMPLED, SCALED, WEIGHT_SPACE
+from train_experts import BATCH
 
 Line = dict[str, Any]
+SAMPLES = 8
 
 
 def read(name: str) -> list[Line]:
@@ -42,32 +45,55 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{several}"
 
 
-def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line]]]:
-    """Yield the rows of the table: a name, and its lines, one per seed."""
-    for model in ("base", *tasks.BENCHES["a"], MIXTURES["a"]):
+def groups(lines: Sequence[Line]) -> Iterator[tuple[str, list[Line], list[str]]]:
+    """Yield the rows of the table: a name, its lines, one per seed, and what the merge takes."""
+    mixture = MIXTURES["a"]
+    for model in ("base", *tasks.BENCHES["a"], mixture):
         of_model = [line for line in lines if line["key"] == {"model": model}]
-        yield (model if model in ("base", MIXTURES["a"]) else f"expert {model}"), of_model
+        answers = str(STEPS // 2 * BATCH * len(tasks.BENCHES["a"])) if model == mixture else ""
+        yield (model if model in ("base", mixture) else f"expert {model}"), of_model, ["", answers, "", ""]
     for method, (options, scale) in CHOSEN.items():
         key = {"method": method, "options": options, "scale": scale}
-        yield method, [line for line in lines if key.items() <= line["key"].items()]
+        tried = len(WEIGHT_SPACE[method]) * len(SCALED[method])
+        seen = SAMPLES if method in SAMPLED else 0
+        found = [line for line in lines if key.items() <= line["key"].items()]
+        yield method, found, [str(seen), answers_for(tried), *cost(method, options)]
     for name, (method, options) in CHOSEN_LEARNED.items():
-        yield name, [line for line in lines if {"method": method, "options": options}.items() <= line["key"].items()]
+        key = {"method": method, "options": options}
+        tried = len(LEARNED[method]) if options in LEARNED.get(method, ()) else 1
+        found = [line for line in lines if key.items() <= line["key"].items()]
+        yield name, found, [str(SAMPLES), answers_for(tried), *cost(method, options)]
+
+
+def answers_for(tried: int) -> str:
+    """Return the number of labelled questions that chose between so many settings."""
+    return str(len(tasks.BENCHES["a"]) * tasks.SIZES["validation"] if tried > 1 else 0)
+
+
+def cost(method: str, options: dict[str, Any]) -> list[str]:
+    """Return seconds and GB of a merge; with a plus if it went on from what the cache had. Empty if not measured."""
+    mine = [line for line in costs() if line["key"] == {"method": method, "options": options}]
+    if not mine:
+        return ["", ""]
+    first = min(mine, key=lambda line: (bool(line["reused"]), line["seconds"]))
+    return [f"{'+ ' if first['reused'] else ''}{first['seconds']:.0f}", f"{first['peak'] / 1e9:.2f}"]
 
 
 def print_test() -> None:
     """Print the comparison on the test split."""
     lines = read("test")
     own = own_scores(lines)
-    print("| model | " + " | ".join(tasks.BENCHES["a"]) + " | mean | normalised | loss | seeds |")
-    print("|---" * (len(tasks.BENCHES["a"]) + 5) + "|")
-    for name, seeds in groups(lines):
+    columns = ["model", *tasks.BENCHES["a"], "mean", "normalised", "loss", "seeds"]
+    columns += ["samples", "answers", "seconds", "GB"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, seeds, takes in groups(lines):
         if not seeds:
             continue
         skills = [spread([line["exact_match"][skill] for line in seeds], 1) for skill in tasks.BENCHES["a"]]
         means = [statistics.mean(line["exact_match"].values()) for line in seeds]
         losses = [statistics.mean(line["loss"].values()) for line in seeds]
         cells = [*skills, spread(means, 1), spread([normalised(line, own) for line in seeds], 3), spread(losses, 3)]
-        print(f"| {name} | " + " | ".join([*cells, str(len(seeds))]) + " |")
+        print(f"| {name} | " + " | ".join([*cells, str(len(seeds)), *takes]) + " |")
 
 
 def print_tries(name: str) -> None:
