@@ -83,7 +83,7 @@ def _count_scores(tensor: MergeTensor, high: Counts | None) -> Counts:
 
     def in_piece(piece: Piece) -> None:
         for _, _, _, tau_KB in _blocks(tensor, piece):
-            for k, score_B in enumerate(_scores(tensor, tau_KB)):
+            for k, (_, score_B) in enumerate(_scores(tensor, tau_KB)):
                 key_B = _ordered(score_B)
                 upper_B, lower_B = key_B >> np.uint32(16), key_B & np.uint32(SCORE_BINS - 1)
                 if high is None:
@@ -124,10 +124,9 @@ def prepare(tensor: MergeTensor) -> Fill:
     def fill(piece: Piece, out_N: Tensor) -> None:
         for start, stop, base_B, tau_KB in _blocks(tensor, piece):
             sum_B, divisor_B = np.zeros((2, stop - start), dtype=np.float32)
-            clamped_KB = _clamped(tensor, tau_KB)
-            for k, score_B in enumerate(_scores(tensor, tau_KB)):
+            for k, (clamped_B, score_B) in enumerate(_scores(tensor, tau_KB)):
                 share_B = _normalized(score_B, lowest[k], highest[k])
-                sum_B += share_B * np.copysign(clamped_KB[k], tau_KB[k]) * (tau_KB[k] != 0)
+                sum_B += share_B * np.copysign(clamped_B, tau_KB[k]) * (tau_KB[k] != 0)
                 divisor_B += share_B
             merged_B = sum_B / np.maximum(divisor_B, np.float32(LEAST_SUM))
             out_N[start - piece.start : stop - piece.start].copy_(torch.from_numpy(base_B.numpy() + factor * merged_B))
@@ -145,23 +144,20 @@ def _blocks(tensor: MergeTensor, piece: Piece) -> Iterator[tuple[int, int, Tenso
         yield start, stop, base_B, tau_KB
 
 
-def _scores(tensor: MergeTensor, tau_KB: Block) -> Iterator[Block]:
-    """Yield exp(−K)·βₖ of each expert. The factor, which n(βₖ) does not depend on, keeps it finite for many experts."""
+def _scores(tensor: MergeTensor, tau_KB: Block) -> Iterator[tuple[Block, Block]]:
+    """Yield uₖ and exp(−K)·βₖ of each expert, [B], one after the other: memory does not grow with their number.
+
+    The factor, which n(βₖ) does not depend on, keeps it finite for many experts.
+    """
     lower, upper = _bounds(tensor, "quantiles of sizes")
     experts = len(tau_KB)
     with np.errstate(over="ignore", under="ignore"):
         sum_B = tau_KB.sum(axis=0)
-        for k, clamped_B in enumerate(_clamped(tensor, tau_KB)):
+        for k, tau_B in enumerate(tau_KB):
+            clamped_B = np.clip(np.abs(tau_B), lower[k], upper[k])
             share_B = _normalized(clamped_B, lower[k], upper[k])
-            inter_B = np.tanh(tau_KB[k] * sum_B)
-            yield np.exp(np.float32(experts) * (share_B * share_B - 1)) * inter_B
-
-
-def _clamped(tensor: MergeTensor, tau_KB: Block) -> Block:
-    """Return uₖ [K, B]."""
-    lower, upper = _bounds(tensor, "quantiles of sizes")
-    clamped_KB: Block = np.clip(np.abs(tau_KB), lower[:, None], upper[:, None])
-    return clamped_KB
+            inter_B = np.tanh(tau_B * sum_B)
+            yield clamped_B, np.exp(np.float32(experts) * (share_B * share_B - 1)) * inter_B
 
 
 def _normalized(value_B: Block, low: np.float32, high: np.float32) -> Block:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import plan_of
+from one_tensor import tensor_of
 from torch import Tensor
 from weight_space import (
     Tensors,
@@ -23,7 +26,9 @@ from weight_space import (
     write_config,
 )
 
-from engine.methods.pcb import _ordered, _value
+from engine.methods.arithmetic.selection import Threshold
+from engine.methods.pcb import _ordered, _value, prepare
+from engine.task_vectors.pieces import pieces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,3 +115,26 @@ def test_numbers_are_mapped_in_order() -> None:
     keys = _ordered(values)
     assert (keys[1:] >= keys[:-1]).all() and keys[4] == keys[5] and len(set(keys.tolist())) == 9
     assert np.array_equal(_value(keys), values)
+
+
+def peak_of_a_merge(experts: int) -> int:
+    """Return the most bytes of NumPy arrays that the merge of a block has at a time. The block itself is torch's."""
+    base = torch.zeros(1 << 16)
+    taus = [torch.full_like(base, 1.0 + k) for k in range(experts)]
+    bounds = [Threshold(0, 1, 1)] * experts + [Threshold(0x40000000, 1, 1)] * experts
+    known = {"quantiles of sizes": bounds, "quantiles of scores": bounds}
+    with ThreadPoolExecutor(1) as pool:
+        tensor = tensor_of("pcb", base, taus, known=known, pool=pool, **{"lambda": 1.0})
+        fill, out_N = prepare(tensor), torch.empty_like(base)
+        (piece,) = pieces(tensor.name, tensor.shape)
+        fill(piece, out_N)
+        tracemalloc.start()
+        try:
+            fill(piece, out_N)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_experts() -> None:
+    assert peak_of_a_merge(8) <= 1.01 * peak_of_a_merge(2)
