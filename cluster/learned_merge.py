@@ -29,6 +29,7 @@ from engine.calibration.samples import Sample
 from engine.checkpoints.writer import OutputFile
 from engine.correction.rules import rule_of
 from engine.errors import GpuMemoryError
+from engine.learning.end_check import distances, lost_lines
 from engine.learning.importance import stage_2_layout
 from engine.learning.learner import first_stage, second_stage, with_priors
 from engine.output.merge_record import write_record
@@ -120,6 +121,7 @@ class LearnedMerge(Attempt):
                 self._importance = importance
                 self.progress.advance("importance", 1)
                 self._stages.append(training.stage(second_stage(self.plan, layout, first)))
+            self._checked = training.end_check(self._stages[-1])
             trainers.end()
             self._write(crew, self._stages[-1])
             for shard in crew.shards:
@@ -131,13 +133,15 @@ class LearnedMerge(Attempt):
         files = self.weight_files()
         self.folder.check_unchanged(self.plan)
         encoded, devices = self.folder.identity.encode(), self.folder.load_devices()
-        results = self._digests, self._stages, self._importance, metrics, files, devices, self._fits
+        results = self._digests, self._stages, self._importance, metrics, files, devices, self._fits, self._checked
         write_record(self.folder.composed, self.plan, encoded, *results)
         self.reports[:0] = self._targets.reports
         by_lapack = sum(report.counts.get("by_lapack", 0) for report in self.reports)
         if by_lapack:
             self.progress.say(f"matrix products did not converge for {by_lapack} matrices, which LAPACK decomposed")
         self.finish(forwards=self._computed, target_bytes=self._targets.nbytes)
+        for line in lost_lines(distances(self._checked), self.plan) if self._checked is not None else ():
+            self.progress.say(line)
 
     def _resumed(self) -> str:
         """Return what this attempt goes on from: the stage and its step, and the targets and files that are kept."""

@@ -1,4 +1,4 @@
-"""The training: the search for the prior (`weight: auto`) and the optimiser steps of a stage, on the trainer actors.
+"""The training: the search for the prior (`weight: auto`), the optimiser steps of a stage, and the end check.
 
 The trainers are called with one window of samples at a time, as soon as the targets of the window are stored. The state
 is stored after every call, so that a restarted run resumes there; meanwhile, the trainers take the next step.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 
 from actors.trainer import WindowSample
@@ -19,13 +20,14 @@ from cluster.targets import TargetComputation
 from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
+from engine.learning.end_check import BASE, MERGED, PRIOR, end_check
 from engine.learning.learner import PRIORS, Learner, Stage, best_prior, common_prior, needs_prior, with_prior
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
 from engine.run.keys import Computing, Keys
 from engine.run.state import StageState
-from engine.task_vectors.coefficients import Coefficients
+from engine.task_vectors.coefficients import Array, Coefficients
 
 
 @dataclass(frozen=True)
@@ -39,35 +41,58 @@ class Stages:
     computing: Computing
     # The key of the last state of each stage that is complete.
     _last: dict[int, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # The losses at the points that were measured before learning, see `end_check`.
+    _losses: dict[str, Array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def find_prior(self) -> Plan:
         """Return the plan with every prior; `auto` becomes the common weight of the smallest loss over all samples."""
-        if not needs_prior(self.attempt.plan):
-            return self.attempt.plan
-        once = windows(
-            training_order([len(samples) for samples in self.samples], 1),
-            self.attempt.plan.config.parameters.gradient_accumulation,
-        )
-        samples = [sample for window in self._samples(once) for sample in window]
-        reuse, key = self.attempt.folder.reuse, self._keys.prior(self._samples(once), self.computing)
+        plan, reuse = self.attempt.plan, self.attempt.folder.reuse
+        if not needs_prior(plan):
+            return plan
+        key = self._keys.prior(self._samples(self._once), self.computing)
         reuse.bring_prior(key)
-        kept = self.attempt.folder.kept("prior", (None, len(samples), 2), "the prior is searched again")
-        losses = [] if kept is None else list(kept[: len(PRIORS)])
-        self.attempt.progress.phase("prior", len(PRIORS), len(losses))
-        for weight in PRIORS[len(losses) :]:
-            coefficients = ray.put(common_prior(self.attempt.plan, weight))
-            calls = [
-                self.trainers.measure(coefficients, number, self._window(window)) for number, window in enumerate(once)
-            ]
-            measured = [one for call in calls for one in self.attempt.watch.answer(call, "measuring a prior")]
-            losses.append(np.array([(one.kl, one.hidden) for one in measured]))
-            self.attempt.folder.keep("prior", np.array(losses))
-            self.attempt.progress.advance("prior", len(losses))
-        self.attempt.folder.check_unchanged(self.attempt.plan)
+        losses_WN2 = self._measure("prior", [common_prior(plan, weight) for weight in PRIORS])
+        self.attempt.folder.check_unchanged(plan)
         reuse.keep_prior(key)
-        weights = np.array([sample.loss_weight for sample in samples])
-        share = self.attempt.plan.config.parameters.hidden_weight
-        return with_prior(self.attempt.plan, best_prior(np.array(losses), weights, share))
+        weights = np.array([sample.loss_weight for window in self._samples(self._once) for sample in window])
+        found = best_prior(losses_WN2, weights, plan.config.parameters.hidden_weight)
+        self._losses[PRIOR] = losses_WN2[PRIORS.index(found)]
+        return with_prior(plan, found)
+
+    def end_check(self, merged: Coefficients) -> pa.Table | None:
+        """Return the contents of merge/end_check.parquet for the coefficients that are written; see `end_check`.
+
+        None without targets.
+        """
+        plan = self.attempt.plan
+        if not plan.config.has_targets:
+            return None
+        nothing = Coefficients.constant(merged.layout, [0.0] * len(plan.experts))
+        base_N2, merged_N2 = self._measure("end check", [nothing, merged])
+        samples = [sample for window in self._samples(self._once) for sample in window]
+        names = [expert.name for expert in plan.experts]
+        return end_check({BASE: base_N2, **self._losses, MERGED: merged_N2}, samples, names)
+
+    def _measure(self, phase: str, points: Sequence[Coefficients]) -> Array:
+        """Return L_logit and L_hid of each sample of an epoch with these coefficients, [points, N, 2], without a step.
+
+        What is measured is stored after each point.
+        """
+        folder, name = self.attempt.folder, phase.replace(" ", "-")
+        kept = folder.kept(name, (None, sum(map(len, self._once)), 2), "the losses are measured again")
+        losses = [] if kept is None else list(kept[: len(points)])
+        self.attempt.progress.phase(phase, len(points), len(losses))
+        for point in points[len(losses) :]:
+            coefficients = ray.put(point)
+            calls = [
+                self.trainers.measure(coefficients, number, self._window(window))
+                for number, window in enumerate(self._once)
+            ]
+            measured = [one for call in calls for one in self.attempt.watch.answer(call, "measuring losses")]
+            losses.append(np.array([(one.kl, one.hidden) for one in measured]))
+            folder.keep(name, np.array(losses))
+            self.attempt.progress.advance(phase, len(losses))
+        return np.array(losses)
 
     def stage(self, stage: Stage) -> Coefficients:
         """Run a stage, one optimiser step per window, and return its coefficients. The state is stored every step."""
@@ -110,6 +135,12 @@ class Stages:
         assert state.learner is not None
         learner.restore(state.learner)
         return learner.coefficients
+
+    @property
+    def _once(self) -> list[Sequence[tuple[int, int]]]:
+        """The windows of one epoch."""
+        order = training_order([len(samples) for samples in self.samples], 1)
+        return windows(order, self.attempt.plan.config.parameters.gradient_accumulation)
 
     @property
     def _keys(self) -> Keys:

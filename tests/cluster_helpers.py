@@ -54,7 +54,7 @@ def run_merge(
 
 def result(out: Path) -> dict[str, bytes]:
     """The files of an output that must not depend on the placement: weights and tables of coefficients, as bytes."""
-    tables = ("coefficients", "importance", "layers")
+    tables = ("coefficients", "importance", "layers", "end_check")
     files = [*out.glob("*.safetensors"), *(path for name in tables for path in out.glob(f"merge/{name}.parquet"))]
     assert len(files) >= 2
     return {path.name: path.read_bytes() for path in files}

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from engine.calibration.samples import Sample
+from engine.learning.end_check import BASE, MERGED, end_check
 from engine.learning.importance import stage_2_layout
 from engine.output.merge_record import write_record
 from engine.planning.factors import directions
@@ -81,12 +84,27 @@ def rows(plan: Plan, scale: float = 1.0) -> list[dict[str, Any]]:
     ]
 
 
-def write_merge(plan: Plan, out: Path, scale: float = 1.0, seed: int = 0, fits: Fits = NO_FITS) -> Path:
+def checked(plan: Plan, merged: float) -> pa.Table:
+    """Return an end check: KL 2 of the base from each expert, 0.5 of the merge from the first, `merged` from others."""
+    samples = [Sample(k, 0, (1, 2), f"file{k}:0") for k in range(len(plan.experts))]
+    losses = {BASE: [[2.0, 0.2]] * len(samples), MERGED: [[0.5, 0.1]] + [[merged, 0.1]] * (len(samples) - 1)}
+    tables = {point: np.array(values) for point, values in losses.items()}
+    return end_check(tables, samples, [expert.name for expert in plan.experts])
+
+
+def write_merge(
+    plan: Plan,
+    out: Path,
+    scale: float = 1.0,
+    seed: int = 0,
+    fits: Fits = NO_FITS,
+    end: pa.Table | None = None,
+) -> Path:
     """Write the `merge/` folder of an output, as after a merge in two stages."""
     (out / "merge").mkdir(parents=True)
     stages, importance = learned(plan, seed=seed)
     digests = defaultdict(lambda: "0" * 64)
-    write_record(out, plan, b"identity", digests, stages, importance, rows(plan, scale), fits=fits)
+    write_record(out, plan, b"identity", digests, stages, importance, rows(plan, scale), fits=fits, checked=end)
     (out / "merge" / "memory.json").write_text(json.dumps(MEMORY))
     (out / "merge" / "rounding.json").write_text(json.dumps(SURVIVED))
     return out

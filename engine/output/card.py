@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from rich.filesize import decimal
 
 from engine.config.mergekit_yaml import as_yaml
+from engine.learning.end_check import before_steps, distances
 from engine.methods.corrections import CORRECTIONS
 from engine.methods.options import Method
 from engine.methods.registry import get_method
@@ -29,7 +31,14 @@ PICTURE = "merge/coefficients.png"
 _NO_MEMORY = "<!-- memory -->"
 
 
-def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[str, str], fits: Fits = NO_FITS) -> None:
+def write_card(
+    path: Path,
+    plan: Plan,
+    learned: Coefficients,
+    digests: Mapping[str, str],
+    fits: Fits = NO_FITS,
+    checked: pa.Table | None = None,
+) -> None:
     """Write the README.md of a learned merge.
 
     Args:
@@ -38,6 +47,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
         learned: The coefficients of the last stage.
         digests: The SHA-256 of the weight files, by address.
         fits: The coefficients of the layers in closed form, if the merge computed them.
+        checked: The contents of merge/end_check.parquet, if there are any.
     """
     method = {"expert_merging_pp": "Expert Merging++", "adamerging": "AdaMerging"}.get(
         plan.config.merge_method, "Expert Merging"
@@ -59,6 +69,7 @@ def write_card(path: Path, plan: Plan, learned: Coefficients, digests: Mapping[s
         _steps(plan),
         _fitted(fits, plan),
         "\n".join(["| expert | given as | prior | mean learned coefficient | range |", "|---|---|---|---|---|", *rows]),
+        _distances(checked, plan),
         f"![The distance of the coefficients from their priors: experts down, tensors across]({PICTURE})",
     ]
     record = (
@@ -82,6 +93,19 @@ def write_weight_space_card(
     ]
     record = "`merge/` holds the whole config and the peak memory of every process."
     _write(path, plan, method.name, f"{plan.described_models} by {method.name}", about, record, digests)
+
+
+def _distances(checked: pa.Table | None, plan: Plan) -> str:
+    """Return a table of how near base and merged model are to the experts, or nothing without such figures."""
+    if checked is None:
+        return ""
+    rows = [
+        f"| {markdown(one.model)} | {one.base:.3g} | {one.merged:.3g} | {f'{one.removed:.0%}' if one.base else ''} |"
+        for one in distances(checked)
+    ]
+    title = f"{before_steps(plan)}means over the samples of each expert (`merge/end_check.parquet`):"
+    head = ["| expert | KL divergence of the base | of the merged model | removed |", "|---|---|---|---|"]
+    return "\n".join([f"{title[:1].upper()}{title[1:]}", "", *head, *rows])
 
 
 def _fitted(fits: Fits, plan: Plan) -> str:

@@ -74,6 +74,7 @@ def write_record(
     weights: Sequence[str] = (),
     devices: Mapping[str, Any] | None = None,
     fits: Fits = NO_FITS,
+    checked: pa.Table | None = None,
 ) -> None:
     """Write the model card and all files of `merge/` except memory.json, rounding.json and report.html.
 
@@ -88,6 +89,7 @@ def write_record(
         weights: The names of the weight files, which may be in another folder.
         devices: What trainer and experts computed on.
         fits: The coefficients of the layers in closed form, if the merge computed them.
+        checked: The contents of end_check.parquet, if the merge has experts' outputs.
     """
     record = folder / "merge"
     names = [expert.name for expert in plan.experts]
@@ -97,8 +99,10 @@ def write_record(
         write_importance(record / "importance.parquet", stages[-1].layout, importance_L, plan.numels)
     write_metrics(record / "metrics.parquet", metrics)
     _write_fits(folder, plan, fits)
+    if checked is not None:
+        pyarrow.parquet.write_table(checked, record / "end_check.parquet")
     draw_coefficients(folder / PICTURE, names, plan.priors, stages[-1])
-    write_card(folder / "README.md", plan, stages[-1], digests, fits)
+    write_card(folder / "README.md", plan, stages[-1], digests, fits, checked)
     more = priors | {"files": _files(folder, plan, weights), "devices": devices or {}}
     write_config(record / "config.yaml", plan, identity, _hashed(plan, digests), more)
 

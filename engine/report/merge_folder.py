@@ -25,6 +25,7 @@ from engine.config.reader import parse_config, read_recorded
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.evaluation.results import SCHEMA
+from engine.learning.end_check import END_CHECK, Distance, distances
 from engine.output.names import public_config
 from engine.report.memory_file import Memory
 from engine.statistics.fits import FITS, LayerFit
@@ -36,7 +37,7 @@ from engine.untrusted import FAULTS, JSON_BYTES, check_regular, read_text, shown
 T = TypeVar("T")
 FILES = (
     *("config.yaml", "memory.json", "rounding.json"),
-    *("coefficients.parquet", "importance.parquet", "metrics.parquet", "layers.parquet"),
+    *("coefficients.parquet", "importance.parquet", "metrics.parquet", "layers.parquet", "end_check.parquet"),
 )
 EVALUATION = "evaluation.parquet"
 # Columns of merge/metrics.parquet with the losses of a method.
@@ -101,6 +102,7 @@ class Merged:
     importance: Importance | None
     metrics: pa.Table | None
     fits: dict[str, LayerFit]
+    checked: list[Distance]
     evaluation: pa.Table | None
 
     @classmethod
@@ -118,7 +120,7 @@ class Merged:
         if not os.path.isfile(path / FILES[0]):  # noqa: PTH113 - false, not an error, for a name that no file can have
             raise ConfigError("not the output of a merge", where, f"a folder that contains merge/{FILES[0]}")
         config, record = _config(path / FILES[0])
-        memory, rounding, coefficients, importance, metrics, layers = (path / name for name in FILES[1:])
+        memory, rounding, coefficients, importance, metrics, layers, checked = (path / name for name in FILES[1:])
         return cls(
             where,
             config,
@@ -129,6 +131,7 @@ class Merged:
             _importance(importance) if os.path.lexists(importance) else None,
             _metrics(metrics) if os.path.lexists(metrics) else None,
             _fits(layers, config) if os.path.lexists(layers) else {},
+            distances(_table(checked, END_CHECK)) if os.path.lexists(checked) else [],
             read_evaluation(path / EVALUATION) if os.path.lexists(path / EVALUATION) else None,
         )
 

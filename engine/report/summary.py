@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from engine.learning.end_check import ADVICE
 from engine.planning.differences import LOW, WARNING
 from engine.report.merge_folder import Merged
 from engine.report.parts import LOSS_NAMES, Cell, PerCent, ReportSection, Table, duration, number, share
@@ -27,8 +28,9 @@ def summary(merge: Merged) -> ReportSection:
     """Return the summary of one merge."""
     distances = merge.distances()
     tables = [_table(merge, distances)] if distances else []
+    tables += [_end_check(merge)] if merge.checked else []
     return ReportSection(
-        "Summary", TEXT if tables else "", list(_points(merge, distances)), list(_warnings(merge, distances)), tables
+        "Summary", TEXT if distances else "", list(_points(merge, distances)), list(_warnings(merge, distances)), tables
     )
 
 
@@ -67,6 +69,10 @@ def _warnings(merge: Merged, distances: Mapping[str, Mapping[str, tuple[float, f
                 f"The {name} of {', '.join(farther)} is larger at the end than at the start: more samples, a larger "
                 "`loss_weight` of these experts or a smaller `learning_rate` may help."
             )
+    for one in merge.checked:
+        if one.is_lost:
+            part = share(one.removed)
+            yield f"{one.model} is lost: the merge removed {part} of its KL divergence from the base; {ADVICE}."
     survived = merge.survived
     kept = 1.0 if survived is None or survived.survived is None else survived.survived
     if survived is not None and kept < LOW and survived.rounding != "stochastic":
@@ -108,6 +114,13 @@ def _table(merge: Merged, distances: Mapping[str, Mapping[str, tuple[float, floa
         rows.append(row)
     head = [f"{LOSS_NAMES[loss]}, {when}" for loss in distances for when in ("left", "start", "end")]
     return Table(rows, ["expert", *head], explain=True)
+
+
+def _end_check(merge: Merged) -> Table:
+    before = f", before {merge.config.calibrate[0].method}" if merge.config.calibrate else ""
+    rows = [(one.model, PerCent(one.removed), one.base, one.merged) for one in merge.checked]
+    head = ["expert", "removed", "base", "merged model"]
+    return Table(rows, head, f"KL divergence from each expert on its samples{before}")
 
 
 def _left(pair: tuple[float, float]) -> float:

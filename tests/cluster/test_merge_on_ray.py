@@ -25,13 +25,14 @@ from plain import Plain, Received
 from thorough import as_thorough, thorough_but
 from transformers import AutoModelForCausalLM
 
+from actors.trainer import WindowSample
 from cluster.driver import _remarks
 from cluster.processes import OneMachine
 from engine.config.resources import Use
 from engine.errors import InputError
 from engine.planning.differences import left_out
 from engine.shards.parts import tensor_groups
-from engine.task_vectors.coefficients import read_coefficients
+from engine.task_vectors.coefficients import Coefficients, read_coefficients
 
 pytestmark = pytest.mark.usefixtures("small_ray")
 
@@ -49,12 +50,24 @@ def merged(small_ray: None, config: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_it_is_what_the_plain_classes_compute(config: Path, merged: Path, tmp_path: Path) -> None:
-    expected = Plain(plan_of(config), tmp_path).run()
+    plain = Plain(plan_of(config), tmp_path)
+    expected = plain.run()
     for stage, table in enumerate(expected, start=1):
         models, got = read_coefficients(merged / "merge" / "coefficients.parquet", stage)
         assert models == ["expert0", "expert1"]
         assert got.layout == table.layout
         np.testing.assert_array_equal(got.values, table.values.astype(np.float32))
+    checked = pyarrow.parquet.read_table(merged / "merge" / "end_check.parquet").to_pylist()
+    nothing = Coefficients.constant(expected[-1].layout, [0.0, 0.0])
+    for point, coefficients in (("base", nothing), ("merged", expected[-1])):
+        rows = {(row["model"], row["sample"]): (row["kl"], row["hidden"]) for row in checked if row["point"] == point}
+        window = [
+            WindowSample(sample, plain.targets[k, i]) for k in range(2) for i, sample in enumerate(plain.samples[k])
+        ]
+        for item, losses in zip(window, plain.trainer.measure(coefficients, window), strict=True):
+            found = rows.pop((f"expert{item.sample.expert}", item.sample.index))
+            assert found == pytest.approx((losses.kl, losses.hidden), rel=1e-4)
+        assert not rows
 
 
 @pytest.mark.slow
@@ -68,6 +81,8 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     np.testing.assert_array_equal(got.values, expected.values.astype(np.float32))
     written = yaml.safe_load((merged / "merge" / "config.yaml").read_text())
     assert written["parameters"]["weight"] == "auto"
+    checked = pyarrow.parquet.read_table(merged / "merge" / "end_check.parquet")
+    assert list(dict.fromkeys(checked["point"].to_pylist())) == ["base", "prior", "merged"]
     assert written["record"]["priors"] == dict(zip(["expert0", "expert1"], plain.plan.priors, strict=True))
     limits = {"batch_tokens": 192, "logit_bytes": 32 << 20}
     devices = {
@@ -267,7 +282,8 @@ def test_figures_hold_the_laws(config: Path, merged: Path) -> None:
     }
     assert len(steps) == 6
     assert figures["bytes_trainer_to_shards"] == len(steps) * figures["bytes_merged"], "each gradient once per step"
-    assert figures["bytes_shards_to_trainer"] == len(steps) * figures["bytes_merged"], "each tensor once per step"
+    merges = len(steps) + len(("base", "merged"))
+    assert figures["bytes_shards_to_trainer"] == merges * figures["bytes_merged"], "once per step, and to be measured"
     assert figures["expert_forwards"] == 7, "once for each sample; the stages share them"
     assert [actor["role"] for actor in figures["actors"]] == [
         "driver",
@@ -305,7 +321,8 @@ def test_a_streamed_gradient_moves_once_a_pass(config: Path, merged: Path, tmp_p
     steps = {row["step"] for row in rows}
     assert len(rows) > len(steps) > 1
     assert figures["bytes_trainer_to_shards"] == len(rows) * figures["bytes_merged"]
-    assert figures["bytes_shards_to_trainer"] == len(steps) * figures["bytes_merged"]
+    merges = len(steps) + len(("base", "merged"))
+    assert figures["bytes_shards_to_trainer"] == merges * figures["bytes_merged"]
     (_, got), (_, plain) = (read_coefficients(out / "merge" / "coefficients.parquet", 1) for out in (other, merged))
     np.testing.assert_allclose(got.values, plain.values, atol=1e-4)
 

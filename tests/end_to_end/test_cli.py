@@ -80,7 +80,7 @@ def test_a_merge_from_yaml_to_a_model_that_answers(mixed: Path) -> None:
     expected = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md", "merge"}
     assert expected <= {path.name for path in out.iterdir()}
     record = {"config.yaml", "coefficients.parquet", "importance.parquet", "metrics.parquet", "memory.json"}
-    record |= {"report.html", "identity.json", "files.json", "rounding.json", "coefficients.png"}
+    record |= {"report.html", "identity.json", "files.json", "rounding.json", "coefficients.png", "end_check.parquet"}
     assert {path.name for path in (out / "merge").iterdir()} == record
     assert not (mixed / "result.run").exists()
 

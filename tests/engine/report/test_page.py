@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from object_store import Store
 from plotly.offline import get_plotlyjs_version
-from recorded_merges import MEMORY, write_merge
+from recorded_merges import MEMORY, checked, write_merge
 from thorough import as_thorough
 
 import cli
@@ -255,6 +255,22 @@ def test_the_summary_says_how_near_each_expert_is(merged: Path) -> None:
     assert "67 %" in rounded
 
 
+def test_summary_and_card_name_the_experts_that_are_lost(llama_merge: Path, tmp_path: Path) -> None:
+    for name, end, lost, options in (("kept", 1.0, [], []), ("lost", 1.9, ["expert1"], ["calibrate=[featcal]"])):
+        plan = plan_of(llama_merge, *options)
+        merged = write_merge(plan, tmp_path / name, end=checked(plan, end))
+        found = summary(Merged.read(str(merged)))
+        assert [warning.partition(" ")[0] for warning in found.warnings if "is lost" in warning] == lost
+        table = found.tables[-1]
+        assert [list(row) for row in table.rows] == [
+            ["expert0", 0.75, 2.0, 0.5],
+            ["expert1", pytest.approx(1 - end / 2), 2.0, end],
+        ]
+        card = (merged / "README.md").read_text().partition("## Use it")[0]
+        assert "| expert0 | 2 | 0.5 | 75% |" in card and f"| expert1 | 2 | {end:.3g} | {1 - end / 2:.0%} |" in card
+        assert ("before featcal" in table.title) == ("Before featcal" in card) == bool(options)
+
+
 def test_the_summary_warns_of_what_needs_attention(merged: Path) -> None:
     merge = Merged.read(str(merged))
     assert merge.memory is not None and merge.survived is not None
@@ -461,6 +477,7 @@ def test_scores_stand_beside_each_other(llama_merge: Path, tmp_path: Path) -> No
         ("metrics.parquet", None, "ArrowInvalid"),
         ("importance.parquet", b"", "ArrowInvalid"),
         ("layers.parquet", None, "ArrowInvalid"),
+        ("end_check.parquet", None, "ArrowInvalid"),
         ("memory.json", b"{}", "ValidationError"),
         ("config.yaml", b"merge_method: [", "YAML"),
         ("config.yaml", b"merge_method: ties", "KeyError"),
