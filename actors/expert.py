@@ -12,6 +12,7 @@ from typing import Any
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
 from engine.calibration.samples import Sample
+from engine.compression.compressor import Compressor
 from engine.correction.files import Contribution, LayerGroup
 from engine.correction.rules import Rule
 from engine.correction.streams import Streams, given_of, solve_group
@@ -40,6 +41,7 @@ class Expert:
         self._held: tuple[int | None, FrozenExpert] | None = None
         self._survey: Survey | None = None
         self._streams: Streams | None = None
+        self._compressor: Compressor | None = None
 
     @guarded
     def ready(self, wanted: float) -> tuple[int, ...]:
@@ -136,6 +138,17 @@ class Expert:
         """Solve layers of a part from the shares of experts; see `solve_group`."""
         solve_group(self._plan, rule, part, group, experts, state)
 
+    @guarded
+    def compress(self, part: int, samples: Sequence[Sample], state: Folder) -> int:
+        """Compress the layer of experts of a part of the base, and return the number of parts; see `Compressor`."""
+        if self._compressor is None:
+            self.forget()
+            given = given_of(samples, [{}] * len(samples), 0, state, lambda: self._expert(None))
+            self._compressor = Compressor(self._plan, given, state, self._process.device)
+        self._compressor.compress(part)
+        self._forwards += len(samples)
+        return self._compressor.parts
+
     def report(self) -> Report:
         """Return the memory figures, the forward passes, and the number of decompositions that LAPACK had to make."""
         return self._process.report(forwards=self._forwards, by_lapack=self._by_lapack)
@@ -144,7 +157,7 @@ class Expert:
         """Drop the expert that is held, and its survey, and free their memory."""
         if self._held is not None:
             release(self._held[1].model)
-        self._held = self._survey = self._streams = None
+        self._held = self._survey = self._streams = self._compressor = None
         give_back()
 
     def _expert(self, index: int | None) -> FrozenExpert:

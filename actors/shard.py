@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.gpus import NO_GPUS, Gpus
 from actors.process import ActorProcess, Report, guarded
@@ -38,6 +39,9 @@ from engine.task_vectors.pieces import Piece, pieces
 from engine.task_vectors.pipeline import Fill, TensorJob, copy_of, stream
 from engine.task_vectors.rounding import Rounding, Survival
 from engine.task_vectors.streams import Inspection, TaskVectors
+
+if TYPE_CHECKING:
+    from engine.compression.model import CompressedModel
 
 # Subfolder of the checksums of the output's files.
 OUTPUT = "output"
@@ -151,6 +155,13 @@ class Shard:
 
         self._write(folder, file, job)
 
+    def compressed(self, folder: Folder, file: OutputFile) -> None:
+        """Write one file of the smaller model, expert by expert, from the base and the state's compressed layers."""
+        assert self._state is not None
+        if not folder.exists(file.name):
+            sha256 = write_file(folder, file, lambda entry: self._compressed.parts(entry.name))
+            keep_digest(self._state, f"{OUTPUT}/{file.name}", sha256)
+
     def measure(self, method: str, index: int, names: Sequence[str], known: Known) -> dict[str, Measured]:
         """Return the arrays of a prepass of a method for the named tensors; see `measured`."""
         tensors = (self._weight_space.tensor(name, known) for name in names)
@@ -173,6 +184,13 @@ class Shard:
         if state is not None:
             keep_survival(state, file.name, survived)
             keep_digest(state, f"{OUTPUT}/{file.name}", sha256)
+
+    @cached_property
+    def _compressed(self) -> CompressedModel:
+        from engine.compression.model import CompressedModel  # transformers, which no other shard needs
+
+        assert self._state is not None
+        return CompressedModel(self._plan, self._state)
 
     @cached_property
     def _models(self) -> TaskVectors:

@@ -1,7 +1,7 @@
 """The entry points of a merge: `merge` prepares the run, `attempt` computes the result.
 
 An attempt is a `LearnedMerge` (targets, stage 1, importance, stage 2, output), a `WeightSpaceMerge` (output only) or a
-`StatisticsRun`.
+`StatisticsRun` or `CompressionRun`.
 The driver holds references and small tables, never a tensor of a model. What a merge without learning on this machine
 does not need is imported in the functions: Ray, the other actors and the trackers take seconds.
 """
@@ -184,10 +184,10 @@ def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, ho
         Lost: a node or an object was lost, or an actor hangs; the merge can be attempted again.
         MergeError: the merge cannot continue.
     """
-    if plan.config.collect:
-        from cluster.statistics_run import StatisticsRun
+    if plan.config.collect or plan.config.compress:
+        from cluster.model_runs import model_run
 
-        StatisticsRun(plan, samples, run, progress, losses).run()
+        model_run(plan)(plan, samples, run, progress, losses).run()
         return
     if not plan.config.learned:
         WeightSpaceMerge(plan, samples, run, progress, hosts, losses).run()

@@ -32,6 +32,7 @@ ORDER = (
         "shards",
         "learning",
         "correction",
+        "compression",
         "run",
     ),
     *("evaluation", "output", "report"),

@@ -265,6 +265,8 @@ def as_yaml(config: Config) -> dict[str, Any]:
     """Return the config as the keys of a YAML. Reading that YAML gives the same config again."""
     keys = config.model_dump(mode="json", exclude={"record", *INTERNAL}, exclude_none=True)
     recipe = config.recipe
+    if config.compress is not None:
+        return _compression_yaml(config, keys)
     if recipe is None:
         method = get_method(config.merge_method)
         keys["parameters"] = {key: value for key, value in keys["parameters"].items() if key in method.by_name}
@@ -280,6 +282,16 @@ def as_yaml(config: Config) -> dict[str, Any]:
         models = [config.base_model, *(expert.model for expert in config.models)]
         keys["tokenizer"] = tokenizer_yaml(keys.pop("tokenizer_source"), recipe.tokens, models)
     return keys | as_slices(config, entries) | {"parameters": recipe.top}
+
+
+def _compression_yaml(config: Config, keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config of `compress`."""
+    assert config.compress is not None
+    (model,) = keys["models"]
+    own = {"model": keys["base_model"], "compress": config.compress.model_dump(mode="json", exclude_none=True)}
+    own |= {"calibration": model["calibration"], "samples": config.parameters.samples_per_model}
+    own |= {key: keys["calibration"][key] for key in ("max_length", "shuffle")}
+    return own | {key: keys[key] for key in ("seed", "max_shard_size", "cluster", "cache", "cache_size") if key in keys}
 
 
 def _check(settings: Any, methods: Sequence[Method], at: Location, where: Where) -> None:

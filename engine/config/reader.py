@@ -10,10 +10,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic import BaseModel
 
 from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
@@ -33,6 +34,7 @@ from engine.untrusted import read_text, shown
 BYTES, RECORD_BYTES, RECORD_VALUES = 4 << 20, 32 << 20, 500_000
 # `calibration` of every preset and of adamerging: responses are taken from the records and not generated.
 AS_GIVEN = {"generate_responses": 0}
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), strict: bool = False) -> Config:
@@ -73,8 +75,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
     def given(location: Location) -> str:
         if location[:1] == ("models",) and len(location) > 1 and places:
             location = (*places[int(location[1])], *location[2:])
-        line = _line(node, location)
-        return f"{path}:{line}" if line else str(path)
+        return place_in(path, node, location)
 
     for key in INTERNAL:
         if key in raw:
@@ -100,7 +101,7 @@ def parse_config(raw: dict[str, Any], path: Path, node: yaml.Node | None = None,
             raw = _with_defaults(raw, method.name)
         else:
             raw, recipe, unused, places = read_recipe(raw, method, where)
-    config = _validated(raw, path, where)
+    config = validated(Config, raw, path, where)
     config = config.model_copy(update={"recipe": recipe, "unused": (*unused, *unknown)})
     # A learned method's config may list the base among the models, as mergekit's do; `read_recipe` knows it by itself.
     base = config.base_model if config.learned else None
@@ -123,17 +124,17 @@ def _with_defaults(raw: dict[str, Any], merge_method: str) -> dict[str, Any]:
     return raw | {key: defaults[key] | given for key, given in sections.items() if isinstance(given, dict)}
 
 
-def _validated(raw: dict[str, Any], path: Path, where: Where) -> Config:
+def validated(kind: type[Kind], raw: dict[str, Any], path: Path, where: Where) -> Kind:
     """Return the config of keys and values, or raise a `ConfigError` for their faults."""
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except pydantic.ValidationError as error:
         faults = [f for f in error.errors(include_url=False) if f["type"] != "default_factory_not_called"]
         by_location = {_location(fault): fault for fault in reversed(faults)}
         # pydantic often also reports a section that contains a fault as missing or too short: keep the deepest.
         above = {at[:depth] for at in by_location for depth in range(len(at))}
         deepest = [at for at in reversed(by_location) if at not in above]
-        errors = [_explain(by_location[at], at, where) for at in deepest]
+        errors = [_explain(by_location[at], at, where, kind) for at in deepest]
         if len(errors) == 1:
             raise errors[0] from None
         first = f"{len(errors):,} errors" + (", of which the first 5 are" if len(errors) > 5 else "")
@@ -281,8 +282,13 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"the config has no place for {last!r}", at) from error
 
 
+def place_in(path: Path, node: yaml.Node | None, location: Location) -> str:
+    """Return the file, and the line of the deepest part of `location` that it has, which errors name."""
+    line = _line(node, location)
+    return f"{path}:{line}" if line else str(path)
+
+
 def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Return the line, from 1, of the deepest part of `location` that the file has."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -304,12 +310,13 @@ def _location(fault: Any) -> Location:
     return next((parts[: i + 1] for i, part in enumerate(parts) if part in UNIONS), parts)
 
 
-def _explain(fault: Any, location: Location, where: Any) -> ConfigError:
+def _explain(fault: Any, location: Location, where: Any, kind: type[BaseModel]) -> ConfigError:
     """Return the `ConfigError` for a fault that pydantic reports."""
     key = ".".join(str(part) for part in location)
     if fault["type"] == "extra_forbidden":
-        known, entry = known_keys(location[:-1]), location[:2] if location[0] == "models" else ()
-        hint = key_hint(str(location[-1]), known, key_paths(".".join(map(str, entry))))
+        known, entry = known_keys(location[:-1], kind), location[:2] if location[0] == "models" else ()
+        paths = key_paths(".".join(map(str, entry))) if kind is Config else ()
+        hint = key_hint(str(location[-1]), known, paths)
         do = hint or f"use one of these keys: {', '.join(known)}"
         return ConfigError(f"unknown key {key!r}", where(location), do=do)
     if fault["type"] == "missing":

@@ -22,6 +22,7 @@ from pydantic import (
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.resources import GPUS, NUM_GPUS, SHARDS, WAIT, Cluster, GradientUse
 from engine.fields import ByteSize, Float, Int, Listed, Pattern, Section
+from engine.methods.compression import Compression
 from engine.methods.corrections import CORRECTIONS, Corrections
 from engine.methods.learned import ModelParameters, Parameters
 from engine.methods.options import SAMPLES, Method, Statistic
@@ -47,11 +48,12 @@ UNIONS: dict[int | str, str] = {
     "hang": f"auto, or a number of seconds above 0 and of at most {WAIT:,}",
     "max_shard_size": "a number of bytes, or a string such as 5GB",
     "cache_size": "a number of bytes, or a string such as 50GB",
+    "experts": "a number of experts from 1, or a share of them between 0 and 1",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
 
 # Fields that are not keys of the YAML: `engine.config.reader` fills them in.
-INTERNAL = ("recipe", "unused", "collect", "collect_base")
+INTERNAL = ("recipe", "unused", "collect", "collect_base", "compress")
 
 LEARNED_EXCLUDES = (".*vision.*", ".*visual.*", ".*lm_head.*", ".*norm.*", ".*embed_tokens.*", ".*bias.*")
 
@@ -73,7 +75,7 @@ def _cache(value: Any) -> Any:
     return "off" if value is False else value
 
 
-def _files(value: Any) -> Any:
+def as_files(value: Any) -> Any:
     """Return a single path or mapping as a list, and each path as a mapping."""
     listed = [value] if isinstance(value, str | dict) else value
     if not isinstance(listed, list):
@@ -143,7 +145,7 @@ class ExpertConfig(Section):
 
     model: Text
     name: Annotated[str, AfterValidator(_name)] = Field(default_factory=lambda given: last_part(given.get("model", "")))
-    calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(_files, json_schema_input_type=Files)] = ()
+    calibration: Annotated[tuple[CalibrationFile, ...], BeforeValidator(as_files, json_schema_input_type=Files)] = ()
     statistics: Text | None = None
     optimizer_state: Text | None = None
     parameters: ModelParameters = ModelParameters()
@@ -208,6 +210,7 @@ class Config(Section):
         recipe, unused: INTERNAL: the settings of a weight-space method, and the given keys that it does not use.
         collect, collect_base: INTERNAL: the statistics that are written instead of a merge (`python cli.py stats`), and
             whether those of the base are, too.
+        compress: INTERNAL: how the base is made smaller instead of a merge (`python cli.py compress`).
     """
 
     merge_method: Text
@@ -244,6 +247,7 @@ class Config(Section):
     unused: tuple[str, ...] = ()
     collect: tuple[Statistic, ...] = ()
     collect_base: bool = False
+    compress: Compression | None = None
 
     def weight(self, expert: ExpertConfig) -> float | None:
         """Return the prior ᾱₖ of an expert, or None for one that the merge finds (`auto`, `closed_form`)."""

@@ -144,9 +144,9 @@ def nearest_method(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(plain, NAMES, n=1, cutoff=HERE)), None)
 
 
-def known_keys(location: Location) -> list[str]:
-    """Return the keys of the section at a place in a config."""
-    section: type[BaseModel] = Config
+def known_keys(location: Location, root: type[BaseModel] = Config) -> list[str]:
+    """Return the keys of the section at a place in a config, whose top level is `root`."""
+    section = root
     for part in location:
         if isinstance(part, str) and part in section.model_fields:
             section = next(_sections(section.model_fields[part].annotation), section)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -108,6 +108,21 @@ def _distances(checked: pa.Table | None, plan: Plan) -> str:
     return "\n".join([f"{title[:1].upper()}{title[1:]}", "", *head, *rows])
 
 
+def write_compression_card(path: Path, plan: Plan, about: Sequence[str], digests: Mapping[str, str]) -> None:
+    """Write the README.md of a mixture of experts that was made smaller.
+
+    Args:
+        path: The file.
+        plan: The plan, with the header of the smaller model.
+        about: Paragraphs on what was done.
+        digests: The SHA-256 of the weight files, by address.
+    """
+    assert plan.config.compress is not None
+    record = "`merge/` holds the whole config, the groups of experts, and the peak memory of every process."
+    title = f"{code(public_name(plan.base.model))} with fewer experts"
+    _write(path, plan, plan.config.compress.method, title, about, record, digests, "compress")
+
+
 def _fitted(fits: Fits, plan: Plan) -> str:
     """Return what the coefficients in closed form foretell; nothing if there are none."""
     if not fits:
@@ -137,12 +152,13 @@ def _write(
     about: Sequence[str],
     record: str,
     digests: Mapping[str, str],
+    kind: Literal["merge", "compress"] = "merge",
 ) -> None:
-    sources = sources_of(plan, digests)
+    sources = sources_of(plan, digests)[: 1 if kind == "compress" else None]
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     parts = [
-        f"---\n{dump(_front(plan, method, sources))}---",
-        f"# A merge of {title}",
+        f"---\n{dump(_front(plan, method, sources, kind))}---",
+        f"# A merge of {title}" if kind == "merge" else f"# {title}",
         *about,
         _list("On the models:", [f"{markdown(owner)}: {markdown(note)}" for owner, note in plan.notes]),
         NO_SCORES,
@@ -164,17 +180,18 @@ def _steps(plan: Plan) -> str:
     return _list("Steps after the merge, in order:", lines)
 
 
-def _front(plan: Plan, method: str, sources: Sequence[NamedModel]) -> dict[str, Any]:
+def _front(plan: Plan, method: str, sources: Sequence[NamedModel], kind: str) -> dict[str, Any]:
     """Return the front matter of the card, whose keys the hub defines."""
     ids = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id))
     pipeline = _pipeline(plan)
     return {
         **inherited_license(sources),
         **({"language": list(sources[0].languages)} if sources[0].languages else {}),
-        **({"base_model": ids, "base_model_relation": "merge"} if ids else {}),
+        **({"base_model": ids} if ids else {}),
+        **({"base_model_relation": "merge"} if ids and kind == "merge" else {}),
         "library_name": "transformers",
         **({"pipeline_tag": pipeline} if pipeline else {}),
-        "tags": ["merge", "expert-merging", method],
+        "tags": [kind, "expert-merging", method],
     }
 
 

@@ -33,11 +33,11 @@ _STATE = re.compile(
     r"|(merged|calibrated/solved)/[0-9a-f]{64}\.safetensors|calibrated/parts|calibrated/tokens/\d+\.safetensors"
     r"|calibrated/streams/\d+-\d+\.safetensors|calibrated/(shares(/\d+)?|streams|solved|tokens)"
     r"|calibrated/shares/\d+/\d+(-[0-9a-f]{64}\.safetensors|\.json)"
-    r"|starts/\d+\.json|rounding/.+\.json|(digests|output|replaced)/.+"
+    r"|compressed/\d+\.safetensors|starts/\d+\.json|rounding/.+\.json|(digests|output|replaced)/.+"
 )
 _FOLDERS = {
     *("targets", "inputs", "orthogonal", "parts", "survey", "metrics", "statistics"),
-    *("starts", "rounding", "digests", "output", "replaced", "merged", "calibrated"),
+    *("starts", "rounding", "digests", "output", "replaced", "merged", "calibrated", "compressed"),
 }
 # Maximum bytes of a file about an output, and of a file in object storage whose content is compared.
 _BYTES, _SMALL = 32 << 20, 1 << 20

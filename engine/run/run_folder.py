@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from engine.compression.families import FOLDER as COMPRESSED
 from engine.config.schema import Config
 from engine.correction.files import MERGED, load_solved_parts
 from engine.errors import CheckpointError, DamagedError, OutputError, RunError
@@ -159,7 +160,7 @@ class RunFolder(KeptState):
 
     def progress_marker(self) -> object:
         """Return a value that changes whenever the run makes progress."""
-        folders = SURVEY, FOLDER, STATISTICS, MERGED
+        folders = SURVEY, FOLDER, STATISTICS, MERGED, COMPRESSED
         of_experts = (len(self.stored_targets()), *(len(self.state.names(one)) for one in folders))
         return *of_experts, self.steps_taken(), load_solved_parts(self.state), len(self.written())
 
@@ -248,7 +249,7 @@ class RunFolder(KeptState):
         `of_models`: targets, surveys and stored task vectors count, too. What comes from a cache does not.
         """
         names = self.state.names().difference(*self.reused().values())
-        of_work = "targets", SURVEY, FOLDER, STATISTICS, MERGED
+        of_work = "targets", SURVEY, FOLDER, STATISTICS, MERGED, COMPRESSED
         kept = ("stage-", *([f"{one}/" for one in of_work] if of_models else []))
         return any(name.startswith(kept) for name in names) or WRITING in names or bool(self.written())
 

@@ -101,6 +101,8 @@ def disk_needs(
     statistics = statistics_bytes(plan, tokens)
     if plan.config.collect:
         return DiskNeeds(0, statistics=statistics)
+    if plan.config.compress is not None:
+        return DiskNeeds(output, blocks=output)  # at most: all experts are merged, and none is left out
     return DiskNeeds(output, stored_bytes(plan, factored), targets, parts, block_bytes(plan, each), statistics)
 
 

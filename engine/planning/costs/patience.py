@@ -105,7 +105,8 @@ def _on_samples(plan: Plan, tokens: Sequence[Sequence[int]], machines: Machines)
     Sensitivities take passes for each part of the weights.
     """
     config = plan.config
-    if not (config.statistics or config.statistics_of_base or any(method.by_blocks for method in config.methods)):
+    observed = config.statistics or config.statistics_of_base or config.compress is not None
+    if not (observed or any(method.by_blocks for method in config.methods)):
         return 0.0
     counts = [sum(of_expert) for of_expert in tokens]
     most = sum(counts) if config.statistics_of_base else max(counts, default=0)

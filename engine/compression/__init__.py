@@ -1,0 +1,1 @@
+"""Mixtures of experts made smaller: the experts of a layer are grouped, aligned and merged."""
