@@ -14,6 +14,7 @@ from cluster.session import nodes
 from cluster.statistics import Samples
 from engine.compression.model import CompressedModel
 from engine.errors import CalibrationError
+from engine.output.card import add_memory
 from engine.output.compression_record import write_compression_record
 from engine.output.model_folder import output_files, write_companions, write_json
 from engine.planning.costs.patience import patience
@@ -53,7 +54,9 @@ class CompressionRun(Attempt):
         write_companions(self.folder.composed, compressed.smaller, base_folder(plan), files)
         names = [file.name for file in files]
         write_compression_record(self.folder.composed, compressed, self.folder.identity.encode(), digests, names)
-        write_json(self.folder.composed / "merge" / "memory.json", self._memory())
+        memory = self._memory()
+        write_json(self.folder.composed / "merge" / "memory.json", memory)
+        add_memory(self.folder.composed / "README.md", memory)
         self.folder.finish()
 
     def _compress(self, crew: Crew) -> None:

@@ -64,7 +64,7 @@ def pair_up(model: Any, seed: int = 1, permuted: bool = True) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             parameter[-1] = 0
-    model.get_input_embeddings().weight[:, -1] = 1
+    model.get_input_embeddings().weight[:, -1] = 0.1
     for module in mixtures(model):
         experts, router = module.experts, module.gate
         experts.down_proj[:, -1] = 0
@@ -76,7 +76,7 @@ def pair_up(model: Any, seed: int = 1, permuted: bool = True) -> Any:
             experts.down_proj[expert + 1] = experts.down_proj[expert][:, order]
             router.weight[expert, -1] = 0
             router.weight[expert + 1] = router.weight[expert]
-            router.weight[expert + 1, -1] = -0.05
+            router.weight[expert + 1, -1] = -0.5
             if hasattr(router, "e_score_correction_bias"):
                 router.e_score_correction_bias[expert + 1] = router.e_score_correction_bias[expert]
     return model

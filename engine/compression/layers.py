@@ -101,25 +101,26 @@ def group_layer(
         ranges: Equal ranges of experts of which a router first chooses some; experts of different ones are not merged.
     """
     use = LayerUse(mixture, inputs, outputs=settings.method != "m_smoe")
-    weights_E = use.weights_E if settings.method == "ream" else use.counts_E
+    usage_E = use.saliency_E if settings.method == "ream" else use.counts_E
     size, groups = mixture.count // ranges, list[tuple[int, ...]]()
     for start in range(0, mixture.count, size):
         own = slice(start, start + size)
-        found = _groups(use, own, weights_E[own], settings, kept // ranges)
+        found = _groups(use, own, usage_E[own], settings, kept // ranges)
         groups += [tuple(start + expert for expert in group) for group in found]
+    weights_E = use.weights_E if settings.method == "ream" else use.counts_E
     shares = tuple(tuple(merging_weights(weights_E, group)) for group in groups)
     return LayerGroups(tuple(groups), shares, use.counts_E, use.saliency_E)
 
 
-def _groups(use: LayerUse, own: slice, weights_E: Array, settings: Compression, kept: int) -> Groups:
+def _groups(use: LayerUse, own: slice, usage_E: Array, settings: Compression, kept: int) -> Groups:
     """Return the groups of a range of experts."""
     logits_EE = use.logits_EE[own, own]
     if settings.method == "ream":
         distance_EE = ream_distances(use.outputs_EH[own], logits_EE)
-        return pseudo_groups(distance_EE, weights_E, kept, max(settings.group_size, 1))
+        return pseudo_groups(distance_EE, usage_E, kept, settings.group_size)
     if settings.method == "m_smoe":
-        return nearest_groups(cosines(logits_EE), weights_E, kept)
-    return kmeans_groups(1 - use.alike_EE[own, own], weights_E, kept)
+        return nearest_groups(cosines(logits_EE), usage_E, kept)
+    return kmeans_groups(1 - use.alike_EE[own, own], usage_E, kept)
 
 
 def merge_group(
