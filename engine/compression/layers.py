@@ -25,7 +25,7 @@ from engine.compression.grouping import (
     ream_distances,
 )
 from engine.compression.merging import (
-    ExpertWeights,
+    GatedExpert,
     matching,
     subspace_mean,
     weight_distances,
@@ -35,7 +35,7 @@ from engine.compression.merging import (
 from engine.compression.usage import LayerUse, Mixture, activation_distances
 from engine.methods.compression import Compression
 
-ReadExpert = Callable[[int], ExpertWeights]
+ReadExpert = Callable[[int], GatedExpert]
 
 
 class ModuleMixture:
@@ -126,7 +126,7 @@ def _groups(use: LayerUse, own: slice, usage_E: Array, settings: Compression, ke
 def merge_group(
     mixture: Mixture, inputs: Sequence[Tensor], settings: Compression, read: ReadExpert, group: Sequence[int],
     shares: Sequence[float],
-) -> ExpertWeights:  # fmt: skip
+) -> GatedExpert:  # fmt: skip
     """Return the experts of a group as one, float32.
 
     Args:
@@ -147,8 +147,8 @@ def merge_group(
 
 
 def _orders(
-    mixture: Mixture, inputs: Sequence[Tensor], settings: Compression, group: Sequence[int], dominant: ExpertWeights,
-    others: Sequence[ExpertWeights],
+    mixture: Mixture, inputs: Sequence[Tensor], settings: Compression, group: Sequence[int], dominant: GatedExpert,
+    others: Sequence[GatedExpert],
 ) -> Iterator[Tensor | None]:  # fmt: skip
     """Yield the order of the hidden units of each other expert in which they fit the dominant one."""
     if settings.alignment == "none":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine.checkpoints.headers import ModelHeader, TensorHeader
 from engine.compression.families import number_of_experts, smaller_config
-from engine.compression.merging import ExpertWeights
+from engine.compression.merging import GatedExpert
 from engine.models.names import Places
 
 Read = Callable[[str], Tensor]
@@ -63,13 +63,13 @@ class ExpertLayout:
         """Return the module of a block that has experts, or None if it has none."""
         return next((layer for layer in self.layers if layer.startswith(f"{block}.")), None)
 
-    def expert(self, read: Read, layer: str, index: int) -> ExpertWeights:
+    def expert(self, read: Read, layer: str, index: int) -> GatedExpert:
         """Return the weights of an expert as they are stored."""
         units, features = self.widths[layer]
         size = units * features
         gate, up = (self._part(read, f"{layer}{GATE_UP}", (2 * index + half) * size, size) for half in (0, 1))
         down = self._part(read, f"{layer}{DOWN}", index * size, size)
-        return ExpertWeights(gate.view(units, features), up.view(units, features), down.view(features, units))
+        return GatedExpert(gate.view(units, features), up.view(units, features), down.view(features, units))
 
     def router(self, read: Read, layer: str) -> dict[str, Tensor]:
         """Return the tensors of a layer's router, which have a row an expert, by their names in the module."""
@@ -93,7 +93,7 @@ class ExpertLayout:
     def parts(
         self,
         name: str,
-        experts: Callable[[str], Iterator[ExpertWeights]],
+        experts: Callable[[str], Iterator[GatedExpert]],
         router: Callable[[str], Mapping[str, Tensor]],
     ) -> Iterator[Tensor] | None:
         """Return the consecutive parts of a tensor of the smaller model; None for one that is as in the model.
@@ -140,7 +140,7 @@ class ExpertLayout:
         return len(self._tensors[parameter]) == 1 and len(tensor.shape) == 3
 
 
-def _projections(one: ExpertWeights, ending: str) -> Sequence[Tensor]:
+def _projections(one: GatedExpert, ending: str) -> Sequence[Tensor]:
     return (one.gate, one.up) if ending == GATE_UP else (one.down,)
 
 

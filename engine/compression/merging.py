@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
+class GatedExpert:
     """The weights of an expert: gate and up [I, H], down [H, I]."""
 
     gate: Tensor
@@ -27,9 +27,9 @@ class ExpertWeights:
         """What makes each hidden unit, float32: its rows of gate and up, and its column of down, [I, 3·H]."""
         return torch.cat([self.gate.float(), self.up.float(), self.down.float().T], 1)
 
-    def in_order(self, order_I: Tensor) -> ExpertWeights:
+    def in_order(self, order_I: Tensor) -> GatedExpert:
         """Return the same expert with its hidden units in another order."""
-        return ExpertWeights(self.gate[order_I], self.up[order_I], self.down[:, order_I])
+        return GatedExpert(self.gate[order_I], self.up[order_I], self.down[:, order_I])
 
 
 def unit_distances(products_II: Tensor, ours_I: Tensor, theirs_I: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def unit_distances(products_II: Tensor, ours_I: Tensor, theirs_I: Tensor) -> Ten
     return ((ours_I > 0).double()[:, None] + (theirs_I > 0) - 2 * product_II).clamp_min(0).sqrt()
 
 
-def weight_distances(ours: ExpertWeights, theirs: ExpertWeights) -> Tensor:
+def weight_distances(ours: GatedExpert, theirs: GatedExpert) -> Tensor:
     """Return the distances between the unit vectors of two experts' hidden units, from their weights, [I, I].
 
     Source: REAM, arXiv 2604.04356, which projects the units to 64 principal components first; here they are whole.
@@ -55,7 +55,7 @@ def weight_distances(ours: ExpertWeights, theirs: ExpertWeights) -> Tensor:
     return unit_distances(ours_IF @ theirs_IF.T, ours_IF.square().sum(1), theirs_IF.square().sum(1))
 
 
-def weight_products(ours: ExpertWeights, theirs: ExpertWeights) -> Tensor:
+def weight_products(ours: GatedExpert, theirs: GatedExpert) -> Tensor:
     """Return −⟨a, b⟩ of two experts' hidden units, [I, I].
 
     The order with the least sum is that with the least ‖a − b‖² of all weights.
@@ -73,7 +73,7 @@ def matching(cost_II: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(cost_II.cpu().numpy())[1])
 
 
-def weighted_mean(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> ExpertWeights:
+def weighted_mean(experts: Sequence[GatedExpert], shares: Sequence[float]) -> GatedExpert:
     """Return Σ shareₘ·θₘ, float32, added in order. The shares add up to 1."""
 
     def mean(tensors: Sequence[Tensor]) -> Tensor:
@@ -82,10 +82,10 @@ def weighted_mean(experts: Sequence[ExpertWeights], shares: Sequence[float]) -> 
             total.add_(tensor.float().cpu(), alpha=share)
         return total
 
-    return ExpertWeights(*(mean([getattr(one, name) for one in experts]) for name in ("gate", "up", "down")))
+    return GatedExpert(*(mean([getattr(one, name) for one in experts]) for name in ("gate", "up", "down")))
 
 
-def subspace_mean(experts: Sequence[ExpertWeights], shares: Sequence[float], rank: float) -> ExpertWeights:
+def subspace_mean(experts: Sequence[GatedExpert], shares: Sequence[float], rank: float) -> GatedExpert:
     """Return U·Σ·(Σₘ shareₘ·Vₘ)ᵀ of each projection, float32, from U·Σ·[V₁ᵀ … Vₘᵀ] = [W₁ … Wₘ].
 
     With all singular directions this is the mean of the weights, as U·Σ·Vₘᵀ = Wₘ.
@@ -112,4 +112,4 @@ def subspace_mean(experts: Sequence[ExpertWeights], shares: Sequence[float], ran
         rebuilt: Tensor = (left[:, :kept] * values[:kept]) @ merged
         return rebuilt
 
-    return ExpertWeights(*(mean([getattr(one, name) for one in experts]) for name in ("gate", "up", "down")))
+    return GatedExpert(*(mean([getattr(one, name) for one in experts]) for name in ("gate", "up", "down")))

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.checkpoints.headers import FLOATS
 from engine.compression.families import COUNTS, FOLDER, experts_kept
 from engine.compression.layout import ExpertLayout
-from engine.compression.merging import ExpertWeights
+from engine.compression.merging import GatedExpert
 from engine.correction.files import load_sealed_tensors
 from engine.models.skeleton import build_skeleton
 from engine.planning.open_models import load_base_config, open_base
@@ -70,12 +70,12 @@ class CompressedModel:
         """Return whether a layer is compressed."""
         return self.state.exists(layer_file(self.layout.layers.index(layer)))
 
-    def experts(self, layer: str) -> Iterator[ExpertWeights]:
+    def experts(self, layer: str) -> Iterator[GatedExpert]:
         """Yield the experts of a compressed layer: merged ones, and others as they are in the files."""
         tensors = self.stored(layer)
         for index, dominant in enumerate(tensors["dominant"].tolist()):
             if f"{index}.gate" in tensors:
-                yield ExpertWeights(*(tensors[f"{index}.{name}"] for name in ("gate", "up", "down")))
+                yield GatedExpert(*(tensors[f"{index}.{name}"] for name in ("gate", "up", "down")))
             else:
                 yield self.layout.expert(self.base.read, layer, dominant)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.compression.grouping import cosines, kmeans_groups, nearest_groups, pseudo_groups, ream_distances
 from engine.compression.layers import group_layer, merge_group, router_rows
 from engine.compression.merging import (
-    ExpertWeights,
+    GatedExpert,
     matching,
     subspace_mean,
     unit_distances,
@@ -36,7 +36,7 @@ class Dense:
         self.router = torch.randn(EXPERTS, FEATURES, generator=generator)
         shapes = (UNITS, FEATURES), (UNITS, FEATURES), (FEATURES, UNITS)
         self.experts = [
-            ExpertWeights(*(torch.randn(*shape, generator=generator) for shape in shapes)) for _ in range(EXPERTS)
+            GatedExpert(*(torch.randn(*shape, generator=generator) for shape in shapes)) for _ in range(EXPERTS)
         ]
         self.inputs = [torch.randn(length, FEATURES, generator=generator) for length in (9, 4, 12)]
 
