@@ -5,13 +5,14 @@ in τ, and its gradient flow has a closed form.
 Formula: C = Σₖ τₖᵀτₖ/‖τₖ‖²_F = Q·Λ·Qᵀ and D = Σₖ τₖ·τₖᵀτₖ/‖τₖ‖²_F of matrices τₖ [m, n];
 τ = τ₀ + (D − τ₀·C)·Q·diag(hᵢ/λᵢ)·Qᵀ, θ = θ₀ + λ·τ. swudi: hᵢ = 1 − exp(−time·λᵢ) for the ⌈rank·n⌉ largest λᵢ, else 0,
 the point that the flow reaches after `time` from τ₀. swudi_a needs neither: hᵢ = 1 for the largest λᵢ, chosen by `cut`.
-Components with λᵢ below 1e-8 are left out. τ₀ is `start_scale` times Σₖ τₖ (`start: sum`), τ̄ (`mean`), or 0 (`zero`).
-Tensors that are not matrices: θ₀ + (λ/K)·Σₖ τₖ.
+Components with λᵢ below 1e-8, or so small that rounding may have made them, are left out. τ₀ is `start_scale` times
+Σₖ τₖ (`start: sum`), τ̄ (`mean`), or 0 (`zero`). Tensors that are not matrices: θ₀ + (λ/K)·Σₖ τₖ.
 Options: `start` (sum), `start_scale` (1.0), `lambda` (1.0); swudi `time` (300) and `rank` (0.85), the defaults of the
 published code for fully fine-tuned language models; swudi_a `cut` (participation).
 
 Each expert is read once, and memory is independent of their number. Where all experts are adapters, the n inputs are
-replaced by the span of their factors, of Σₖ rₖ dimensions, which gives the same τ.
+replaced by the span of their factors, of Σₖ rₖ dimensions, which gives the same τ. Large matrices C are decomposed in
+float32 (`engine.methods.arithmetic.eigen`).
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def prepare(tensor: MergeTensor) -> Fill:
     import torch
 
     from engine.checkpoints.vocabulary import is_matrix
-    from engine.methods.arithmetic.matrices import add_to_base, mean_of_task_vectors
+    from engine.methods.arithmetic.eigen import add_gram, leading_eigenvectors, symmetric
+    from engine.methods.arithmetic.matrices import LEAST, add_to_base, mean_of_task_vectors
 
     if not is_matrix(tensor.shape, tensor.is_vocabulary):
         return mean_of_task_vectors(tensor)
@@ -85,15 +87,23 @@ def prepare(tensor: MergeTensor) -> Fill:
     width = columns if basis is None else basis.shape[1]
     c, d, total = torch.zeros(width, width), torch.zeros(rows, width), torch.zeros(rows, width)
     for tau in _task_vectors(tensor, basis):
-        gram = (tau.T @ tau).div_(tau.square().sum())
-        c += gram
-        d.addmm_(tau, gram)
+        factor = 1 / float(tau.square().sum())
+        # τ·τᵀτ, by the smaller of the two Gram matrices.
+        if rows < width:
+            d.addmm_(tau @ tau.T, tau, alpha=factor)
+            add_gram(c, tau, factor)
+        else:
+            gram = (tau.T @ tau).mul_(factor)
+            d.addmm_(tau, gram)
+            c += gram
         total += tau
     start = total.mul_(_scale(tensor))
-    values, vectors = torch.linalg.eigh(c.double())
-    factors = _factors(tensor, values).float()
-    vectors = vectors.float()
-    tau = start + ((d - start @ c) @ vectors * factors) @ vectors.T
+    values, vectors = leading_eigenvectors(symmetric(c), lambda values: _count(tensor, values), LEAST)
+    reached = _reached(tensor, values)
+    # (D − τ₀·C)·Q·diag(h/λ), as C·Q = Q·Λ.
+    change = (d @ vectors).mul_((reached / values.clamp_min(LEAST)).float())
+    change -= (start @ vectors).mul_(reached.float())
+    tau = start.addmm_(change, vectors.T)
     return add_to_base(tensor, tau if basis is None else tau @ basis.T)
 
 
@@ -140,28 +150,27 @@ def _span_of_adapters(tensor: MergeTensor) -> Tensor | None:
     return basis
 
 
-def _factors(tensor: MergeTensor, values: Tensor) -> Tensor:
-    """Return hᵢ/λᵢ for the eigenvalues λᵢ, ascending as `eigh` returns them."""
-    import torch
-
-    from engine.methods.arithmetic.matrices import LEAST, participation
+def _count(tensor: MergeTensor, values: Tensor) -> int:
+    """Return how many of the largest eigenvalues count, of all of them, ascending."""
+    from engine.methods.arithmetic.matrices import participation
 
     rows, columns = tensor.shape
-    values = values.clamp_min(0)
     if "cut" not in tensor.values:
-        reached = -torch.expm1(-float(tensor.values["time"]) * values)
-        count = math.ceil(float(tensor.values["rank"]) * columns)
-    else:
-        reached = torch.ones_like(values)
-        if tensor.values["cut"] == "participation":
-            count = participation(values)
-        else:
-            stacked = len(tensor.task_vectors) * rows
-            threshold = gavish_donoho(stacked, columns) * _median(values.sqrt(), min(stacked, columns))
-            count = int((values.sqrt() > threshold).sum())
-    kept = values >= LEAST
-    kept[: max(0, len(values) - count)] = False
-    return torch.where(kept, reached / values.clamp_min(LEAST), 0)
+        return math.ceil(float(tensor.values["rank"]) * columns)
+    if tensor.values["cut"] == "participation":
+        return participation(values)
+    stacked = len(tensor.task_vectors) * rows
+    threshold = gavish_donoho(stacked, columns) * _median(values.sqrt(), min(stacked, columns))
+    return int((values.sqrt() > threshold).sum())
+
+
+def _reached(tensor: MergeTensor, values: Tensor) -> Tensor:
+    """Return hᵢ, what the flow reaches of its end for the eigenvalues λᵢ that count; 0 where λᵢ is."""
+    import torch
+
+    if "cut" in tensor.values:
+        return (values > 0).to(values.dtype)
+    return -torch.expm1(-float(tensor.values["time"]) * values)
 
 
 def gavish_donoho(rows: int, columns: int) -> float:

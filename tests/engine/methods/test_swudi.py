@@ -42,19 +42,25 @@ def factors(seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def merged(pool: ThreadPoolExecutor, method: str, task_vectors: list[TaskVector | None], **options: Any) -> Tensor:
-    """Return τ of a method for a matrix [ROWS, COLUMNS], with a base of zeros."""
+def merged(
+    pool: ThreadPoolExecutor,
+    method: str,
+    task_vectors: list[TaskVector | None],
+    shape: tuple[int, int] = (ROWS, COLUMNS),
+    **options: Any,
+) -> Tensor:
+    """Return τ of a method for a matrix, with a base of zeros."""
     values = {name: option.default for name, option in get_method(method).by_name.items()} | options
     models = tuple(map(str, range(len(task_vectors))))
     tensor = MergeTensor(
-        "weight", (ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS), models, task_vectors, values, [{}] * len(models), None,
+        "weight", shape, torch.zeros(shape), models, task_vectors, values, [{}] * len(models), None,
         0, pool, 1, len(models),
     )  # fmt: skip
-    out_N = torch.empty(ROWS * COLUMNS)
+    out_N = torch.empty(math.prod(shape))
     fill = preparation(method)(tensor)
-    for piece in pieces("weight", (ROWS, COLUMNS)):
+    for piece in pieces("weight", shape):
         fill(piece, out_N[piece.start : piece.stop])
-    return out_N.view(ROWS, COLUMNS)
+    return out_N.view(shape)
 
 
 def objective(tau: Tensor, taus: list[Tensor]) -> float:
@@ -192,3 +198,24 @@ def test_more_ranks_than_inputs_have_the_shares_of_the_formula() -> None:
     taus = [torch.randn(5, 4, generator=generator) for _ in range(6)]
     for one, wanted in zip(found_shares([leading(tau, 4) for tau in taus]), shares(taus), strict=True):
         assert float((one - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(("method", "rows"), [("swudi", 130), ("swudi_a", 130), ("swudi_a", 700)])
+def test_a_large_matrix_is_merged_as_in_float64(method: str, rows: int, pool: ThreadPoolExecutor) -> None:
+    """Matrices of many columns are decomposed in float32; their experts do, or do not, span all inputs."""
+    columns, generator = 600, torch.Generator().manual_seed(4)
+    falling = torch.arange(1, columns + 1) ** -0.7
+    taus = [torch.randn(rows, columns, generator=generator) * falling for _ in range(EXPERTS)]
+    exact = [tau.double() for tau in taus]
+    c = sum(tau.T @ tau / tau.norm() ** 2 for tau in exact)
+    d = sum(tau @ (tau.T @ tau) / tau.norm() ** 2 for tau in exact)
+    values, vectors = torch.linalg.eigh(c)
+    values = torch.where(values > 1e-8, values, 0)
+    count = math.ceil(0.85 * columns) if method == "swudi" else math.ceil(values.sqrt().sum() ** 2 / values.sum())
+    reached = -torch.expm1(-300 * values) if method == "swudi" else torch.ones_like(values)
+    factors = torch.where(values > 0, reached / values, 0)
+    factors[: columns - count] = 0
+    start = sum(exact)
+    wanted = start + ((d - start @ c) @ vectors * factors) @ vectors.T
+    found = merged(pool, method, [Stored(tau.reshape(-1)) for tau in taus], shape=(rows, columns))
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-4
