@@ -13,7 +13,7 @@ MARKED = $(shell grep -rlE --include='test_*.py' $(1) $(FOLDERS))
 STAMP := .venv/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install demo test test-slow test-thorough mergekit-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
+.PHONY: install demo test test-slow test-thorough mergekit-parity fusion-bench-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
 	quality quality-b check clean
 
 install: $(STAMP)
@@ -47,6 +47,12 @@ test-thorough: install
 # half of it the second time. ARGS: parts of the names of configs, and --record to store the verdicts for the tests.
 mergekit-parity: install
 	PYTHONPATH=.:tests $(BIN)/python -m parity $(ARGS)
+
+# The methods that FusionBench has, too, beside its own code; five minutes. FUSION_BENCH: a Python that has it; see
+# benchmarks/README.md.
+FUSION_BENCH ?= python3
+fusion-bench-parity: install
+	PYTHONPATH=. $(BIN)/python benchmarks/fusion_bench_parity.py --python $(FUSION_BENCH)
 
 # Kills every kind of process and node in every phase of a merge; 20 minutes on two cores.
 chaos: install

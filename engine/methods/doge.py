@@ -11,7 +11,8 @@ the base: θ₀ + (λ/K)·Σₖ τₖ.
 Options: `eta` (0.07), `density` (per expert, 0.3), `subspace` (6), `steps` (400), `learning_rate` (1e-4), `lambda`
 (1.0).
 
-Directions that only rounding decides, of zero singular values, are left out of U and Uₖ. The gradient of row i is
+FusionBench's keeps one element more, ⌊density·n⌋ + 1, and the same merge otherwise. Directions that only rounding
+decides, of zero singular values, are left out of U and Uₖ. The gradient of row i is
 −2·Λ·Σₖ eₖᵢ·τₖᵢ with Λ = Σₖ λₖ and the inner sum eₖᵢ. A step takes two products with all task vectors of a matrix, and
 K matrices of its size are in memory.
 Letters: m rows and n columns, K experts.

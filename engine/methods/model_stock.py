@@ -2,6 +2,7 @@
 
 Source: Jang et al., Model Stock, arXiv 2403.19522, with the semantics of mergekit 0.1.5.
 Formula: θ = θ₀ + t·(1/K)·Σₖ τₖ, t = K·c/(1 + (K − 1)·c), where c is the mean of cos ∠(τᵢ, τⱼ) over all pairs.
+FusionBench 0.2.33 takes the cosine of the mean angle, which for more than two experts is slightly another number.
 Options: `filter_wise` (false): an angle for each row of a tensor, along its last dimension.
 """
 

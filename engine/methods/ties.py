@@ -8,7 +8,8 @@ tensor are kept.
 Options: `weight` (per expert, 0.1), `density` (per expert, 1.0), `normalize` (true), `lambda` (1.0), `rescale` (false);
 `trim: model` counts the n elements over the whole model and keeps all that are equal to the threshold; `divide_by:
 count` divides by the number of experts in A instead of the sum of their weights.
-The threshold is found exactly, by counting in two passes instead of sorting.
+The threshold is found exactly, by counting in two passes instead of sorting. FusionBench 0.2.33, whose TIES is that of
+published code, keeps one element more, ⌊density·n⌋ + 1, and the same merge otherwise.
 """
 
 from __future__ import annotations
