@@ -76,10 +76,10 @@ class Models:
         return self.workdir / f"{self.size}-{self.dtype}-{digest}"
 
     def base(self) -> Path:
-        return _once(self.folder / "base", self._write_base)
+        return once(self.folder / "base", self._write_base)
 
     def expert(self, index: int) -> Path:
-        return _once(self.folder / f"expert{index:03}", lambda folder: self._write_expert(folder, index))
+        return once(self.folder / f"expert{index:03}", lambda folder: self._write_expert(folder, index))
 
     def calibration(self, index: int, samples: int, tokens: int) -> Path:
         """Return a file of `samples` records of exactly `tokens` random tokens."""
@@ -89,7 +89,7 @@ class Models:
             ids = torch.randint(FIRST_TOKEN, self.shape.vocab_size, (samples, tokens), generator=generator)
             path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))
 
-        return _once(self.folder / "calibration" / f"expert{index:03}-{samples}x{tokens}.jsonl", write)
+        return once(self.folder / "calibration" / f"expert{index:03}-{samples}x{tokens}.jsonl", write)
 
     def write_merge(
         self, path: Path, experts: int, samples: int, tokens: int, parameters: Mapping[str, Any] | None = None
@@ -158,7 +158,7 @@ class Models:
             shutil.copy(companion, folder)
 
 
-def _once(path: Path, write: Callable[[Path], None]) -> Path:
+def once(path: Path, write: Callable[[Path], None]) -> Path:
     """Return `path`, writing it under another name and renaming it if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

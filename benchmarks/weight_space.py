@@ -16,7 +16,8 @@ benchmark also measures mergekit with output files of this engine's size, and al
 the driver too; and one shard on a model whose tensors are twice as large. The outputs of both sides are compared.
 
 `--own` measures the methods that mergekit lacks instead: the peak of a shard over K, and the time next to task
-arithmetic. Most of them hold some whole matrices, so that larger tensors take more.
+arithmetic. Most of them hold some whole matrices, so that larger tensors take more. Those that need statistics get
+random ones.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ from typing import Any
 import click
 import merges
 import models
+import random_statistics
 import yaml
 from models import SIZES, Models, Size
 from report import Report, Target, console, in_mb, json_option, print_table
 from safetensors import safe_open
+
+from engine.methods.registry import get_method
 
 SHAPES = {
     "large": Size(1024, 14, 2816, 16, 32000),
@@ -68,6 +72,13 @@ OWN: dict[str, dict[str, float]] = {
     "swudi": {},
     "swudi_a": {},
     "doge": {"steps": 20},
+    "lot": {},
+    "regmean": {},
+    "closed_form": {},
+    "fisher": {},
+    "lewis": {"weight": 1.0},
+    "ota_ffg": {},
+    "rcp": {},
 }
 ALL_EXPERTS = ("doge",)
 SLOW = "ties"  # in mergekit
@@ -153,10 +164,23 @@ class Random(Models):
         own = METHODS.get(method, {})
         entries = [{"model": str(self.expert(k)), "parameters": own} for k in range(experts)]
         base = {} if method in ("linear", "passthrough") else {"base_model": str(self.base())}
+        needs = get_method(method)
+        if needs.statistics:
+            entries = [entry | {"statistics": str(self.statistics(k))} for k, entry in enumerate(entries)]
+        if needs.base_statistics:
+            base["base_statistics"] = str(self.statistics(None))
         config = {"merge_method": method, **base, "models": entries, "dtype": self.dtype}
         config["parameters"] = {} if own else (COMMANDS | OWN).get(method, {})
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         return path
+
+    def statistics(self, index: int | None) -> Path:
+        """Return a folder of random statistics of an expert, or of the base (None), written when it is first used."""
+        name, model = ("base", self.base()) if index is None else (f"expert{index:03}", self.expert(index))
+        seed = 0 if index is None else index + 1
+        return models.once(
+            self.folder / "statistics" / name, lambda folder: random_statistics.write(folder, self.base(), model, seed)
+        )
 
     def read(self, experts: int) -> None:
         """Read all files into the page cache."""
@@ -340,13 +364,15 @@ def measure_more_memory(report: Report, made: Random, wide: Random, low: int, hi
         report.other[f"linear: all processes of ours, K={high}"] = peak
 
 
-def measure_own(made: Random, counts: Sequence[int], path: Path | None) -> None:
-    """Measure the methods that mergekit lacks with one shard, once for each K."""
+def measure_own(made: Random, counts: Sequence[int], chosen: Sequence[str], path: Path | None) -> None:
+    """Measure the methods that mergekit lacks, or the chosen ones of them, with one shard, once for each K."""
     make(made, counts[-1])
-    report = Report({"experts": counts, "methods": OWN, "elements": sum(made.elements().values())})
     first, rows = next(iter(OWN)), {}
+    methods = [method for method in OWN if not chosen or method in (first, *chosen)]
+    settings = {method: OWN[method] for method in methods}
+    report = Report({"experts": counts, "methods": settings, "elements": sum(made.elements().values())})
     seconds: dict[str, list[float]] = {}
-    for method in OWN:
+    for method in methods:
         peaks, seconds[method] = [], []
         for k in counts:
             with temporary(made, method, k) as (folder, config):
@@ -373,6 +399,7 @@ def measure_own(made: Random, counts: Sequence[int], path: Path | None) -> None:
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--commands", is_flag=True, help="Only the methods that are measured as whole commands.")
 @click.option("--own", is_flag=True, help="Only the methods that mergekit lacks; about five minutes.")
+@click.option("--only", multiple=True, type=click.Choice(list(OWN)), help="Of --own: this method; repeatable.")
 @click.option("--small", is_flag=True, help="A trial of a few minutes: a tiny model, K=2, one round.")
 @json_option()
 def main(
@@ -382,12 +409,13 @@ def main(
     rounds: int,
     commands: bool,
     own: bool,
+    only: tuple[str, ...],
     small: bool,
     path: Path | None,
 ) -> None:
     counts, timed, rounds = ([2], 2, 1) if small else (sorted(set(experts)), timed, rounds)
     if own:
-        measure_own(Random(workdir.absolute(), "tiny" if small else "own"), counts, path)
+        measure_own(Random(workdir.absolute(), "tiny" if small else "own"), counts, only, path)
         return
     if len(os.sched_getaffinity(0)) < 2:
         raise click.ClickException("the benchmark needs two cores")
