@@ -30,7 +30,7 @@ from actors.shard import Shard
 from actors.trainer import Trainer, WindowSample
 from engine.calibration.encoder import encoder
 from engine.calibration.records import read_records
-from engine.calibration.samples import make_samples
+from engine.calibration.samples import Sample, make_samples
 from engine.checkpoints.writer import torch_dtype
 from engine.codec import pack_all
 from engine.config.reader import load_config
@@ -40,6 +40,7 @@ from engine.learning.learner import (
     PRIORS,
     Learner,
     Stage,
+    best_prior,
     common_prior,
     first_stage,
     needs_prior,
@@ -49,6 +50,7 @@ from engine.learning.learner import (
 from engine.learning.targets import load_tensors, without_targets
 from engine.methods.learned import SECOND_STAGE
 from engine.output.model_folder import output_files
+from engine.planning.factors import directions
 from engine.planning.open_models import open_task_vectors
 from engine.planning.plan import Plan
 from engine.planning.planner import make_plan
@@ -237,7 +239,14 @@ class Bench:
         if plan.config.stages == 1:
             return plan, [first], rows
         parameters, lesson.rows = plan.config.parameters, list(rows)
-        layout, _ = stage_2_layout(first, self.magnitudes(plan), parameters.budget, parameters.kappa)
+        layout, _ = stage_2_layout(
+            first,
+            self.magnitudes(plan),
+            parameters.budget,
+            parameters.kappa,
+            directions(plan),
+            parameters.chunks == "direction",
+        )
         return plan, [first, lesson.stage(second_stage(plan, layout, first))], lesson.rows
 
     def magnitudes(self, plan: Plan) -> Any:
@@ -254,33 +263,44 @@ class Lesson:
     """The samples, targets and trainer of one plan."""
 
     def __init__(self, bench: Bench, plan: Plan) -> None:
-        self.plan, self.rows = plan, []
+        self.bench, self.plan, self.rows = bench, plan, []
         self._expert = Expert(plan, 0)
         records = read_records(plan)
         self.samples = make_samples(records, encoder(plan, records), plan)
-        self._targets = {(s.expert, s.index): self._target(bench.workdir, s) for mine in self.samples for s in mine}
+        self._targets: dict[tuple[int, int], Any] = {}
+        for sample in (sample for mine in self.samples for sample in mine):
+            self.keep(sample)
         shards = LocalShards(plan, torch.get_num_threads(), overlap=False, state=bench.state(plan))
-        self._trainer = Trainer(plan, shards, lambda target: target)
+        self.trainer = Trainer(plan, shards, lambda target: target)
+
+    def keep(self, sample: Sample) -> None:
+        """Have the target of a sample computed, so that steps can use it."""
+        self._targets[sample.expert, sample.index] = self._target(self.bench.workdir, sample)
+
+    def placed(self, sample: Sample) -> WindowSample:
+        """Return a sample with its target, as the trainer takes it."""
+        return WindowSample(sample, self._targets[sample.expert, sample.index])
 
     def find_prior(self) -> None:
         """Replace the plan's `weight: auto` by the prior of least loss over all samples."""
         if needs_prior(self.plan):
-            window = self._window([(s.expert, s.index) for mine in self.samples for s in mine])
-            losses = [self._trainer.measure(common_prior(self.plan, weight), window) for weight in PRIORS]
-            self.plan = with_prior(self.plan, PRIORS[int(np.argmin(losses))])
+            window = [self.placed(sample) for mine in self.samples for sample in mine]
+            each = [self.trainer.measure(common_prior(self.plan, weight), window) for weight in PRIORS]
+            losses_WN2 = np.array([[(one.kl, one.hidden) for one in losses] for losses in each])
+            weight_N = np.array([item.sample.loss_weight for item in window])
+            prior = best_prior(losses_WN2, weight_N, self.plan.config.parameters.hidden_weight)
+            self.plan = with_prior(self.plan, prior)
 
     def stage(self, stage: Stage) -> Coefficients:
         """Run all optimiser steps of a stage and return its coefficients."""
         parameters, learner = self.plan.config.parameters, Learner(self.plan.config.parameters, stage)
         order = training_order([len(mine) for mine in self.samples], parameters.epochs)
         for number, window in enumerate(windows(order, parameters.gradient_accumulation)):
-            step = self._trainer.step(stage, learner.state(), number, self._window(window))
+            places = [self.placed(self.samples[k][i]) for k, i in window]
+            step = self.trainer.step(stage, learner.state(), number, places)
             learner.restore(step.state)
             self.rows.extend(step.rows)
         return learner.coefficients
-
-    def _window(self, places: Sequence[tuple[int, int]]) -> list[WindowSample]:
-        return [WindowSample(self.samples[k][i], self._targets[k, i]) for k, i in places]
 
     def _target(self, workdir: Path, sample: Any) -> Any:
         """Return a sample's target, computed by its expert once and then read from the disk."""
