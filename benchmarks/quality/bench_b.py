@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import tasks
 from bench import Bench
-from choose import RESULTS, Log, scaled, score_into, try_learned
+from choose import RESULTS, Log, climb, scaled, score_into, try_learned
 from fine_tune import MIXTURES, WORKDIR, train
 from space import CHOSEN, SCALED, SEEDED
 
@@ -45,11 +45,7 @@ def at_scales(log: Log, bench: Bench, method: str) -> None:
         matches = next(line["exact_match"] for line in log.lines if line["key"] == key)
         return float(sum(matches.values()))
 
-    scales = sorted({*SCALED[method], chosen})
-    for direction in (1, -1):
-        place = scales.index(chosen)
-        while 0 <= place + direction < len(scales) and mean_at(scales[place + direction]) > mean_at(scales[place]):
-            place += direction
+    climb(sorted({*SCALED[method], chosen}), chosen, mean_at)
 
 
 @click.command()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,29 @@ def scaled(
         yield scale
 
 
+def climb(scales: Sequence[float], start: float, score: Callable[[float], float]) -> None:
+    """Score the scale `start`, then those on either side of it for as long as the score gets better."""
+    for direction in (1, -1):
+        place = scales.index(start)
+        while 0 <= place + direction < len(scales) and score(scales[place + direction]) > score(scales[place]):
+            place += direction
+
+
+def climb_options(log: Log, bench: Bench, method: str, options: dict[str, Any]) -> None:
+    """Score a weight-space method with these options on the validation split, from the middle of its scales."""
+    scales = SCALED[method]
+
+    def score(scale: float) -> float:
+        key = {"method": method, "options": options, "scale": scale} | bench.which
+        if not log.has(**key):
+            for _ in scaled(bench, method, options, (scale,)):
+                score_into(log, bench, "validation", key)
+        matches = next(line["exact_match"] for line in log.lines if line["key"] == key)
+        return float(sum(matches.values()))
+
+    climb(scales, scales[len(scales) // 2], score)
+
+
 def try_learned(
     log: Log, bench: Bench, split: str, method: str, options: dict[str, Any], seed: int = 0, samples: int = 8
 ) -> None:
@@ -130,19 +153,25 @@ def try_learned(
 @click.option("--try", "tries", multiple=True, type=(str, str), metavar="METHOD JSON")
 @click.option("--seed", default=0)
 @click.option("--samples", default=8)
+@click.option("--adapters", default="", help="The end of the names of LoRA experts, such as -r16. Default: full ones.")
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(os.environ.get("QUALITY_WORKDIR", WORKDIR)))
-def main(methods: tuple[str, ...], tries: tuple[tuple[str, str], ...], seed: int, samples: int, workdir: Path) -> None:
-    bench, log = Bench(workdir), Log(RESULTS / "validation.jsonl")
+def main(
+    methods: tuple[str, ...],
+    tries: tuple[tuple[str, str], ...],
+    seed: int,
+    samples: int,
+    adapters: str,
+    workdir: Path,
+) -> None:
+    bench, log = Bench(workdir, adapters=adapters), Log(RESULTS / "validation.jsonl")
     for method, text in tries:
         try_learned(log, bench, "validation", method, json.loads(text), seed, samples)
     for method in methods:
-        if method in ("base", "mixture", *bench.skills) and not log.has(model=method):
+        if method in ("base", "mixture", *(skill + adapters for skill in bench.skills)) and not log.has(model=method):
             bench.load(method)
             score_into(log, bench, "validation", {"model": method})
         for options in WEIGHT_SPACE.get(method, ()):
-            missing = [s for s in SCALED[method] if not log.has(method=method, options=options, scale=s)]
-            for scale in scaled(bench, method, options, tuple(missing)) if missing else ():
-                score_into(log, bench, "validation", {"method": method, "options": options, "scale": scale})
+            climb_options(log, bench, method, options)
         for options in LEARNED.get(method, ()):
             try_learned(log, bench, "validation", method, options, seed, samples)
 
