@@ -213,13 +213,18 @@ class Trainer:
         return Share(gradients, losses, self._shards.traffic())
 
     @guarded
-    def measure(self, coefficients: Coefficients, window: Sequence[WindowSample]) -> list[Losses]:
-        """Return the losses of each sample of the window with these coefficients, without a step."""
+    def measure(
+        self, coefficients: Coefficients, window: Sequence[WindowSample], certain: bool = False
+    ) -> list[Losses]:
+        """Return the losses of each sample of the window with these coefficients, without a step.
+
+        `certain`: also how certain model and expert are, see `Student.measure`.
+        """
         self._set(coefficients)
         losses: dict[int, Losses] = {}
         for places in self._passes(window):
             targets = [self._weighted(window[place], 1.0)[0] for place in places]
-            losses |= zip(places, self._student.measure(targets), strict=True)
+            losses |= zip(places, self._student.measure(targets, certain), strict=True)
         self._merged = coefficients
         return [losses[place] for place in range(len(window))]
 

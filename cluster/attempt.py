@@ -25,7 +25,7 @@ from engine.planning.open_models import base_folder
 from engine.planning.plan import Plan
 from engine.report.page import write_report
 from engine.run.run_folder import RunFolder
-from engine.run.starts import read_left_out, read_starts
+from engine.run.starts import read_doubts, read_left_out, read_starts
 from engine.sizes import LOGIT_BYTES
 from engine.storage.folder import Folder
 
@@ -203,6 +203,7 @@ class Attempt:
             "starts": read_starts(self.folder.state),
             "lost_attempts": self._losses,
             "left_out": read_left_out(self.folder.state),
+            "doubts": read_doubts(self.folder.state),
         }
 
     def spread(

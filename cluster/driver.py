@@ -22,14 +22,15 @@ from cluster.weight_space_merge import Hosts, WeightSpaceMerge
 from engine.calibration.samples import Sample
 from engine.errors import MergeError, RunError
 from engine.planning.costs.disk import check_disk, disk_needs
-from engine.planning.differences import WARNING, left_out, left_out_lines
+from engine.planning.differences import left_out
 from engine.planning.factors import factored
 from engine.planning.plan import Plan
+from engine.planning.preflight import doubts, remarks
 from engine.run.ownership import check_state
 from engine.run.place import check_apart, check_place
 from engine.run.preparation import check_heads, prepare, settle
 from engine.run.run_folder import RunFolder, check_output, open_run
-from engine.run.starts import Start, keep_left_out
+from engine.run.starts import Start, keep_doubts, keep_left_out
 from engine.shards.settings import check_settings
 from engine.storage.address import addresses_in
 
@@ -110,9 +111,10 @@ def _merge(plan: Plan, out: str, address: str | None, fresh: bool, debug: bool, 
 
 def _run(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts: Hosts) -> None:
     """Attempt the merge until it is done."""
-    shares = left_out(plan)
+    shares, found = left_out(plan), doubts(plan)
     keep_left_out(run.state, shares)
-    for line in _remarks(plan, shares):
+    keep_doubts(run.state, found)
+    for line in remarks(plan, shares, found):
         progress.say(line)
     run.say = progress.say
     run.keep_plan(plan)
@@ -163,18 +165,6 @@ def _telemetry(plan: Plan, run: RunFolder, on_ray: bool) -> AbstractContextManag
     from cluster.telemetry import Telemetry
 
     return Telemetry(run.name(), plan.config, run.out, gauges=on_ray)
-
-
-def _remarks(plan: Plan, shares: Sequence[tuple[str, float]]) -> Iterator[str]:
-    """Yield what a user should know before the merge: about the models, and options that are not used.
-
-    `shares`: see `left_out`.
-    """
-    for owner, note in plan.notes:
-        yield f"{owner}: {note}"
-    yield from left_out_lines(plan, [share for share in shares if share[1] > WARNING])
-    if plan.config.unused:
-        yield f"not used by {plan.config.merge_method}: {', '.join(plan.config.unused)}"
 
 
 def attempt(plan: Plan, samples: Samples, run: RunFolder, progress: Progress, hosts: Hosts, losses: int = 0) -> None:

@@ -108,6 +108,7 @@ class LearnedMerge(Attempt):
                 self._check(self._ask(trainer))
             trainers = Trainers(self, crew, targets, trainer)
             training = Stages(self, self.samples, trainers, targets, computing)
+            training.preflight()
             priors, start = starting_coefficients(fits)
             self.plan = with_priors(self.plan, priors) if fits else training.find_prior()
             self._stages = [training.stage(first_stage(self.plan, start))]

@@ -20,8 +20,17 @@ from cluster.targets import TargetComputation
 from cluster.trainers import Trainers
 from engine.calibration.samples import Sample
 from engine.codec import pack_all
-from engine.learning.end_check import BASE, MERGED, PRIOR, end_check
-from engine.learning.learner import PRIORS, Learner, Stage, best_prior, common_prior, needs_prior, with_prior
+from engine.learning.end_check import BASE, MERGED, PRIOR, end_check, preflight
+from engine.learning.learner import (
+    PRIORS,
+    Learner,
+    Stage,
+    best_prior,
+    common_prior,
+    first_stage,
+    needs_prior,
+    with_prior,
+)
 from engine.learning.targets import without_targets
 from engine.planning.plan import Plan
 from engine.planning.schedule import training_order, windows
@@ -59,37 +68,58 @@ class Stages:
         self._losses[PRIOR] = losses_WN2[PRIORS.index(found)]
         return with_prior(plan, found)
 
-    def end_check(self, merged: Coefficients) -> pa.Table | None:
-        """Return the contents of merge/end_check.parquet for the coefficients that are written; see `end_check`.
+    def preflight(self) -> None:
+        """Measure the losses of the base, and warn of experts that are broken or from which there is nothing to learn.
 
-        None without targets.
+        Where no prior is missing, this is left to `end_check`: the first step does not wait for all targets.
         """
+        if self.attempt.plan.config.has_targets and needs_prior(self.attempt.plan):
+            self._measure_base()
+
+    def _measure_base(self) -> None:
         plan = self.attempt.plan
-        if not plan.config.has_targets:
+        layout = first_stage(with_prior(plan, 0.0)).layout
+        nothing = Coefficients.constant(layout, [0.0] * len(plan.experts))
+        (self._losses[BASE],) = self._measure("base", [nothing], certain=True)
+        for line in preflight(self._checked()):
+            self.attempt.progress.say(f"warning: {line}")
+
+    def end_check(self, merged: Coefficients) -> pa.Table | None:
+        """Return the contents of merge/end_check.parquet for the coefficients that are written; None without targets.
+
+        `preflight` and `find_prior` come before.
+        """
+        if not self.attempt.plan.config.has_targets:
             return None
-        nothing = Coefficients.constant(merged.layout, [0.0] * len(plan.experts))
-        base_N2, merged_N2 = self._measure("end check", [nothing, merged])
+        if BASE not in self._losses:
+            self._measure_base()
+        (self._losses[MERGED],) = self._measure("end check", [merged])
+        return self._checked()
+
+    def _checked(self) -> pa.Table:
         samples = [sample for window in self._samples(self._once) for sample in window]
-        names = [expert.name for expert in plan.experts]
-        return end_check({BASE: base_N2, **self._losses, MERGED: merged_N2}, samples, names)
+        return end_check(self._losses, samples, [expert.name for expert in self.attempt.plan.experts])
 
-    def _measure(self, phase: str, points: Sequence[Coefficients]) -> Array:
-        """Return L_logit and L_hid of each sample of an epoch with these coefficients, [points, N, 2], without a step.
+    def _measure(self, phase: str, points: Sequence[Coefficients], certain: bool = False) -> Array:
+        """Return the losses of each sample of an epoch with these coefficients, without a step, [points, N, 2].
 
-        What is measured is stored after each point.
+        These are L_logit and L_hid, and with `certain` the certainties of model and expert, [points, N, 4]. What is
+        measured is stored after each point.
         """
         folder, name = self.attempt.folder, phase.replace(" ", "-")
-        kept = folder.kept(name, (None, sum(map(len, self._once)), 2), "the losses are measured again")
+        kept = folder.kept(
+            name, (None, sum(map(len, self._once)), 4 if certain else 2), "the losses are measured again"
+        )
         losses = [] if kept is None else list(kept[: len(points)])
         self.attempt.progress.phase(phase, len(points), len(losses))
         for point in points[len(losses) :]:
             coefficients = ray.put(point)
             calls = [
-                self.trainers.measure(coefficients, number, self._window(window))
+                self.trainers.measure(coefficients, number, self._window(window), certain)
                 for number, window in enumerate(self._once)
             ]
             measured = [one for call in calls for one in self.attempt.watch.answer(call, "measuring losses")]
-            losses.append(np.array([(one.kl, one.hidden) for one in measured]))
+            losses.append(np.array([(one.kl, one.hidden, *(one.certainties or ())) for one in measured]))
             folder.keep(name, np.array(losses))
             self.attempt.progress.advance(phase, len(losses))
         return np.array(losses)

@@ -46,10 +46,10 @@ class Trainers:
         ]
         return first.step.remote(stage, state, number, window, ahead, shares)
 
-    def measure(self, coefficients: Any, number: int, window: Sequence[WindowSample]) -> Any:
+    def measure(self, coefficients: Any, number: int, window: Sequence[WindowSample], certain: bool = False) -> Any:
         """Start to measure the losses of window `number`, and return the reference; see `Trainer.measure`."""
         self._start_others()
-        return self._ready[number % len(self._ready)].measure.remote(coefficients, window)
+        return self._ready[number % len(self._ready)].measure.remote(coefficients, window, certain)
 
     def end(self) -> None:
         """Store the memory reports of the trainers, and dismiss them. Say how many were late for all the work."""

@@ -129,4 +129,6 @@ def adapters(config: Path, experts: int) -> None:
         torch.manual_seed(k)
         options = peft.LoraConfig(r=2 + k, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
         base = transformers.AutoModelForCausalLM.from_pretrained(config.parent / "base")
-        peft.get_peft_model(base, options).save_pretrained(target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft calls
+            peft.get_peft_model(base, options).save_pretrained(target)

@@ -10,7 +10,7 @@ features, V vocabulary, N elements of a piece.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,12 +39,14 @@ from engine.transfers import RING, computed, on_gpu, start_copy
 class Losses:
     """The losses of one sample, before weighting: L_logit and L_hid, or the mean entropy.
 
-    With a target of an expert, `entropy` is None; without one (AdaMerging), `kl` and `hidden` are 0.
+    With a target of an expert, `entropy` is None; without one (AdaMerging), `kl` and `hidden` are 0. `certainties`: see
+    `Student.measure`; None if they were not asked for.
     """
 
     kl: float
     hidden: float
     entropy: float | None = None
+    certainties: tuple[float, float] | None = None
 
 
 class Student:
@@ -157,16 +159,34 @@ class Student:
         return self._read(losses, [target for target, _ in samples])
 
     @torch.no_grad()
-    def measure(self, targets: Sequence[Target]) -> list[Losses]:
+    def measure(self, targets: Sequence[Target], certain: bool = False) -> list[Losses]:
         """Return the losses of samples in one forward pass, without a gradient.
+
+        With `certain`, also the certainties of the model and of the expert: 1 − H(softmax(z)) / ln V, means over the
+        tokens. One that always predicts the same token is at 1, one that takes all tokens for equally likely at 0.
 
         Raises:
             RunError: A loss is not finite.
         """
         last_BTH, layers = self._forward(targets)
         each = [self._sample_losses(last_BTH, layers, row, target, 0.0) for row, target in enumerate(targets)]
+        pairs = [self._certainties(last_BTH[row], one) if certain else None for row, one in enumerate(targets)]
         self._note_pass()
-        return self._read([(loss, hidden) for loss, hidden, _ in each], targets)
+        losses = self._read([(loss, hidden) for loss, hidden, _ in each], targets)
+        return [
+            one if pair is None else replace(one, certainties=(float(pair[0]), float(pair[1])))
+            for one, pair in zip(losses, pairs, strict=True)
+        ]
+
+    def _certainties(self, last_TH: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+        """Return the certainties of the model and of the expert on a sample, scalars; see `measure`."""
+        last_CH = last_TH[_index(target, last_TH.device)]
+        most = len(last_CH) * math.log(self._vocabulary)
+        ours, theirs = torch.zeros((), device=last_CH.device), torch.zeros((), device=last_CH.device)
+        for part in self._in_parts(len(last_CH)):
+            ours += entropy_loss(rebuild_logits(self.model, last_CH[None, part])[0])[0]
+            theirs += entropy_loss(self._expert_logits(target, part, last_CH.device))[0]
+        return 1 - ours / most, 1 - theirs / most
 
     def _read(self, losses: Sequence[tuple[Tensor, Tensor]], targets: Sequence[Target]) -> list[Losses]:
         """Return the losses of a pass as numbers. Outside of the model's code, this alone waits for a GPU."""
@@ -241,10 +261,8 @@ class Student:
         The logits are computed in parts of at most `logit_bytes`.
         """
         temperature, tokens = self.plan.config.parameters.temperature, last_CH.shape[0]
-        rows = max(1, (self._logit_bytes or LOGIT_BYTES) // (4 * self._vocabulary))
         mean, slope_CH = torch.zeros((), device=last_CH.device), torch.zeros_like(last_CH)
-        for start in range(0, tokens, rows):
-            part = slice(start, min(start + rows, tokens))
+        for part in self._in_parts(tokens):
             hidden_PH = last_CH[part].detach().requires_grad_(torch.is_grad_enabled())
             logits_PV = rebuild_logits(self.model, hidden_PH[None])[0]
             if target.has_expert:
@@ -258,6 +276,12 @@ class Student:
             assert hidden_PH.grad is not None
             slope_CH[part] = hidden_PH.grad
         return mean, slope_CH
+
+    def _in_parts(self, tokens: int) -> Iterator[slice]:
+        """Yield parts of the tokens whose logits have at most `logit_bytes`."""
+        rows = max(1, (self._logit_bytes or LOGIT_BYTES) // (4 * self._vocabulary))
+        for start in range(0, tokens, rows):
+            yield slice(start, min(start + rows, tokens))
 
     @torch.no_grad()
     def _expert_logits(self, target: Target, part: slice, device: torch.device) -> Tensor:

@@ -1,8 +1,8 @@
 """Differences between the models of a plan that a user should know: of configs, tensors, files, and of what is merged.
 
-`left_out` estimates how much of an expert's change `exclude` leaves at the base's values. It alone reads weights, a
-bounded sample: a few ranges of every tensor, more of embeddings and heads, because often only some rows change. A sum
-over all weights would read every file.
+`left_out` estimates how much of an expert's change `exclude` leaves at the base's values. It and
+`engine.planning.preflight` alone read weights, a bounded sample: a few ranges of every tensor, more of embeddings and
+heads, because often only some rows change. A sum over all weights would read every file.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from engine.planning.costs.trainers import settled
 from engine.planning.differences import left_out, left_out_lines
 from engine.planning.factors import directions, factored
 from engine.planning.plan import Plan
+from engine.planning.preflight import doubts
 
 PLACES: dict[Site, str] = {
     "trainer": "within the trainer",
@@ -119,6 +120,8 @@ def _print_notes(console: rich.console.Console, plan: Plan) -> None:
     # The weights of another merge's output are not known yet.
     for line in left_out_lines(plan, [] if plan.documents else left_out(plan)):
         console.print(line)
+    for line in [] if plan.documents else doubts(plan):
+        console.print(f"warning: {line}")
 
 
 def _given(plan: Plan, model: str) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field
 
-# The most starts of a run, and phases of a start, of which a page shows the times.
-STARTS, PHASES = 1_000, 1_000
+# The most starts of a run, phases of a start, of which a page shows the times, and lines about the weights.
+STARTS, PHASES, DOUBTS = 1_000, 1_000, 10_000
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -55,8 +55,8 @@ class Memory:
     """The contents of merge/memory.json: memory in bytes, traffic in bytes, times.
 
     `seconds` is by phase in the last start. `lost_attempts` were repeated in it. `left_out` is the share of each
-    expert's squared change that is in tensors that are not merged. `reused` is what other merges had computed. Earlier
-    versions wrote no more than `seconds`.
+    expert's squared change that is in tensors that are not merged. `doubts` is what the weights say against the merge.
+    `reused` is what other merges had computed. Earlier versions wrote no more than `seconds`.
     """
 
     actors: Annotated[tuple[Actor, ...], Field(min_length=1)]
@@ -71,6 +71,7 @@ class Memory:
     starts: Annotated[tuple[StartTimes, ...], Field(max_length=STARTS)] = ()
     lost_attempts: int = 0
     left_out: dict[str, Share] = field(default_factory=dict)
+    doubts: Annotated[tuple[str, ...], Field(max_length=DOUBTS)] = ()
     reused: dict[str, int] = field(default_factory=dict)
 
     @property

@@ -25,7 +25,7 @@ from engine.config.reader import parse_config, read_recorded
 from engine.config.schema import Config
 from engine.errors import ConfigError
 from engine.evaluation.results import SCHEMA
-from engine.learning.end_check import END_CHECK, Distance, distances
+from engine.learning.end_check import CERTAINTIES, END_CHECK, Distance, distances, preflight
 from engine.output.names import public_config
 from engine.report.memory_file import Memory
 from engine.statistics.fits import FITS, LayerFit
@@ -103,6 +103,7 @@ class Merged:
     metrics: pa.Table | None
     fits: dict[str, LayerFit]
     checked: list[Distance]
+    doubts: list[str]
     evaluation: pa.Table | None
 
     @classmethod
@@ -131,7 +132,7 @@ class Merged:
             _importance(importance) if os.path.lexists(importance) else None,
             _metrics(metrics) if os.path.lexists(metrics) else None,
             _fits(layers, config) if os.path.lexists(layers) else {},
-            distances(_table(checked, END_CHECK)) if os.path.lexists(checked) else [],
+            *_end_check(checked),
             read_evaluation(path / EVALUATION) if os.path.lexists(path / EVALUATION) else None,
         )
 
@@ -198,7 +199,7 @@ def read_evaluation(path: Path) -> pa.Table:
     Raises:
         ConfigError: the file is damaged, or has two values for one model, data set and metric.
     """
-    table = _table(path, SCHEMA, SCORES, _SCORES, "expert")
+    table = _table(path, SCHEMA, SCORES, _SCORES, ("expert",))
     keys = Counter(zip(*(table[name].to_pylist() for name in ("model", "data", "metric")), strict=True))
     twice = next((key for key, times in keys.items() if times > 1), None)
     if twice:
@@ -230,13 +231,15 @@ def _check_table(path: Path, most: int = ROWS, do: str = _UNCHANGED) -> None:
         raise ConfigError(f"the file has {rows:,} rows", str(path), f"at most {most:,}")
 
 
-def _table(path: Path, schema: pa.Schema, most: int = ROWS, do: str = _UNCHANGED, later: str = "") -> pa.Table:
-    """Return the columns of a schema. `later`: a column that files of earlier versions lack."""
+def _table(
+    path: Path, schema: pa.Schema, most: int = ROWS, do: str = _UNCHANGED, later: tuple[str, ...] = ()
+) -> pa.Table:
+    """Return the columns of a schema. `later`: columns that files of earlier versions lack."""
     _check_table(path, most, do)
     with _reading(path, do):
         table = pyarrow.parquet.read_table(path, columns=schema.names)
-        if later and later not in table.column_names:
-            table = table.append_column(later, pa.nulls(len(table), schema.field(later).type))
+        for name in set(later).difference(table.column_names):
+            table = table.append_column(name, pa.nulls(len(table), schema.field(name).type))
         return table.select(schema.names).cast(schema)
 
 
@@ -301,6 +304,12 @@ def _fits(path: Path, config: Config) -> dict[str, LayerFit]:
         )
     places = range(0, len(tensors), count)
     return {tensors[at]: LayerFit(tuple(alphas[at : at + count]), energies[at], residuals[at]) for at in places}
+
+
+def _end_check(path: Path) -> tuple[list[Distance], list[str]]:
+    """Return how near the merge is to each expert, and what spoke against it before it began."""
+    table = _table(path, END_CHECK, later=CERTAINTIES) if os.path.lexists(path) else END_CHECK.empty_table()
+    return distances(table), preflight(table)
 
 
 def _curve(rows: pa.Table, loss: str) -> Curve:

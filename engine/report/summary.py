@@ -69,6 +69,7 @@ def _warnings(merge: Merged, distances: Mapping[str, Mapping[str, tuple[float, f
                 f"The {name} of {', '.join(farther)} is larger at the end than at the start: more samples, a larger "
                 "`loss_weight` of these experts or a smaller `learning_rate` may help."
             )
+    yield from (f"{line}." for line in (*(merge.memory.doubts if merge.memory else ()), *merge.doubts))
     for one in merge.checked:
         if one.is_lost:
             part = share(one.removed)

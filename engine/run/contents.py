@@ -26,8 +26,8 @@ MANIFEST = "merge/files.json"
 REWRITTEN = {"merge/report.html", "merge/evaluation.parquet"}
 # The names of all files of a run's state, and the folders in it.
 _STATE = re.compile(
-    r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused|left-out)\.json|name|writing|log(\.1)?"
-    r"|(magnitudes|prior|end-check|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
+    r"lock|expert-merging-run\.json|(identity|claim|plan|samples|devices|reused|left-out|doubts)\.json|name|writing|log(\.1)?"
+    r"|(magnitudes|base|prior|end-check|stage-\d+)\.safetensors|(targets|inputs)/\d+-\d+\.safetensors"
     r"|orthogonal/[0-9a-f]{64}\.safetensors|parts/\d+-\d+\.safetensors|survey/\d+-\d+\.json|metrics/\d+-\d+\.json"
     r"|statistics/(?:\d+|base)(?:/statistics\.json|/(?:moments|fisher|sensitivity)-\d{5}\.safetensors)?"
     r"|(merged|calibrated/solved)/[0-9a-f]{64}\.safetensors|calibrated/parts|calibrated/tokens/\d+\.safetensors"

@@ -14,7 +14,7 @@ from engine.storage.sealed import read_sealed, write_sealed
 
 # Subfolder of the state, and seconds between two records of a start that is at work: what a kill can lose.
 FOLDER, EVERY = "starts", 15.0
-LEFT_OUT = "left-out.json"
+LEFT_OUT, DOUBTS = "left-out.json", "doubts.json"
 
 
 class Start:
@@ -89,3 +89,16 @@ def read_left_out(state: Folder) -> dict[str, float]:
         return dict(json.loads(read_sealed(state, LEFT_OUT)))
     except (FileNotFoundError, DamagedError):
         return {}
+
+
+def keep_doubts(state: Folder, lines: Sequence[str]) -> None:
+    """Store what the weights say against the merge."""
+    write_sealed(state, DOUBTS, json.dumps(list(lines)).encode())
+
+
+def read_doubts(state: Folder) -> list[str]:
+    """Return what `keep_doubts` stored; nothing if it is missing or damaged."""
+    try:
+        return list(json.loads(read_sealed(state, DOUBTS)))
+    except (FileNotFoundError, DamagedError):
+        return []

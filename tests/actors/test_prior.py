@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import plan_of
 from errors import refused
 from plain import Plain
+from transformers import AutoModelForCausalLM
 
-from actors.trainer import WindowSample
+from actors.trainer import Trainer, WindowSample
 from engine.errors import ConfigError
 from engine.learning.learner import PRIORS, best_prior, common_prior, first_stage
+from engine.task_vectors.coefficients import Coefficients
 
 AUTO = "parameters.weight=auto"
 OWN = [f"models.{k}.parameters.weight=null" for k in range(2)]
@@ -27,6 +30,24 @@ def test_measured_losses_are_those_of_a_step(llama_merge: Path, tmp_path: Path) 
     for row, losses in zip(step.rows, found, strict=True):
         assert (losses.kl, losses.hidden) == pytest.approx((row["kl"], row["hidden"]), rel=1e-5)
     assert plain.trainer.step(first_stage(plain.plan), None, 0, window).rows[0]["kl"] == step.rows[0]["kl"]
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_measured_certainties_are_those_of_base_and_expert(llama_merge: Path, tmp_path: Path, rows: int) -> None:
+    plan = plan_of(llama_merge)
+    plain = Plain(plan, tmp_path)
+    trainer = Trainer(plan, plain.shards, lambda target: target, logit_bytes=rows * 4 * tiny.VOCAB)
+    window = [WindowSample(plain.samples[k][0], plain.targets[k, 0]) for k in range(2)]
+    nothing = Coefficients.constant(first_stage(plan).layout, [0.0, 0.0])
+    for item, losses in zip(window, trainer.measure(nothing, window, certain=True), strict=True):
+        wanted = []
+        for name in ("base", f"expert{item.sample.expert}"):
+            model = AutoModelForCausalLM.from_pretrained(llama_merge.parent / name)
+            with torch.no_grad():
+                p = model(torch.tensor([item.sample.input_ids])).logits[0].double().softmax(-1)
+            wanted.append(1 - float(-(p * p.log()).sum(-1).mean()) / np.log(tiny.VOCAB))
+        assert losses.certainties == pytest.approx(wanted, abs=1e-5) and wanted[0] != pytest.approx(wanted[1], abs=1e-3)
+    assert all(losses.certainties is None for losses in trainer.measure(nothing, window))
 
 
 def test_the_best_prior_is_that_of_the_weighted_losses() -> None:

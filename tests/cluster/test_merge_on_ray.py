@@ -26,11 +26,12 @@ from thorough import as_thorough, thorough_but
 from transformers import AutoModelForCausalLM
 
 from actors.trainer import WindowSample
-from cluster.driver import _remarks
+from cluster.driver import merge
 from cluster.processes import OneMachine
 from engine.config.resources import Use
 from engine.errors import InputError
 from engine.planning.differences import left_out
+from engine.planning.preflight import doubts, remarks
 from engine.shards.parts import tensor_groups
 from engine.task_vectors.coefficients import Coefficients, read_coefficients
 
@@ -96,12 +97,24 @@ def test_a_prior_is_found_kept_and_recorded(config: Path, tmp_path: Path) -> Non
     assert written["record"]["devices"] == devices
 
 
+def test_an_expert_that_is_the_base_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny.make_merge(tmp_path / "merge", merge_method="expert_merging", parameters={"epochs": 1})
+    shutil.copytree(config.parent / "base", config.parent / "expert1", dirs_exist_ok=True)
+    plan, out = plan_of(config), tmp_path / "merged"
+    merge(plan, str(out))
+    (line,) = doubts(plan)
+    said, page = capsys.readouterr().out, (out / "merge" / "report.html").read_text()
+    assert f"warning: {line}" in said and "warning: expert1: " in said and "warning: expert0" not in said
+    assert json.loads((out / "merge" / "memory.json").read_text())["doubts"] == [line]
+    assert page.count("expert1 has the base") == 1 and "% to" not in said
+
+
 def test_adamerging_reads_experts_but_never_runs_them_for_one_coefficient_each(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("merge_method=adamerging", "parameters.granularity=task", "parameters.epochs=3")
     plan = plan_of(config, *options)
-    (unused,) = _remarks(plan, left_out(plan))
+    (unused,) = remarks(plan, left_out(plan), [])
     assert "adamerging: " in unused and "hidden_layers" in unused
     out = run_merge(plan, tmp_path / "merged")
     assert "entropy" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 from conftest import plan_of
 
 from engine.calibration.samples import Sample
-from engine.learning.end_check import BASE, LOST, MERGED, PRIOR, Distance, distances, end_check, lost_lines
+from engine.learning.end_check import BASE, LOST, MERGED, PRIOR, Distance, distances, end_check, lost_lines, preflight
 
 # In the order of an epoch, in which the samples of the expert with fewer come again.
 SAMPLES = [Sample(k, i, (1, 2), f"file{k}:{i}", 1.0) for k, i in ((0, 0), (1, 0), (0, 1), (1, 0))]
@@ -45,7 +45,7 @@ def test_an_expert_is_lost_if_little_is_removed() -> None:
 
 
 def test_an_expert_like_the_base_has_nothing_to_lose() -> None:
-    same = Distance("same", 0.0, 0.1)
+    same = Distance("same", 1e-9, 0.1)
     assert math.isnan(same.removed) and not same.is_lost
 
 
@@ -64,3 +64,28 @@ def test_a_damaged_point_leaves_the_expert_out(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table.slice(0, 5), tmp_path / "cut.parquet")
     found = distances(pyarrow.parquet.read_table(tmp_path / "cut.parquet"))
     assert [(one.model, one.removed) for one in found] == [("a", pytest.approx(0))]
+
+
+@pytest.mark.parametrize(
+    ("third", "named"),
+    [
+        # KL, hidden loss, certainty of the base and of the expert on its samples.
+        ((0.9, 0.1, 0.5, 0.6), []),
+        ((0.9, 0.1, 0.5, 0.3), []),
+        ((9.0, 0.1, 0.5, 0.2), ["c"]),
+        ((0.2, 0.1, 0.10, 0.04), []),
+        ((0.01, 0.0, 0.5, 0.5), ["c"]),
+        ((0.03, 0.0, 0.5, 0.5), []),
+    ],
+)
+def test_broken_experts_and_those_like_the_base_are_named(third: tuple[float, ...], named: list[str]) -> None:
+    samples = [Sample(k, 0, (1, 2), f"file{k}:0") for k in range(3)]
+    table = end_check({BASE: np.array([(1.0, 0.1, 0.5, 0.5), (0.8, 0.1, 0.5, 0.5), third])}, samples, "abc")
+    assert [line.partition(":")[0] for line in preflight(table)] == named
+
+
+def test_one_expert_alone_is_like_the_base_at_the_same_predictions() -> None:
+    samples = [Sample(0, 0, (1, 2), "file0:0")]
+    for kl, count in ((0.0, 1), (1e-6, 1), (1e-3, 0)):
+        table = end_check({BASE: np.array([(kl, 0.0, 0.5, 0.5)])}, samples, "a")
+        assert len(preflight(table)) == count

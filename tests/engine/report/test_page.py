@@ -281,10 +281,11 @@ def test_the_summary_warns_of_what_needs_attention(merged: Path) -> None:
         "decompositions_by_lapack": 3,
         "not_deterministic": ("cumsum",),
         "lost_attempts": 2,
+        "doubts": ("expert0 is damaged",),
     }
     warnings = summary(replace(quiet, memory=replace(merge.memory, **trouble))).warnings
-    facts = ("25 % of the squared change of expert1", "3 matrices", "cumsum", "2 times")
-    assert len(warnings) == 4 and all(fact in line for fact, line in zip(facts, warnings, strict=True))
+    facts = ("expert0 is damaged.", "25 % of the squared change of expert1", "3 matrices", "cumsum", "2 times")
+    assert len(warnings) == 5 and all(fact in line for fact, line in zip(facts, warnings, strict=True))
 
 
 def test_numbers_are_as_a_person_reads_them() -> None:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.run.starts import EVERY, FOLDER, LEFT_OUT, Start, keep_left_out, read_left_out, read_starts
+from engine.run.starts import (
+    DOUBTS,
+    EVERY,
+    FOLDER,
+    LEFT_OUT,
+    Start,
+    keep_doubts,
+    keep_left_out,
+    read_doubts,
+    read_left_out,
+    read_starts,
+)
 from engine.storage.local_folder import LocalFolder
 
 
@@ -42,11 +53,13 @@ def test_phases_are_recorded_while_they_run(tmp_path: Path) -> None:
 
 def test_damaged_records_are_left_out(tmp_path: Path) -> None:
     state = LocalFolder(tmp_path)
-    assert (read_starts(state), read_left_out(state)) == ([], {})
+    assert (read_starts(state), read_left_out(state), read_doubts(state)) == ([], {}, [])
     keep_left_out(state, [("math", 0.25)])
-    assert read_left_out(state) == {"math": 0.25}
+    keep_doubts(state, ["code is damaged"])
+    assert (read_left_out(state), read_doubts(state)) == ({"math": 0.25}, ["code is damaged"])
     for _ in range(2):
         Start(state)
     (tmp_path / FOLDER / "0000.json").write_bytes(b"{")
-    (tmp_path / LEFT_OUT).write_bytes(b"{")
-    assert len(read_starts(state)) == 1 and read_left_out(state) == {}
+    for name in (LEFT_OUT, DOUBTS):
+        (tmp_path / name).write_bytes(b"{")
+    assert len(read_starts(state)) == 1 and (read_left_out(state), read_doubts(state)) == ({}, [])
