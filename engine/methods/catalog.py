@@ -84,7 +84,7 @@ def _section(method: Method) -> Iterable[str]:
         notes.append("`base_model` is optional.")
     if method.outputs == "experts":
         notes.append("The output folder contains one model folder per expert.")
-    if method.whole:
+    if method.footprint:
         notes.append("A shard holds a few whole matrices in memory at a time, independent of the number of experts.")
     for kinds, whose in ((method.statistics, "each expert"), (method.base_statistics, "the base")):
         if kinds:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 from engine.methods.prepass import Array, Group, Prepass
 from engine.statistics.fits import LayerFit
 
@@ -37,7 +37,7 @@ METHOD = Method(
     "as in Etheridge et al., Model Merging by Output-Space Projection, arXiv 2605.29101",
     "θ = θ₀ + λ·Σₖ αₖ·τₖ, α = argmin Σₖ ‖(Σⱼ αⱼ·τⱼ − τₖ)·Xₖ‖²_F/Nₖ",
     (RIDGE, RCOND, LAMBDA),
-    whole=True,
+    footprint=Footprint(squares=7),
     statistics=("gram",),
 )
 

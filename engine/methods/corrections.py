@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, SerializerFunctionWrapHandler, model_serializer
 
 from engine.fields import Section
-from engine.methods.options import Method, Option, Value
+from engine.methods.options import Footprint, Method, Option, Value
 
 FEATCAL = Method(
     "featcal",
@@ -31,7 +31,7 @@ SVC = Method(
     "Spectral calibration, arXiv 2602.05536",
     "σᵣ ← K·σᵣ / Σₖ max(alpha, ⟨aᵣ, aᵣₖ⟩/‖aᵣₖ‖²), aᵣ = τᵀuᵣ, aᵣₖ = τₖᵀuᵣ",
     (Option("alpha", 0.1, "the least count of an expert; 1 only shrinks singular values", low=1e-3),),
-    whole=True,
+    footprint=Footprint(),
 )
 AIM = Method(
     "aim",
@@ -39,7 +39,7 @@ AIM = Method(
     "Activation-Informed Merging, arXiv 2502.02421",
     "τ ← τ·diag(1 − s·(1 − omega)), s = mean |x| / max mean |x| of the base's inputs x",
     (Option("omega", 0.4, "ω, what is left of the change at the largest inputs", low=0, high=1),),
-    whole=True,
+    footprint=Footprint(),
     base_statistics=("activations",),
 )
 CORRECTIONS = {method.name: method for method in (FEATCAL, SVC, AIM)}

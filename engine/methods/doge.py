@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 from engine.methods.prepass import Group, selection
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ METHOD = Method(
     "Wei et al., Adaptive Projective Gradient Descent, arXiv 2501.01230",
     "θ = θ₀ + λ·Σₖ λₖ·Mₖ∘(τₖ + Δ), λₖ = η/‖τₖ‖_F",
     (ETA, DENSITY, SUBSPACE, STEPS, LEARNING_RATE, LAMBDA),
-    whole=True,
+    footprint=Footprint(18, per_expert=2),
 )
 
 

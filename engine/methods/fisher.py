@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 from engine.methods.prepass import Array, Group, Prepass
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ METHOD = Method(
     "Matena and Raffel, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832",
     "θ = θ₀ + λ·Σₖ wₖ·F̂ₖ·τₖ / Σₖ wₖ·F̂ₖ, F̂ₖ = Fₖ/‖Fₖ‖₂ + floor",
     (WEIGHT, FLOOR, LAMBDA),
-    whole=True,
+    footprint=Footprint(),
     statistics=("fisher",),
 )
 

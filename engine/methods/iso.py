@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method
+from engine.methods.options import LAMBDA, Footprint, Method
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -23,7 +23,7 @@ METHOD = Method(
     "Marczak et al., No Task Left Behind, arXiv 2502.04959",
     "θ = θ₀ + λ·σ̄·U·Vᵀ, U·Σ·Vᵀ = Σₖ τₖ, σ̄ = mean(diag Σ)",
     (LAMBDA,),
-    whole=True,
+    footprint=Footprint(),
 )
 
 

@@ -19,7 +19,7 @@ import re
 from typing import TYPE_CHECKING
 
 from engine.methods import ties
-from engine.methods.options import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Method, Option, normalize, rescale
+from engine.methods.options import DENSITY, INT8_MASK, LAMBDA, WEIGHT, Footprint, Method, Option, normalize, rescale
 from engine.methods.prepass import Array, Group, Prepass
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ METHOD = Method(
     "Chopra et al., LEWIS, arXiv 2503.03874",
     "as ties, density of a layer: linear in |Iₖ − I₀|, I = ‖|W|·diag(√(mean x²))‖_F of its inputs x",
     (LEAST, MOST, WEIGHT, DENSITY, normalize(True), LAMBDA, rescale(False), ties.DIVIDE_BY, INT8_MASK),
-    whole=True,
+    footprint=Footprint(),
     statistics=("activations",),
     base_statistics=("activations",),
 )

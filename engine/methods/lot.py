@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -40,7 +40,7 @@ METHOD = Method(
     "Sun et al., arXiv 2505.23859",
     "θ = θ₀ + λ·(Σₖ τₖ·Cₖ)·(Σₖ Cₖ)⁺, Cₖ = XₖXₖᵀ of the inputs of expert k's layer",
     (RCOND, RIDGE, LAMBDA),
-    whole=True,
+    footprint=Footprint(squares=7),
     statistics=("gram",),
 )
 

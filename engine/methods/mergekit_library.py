@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
-from engine.methods.options import Method, Option
+from engine.methods.options import Footprint, Method, Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def method(name: str) -> Method | None:
                 "see mergekit",
                 tuple(_option(parameter) for parameter in spec.parameters),
                 base={"required": "required", "ignored": "ignored"}.get(spec.contract.base.value, "optional"),  # type: ignore[arg-type]
-                whole=True,
+                footprint=Footprint(per_expert=2),
             )
     return None
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 from engine.methods.prepass import selection
 from engine.methods.ties import keep
 
@@ -35,7 +35,7 @@ METHOD = Method(
     "Mahdavinia et al., arXiv 2509.11167",
     "θ = θ₀ + λ·Σₖ √vₖ·τₖ / Σₖ √vₖ over the experts whose vₖ·τₖ² is among their `density` largest",
     (DENSITY, LAMBDA),
-    whole=True,
+    footprint=Footprint(),
     statistics=("fisher",),
 )
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import Method, Option
+from engine.methods.options import Footprint, Method, Option
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -31,7 +31,7 @@ METHOD = Method(
     "RCP-Merging, arXiv 2508.03140",
     "θ = θ₁ + Σ_d τ_d∘1[median_s(g_s∘θ_d) + penalty·F∘(θ₁ − θ_d)² ≤ 0], d > 1, F = mean_s (g_s∘θ₁)²",
     (PENALTY,),
-    whole=True,
+    footprint=Footprint(),
     least=3,
     statistics=("sensitivity",),
 )

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.methods.lot import RCOND, RIDGE
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -41,7 +41,7 @@ METHOD = Method(
     "Jin et al., arXiv 2212.09849",
     "W = (Σₖ Wₖ·C̃ₖ)·(Σₖ C̃ₖ)⁻¹, C̃ₖ = α·XₖXₖᵀ/Nₖ + (1 − α)·diag(XₖXₖᵀ/Nₖ)",
     (ALPHA, DOMAIN, RCOND, RIDGE, LAMBDA),
-    whole=True,
+    footprint=Footprint(squares=7),
     statistics=("gram",),
 )
 

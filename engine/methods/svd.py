@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from engine.methods.arithmetic.tensor import MergeTensor
@@ -31,7 +31,7 @@ METHOD = Method(
     SOURCE,
     "θ = θ₀ + λ·U⊥·diag(Σ₁ … Σ_K)·V⊥ᵀ, of the leading parts of τₖ = Uₖ·Σₖ·Vₖᵀ",
     (RANK, LAMBDA),
-    whole=True,
+    footprint=Footprint(),
 )
 
 INTERMEDIATE = Method(
@@ -41,7 +41,7 @@ INTERMEDIATE = Method(
     "θ⁽ᵏ⁾ = θ₀ + λ·Uₖ,ᵣ·Σₖ,ᵣ·Vₖ,ᵣᵀ",
     (RANK, LAMBDA),
     outputs="experts",
-    whole=True,
+    footprint=Footprint(),
 )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ METHOD = Method(
     SOURCE,
     "θ = θ₀ + λ·(τ₀ + (D − τ₀·C)·Q·diag(hᵢ/λᵢ)·Qᵀ), C = Q·Λ·Qᵀ, hᵢ = 1 − exp(−time·λᵢ) for the largest λᵢ",
     (TIME, RANK, START, START_SCALE, LAMBDA),
-    whole=True,
+    footprint=Footprint(squares=5),
 )
 
 ADAPTIVE = Method(
@@ -64,7 +64,7 @@ ADAPTIVE = Method(
     SOURCE,
     "θ = θ₀ + λ·(τ₀ + (D − τ₀·C)·Q·diag(hᵢ/λᵢ)·Qᵀ), C = Q·Λ·Qᵀ, hᵢ = 1 for the largest λᵢ",
     (CUT, START, START_SCALE, LAMBDA),
-    whole=True,
+    footprint=Footprint(squares=5),
 )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ METHOD = Method(
     "Yu et al., arXiv 2408.03092",
     "θ = θ₀ + λ·Σₖ τₖ·diag((sᵐₖ + sᵈₖ)/2), s from the ranks of the changes",
     (RATIO, CALIBRATION, LAMBDA),
-    whole=True,
+    footprint=Footprint(),
 )
 
 

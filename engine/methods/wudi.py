@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.methods.options import LAMBDA, Method, Option
+from engine.methods.options import LAMBDA, Footprint, Method, Option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ METHOD = Method(
     "Cheng et al., Whoever Started the Interference Should End It, arXiv 2503.08099",
     "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − τₖ)·τₖᵀ‖²_F / ‖τₖ‖²_F",
     (STEPS, LEARNING_RATE, LAMBDA),
-    whole=True,
+    footprint=Footprint(),
 )
 
 SECOND = Method(
@@ -50,7 +50,7 @@ SECOND = Method(
     "Wei et al., Unifying Multimodal LLM Capabilities and Modalities via Model Merging, arXiv 2505.19892",
     "θ = θ₀ + λ·argmin_τ Σₖ ‖(τ − Tₖ)·Rₖᵀ‖²_F / ‖τₖ‖²_F, Rₖ = Σₖ,ᵣ·Vₖ,ᵣᵀ",
     (STEPS, LEARNING_RATE, LAMBDA, CENTER, START, OPTIMIZER),
-    whole=True,
+    footprint=Footprint(),
 )
 
 

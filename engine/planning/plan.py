@@ -15,6 +15,8 @@ from engine.checkpoints.vocabulary import Vocabulary, has_tokens_for_rows, is_ma
 from engine.config.recipe import Slice
 from engine.config.schema import CalibrationFile, Config, ExpertConfig
 from engine.config.slices import described
+from engine.methods.options import Method
+from engine.methods.registry import get_method
 from engine.storage.paths import is_uri
 
 
@@ -299,6 +301,11 @@ def slice_of(plan: Plan, tensor: str) -> Slice:
     """Return the slice of the config that a tensor belongs to."""
     assert plan.config.recipe is not None
     return plan.config.recipe.slices[plan.origin(tensor).slice]
+
+
+def method_at(plan: Plan, tensor: str) -> Method:
+    """Return the method by which a tensor is merged."""
+    return get_method(slice_of(plan, tensor).merge_method or plan.config.merge_method)
 
 
 def experts_of(plan: Plan, tensor: str) -> list[int]:

@@ -15,6 +15,7 @@ from engine.checkpoints.headers import main_dtype
 from engine.methods.corrections import CORRECTIONS
 from engine.planning.costs.disk import DiskNeeds, DiskRoom, disk_needs, shortage
 from engine.planning.costs.fitting import Role, shortages
+from engine.planning.costs.flops import most_work
 from engine.planning.costs.patience import patience
 from engine.planning.costs.rates import GB, Prediction, Site
 from engine.planning.costs.scaling import Machines, Work, choose, predict
@@ -90,6 +91,11 @@ def print_weight_space_plan(plan: Plan, out: str, console: rich.console.Console 
     facts.add_row("read", f"{rich.filesize.decimal(read)} of base and experts, one to three times, as the method needs")
     needs, room = disk_needs(plan), DiskRoom.of(out)
     facts.add_row("disk", _disk(needs, room))
+    largest, work = most_work(plan)
+    if work:
+        facts.add_row(
+            "memory", f"{_gigabytes(work)} for {largest}; for others at a time, up to half of a node's in all"
+        )
     if plan.config.uses_samples:
         facts.add_row(
             "samples", f"at most {max(one.samples for one in plan.experts)} of each expert, which runs on them"

@@ -16,8 +16,8 @@ import torch
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.prepass import Array, Group
 from engine.methods.registry import prepasses
-from engine.planning.plan import Plan, experts_of
-from engine.shards.settings import method_at, resolve
+from engine.planning.plan import Plan, experts_of, method_at
+from engine.shards.settings import resolve
 from engine.task_vectors.pipeline import in_order
 
 # A group: the name of a method, and the experts.

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from engine.errors import ConfigError
-from engine.methods.options import Method, Option, Settings, Value
-from engine.methods.registry import NATIVE, get_method
-from engine.planning.plan import Plan, experts_of, slice_of
-
-
-def method_at(plan: Plan, tensor: str) -> Method:
-    """Return the method by which a tensor is merged."""
-    return get_method(slice_of(plan, tensor).merge_method or plan.config.merge_method)
+from engine.methods.options import Option, Settings, Value
+from engine.methods.registry import NATIVE
+from engine.planning.plan import Plan, experts_of, method_at, slice_of
 
 
 def check_settings(plan: Plan) -> None:

@@ -9,17 +9,20 @@ from engine.checkpoints.structure import Role
 from engine.checkpoints.vocabulary import has_tokens_for_rows, is_gathered
 from engine.checkpoints.writer import OutputTensor
 from engine.errors import CheckpointError
+from engine.machine import usable_memory
 from engine.methods.arithmetic.tensor import MergeTensor
 from engine.methods.registry import preparation
+from engine.planning.costs.flops import work_bytes
 from engine.planning.layout.vocabulary import models_at
-from engine.planning.plan import Plan, experts_of, slice_of
+from engine.planning.plan import Plan, experts_of, method_at, slice_of
 from engine.shards.gathered_rows import GatheredRows
 from engine.shards.prepasses import NOTHING, Known, group_of
-from engine.shards.settings import method_at, resolve
+from engine.shards.settings import resolve
 from engine.shards.statistics import MergeStatistics
+from engine.sizes import DECOMPOSING_BYTES
 from engine.storage.folder import Folder
 from engine.task_vectors.kinds import TaskVector
-from engine.task_vectors.pipeline import Fill, TensorJob, copy_of
+from engine.task_vectors.pipeline import Fill, SharedMemory, TensorJob, copy_of
 from engine.task_vectors.rounding import Rounding
 from engine.task_vectors.streams import TaskVectors
 
@@ -34,6 +37,10 @@ class WeightSpace:
         self._plan, self._streams = plan, streams
         self._statistics = MergeStatistics(plan, state)
         self._rows: dict[str, GatheredRows] = {}
+        shards = plan.config.cluster.shards
+        here = shards if isinstance(shards, int) and shards else 1  # one a node by default
+        # What else runs on the machine, such as experts, has the other half of its memory.
+        self._memory = SharedMemory(max(DECOMPOSING_BYTES, usable_memory() // (2 * here)))
 
     def tensor(self, name: str, known: Known = NOTHING, only: int | None = None) -> MergeTensor:
         """Return the `MergeTensor` of a merged tensor.
@@ -96,7 +103,8 @@ class WeightSpace:
                 method = method_at(self._plan, name)
                 if not experts_of(self._plan, name) and method.base == "required":
                     return copy_of(base)
-                return preparation(method.name)(self.tensor(name, known, only))
+                with self._memory.take(work_bytes(self._plan, name)):
+                    return preparation(method.name)(self.tensor(name, known, only))
             self._check_buffer(name)
             return copy_of(base)
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import Condition
 from typing import TypeVar
 
 import torch
@@ -68,6 +70,32 @@ class Copy:
             and self.tensor_N.dtype == dtype
             and all(base.data_ptr() == self.tensor_N.data_ptr() for base in bases)
         )
+
+
+class SharedMemory:
+    """Memory that threads share for work on whole tensors: a thread waits until there is room for what it needs.
+
+    What needs more than all of it goes alone.
+
+    Args:
+        nbytes: All of it.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes, self._taken, self._changed = nbytes, 0, Condition()
+
+    @contextmanager
+    def take(self, nbytes: int) -> Iterator[None]:
+        """Return a context in which the thread has so many bytes of it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + nbytes <= self._nbytes)
+            self._taken += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= nbytes
+                self._changed.notify_all()
 
 
 def copy_of(tensor: Tensor) -> Fill:

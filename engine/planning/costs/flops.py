@@ -8,7 +8,7 @@ from typing import Any
 from engine.checkpoints.structure import Role
 from engine.methods.corrections import CORRECTIONS
 from engine.planning.factors import decomposed, ranks
-from engine.planning.plan import Plan
+from engine.planning.plan import Plan, experts_of, method_at
 from engine.sizes import (
     DECOMPOSING_BYTES,
     GROUPS_PER_CALL,
@@ -63,10 +63,23 @@ def step_bytes(plan: Plan, cpus: float) -> float:
 
     These are matrices at work, and changed ones that wait to be written.
     """
-    if not any(CORRECTIONS[one.method].whole for one in plan.config.calibrate):
+    if not any(CORRECTIONS[one.method].footprint for one in plan.config.calibrate):
         return 0
     largest = max((plan.numels[name] for name in plan.matrices), default=0)
     return 4 * largest * (SVD_COPIES * min(cpus, fitting(largest)) + cpus)
+
+
+def most_work(plan: Plan) -> tuple[str, int]:
+    """Return the merged tensor on which a weight-space method holds most, and the bytes; ('', 0) if it holds none."""
+    needs = {name: work_bytes(plan, name) for name in plan.merged}
+    largest = max(needs, key=lambda name: needs[name], default="")
+    return (largest, needs[largest]) if largest and needs[largest] else ("", 0)
+
+
+def work_bytes(plan: Plan, name: str) -> int:
+    """Return the bytes that a weight-space method holds at work on a tensor, if it works on whole tensors, else 0."""
+    method, shape = method_at(plan, name), plan.base_header.tensors[name].shape
+    return method.footprint.nbytes(shape, len(experts_of(plan, name))) if method.footprint else 0
 
 
 def orthogonal_bytes(plan: Plan, cpus: float) -> float:

@@ -82,7 +82,7 @@ def _decomposing(plan: Plan, machines: Machines, cores: float) -> float:
 
 def _whole_matrices(plan: Plan, cores: float) -> float:
     """Return the seconds of a call that writes a file, if the method or a step after it holds whole matrices."""
-    if not any(method.whole for method in plan.config.methods):
+    if not any(method.footprint for method in plan.config.methods):
         return 0.0
     tensors = sorted(
         (tensor for tensor in plan.base_header.tensors.values() if len(tensor.shape) > 1 and tensor.numel),

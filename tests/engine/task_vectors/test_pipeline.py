@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError, RunError
 from engine.task_vectors.pieces import Piece, pieces
-from engine.task_vectors.pipeline import Fill, TensorJob, copy_of, stream
+from engine.task_vectors.pipeline import Fill, SharedMemory, TensorJob, copy_of, stream
 from engine.task_vectors.rounding import Rounding, Survival
 
 SHAPES = {"a": (7, 5), "scalar": (), "b": (300,), "none": (0, 4), "c": (11, 13)}
@@ -117,3 +118,31 @@ def test_an_error_of_a_preparation_is_raised(pool: ThreadPoolExecutor) -> None:
 
     with refused(ConfigError, where="here"):
         list(stream([TensorJob("t", (5,), torch.float32, prepare)], pool, 2))
+
+
+def test_threads_share_a_room_and_what_is_larger_goes_alone() -> None:
+    room, lock, taken, most = SharedMemory(10), threading.Lock(), 0, 0
+
+    def work(nbytes: int) -> None:
+        nonlocal taken, most
+        with room.take(nbytes):
+            with lock:
+                taken += nbytes
+                assert taken <= 10 or taken == nbytes == 25
+                most = max(most, taken)
+            time.sleep(0.001)
+            with lock:
+                taken -= nbytes
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, [4, 25, 3, 6, 10, 1] * 10))
+    assert taken == 0
+    assert most == 25
+
+
+def test_a_room_is_free_again_after_an_error() -> None:
+    room = SharedMemory(10)
+    with pytest.raises(KeyError), room.take(25):
+        raise KeyError
+    with room.take(10):
+        pass
