@@ -49,7 +49,7 @@ ABOUT = {
     "loss_weight": "βₖ, the weight of the expert's losses",
     "samples_per_model": "number of calibration samples of the expert",
     "task_vectors": "`whole`; leading singular parts made `orthogonal` across experts (TSV-M), times 4; or the "
-    "experts' shares in the result of `swudi`, times 4",
+    "experts' shares in the result of `swudi`, times 4; `auto`: `swudi`, or `orthogonal` if any expert is an adapter",
     "hidden_layers": "S, the compared hidden states: `middle`, `all`, or a list of indices",
     "hidden_loss": "`mse`, or `relative`: divided by the variance of the expert's hidden states",
     "hidden_weight": "λ_hid, the weight of the hidden loss",
@@ -92,7 +92,7 @@ class Parameters(Section):
     weight: Float | Literal["auto", "closed_form"] = "auto"
     loss_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0
     samples_per_model: Annotated[Int, Field(ge=1, le=1_000_000)] = 8
-    task_vectors: Literal["orthogonal", "swudi", "whole"] = "orthogonal"
+    task_vectors: Literal["auto", "orthogonal", "swudi", "whole"] = "auto"
     hidden_layers: Literal["middle", "all"] | tuple[Int, ...] = "middle"
     hidden_loss: Literal["mse", "relative"] = "relative"
     hidden_weight: Annotated[Float, Field(ge=0, le=MOST)] = 1.0

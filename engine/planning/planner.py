@@ -62,6 +62,7 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     base_plan = ModelPlan(portable(base_model, base_folder, config_folder), base, adapter=adapter)
     experts = tuple(_plan_expert(config, expert, base, tokens, structures, config_folder) for expert in config.models)
     check_recipe(config, experts)
+    config = _with_task_vectors(config, experts)
     vocabulary, layout = plan_vocabulary(config, base, experts, tokenizer[1] if tokenizer else None), None
     if config.recipe is not None and is_stacked(config.recipe, base, experts):
         layout, experts = lay_out(config, base_plan, experts)
@@ -92,6 +93,14 @@ def make_plan(config: Config, config_folder: Path) -> Plan:
     check_directions(plan)
     check_rules(plan)
     return plan
+
+
+def _with_task_vectors(config: Config, experts: Sequence[ExpertPlan]) -> Config:
+    """Return the config with a kind of task vectors in place of `auto`."""
+    if config.parameters.task_vectors != "auto":
+        return config
+    kind = "orthogonal" if any(expert.kind == "adapter" for expert in experts) else "swudi"
+    return config.model_copy(update={"parameters": config.parameters.model_copy(update={"task_vectors": kind})})
 
 
 def _find_base(config: Config, config_folder: Path) -> tuple[str, Path, str | None]:

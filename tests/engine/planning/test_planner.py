@@ -293,6 +293,19 @@ def test_the_tokenizer_of_a_model_with_an_adapter_is_that_of_the_model(config: P
     assert plan.tokenizer == str(config.parent / "expert0")
 
 
+def test_the_kind_of_task_vectors_follows_from_the_experts_unless_it_is_given(config: Path) -> None:
+    write_adapter(config.parent / "adapter")
+
+    def kind(*overrides: str) -> str:
+        return plan_of(config, *overrides).config.parameters.task_vectors
+
+    automatic = "parameters.task_vectors=auto"
+    assert kind(automatic) == "swudi"
+    assert kind(automatic, "models.0.model=adapter") == "orthogonal"
+    assert kind("parameters.task_vectors=swudi", "models.0.model=adapter") == "swudi"
+    assert kind("parameters.task_vectors=whole") == "whole"
+
+
 def test_an_adapter_may_be_an_expert_and_not_a_base(config: Path) -> None:
     write_adapter(config.parent / "adapter")
     plan = plan_of(config, "models.0.model=adapter")
