@@ -7,6 +7,7 @@ import click
 from cluster.commands.cache import cache
 from cluster.commands.chat import chat
 from cluster.commands.compress import compress
+from cluster.commands.compress_delta import compress_delta
 from cluster.commands.evaluate import evaluate
 from cluster.commands.init import init
 from cluster.commands.merge import merge
@@ -25,7 +26,21 @@ def main() -> None:
     """Merge fine-tuned experts of one base model on Ray."""
 
 
-for command in (init, merge, plan, stats, compress, evaluate, chat, report, push, methods, schema, cache):
+for command in (
+    init,
+    merge,
+    plan,
+    stats,
+    compress,
+    compress_delta,
+    evaluate,
+    chat,
+    report,
+    push,
+    methods,
+    schema,
+    cache,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ HEAVY = {"torch", "transformers", "ray"}
 # The parts of engine/ from the ground up: a module imports only its own part and earlier ones, wherever the import
 # stands (in a function, for the type checker alone).
 ORDER = (
-    *("errors", "sizes", "machine", "codec", "transfers", "fields", "untrusted", "bounded_process", "storage"),
-    *("compiled", "checkpoints"),
+    *("errors", "sizes", "machine", "codec", "packing", "transfers", "fields", "untrusted", "bounded_process"),
+    *("storage", "compiled", "checkpoints"),
     *(
         "task_vectors",
         "models",

@@ -1,4 +1,4 @@
-"""The file of an adapter: what its tensors are, and which tensors of the base they belong to.
+"""The file of an adapter, or of compressed task vectors: what its tensors are, and which of the base they change.
 
 PEFT writes it, and so do trainers that build on PEFT, some with names of their own. For adapters that only PEFT can
 merge, messages name a command, which tests run.
@@ -14,13 +14,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.headers import ModelHeader, TensorHeader
+from engine.checkpoints.headers import FLOATS, ModelHeader, TensorHeader, read_file_header, read_json
 from engine.checkpoints.vocabulary import load_command
 from engine.errors import CheckpointError
+from engine.packing import MOST_BITS, PackedGroup, Packing, codes_name
 from engine.untrusted import SHOWN, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# Of compressed task vectors (docs/compress.md), which `engine.compression.deltas` writes.
+DELTA, DELTA_WEIGHTS = "delta_config.json", "delta_model.safetensors"
+FORMAT = {"format": "delta_come", "version": 1}
+SIDES = ("left", "right")
+OF_BASE = "use the base that the task vectors were compressed with, or compress them again"
 
 # A tensor's name is PREFIX, the module, and the tensor's place in it. Trainers that save a state dict themselves leave
 # the adapter's own name in, and the wrappers of torch.compile, FSDP and activation checkpointing.
@@ -105,6 +111,68 @@ class AdapterFile:
         """Return the base's name for a tensor of the model; `name` itself if the base has no such tensor."""
         found = self._names.get(name) or self._names.get(_short(name)) or self.in_model(name)
         return found or name
+
+
+def read_deltas(
+    folder: Path, base: ModelHeader
+) -> tuple[dict[str, TensorHeader], dict[str, tuple[str, str]], dict[str, str]]:
+    """Read the header of compressed task vectors, and check it against the base.
+
+    Returns:
+        The tensors, with the factors of matrices as packed ones; the names of both factors, left and right, by the
+        base's tensor; and the names of whole tensors by the base's.
+
+    Raises:
+        CheckpointError: It is of another format, damaged, or of another base.
+    """
+    config, where = read_json(folder / DELTA), str(folder / DELTA_WEIGHTS)
+    if any(config.get(key) != value for key, value in FORMAT.items()):
+        given = ", ".join(f"{key} {config.get(key)!r}" for key in FORMAT)
+        wanted = ", ".join(f"{key} {value!r}" for key, value in FORMAT.items())
+        raise CheckpointError(f"the task vectors have {shown(given)}", str(folder / DELTA), wanted)
+    bits = config.get("bits")
+    if not isinstance(bits, list) or not all(type(one) is int and 1 <= one <= MOST_BITS for one in bits):
+        what = f"`bits` is {shown(repr(bits))}"
+        raise CheckpointError(what, str(folder / DELTA), f"a list of numbers of 1 to {MOST_BITS}")
+    stored = read_file_header(folder / DELTA_WEIGHTS)
+    factors = dict[str, dict[str, TensorHeader]]()
+    for name, tensor in base.tensors.items():
+        for side, length in zip(SIDES, tensor.shape if len(tensor.shape) == 2 else (), strict=False):
+            if (found := _packed(f"{name}.{side}", length, side == "left", bits, stored, where)) is not None:
+                factors.setdefault(name, {})[side] = found
+    known = {own for sides in factors.values() for one in sides.values() if one.packed for own in one.packed.stored}
+    whole = {name: name for name in stored if name not in known}
+    for name in whole:
+        changed, own = base.tensors.get(name), stored[name]
+        if changed is None or changed.shape != own.shape or not {own.dtype, changed.dtype} <= FLOATS.keys():
+            given = f"{own.dtype} of shape {own.shape}"
+            wanted = f"the base's {changed.dtype} of shape {changed.shape}" if changed else "a tensor of the base"
+            raise CheckpointError(f"the tensor {shown(repr(name), 4 * SHOWN)} is {given}", where, wanted, OF_BASE)
+    for name, sides in factors.items():
+        if name in whole or len({one.packed.groups for one in sides.values() if one.packed}) > 1 or len(sides) < 2:
+            raise CheckpointError(f"the factors of {name!r} are not a pair", where, do=OF_BASE)
+    tensors = {one.name: one for sides in factors.values() for one in sides.values()}
+    pairs = {name: (sides["left"].name, sides["right"].name) for name, sides in factors.items()}
+    return tensors | {name: stored[name] for name in whole}, pairs, whole
+
+
+def _packed(
+    name: str, length: int, transposed: bool, bits: list[int], stored: dict[str, TensorHeader], where: str
+) -> TensorHeader | None:
+    """Return the header of a factor with vectors of a length, or None if the file has none of this name."""
+    groups = list[PackedGroup]()
+    while (codes := stored.get(codes_name(name, len(groups)))) is not None and len(groups) < len(bits):
+        groups.append(PackedGroup(bits[len(groups)], codes.shape[0] if codes.shape else 0))
+    if not groups:
+        return None
+    packing = Packing(name, tuple(groups), length, transposed)
+    for own, (shape, dtype) in packing.stored.items():
+        tensor, wanted = stored.get(own), "U8" if dtype == "|u1" else "BF16"
+        if tensor is None or (tensor.shape, tensor.dtype) != (shape, wanted):
+            found = "missing" if tensor is None else f"{tensor.dtype} of shape {tensor.shape}"
+            raise CheckpointError(f"the tensor {own!r} is {found}", where, f"{wanted} of shape {shape}", OF_BASE)
+    rank = sum(group.vectors for group in groups)
+    return TensorHeader(name, (length, rank) if transposed else (rank, length), "F32", DELTA_WEIGHTS, packing)
 
 
 def merge_with_peft(file: AdapterFile, rows: int | None = None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.adapter_copies import drop_tied_head, trained_whole
-from engine.checkpoints.adapter_file import CONFIG, WEIGHTS, AdapterFile, merge_with_peft
+from engine.checkpoints.adapter_file import CONFIG, DELTA, WEIGHTS, AdapterFile, merge_with_peft, read_deltas
 from engine.checkpoints.find import check_folder
 from engine.checkpoints.headers import CONVERT, FLOATS, ModelHeader, TensorHeader, read_file_header, read_json
 from engine.errors import CheckpointError
@@ -71,7 +71,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class AdapterHeader:
-    """An adapter folder.
+    """An adapter folder, or one of compressed task vectors.
 
     Attributes:
         folder: The folder.
@@ -79,17 +79,19 @@ class AdapterHeader:
         tensors: The tensors of the adapter's file.
         whole: Base tensors that the adapter replaces by a whole tensor, and that tensor's name in its file. The product
             of a pair of the same base tensor is added to it.
+        is_delta: It is of compressed task vectors (docs/compress.md), which a whole checkpoint was made into.
     """
 
     folder: Path
     pairs: dict[str, LoraPair]
     tensors: dict[str, TensorHeader]
     whole: dict[str, str] = field(default_factory=dict)
+    is_delta: bool = False
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether the folder is a PEFT adapter rather than a full checkpoint."""
-    return (folder / CONFIG).exists()
+    """Return whether the folder is a PEFT adapter, or one of compressed task vectors, rather than a full checkpoint."""
+    return (folder / CONFIG).exists() or (folder / DELTA).exists()
 
 
 def read_adapter_header(
@@ -107,6 +109,10 @@ def read_adapter_header(
             changes embedding and head differently, which the base ties.
     """
     check_folder(folder)
+    if (folder / DELTA).exists():
+        tensors, packed, own = read_deltas(folder, base)
+        pairs = {name: LoraPair(right, left, 1.0, False) for name, (left, right) in packed.items()}
+        return AdapterHeader(folder, pairs, tensors, own, is_delta=True)
     config = read_json(folder / CONFIG)
     weights = folder / WEIGHTS
     file = AdapterFile(folder, config, read_file_header(weights) if weights.exists() else {}, base, in_model)
@@ -131,6 +137,8 @@ def read_adapter_header(
 def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Sequence[str]) -> None:
     """Check that the merge leaves out no tensor that the adapter saves whole, and not all of its pairs.
 
+    Compressed task vectors were a checkpoint, of which a merge may leave tensors out.
+
     Args:
         adapter: The adapter.
         merged: The tensors that are merged, by the base's names.
@@ -142,7 +150,7 @@ def check_merged(adapter: AdapterHeader, merged: Collection[str], exclude: Seque
     lost = [name for name in adapter.whole if name not in merged]
     if not any(name in merged for name in (*adapter.pairs, *adapter.whole)):
         lost += adapter.pairs
-    if not lost:
+    if not lost or adapter.is_delta:
         return
     others = [pattern for pattern in exclude if not any(re.match(pattern, name) for name in lost)]
     if len(others) == len(exclude):

@@ -44,7 +44,9 @@ COMPANIONS = (
     "LICENSE", "LICENSE.txt", "LICENSE.md",
 )  # fmt: skip
 # Files that decide what a model computes, besides its weights.
-DECIDING = ("config.json", "adapter_config.json", "generation_config.json", "model.safetensors.index.json")
+DECIDING = (
+    "config.json", "adapter_config.json", "delta_config.json", "generation_config.json", "model.safetensors.index.json",
+)  # fmt: skip
 # A folder in a model's folder, whose files transformers reads with the tokenizer.
 TEMPLATES = "additional_chat_templates"
 

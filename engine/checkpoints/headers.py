@@ -17,6 +17,7 @@ from typing import Any
 from engine.checkpoints.find import check_file, check_folder
 from engine.checkpoints.structure import Role, by_names
 from engine.errors import CheckpointError
+from engine.packing import Packing
 from engine.untrusted import JSON_BYTES, SHOWN, open_regular, parse_json, read_text, shown
 
 # Bytes of an element by dtype. Types of less than one byte are missing, because torch has no tensors of them.
@@ -47,12 +48,16 @@ NAME = 1000
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor of a checkpoint: `dtype` in safetensors' notation (F32, BF16, …), `file` relative to the folder."""
+    """One tensor of a checkpoint: `dtype` in safetensors' notation (F32, BF16, …), `file` relative to the folder.
+
+    With `packed`, it is computed from other tensors of the file, and `dtype` is F32.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
+    packed: Packing | None = None
 
     @property
     def numel(self) -> int:
@@ -62,7 +67,7 @@ class TensorHeader:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.numel * BYTES[self.dtype]
+        return self.numel * BYTES[self.dtype] if self.packed is None else self.packed.nbytes
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from engine.checkpoints.headers import BYTES, FLOATS, TensorHeader, read_offsets
 from engine.errors import CheckpointError
+from engine.packing import Packing
 from engine.untrusted import open_regular
 
 Floats = npt.NDArray[np.float32]
@@ -35,13 +37,26 @@ class Ranges:
         """Return elements `start` to `stop` [N] of a flattened tensor of a float dtype, float32."""
         tensor = self._tensors[name]
         assert tensor.dtype in FLOATS
-        if tensor.file not in self._files:
-            path = self._folder / tensor.file
-            file = self._open.enter_context(open_regular(path, None, CheckpointError))
-            self._files[tensor.file] = file, read_offsets(path)
-        file, offsets = self._files[tensor.file]
+        file, offsets = self._opened(tensor.file)
+        if (packed := tensor.packed) is not None:
+            return packed.matrix(lambda own: self._bits(packed, own, tensor.file)).reshape(-1)[start:stop]
         size = BYTES[tensor.dtype]
         data = os.pread(file.fileno(), (stop - start) * size, offsets[name] + start * size)
         if tensor.dtype == "BF16":
             return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         return np.frombuffer(data, "<f4" if tensor.dtype == "F32" else "<f2").astype(np.float32)
+
+    def _opened(self, name: str) -> tuple[Any, dict[str, int]]:
+        """Return a file, and the first byte of each of its tensors."""
+        if name not in self._files:
+            path = self._folder / name
+            file = self._open.enter_context(open_regular(path, None, CheckpointError))
+            self._files[name] = file, read_offsets(path)
+        return self._files[name]
+
+    def _bits(self, packed: Packing, name: str, file: str) -> npt.NDArray[Any]:
+        """Return codes or scales of a packed matrix."""
+        shape, dtype = packed.stored[name]
+        opened, offsets = self._opened(file)
+        data = os.pread(opened.fileno(), math.prod(shape) * np.dtype(dtype).itemsize, offsets[name])
+        return np.frombuffer(data, dtype).reshape(shape)

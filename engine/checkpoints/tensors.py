@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -23,8 +25,16 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor as a view of the memory-mapped file, on the CPU, in the file's dtype. Never write to it."""
-        file = self.tensors[name].file
+        """Return the tensor as a view of the memory-mapped file, on the CPU, in the file's dtype. Never write to it.
+
+        A packed one is computed.
+        """
+        header = self.tensors[name]
+        if header.packed is None:
+            return self._stored(name, header.file)
+        return torch.from_numpy(header.packed.matrix(lambda own: _bits(self._stored(own, header.file))))
+
+    def _stored(self, name: str, file: str) -> Tensor:
         with self._lock:
             if file not in self._files:
                 self._files[file] = safe_open(self.folder / file, framework="pt", device="cpu")
@@ -56,3 +66,9 @@ class ComputedTensors(Checkpoint):
             if tensor is None:
                 tensor = self._held[name] = self._compute(name)
             return tensor
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """Return codes, or the bits of scales."""
+    found: NDArray[Any] = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found

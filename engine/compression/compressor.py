@@ -56,7 +56,8 @@ class Compressor:
         """Compress the layer of experts of part `number`, if it has one, and store it. All parts before have been.
 
         Raises:
-            CheckpointError: The inputs of the layer are not finite, or the model does not run block by block.
+            CheckpointError: The layer's weights, inputs or outputs are not finite, or the model does not run block by
+                block.
         """
         part = self._model.run.parts[number]
         layer = None if part.block is None else self.compressed.layout.layer_of(part.name)
@@ -65,9 +66,15 @@ class Compressor:
         while self._at < number:
             self._advance()
         self._model.load(part)
-        inputs = self._inputs(part, layer)
         module = self._model.model.get_submodule(layer)
-        tensors = self._compressed(ModuleMixture(module, self._scores), inputs, layer)
+        if not all(bool(weight.isfinite().all()) for weight in (*module.parameters(), *module.buffers())):
+            raise CheckpointError(f"weights of {layer!r} are not finite", str(self._model.model.name_or_path))
+        inputs = self._inputs(part, layer)
+        try:
+            tensors = self._compressed(ModuleMixture(module, self._scores), inputs, layer)
+        except FloatingPointError as error:
+            what = f"outputs of the router or the experts of {layer!r} are not finite on the calibration samples"
+            raise CheckpointError(what, str(self._model.model.name_or_path)) from error
         self._model.drop(part)
         save_tensors(self._state, layer_file(self.compressed.layout.layers.index(layer)), tensors)
 

@@ -99,8 +99,13 @@ def group_layer(
         settings: The method.
         kept: N.
         ranges: Equal ranges of experts of which a router first chooses some; experts of different ones are not merged.
+
+    Raises:
+        FloatingPointError: Logits or outputs of the experts are not finite.
     """
     use = LayerUse(mixture, inputs, outputs=settings.method != "m_smoe")
+    if not use.is_finite:
+        raise FloatingPointError
     usage_E = use.saliency_E if settings.method == "ream" else use.counts_E
     size, groups = mixture.count // ranges, list[tuple[int, ...]]()
     for start in range(0, mixture.count, size):
@@ -156,8 +161,8 @@ def _orders(
     elif settings.alignment == "weights":
         yield from (matching(weight_products(dominant, other)) for other in others)
     else:
-        found = activation_distances(mixture, inputs, group[0], group[1:])
-        for distance_II, other in zip(found, others, strict=True):
+        for index, other in zip(group[1:], others, strict=True):
+            distance_II = activation_distances(mixture, inputs, group[0], index)
             yield matching(distance_II + weight_distances(dominant, other))
 
 

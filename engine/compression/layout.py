@@ -93,14 +93,16 @@ class ExpertLayout:
     def parts(
         self,
         name: str,
-        experts: Callable[[str], Iterator[GatedExpert]],
+        expert: Callable[[str, int], GatedExpert],
+        kept: int,
         router: Callable[[str], Mapping[str, Tensor]],
     ) -> Iterator[Tensor] | None:
         """Return the consecutive parts of a tensor of the smaller model; None for one that is as in the model.
 
         Args:
             name: Its name in the files.
-            experts: Returns the experts of a layer, in order, each when it is asked for.
+            expert: Returns an expert of a layer of the smaller model.
+            kept: N.
             router: Returns the tensors of a layer's router; see `router`.
         """
         place, tensor = self.places[name], self.header.tensors[name]
@@ -110,11 +112,11 @@ class ExpertLayout:
         if ending in (ROUTER, CORRECTION):
             return iter([router(layer)[place.parameter]])
         if self._is_whole(tensor, place.parameter):
-            return (part for one in experts(layer) for part in _projections(one, ending))
+            return (part for index in range(kept) for part in _projections(expert(layer, index), ending))
         size = math.prod(self.widths[layer])
         index = self._expert_of(place.parameter, place.start)
-        one = next(one for number, one in enumerate(experts(layer)) if number == index)
-        return iter([_projections(one, ending)[place.start // size % (2 if ending == GATE_UP else 1)]])
+        half = place.start // size % (2 if ending == GATE_UP else 1)
+        return iter([_projections(expert(layer, index), ending)[half]])
 
     @cached_property
     def _tensors(self) -> dict[str, list[str]]:

@@ -69,7 +69,12 @@ def matching(cost_II: Tensor) -> Tensor:
     """Return the order of their hidden units, [I], in which unit i of ours costs least to be matched with it.
 
     An exact solution of the assignment problem, in O(I³).
+
+    Raises:
+        FloatingPointError: A cost is not finite.
     """
+    if not bool(cost_II.isfinite().all()):
+        raise FloatingPointError
     return torch.from_numpy(linear_sum_assignment(cost_II.cpu().numpy())[1])
 
 

@@ -70,14 +70,12 @@ class CompressedModel:
         """Return whether a layer is compressed."""
         return self.state.exists(layer_file(self.layout.layers.index(layer)))
 
-    def experts(self, layer: str) -> Iterator[GatedExpert]:
-        """Yield the experts of a compressed layer: merged ones, and others as they are in the files."""
+    def expert(self, layer: str, index: int) -> GatedExpert:
+        """Return an expert of a compressed layer: a merged one, or one as it is in the files."""
         tensors = self.stored(layer)
-        for index, dominant in enumerate(tensors["dominant"].tolist()):
-            if f"{index}.gate" in tensors:
-                yield GatedExpert(*(tensors[f"{index}.{name}"] for name in ("gate", "up", "down")))
-            else:
-                yield self.layout.expert(self.base.read, layer, dominant)
+        if f"{index}.gate" in tensors:
+            return GatedExpert(*(tensors[f"{index}.{name}"] for name in ("gate", "up", "down")))
+        return self.layout.expert(self.base.read, layer, int(tensors["dominant"][index]))
 
     def router(self, layer: str) -> Mapping[str, Tensor]:
         """Return the tensors of a compressed layer's router by their names in the module."""
@@ -85,7 +83,7 @@ class CompressedModel:
 
     def parts(self, name: str) -> Iterator[Tensor]:
         """Return the consecutive parts of a tensor of the smaller model, in its dtype."""
-        parts = self.layout.parts(name, self.experts, self.router)
+        parts = self.layout.parts(name, self.expert, self.kept, self.router)
         return iter([self.base.read(name)]) if parts is None else parts
 
     def read(self, name: str) -> Tensor:

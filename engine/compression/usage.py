@@ -70,6 +70,12 @@ class LayerUse:
         self.saliency_E: Array = self._added_E / np.maximum(self.counts_E, 1)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether all statistics are, and so the logits and outputs that they are of."""
+        sums = self.saliency_E, self.logits_EE, self.outputs_EH, self.alike_EE
+        return all(bool(np.isfinite(array).all()) for array in sums)
+
+    @property
     def weights_E(self) -> Array:
         """The saliency, with that of the least salient used expert for experts that no token chose.
 
@@ -99,24 +105,20 @@ class LayerUse:
         self.alike_EE += (directions_TEH @ directions_TEH.mT).double().sum(0).cpu().numpy()
 
 
-def activation_distances(mixture: Mixture, inputs: Sequence[Tensor], ours: int, theirs: Sequence[int]) -> list[Tensor]:
-    """Return the distances between the unit vectors of two experts' activations over all tokens, [I, I], of each pair.
+def activation_distances(mixture: Mixture, inputs: Sequence[Tensor], ours: int, theirs: int) -> Tensor:
+    """Return the distances between the unit vectors of two experts' activations over all tokens, [I, I].
 
     Args:
         mixture: The layer.
         inputs: Its inputs, [T, H], of each sample.
         ours: The expert whose order of hidden units stays.
-        theirs: The experts that are matched with it.
+        theirs: The expert that is matched with it.
 
     Source: REAM, arXiv 2604.04356, from its published code, which takes a sample of the tokens.
     """
-    products = dict.fromkeys(theirs, torch.zeros(()))
-    squares = dict.fromkeys((ours, *theirs), torch.zeros(()))
+    product, square, other = torch.zeros(()), torch.zeros(()), torch.zeros(())
     for x_TH in inputs:
-        ours_TI = mixture.units(ours, x_TH).float()
-        squares[ours] = squares[ours] + ours_TI.square().sum(0).cpu()
-        for expert in theirs:
-            theirs_TI = mixture.units(expert, x_TH).float()
-            squares[expert] = squares[expert] + theirs_TI.square().sum(0).cpu()
-            products[expert] = products[expert] + (ours_TI.T @ theirs_TI).cpu()
-    return [unit_distances(products[expert], squares[ours], squares[expert]) for expert in theirs]
+        ours_TI, theirs_TI = mixture.units(ours, x_TH).float(), mixture.units(theirs, x_TH).float()
+        product = product + (ours_TI.T @ theirs_TI).cpu()
+        square, other = square + ours_TI.square().sum(0).cpu(), other + theirs_TI.square().sum(0).cpu()
+    return unit_distances(product, square, other)

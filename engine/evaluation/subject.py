@@ -14,7 +14,7 @@ from engine.calibration.bounded_encoder import BoundedEncoder
 from engine.calibration.encoder import encoder_of
 from engine.calibration.records import Record, check_seen
 from engine.calibration.samples import Encoded, check_ids
-from engine.checkpoints.adapter_file import CONFIG
+from engine.checkpoints.adapter_file import CONFIG, DELTA
 from engine.checkpoints.adapters import is_adapter, read_adapter_header
 from engine.checkpoints.find import ROOT, ModelName, find_model, portable, split_adapter
 from engine.checkpoints.headers import main_dtype, read_json, read_model_header
@@ -78,7 +78,8 @@ def named(model: str, folder: Path, remote_code: bool = False) -> ModelName:
 
 def _base_of(adapter: str, its_folder: Path, folder: Path, remote_code: bool) -> str:
     """Return the base that an adapter's config names, once it is found."""
-    config, where = read_json(its_folder / CONFIG), str(its_folder / CONFIG)
+    file = its_folder / (DELTA if (its_folder / DELTA).exists() else CONFIG)
+    config, where = read_json(file), str(file)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if remote_code:
         # A file of the adapter would choose whose code runs.

@@ -55,6 +55,28 @@ with every learned and weight-space method whose output is one model with the la
 [docs/config.md](config.md#after-the-merge) describes the key.
 """
 
+OUTSIDE = """## Methods that are not here
+
+These were considered:
+
+| method | what it does | why it is not here |
+|---|---|---|
+| LESA ([arXiv 2502.13794](https://arxiv.org/abs/2502.13794)) | makes one model deeper: a small network is trained \
+on singular directions of neighbouring layers to predict the layer between two | it merges no experts, its layers are \
+new, and the deeper model needs more pre-training. Layers as they are can be stacked with `slices` \
+([docs/config.md](config.md)). |
+| PLeaS ([arXiv 2407.02447](https://arxiv.org/abs/2407.02447)) | merges two models that were trained from different \
+bases: units are matched by permutations, those that do not match stay apart, which widens layers, and all layers are \
+fitted to the models' features | experts here are trained from one base, so their units correspond, and the output has \
+the base's shapes. It is made for CNNs. Its fit of layers to features is what `regmean`, `lot` and `calibrate: \
+featcal` do. |
+| HARC ([arXiv 2606.03391](https://arxiv.org/abs/2606.03391)) | after a merge of mixtures of experts, solves each \
+router anew, so that on samples its softmax is near to the experts' to second order | not built yet. The equations of \
+a token weigh its input by the curvature of its own softmax, so the sums over tokens are no Gram matrix of a layer, \
+which `featcal` and `regmean_plus_plus` add up over experts: the inputs of all tokens have to be kept for every step \
+of the solver. |
+"""
+
 # What the kinds of statistics are, for a reader.
 STATISTICS: dict[Statistic, str] = {
     "activations": "the squares and magnitudes of its layers' inputs",
@@ -118,7 +140,7 @@ def page() -> str:
     )
     parts.append("| method | description |\n|---|---|")
     parts += [f"| `{name}` | {about} |" for name, about in MERGEKIT.items()]
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, "", OUTSIDE.rstrip()]) + "\n"
 
 
 def print_methods(console: rich.console.Console | None = None) -> None:

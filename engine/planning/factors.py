@@ -133,9 +133,9 @@ def _faster(plan: Plan, name: str) -> bool:
     """Return whether a core multiplies the factors in half the time in which it reads dense task vectors.
 
     Half, since products lose more to other work on the cores than reading does (measured). Adapters have no dense task
-    vectors: those take a multiple of the adapters' space.
+    vectors: those take a multiple of the adapters' space. Compressed ones may be of any rank.
     """
-    if all(expert.kind == "adapter" for expert in plan.experts):
+    if all(isinstance(expert.header, AdapterHeader) and not expert.header.is_delta for expert in plan.experts):
         return True
     each = ranks(plan, name)
     reading = sum(rank > 0 for rank in each) * BYTES[stored_dtype(plan)] / STREAM

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoints.adapter_file import WEIGHTS
 from engine.checkpoints.adapters import AdapterHeader
 from engine.checkpoints.find import ROOT, find_model
 from engine.checkpoints.headers import ModelHeader
@@ -132,9 +131,7 @@ def weight_files(model: ModelPlan) -> list[WeightFile]:
     """Return the weight files of a model: those of its checkpoint, then those of its adapter."""
     if model.adapter is not None:
         return [*weight_files(ModelPlan(model.model, model.header)), *weight_files(model.adapter)]
-    names = {WEIGHTS}
-    if isinstance(model.header, ModelHeader):
-        names = {tensor.file for tensor in model.header.tensors.values()}
+    names = {tensor.file for tensor in model.header.tensors.values()}
     return [WeightFile(model.model, _folder(model) / name) for name in sorted(names)]
 
 

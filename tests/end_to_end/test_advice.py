@@ -45,6 +45,7 @@ ELSEWHERE = {
     "write a copy of the base with two tensors": "test_other_changes_need_a_base_that_is_not_tied",
     "give the base a head of its own": "test_a_head_that_is_not_the_embedding_needs_a_base_with_a_head",
     "save one with peft": "test_a_file_of_two_adapters_is_refused",
+    "{OF_BASE}": "test_deltas.py: test_another_base_is_refused",
     "set `exclude: {json.dumps(others)}`": "test_a_tensor_that_exclude_keeps_is_refused_with_another_exclude",
     "{ | {merged}}": "test_what_is_refused_merges_with_the_command_of_the_message",
     "free disk space": "test_full_disk.py",

@@ -12,12 +12,14 @@ import tiny
 import tiny_mixtures
 import torch
 import yaml
+from errors import refused
 from tiny_mixtures import FAMILIES, make_mixture, pair_up, save_mixture
 
 from engine.checkpoints.writer import write_file
 from engine.compression.compressor import Compressor
 from engine.compression.config import read_compression
 from engine.compression.model import CompressedModel
+from engine.errors import CheckpointError
 from engine.output.model_folder import output_files, write_companions
 from engine.planning.planner import make_plan
 from engine.storage.local_folder import LocalFolder
@@ -133,3 +135,17 @@ def test_later_layers_see_the_compressed_ones_in_sequence(tmp_path: Path) -> Non
     in_first = [name for name in one if "layers.0." in name]
     assert all(torch.equal(one[name], other[name]) for name in in_first)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("method", "weight", "value"),
+    [(method, "down_proj", float("nan")) for method in METHODS]
+    + [(method, "gate_up_proj", 1e38) for method in ("ream", "sub_moe")],  # m_smoe does not run the experts
+)
+def test_experts_that_are_not_finite_are_refused(method: str, weight: str, value: float, tmp_path: Path) -> None:
+    model = make_mixture("olmoe")
+    with torch.no_grad():
+        getattr(tiny_mixtures.mixtures(model)[1].experts, weight)[3].fill_(value)
+    save_mixture(model, tmp_path / "model")
+    with refused(CheckpointError, "model", facts=["model.layers.1.mlp"]):
+        compressed(tmp_path, method=method)

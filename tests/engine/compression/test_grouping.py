@@ -89,7 +89,7 @@ def test_without_outputs_the_router_alone_is_asked() -> None:
 def test_activation_distances_are_those_of_unit_vectors_over_all_tokens() -> None:
     dense = Dense()
     x_TH = torch.cat(dense.inputs)
-    (found,) = activation_distances(dense, dense.inputs, 1, [4])
+    found = activation_distances(dense, dense.inputs, 1, 4)
     ours, theirs = (F.normalize(dense.units(expert, x_TH), dim=0) for expert in (1, 4))
     close(found, torch.cdist(ours.T, theirs.T))
 
