@@ -1,16 +1,15 @@
-"""Merge the experts by every method through the command line, and score the merges on held-out pictures.
+"""Merge the experts by every method, and score the merges on held-out pictures.
 
-`python benchmarks/vision/compare.py [--adapters] [ROW ...]` merges by every setting of SPACE, chooses each row's on the
-validation split, and scores that one on the test split. Every trial is a line of `results/`, and is not repeated. Rows
-with samples are run with several draws of them from the calibration pool.
+`python benchmarks/vision/compare.py [--adapters] [ROW ...]` merges by every setting of SPACE, multiplies its task
+vector by each of the row's factors, chooses both on the validation split, and scores the chosen merge on the test
+split. Existing rows of `results/test.jsonl` are not repeated. Rows with samples can be run with several draws of them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import click
 import pictures
+import ray
 import torch
 import yaml
 from model import Row, inputs
@@ -28,38 +28,33 @@ from train import ADAPTER, MIXTURE, WORKDIR
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
-ROOT = Path(__file__).resolve().parents[2]
+from cluster import merge
+
 SAMPLES = 8
-
-
-def scaled(option: str, values: tuple[float, ...], *fixed: str) -> list[list[str]]:
-    """Return the settings with each value of an option, beside fixed ones."""
-    return [[*fixed, f"parameters.{option}={value}"] for value in values]
-
-
-FEATCAL = "calibrate=[featcal]"
-EIGHT = f"parameters.samples_per_model={SAMPLES}"
-WEIGHTS = (0.3, 0.5, 0.7, 1.0)
-SCALES = (0.5, 0.7, 1.0, 1.3)
-# By the name of a row: settings, as overrides of the config. Rows of SAMPLED read calibration samples.
-SPACE: dict[str, list[list[str]]] = {
-    "weight_average": [["merge_method=weight_average"]],
-    "task_arithmetic": scaled("weight", WEIGHTS, "merge_method=task_arithmetic"),
-    "ties": scaled(
-        "lambda", (0.7, 1.0, 1.5, 2.0), "merge_method=ties", "parameters.weight=1", "parameters.density=0.2"
+ON_SAMPLES = {"parameters.samples_per_model": SAMPLES}
+FEATCAL = {"calibrate": ["featcal"]}
+SUMS, MEANS, WHOLE = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0), (0.7, 1.0, 1.3, 1.6, 2.0), (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
+Setting = dict[str, Any]
+# By the name of a row: method, settings as overrides of the config, and factors of the merged task vector.
+SPACE: dict[str, tuple[str, list[Setting], tuple[float, ...]]] = {
+    "weight_average": ("weight_average", [{}], (1.0,)),
+    "task_arithmetic": ("task_arithmetic", [{"parameters.weight": 1.0}], SUMS),
+    "ties": ("ties", [{"parameters.weight": 1.0, "parameters.density": density} for density in (0.2, 0.5)], MEANS),
+    "svd": ("svd", [{}], WHOLE),
+    "swudi": ("swudi", [{}], WHOLE),
+    "wudi2": ("wudi2", [{}], WHOLE),
+    "regmean": ("regmean", [ON_SAMPLES | {"parameters.alpha": alpha} for alpha in (0.1, 0.9)], (1.0,)),
+    "expert_merging": ("expert_merging", [{}], (1.0,)),
+    "expert_merging_pp": ("expert_merging_pp", [{}], (1.0,)),
+    "task_arithmetic, featcal": (
+        "task_arithmetic",
+        [ON_SAMPLES | FEATCAL | {"parameters.weight": weight} for weight in (0.4, 0.7)],
+        (1.0,),
     ),
-    "svd": scaled("lambda", SCALES, "merge_method=svd"),
-    "wudi2": scaled("lambda", SCALES, "merge_method=wudi2"),
-    "swudi": scaled("lambda", SCALES, "merge_method=swudi"),
+    "expert_merging, featcal": ("expert_merging", [FEATCAL], (1.0,)),
+    "expert_merging_pp, featcal": ("expert_merging_pp", [FEATCAL], (1.0,)),
 }
-SAMPLED: dict[str, list[list[str]]] = {
-    "regmean": scaled("alpha", (0.5, 0.9, 1.0), "merge_method=regmean", EIGHT),
-    "expert_merging": [["merge_method=expert_merging"]],
-    "expert_merging_pp": [["merge_method=expert_merging_pp"]],
-    "task_arithmetic, featcal": scaled("weight", WEIGHTS, "merge_method=task_arithmetic", EIGHT, FEATCAL),
-    "expert_merging, featcal": [["merge_method=expert_merging", FEATCAL]],
-    "expert_merging_pp, featcal": [["merge_method=expert_merging_pp", FEATCAL]],
-}
+SAMPLED = tuple(row for row in SPACE if "regmean" in row or "expert" in row or "featcal" in row)
 
 
 @torch.inference_mode()
@@ -79,12 +74,27 @@ def score(model: Any, skill: str, split: str) -> list[float]:
     return [100 * right_B.double().mean().item(), -found_BT[counted_BT].mean().item()]
 
 
-def scores_of(folder: Path, split: str) -> dict[str, list[float]]:
-    """Return the scores of the model in a folder, for each skill."""
+def scores(model: Any, split: str) -> dict[str, list[float]]:
+    """Return the scores of a model on a split, for each skill."""
+    return {skill: score(model, skill, split) for skill in SKILLS}
+
+
+def loaded(folder: Path) -> Any:
+    """Return the model of a folder, or that of an adapter of the base next to it."""
     adapter = (folder / "adapter_config.json").exists()
     model: Any = AutoModelForImageTextToText.from_pretrained(folder.parent / "base" if adapter else folder)
-    model = (PeftModel.from_pretrained(model, folder) if adapter else model).float().eval()
-    return {skill: score(model, skill, split) for skill in SKILLS}
+    return (PeftModel.from_pretrained(model, folder) if adapter else model).float().eval()
+
+
+def factored(base: Any, merged: Any, factor: float) -> Any:
+    """Return the base plus the merged task vector times a factor, which is what the option `lambda` does."""
+    if factor == 1.0:
+        return merged
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for ours, its in zip(model.parameters(), merged.parameters(), strict=True):
+            ours.add_(its - ours, alpha=factor)
+    return model
 
 
 def calibration(skill: str, draw: int, workdir: Path) -> Path:
@@ -113,45 +123,48 @@ def config(draw: int, kind: str, workdir: Path) -> Path:
     return path
 
 
-def merge(setting: list[str], path: Path, out: Path) -> dict[str, float]:
-    """Merge by a setting into a folder; return seconds of the command and peak memory of its largest process."""
-    with tempfile.TemporaryDirectory() as cache:
-        given = [part for override in (*setting, f"cache={cache}") for part in ("--set", override)]
-        began = time.monotonic()
-        command = [sys.executable, ROOT / "cli.py", "merge", path, "--out", out, *given]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.monotonic() - began
+def merged(path: Path, overrides: Setting, out: Path) -> dict[str, float]:
+    """Merge into a folder, and return the seconds that it took and the peak memory of the largest process."""
+    began = time.monotonic()
+    merge(path, out, overrides | {"cache": str(out.with_suffix(".cache")), "cluster.shards": 0})
+    seconds = time.monotonic() - began
     memory = json.loads((out / "merge" / "memory.json").read_text(encoding="utf-8"))
     return {"seconds": round(seconds, 1), "peak": max(actor["peak_anonymous_bytes"] for actor in memory["actors"])}
 
 
-def measure(name: str, draw: int, kind: str, workdir: Path) -> None:
-    """Merge by all settings of a row, choose one on the validation split, and log its scores on the test split."""
-    settings, tried = (SPACE | SAMPLED)[name], []
+def measure(row: str, draw: int, kind: str, workdir: Path) -> None:
+    """Merge by all settings of a row, choose one and a factor on validation, and log its scores on test."""
+    method, settings, factors = SPACE[row]
+    best: tuple[Any, ...] = ()
     with tempfile.TemporaryDirectory(dir=workdir) as scratch:
+        base = loaded(workdir / "models" / "base")
         for number, setting in enumerate(settings):
             out = Path(scratch, str(number))
-            took = merge(setting, config(draw, kind, workdir), out)
-            line = {"row": name, "kind": kind, "draw": draw, "setting": setting, **took}
-            tried.append(line | {"validation": scores_of(out, "validation")})
-            write("validation", tried[-1])
-        chosen = max(range(len(tried)), key=lambda number: mean_score(tried[number]["validation"]))
-        used = {
-            "samples": SAMPLES if name in SAMPLED else 0,
-            "labels": pictures.SIZES["validation"] * len(SKILLS) if len(settings) > 1 else 0,
-        }
-        write("test", tried[chosen] | used | {"test": scores_of(Path(scratch, str(chosen)), "test")})
+            took = merged(config(draw, kind, workdir), {"merge_method": method} | setting, out)
+            model = loaded(out)
+            for factor in factors:
+                tried = factored(base, model, factor)
+                line = {"row": row, "kind": kind, "draw": draw, "setting": setting, "factor": factor, **took}
+                line["validation"] = scores(tried, "validation")
+                write("validation", line)
+                if not best or mean_score(line["validation"]) > mean_score(best[0]["validation"]):
+                    best = line, copy.deepcopy(tried)
+    line, model = best
+    choices = len(settings) * len(factors)
+    used = {"samples": SAMPLES if row in SAMPLED else 0, "choices": choices}
+    used["labels"] = pictures.SIZES["validation"] * len(SKILLS) if choices > 1 else 0
+    write("test", line | used | {"test": scores(model, "test")})
 
 
-def mean_score(scores: dict[str, list[float]]) -> tuple[float, float]:
+def mean_score(found: dict[str, list[float]]) -> tuple[float, float]:
     """Return what the choice of a setting maximises: mean exact match, then the negative mean loss."""
-    return sum(one[0] for one in scores.values()), -sum(one[1] for one in scores.values())
+    return sum(one[0] for one in found.values()), -sum(one[1] for one in found.values())
 
 
 @click.command(help=__doc__)
 @click.argument("rows", nargs=-1)
 @click.option("--adapters", is_flag=True, help="Merge the LoRA experts instead of the full ones.")
-@click.option("--draws", default=3, help="Draws of the calibration samples.")
+@click.option("--draws", default=1, help="Draws of the calibration samples.")
 @click.option("--workdir", type=click.Path(path_type=Path), default=WORKDIR)
 def main(rows: tuple[str, ...], adapters: bool, draws: int, workdir: Path) -> None:
     logging.disable_progress_bar()
@@ -161,12 +174,13 @@ def main(rows: tuple[str, ...], adapters: bool, draws: int, workdir: Path) -> No
     for name, of in singles.items():
         if (name, of, 0) not in done:
             folder = workdir / "models" / f"{name}{kind if name in SKILLS else ''}"
-            scores = {split: scores_of(folder, split) for split in ("validation", "test")}
-            write("test", {"row": name, "kind": of, "draw": 0, **scores})
-    for name in rows or (*SPACE, *SAMPLED):
-        for draw in range(draws if name in SAMPLED else 1):
-            if (name, kind, draw) not in done:
-                measure(name, draw, kind, workdir)
+            model = loaded(folder)
+            write("test", {"row": name, "kind": of, "draw": 0, "test": scores(model, "test")})
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    for row in rows or SPACE:
+        for draw in range(draws if row in SAMPLED else 1):
+            if (row, kind, draw) not in done:
+                measure(row, draw, kind, workdir)
     print_table(kind)
 
 

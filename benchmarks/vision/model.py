@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<IMG_CONTEXT> {% else %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endif %} </s> {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-TEXT = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
+TEXT = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TEXT |= {"vocab_size": len(VOCABULARY), "eos_token_id": VOCABULARY["</s>"], "pad_token_id": 0, "bos_token_id": None}
 VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}

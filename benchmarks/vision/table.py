@@ -33,7 +33,10 @@ def write(name: str, line: Line) -> None:
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line | rounded) + "\n")
     shown = " ".join(f"{skill} {scores[0]:.1f}" for skill, scores in line.get("test", line["validation"]).items())
-    print(f"{name} {line['row']} {line.get('setting', '')} {line.get('seconds', '')}: {shown}", flush=True)
+    print(
+        f"{name} {line['row']} {line.get('setting', '')} {line.get('factor', '')} {line.get('seconds', '')}: {shown}",
+        flush=True,
+    )
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -48,9 +51,15 @@ def mean(line: Line, place: int, split: str = "test") -> float:
 
 
 def chosen(lines: list[Line]) -> str:
-    """Return the last overrides of the settings that the runs chose, if there was a choice."""
-    values = sorted({line["setting"][-1].removeprefix("parameters.") for line in lines if line.get("labels")})
-    return f" ({', '.join(values)})" if values else ""
+    """Return the settings and factors that the runs chose, if there was a choice."""
+    found = []
+    for line in lines:
+        options = {key.removeprefix("parameters."): value for key, value in line.get("setting", {}).items()}
+        options = {key: value for key, value in options.items() if key not in ("samples_per_model", "calibrate")}
+        options |= {"lambda": line["factor"]} if line.get("factor", 1.0) != 1.0 else {}
+        found.append(" ".join(f"{key} {value}" for key, value in options.items()) if line.get("labels") else "")
+    text = ", ".join(sorted(set(found) - {""}))
+    return f" ({text})" if text else ""
 
 
 def print_table(kind: str) -> None:

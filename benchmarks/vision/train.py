@@ -25,9 +25,9 @@ from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_w
 
 WORKDIR = Path(tempfile.gettempdir()) / "expert-merging-benchmarks" / "vision"
 MIXTURE, ADAPTER = "mixture", "-lora"
-BATCH, SEED = 48, 0
+BATCH, SEED = 32, 0
 # Optimiser steps and learning rate by kind of model; those of the tower come before those of the base.
-TOWER, BASE, EXPERT, LORA, MIXED = (1200, 1e-3), (1000, 1e-3), (250, 2e-4), (150, 2e-3), (400, 2e-4)
+TOWER, BASE, EXPERT, LORA, MIXED = (300, 1e-3), (550, 1e-3), (200, 3e-4), (150, 2e-3), (300, 3e-4)
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj|.*multi_modal_projector\.linear_\d"
 
 
