@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: install demo test test-slow test-thorough mergekit-parity fusion-bench-parity chaos bench gpu-check gpu-check-ray gpu-check-dry \
-	quality quality-b check clean
+	quality quality-b vision-quality check clean
 
 install: $(STAMP)
 
@@ -93,6 +93,12 @@ quality: install
 quality-b: install
 	$(BIN)/python benchmarks/quality/bench_b.py
 	$(BIN)/python benchmarks/quality/table_b.py
+
+# The same for a model that takes pictures; an hour on a core. See benchmarks/vision/README.md.
+vision-quality: install
+	$(BIN)/python benchmarks/vision/train.py
+	$(BIN)/python benchmarks/vision/compare.py
+	$(BIN)/python benchmarks/vision/compare.py --adapters
 
 check: install
 	$(BIN)/ruff format --check .

@@ -23,10 +23,10 @@ TEMPLATE = (
     "{% for part in m['content'] %}{% if part['type'] == 'image' %}<IMG_CONTEXT> {% else %}{{ part['text'] }}"
     "{% endif %}{% endfor %}{% endif %} </s> {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-TEXT = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+TEXT = {"model_type": "llama", "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
 TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 TEXT |= {"vocab_size": len(VOCABULARY), "eos_token_id": VOCABULARY["</s>"], "pad_token_id": 0, "bos_token_id": None}
-VISION = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+VISION = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
 VISION |= {"image_size": SIDE, "patch_size": CELL // 2}
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 Row = tuple[Image.Image, str, str]
@@ -39,7 +39,7 @@ def build() -> Any:
         vision_config=VISION,
         image_token_id=VOCABULARY[CONTEXT],
         image_seq_length=PLACES,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.generation_config.update(eos_token_id=VOCABULARY["</s>"], pad_token_id=0)

@@ -32,7 +32,7 @@ def write(name: str, line: Line) -> None:
     }
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line | rounded) + "\n")
-    shown = " ".join(f"{skill} {scores[0]:.1f}" for skill, scores in line.get("test", line["validation"]).items())
+    shown = " ".join(f"{skill} {scores[0]:.1f}" for skill, scores in line[name].items())
     print(
         f"{name} {line['row']} {line.get('setting', '')} {line.get('factor', '')} {line.get('seconds', '')}: {shown}",
         flush=True,
