@@ -33,6 +33,7 @@ from cluster import merge
 SAMPLES = 8
 ON_SAMPLES = {"parameters.samples_per_model": SAMPLES}
 FEATCAL = {"calibrate": ["featcal"]}
+ORTHOGONAL = {"parameters.task_vectors": "orthogonal"}
 SUMS, MEANS, WHOLE = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0), (0.7, 1.0, 1.3, 1.6, 2.0), (0.3, 0.5, 0.7, 1.0, 1.3, 1.6)
 Setting = dict[str, Any]
 # By the name of a row: method, settings as overrides of the config, and factors of the merged task vector.
@@ -42,10 +43,13 @@ SPACE: dict[str, tuple[str, list[Setting], tuple[float, ...]]] = {
     "ties": ("ties", [{"parameters.weight": 1.0, "parameters.density": density} for density in (0.2, 0.5)], MEANS),
     "svd": ("svd", [{}], WHOLE),
     "swudi": ("swudi", [{}], WHOLE),
+    "swudi_a": ("swudi_a", [{}], WHOLE),
     "wudi2": ("wudi2", [{}], WHOLE),
     "regmean": ("regmean", [ON_SAMPLES | {"parameters.alpha": alpha} for alpha in (0.1, 0.9)], (1.0,)),
     "expert_merging": ("expert_merging", [{}], (1.0,)),
     "expert_merging_pp": ("expert_merging_pp", [{}], (1.0,)),
+    "expert_merging, task_vectors: orthogonal": ("expert_merging", [ORTHOGONAL], (1.0,)),
+    "expert_merging_pp, task_vectors: orthogonal": ("expert_merging_pp", [ORTHOGONAL], (1.0,)),
     "task_arithmetic, featcal": (
         "task_arithmetic",
         [ON_SAMPLES | FEATCAL | {"parameters.weight": weight} for weight in (0.4, 0.7)],
