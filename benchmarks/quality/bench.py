@@ -10,8 +10,9 @@ import hashlib
 import json
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,21 @@ class Bench:
 
     @property
     def which(self) -> dict[str, Any]:
-        """What a key of the results says of the merged experts; nothing for the full experts of bench A."""
-        which: dict[str, Any] = {} if self.skills[0] in tasks.BENCHES["a"] else {"bench": "b"}
+        """What a key of the results says of the merged experts; only the training for the full experts of bench A."""
+        which = {"training": self.training} | ({} if self.skills[0] in tasks.BENCHES["a"] else {"bench": "b"})
         if self.skills != tuple(tasks.BENCHES["a"]):
             which["experts"] = len(self.skills)
         return which | ({"adapters": self.adapters} if self.adapters else {})
+
+    @cached_property
+    def training(self) -> str:
+        """What tells these experts from those of another training, which has other bits on another kind of CPU."""
+        folder = self.models / (self.skills[0] + self.adapters)
+        found = hashlib.sha256()
+        with open(folder / ("adapter_model.safetensors" if self.adapters else "model.safetensors"), "rb") as file:
+            # Enough to see a difference: the header, and some weights.
+            found.update(file.read(1 << 24))
+        return found.hexdigest()[:8]
 
     # Weights and scores.
 
@@ -219,35 +230,48 @@ class Bench:
     def learn(self, plan: Plan) -> tuple[Plan, list[Coefficients], list[dict[str, Any]]]:
         """Run the stages of a plan as the driver does, without the cluster.
 
-        The result of stage 1 does not depend on the options of stage 2, so it is stored and reused.
+        The result of each stage is stored and reused; that of stage 1 does not depend on the options of stage 2.
 
         Returns:
             The plan with its priors, the coefficients after each stage, and the rows of metrics.
         """
-        lesson = Lesson(self, plan)
-        options = plan.config.model_dump(exclude={"merge_method": True, "parameters": set(SECOND_STAGE)}, mode="json")
+        lesson, config = Lesson(self, plan), plan.config
+
+        def one() -> Any:
+            lesson.find_prior()
+            first = lesson.stage(first_stage(lesson.plan))
+            return lesson.plan.priors, first, lesson.rows
+
+        priors, first, rows = self._stored(plan, {"merge_method": True, "parameters": set(SECOND_STAGE)}, one)
+        experts = (replace(expert, weight=prior) for expert, prior in zip(plan.experts, priors, strict=True))
+        plan = lesson.plan = replace(plan, experts=tuple(experts))
+        if config.stages == 1:
+            return plan, [first], rows
+
+        def two() -> Any:
+            parameters, lesson.rows = config.parameters, list(rows)
+            layout, _ = stage_2_layout(
+                first,
+                self.magnitudes(plan),
+                parameters.budget,
+                parameters.kappa,
+                directions(plan),
+                parameters.chunks == "direction",
+            )
+            return lesson.stage(second_stage(plan, layout, first)), lesson.rows
+
+        second, rows = self._stored(plan, {}, two)
+        return plan, [first, second], rows
+
+    def _stored(self, plan: Plan, without: Any, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` returns, stored by the options of the plan's config but for those `without`."""
+        options = plan.config.model_dump(exclude=without, mode="json")
         key = json.dumps([plan.config.has_targets, options], sort_keys=True)
         path = self.workdir / "stages" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pickle"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            lesson.find_prior()
-            first = lesson.stage(first_stage(lesson.plan))
-            path.write_bytes(pickle.dumps((lesson.plan.priors, first, lesson.rows)))
-        priors, first, rows = pickle.loads(path.read_bytes())
-        experts = (replace(expert, weight=prior) for expert, prior in zip(plan.experts, priors, strict=True))
-        plan = lesson.plan = replace(plan, experts=tuple(experts))
-        if plan.config.stages == 1:
-            return plan, [first], rows
-        parameters, lesson.rows = plan.config.parameters, list(rows)
-        layout, _ = stage_2_layout(
-            first,
-            self.magnitudes(plan),
-            parameters.budget,
-            parameters.kappa,
-            directions(plan),
-            parameters.chunks == "direction",
-        )
-        return plan, [first, lesson.stage(second_stage(plan, layout, first))], lesson.rows
+            path.write_bytes(pickle.dumps(compute()))
+        return pickle.loads(path.read_bytes())
 
     def magnitudes(self, plan: Plan) -> Any:
         """Return the mean magnitudes sₖ,ₗ of the task vectors [K, L]."""

@@ -25,11 +25,14 @@ LEARNED = ("expert_merging_pp",)  # its lines have stage 1, which is Expert Merg
 def single_models(log: Log, bench: Bench) -> None:
     """Score base and mixture on all skills, and every expert on its own."""
     experts = {skill + bench.adapters: [skill] for skill in bench.skills}
-    for name, skills in experts.items() if bench.adapters else ({"base": [], MIXTURES["b"]: []} | experts).items():
-        if not log.has(model=name):
-            train(name, bench.workdir)
+    models = experts if bench.adapters else {"base": [], MIXTURES["b"]: []} | experts
+    for name in models:
+        train(name, bench.workdir)
+    for name, skills in models.items():
+        key = {"model": name, "training": bench.training}
+        if not log.has(**key):
             bench.load(name)
-            score_into(log, bench, "test", {"model": name}, skills)
+            score_into(log, bench, "test", key, skills)
 
 
 def at_scales(log: Log, bench: Bench, method: str) -> None:

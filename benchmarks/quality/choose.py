@@ -167,9 +167,10 @@ def main(
     for method, text in tries:
         try_learned(log, bench, "validation", method, json.loads(text), seed, samples)
     for method in methods:
-        if method in ("base", "mixture", *(skill + adapters for skill in bench.skills)) and not log.has(model=method):
+        single = {"model": method} | bench.which
+        if method in ("base", "mixture", *(skill + adapters for skill in bench.skills)) and not log.has(**single):
             bench.load(method)
-            score_into(log, bench, "validation", {"model": method})
+            score_into(log, bench, "validation", single)
         for options in WEIGHT_SPACE.get(method, ()):
             climb_options(log, bench, method, options)
         for options in LEARNED.get(method, ()):

@@ -82,7 +82,7 @@ def main(rows: tuple[str, ...], workdir: Path) -> None:
     bench = Bench(workdir)
     weight_space = {name: (name, options) for name, (options, _) in CHOSEN.items()}
     for name, (method, options) in (weight_space | CHOSEN_LEARNED).items():
-        key = {"method": method, "options": options}
+        key = {"method": method, "options": options} | bench.which
         if name in (rows or (name,)) and not any(line["key"] == key for line in costs()):
             with merged(bench, method, options):
                 pass

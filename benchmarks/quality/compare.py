@@ -26,13 +26,13 @@ def main(names: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
     bench, log = Bench(workdir), Log(RESULTS / "test.jsonl")
     single = ["base", *bench.skills, MIXTURES["a"]]
     for name in names or [*single, *CHOSEN, *CHOSEN_LEARNED]:
-        if name in single and not log.has(model=name):
+        if name in single and not log.has(model=name, **bench.which):
             bench.load(name)
-            score_into(log, bench, "test", {"model": name})
+            score_into(log, bench, "test", {"model": name} | bench.which)
         if name in CHOSEN:
             options, scale = CHOSEN[name]
             for seed in seeds if name in SEEDED else (0,):
-                key = {"method": name, "options": options, "scale": scale, "seed": seed}
+                key = {"method": name, "options": options, "scale": scale, "seed": seed} | bench.which
                 if not log.has(**key):
                     for _ in scaled(bench, name, options, (scale,), seed):
                         score_into(log, bench, "test", key)

@@ -1,7 +1,8 @@
 """Measure how Expert Merging++ depends on samples, budget, κ and number of experts, on the validation split.
 
 `python benchmarks/quality/sensitivity.py [samples budget kappa experts]` varies one of them at a time around the
-options of `space.CHOSEN_LEARNED` and appends a line to `results/sensitivity.jsonl` for each point not there yet.
+options of `space.CHOSEN_LEARNED` for orthogonal task vectors. It appends a line to `results/sensitivity.jsonl` for each
+point not there yet.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ AROUND = {
 @click.option("--workdir", type=click.Path(path_type=Path), default=Path(os.environ.get("QUALITY_WORKDIR", WORKDIR)))
 def main(what: tuple[str, ...], seeds: tuple[int, ...], workdir: Path) -> None:
     log = Log(RESULTS / "sensitivity.jsonl")
-    method, options = CHOSEN_LEARNED["expert_merging_pp"]
+    method, options = CHOSEN_LEARNED["expert_merging_pp, task_vectors: orthogonal"]
     benches: dict[int, Bench] = {}
     for name in what or POINTS:
         for value in POINTS[name]:

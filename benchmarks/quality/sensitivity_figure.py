@@ -43,7 +43,8 @@ def curve(lines: list[Line], method: str, name: str, own: dict[str, float]) -> I
 @click.command(help=__doc__)
 @click.argument("out", type=click.Path(path_type=Path))
 def main(out: Path) -> None:
-    own, lines = own_scores(read("validation")), read("sensitivity")
+    lines = read("sensitivity")
+    own = own_scores(read("validation", lines[-1]["training"]))
     figure = make_subplots(1, len(POINTS), shared_yaxes=True, subplot_titles=[TITLES[name] for name in POINTS])
     for column, name in enumerate(POINTS, 1):
         for method, colour in COLOURS.items():

@@ -23,9 +23,17 @@ Line = dict[str, Any]
 SAMPLES = 8
 
 
-def read(name: str) -> list[Line]:
-    """Read the lines of `results/NAME.jsonl`."""
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+def read_all(name: str) -> list[Line]:
+    """Read the lines of `results/NAME.jsonl`, with the training of the experts taken out of their keys."""
+    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    return [line | {"training": line["key"].pop("training")} for line in lines]
+
+
+def read(name: str, training: str = "") -> list[Line]:
+    """Read the lines of `results/NAME.jsonl` for the experts of one training (default: that of the last line)."""
+    lines = read_all(name)
+    training = training or lines[-1]["training"]
+    return [line for line in lines if line["training"] == training]
 
 
 def own_scores(lines: Sequence[Line]) -> dict[str, float]:
@@ -72,16 +80,17 @@ def answers_for(tried: int) -> str:
 
 def cost(method: str, options: dict[str, Any]) -> list[str]:
     """Return seconds and GB of a merge; with a plus if it went on from what the cache had. Empty if not measured."""
-    mine = [line for line in costs() if line["key"] == {"method": method, "options": options}]
+    wanted = {"method": method, "options": options}
+    mine = [line for line in costs() if {**line["key"], "training": ""} == {**wanted, "training": ""}]
     if not mine:
         return ["", ""]
     first = min(mine, key=lambda line: (bool(line["reused"]), line["seconds"]))
     return [f"{'+ ' if first['reused'] else ''}{first['seconds']:.0f}", f"{first['peak'] / 1e9:.2f}"]
 
 
-def print_test() -> None:
+def print_test(training: str) -> None:
     """Print the comparison on the test split."""
-    lines = read("test")
+    lines = read("test", training)
     own = own_scores(lines)
     columns = ["model", *tasks.BENCHES["a"], "mean", "normalised", "loss", "seeds"]
     columns += ["samples", "answers", "seconds", "GB"]
@@ -96,10 +105,10 @@ def print_test() -> None:
         print(f"| {name} | " + " | ".join([*cells, str(len(seeds)), *takes]) + " |")
 
 
-def print_tries(name: str) -> None:
+def print_tries(name: str, training: str) -> None:
     """Print a row for every line of a results file."""
     print("| method | options | mean exact match | loss |\n|---|---|---|---|")
-    for line in read(name):
+    for line in read(name, training):
         key = dict(line["key"])
         what = key.pop("method", None) or key.pop("model")
         options = {**key.pop("options", {}), **key}
@@ -110,8 +119,9 @@ def print_tries(name: str) -> None:
 
 @click.command()
 @click.argument("what", type=click.Choice(["test", "validation", "sensitivity"]), default="test")
-def main(what: str) -> None:
-    print_test() if what == "test" else print_tries(what)
+@click.option("--training", default="", help="Of the experts of this training. Default: that of the last line.")
+def main(what: str, training: str) -> None:
+    print_test(training) if what == "test" else print_tries(what, training)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tasks
 from bench_b import ADAPTERS, COUNTS
 from fine_tune import MIXTURES
 from space import CHOSEN
-from table import Line, read, spread
+from table import Line, read_all, spread
 
 NAMES = {"": "full experts", "-r16": "LoRA experts of rank 16", "-r8": "LoRA experts of rank 8"}
 
@@ -69,7 +69,7 @@ def print_table(lines: Sequence[Line], kind: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    every = read("bench_b")
+    every = read_all("bench_b")
     for adapters in ADAPTERS:
         for number in COUNTS:
             print_table(every, adapters, number)
