@@ -16,6 +16,7 @@ from cluster.commands.plan import plan
 from cluster.commands.push import push
 from cluster.commands.report import report
 from cluster.commands.schema import schema
+from cluster.commands.search import search
 from cluster.commands.stats import stats
 from engine import __version__
 
@@ -31,6 +32,7 @@ for command in (
     merge,
     plan,
     stats,
+    search,
     compress,
     compress_delta,
     evaluate,

@@ -58,6 +58,7 @@ FOLLOWED = {
         "engine/report",
     ),
     "test_advice_on_storage": ("engine/storage",),
+    "test_search": ("engine/search", "cluster/search"),
     "test_statistics_on_ray": ("engine/statistics/files",),
     "test_outlook": ("cluster/outlook",),
     "test_optimizer_state": ("engine/statistics/optimizer_state",),

@@ -35,7 +35,7 @@ ORDER = (
         "compression",
         "run",
     ),
-    *("evaluation", "output", "report"),
+    *("evaluation", "output", "search", "report"),
 )
 # `plan`, `--help` and the reading of a config import these, and a person waits for them: no torch, transformers or ray.
 # A name that ends in a dot stands for all modules of that folder.
@@ -65,6 +65,7 @@ LIGHT = (
         "cli",
     ),
     *("engine.run.ownership", "engine.run.place"),
+    *("engine.search.objective", "engine.search.outlook", "engine.search.record", "engine.search.space"),
 )
 NOT_LIGHT = ("engine.planning.open_models", "engine.methods.arithmetic")
 FILES = [*sorted(path for layer in list(LAYERS)[:3] for path in (ROOT / layer).rglob("*.py")), ROOT / "cli.py"]

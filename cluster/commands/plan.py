@@ -72,7 +72,10 @@ def plan(
         documents = documents_of(config, overrides, strict)
         if len(documents) == 1 or with_stats:
             made = plan_alone(documents, target)
+            of_search = _of_search(documents[0], made)
             print_on(None, made, machines, target, with_stats)
+            for line in of_search:
+                click.echo(line)
             return
         from engine.output.outline import outlined, places_of
 
@@ -94,6 +97,15 @@ def plan_alone(documents: Sequence[Document], target: str) -> Plan:
     if len(documents) > 1:
         raise ConfigError("a config of several merges", str(documents[0].path), "with --with-stats, a config of one")
     return plan_of(documents[0], target)
+
+
+def _of_search(document: Document, made: Plan) -> list[str]:
+    """Check the search of a config, if it has one, and return the lines that describe it."""
+    if made.config.search is None:
+        return []
+    from engine.search.outlook import search_lines
+
+    return search_lines(document, made.config.search, made)
 
 
 def print_on(

@@ -263,7 +263,7 @@ def _method_of_slice(given: GivenSlice, method: Method, where: Where) -> Method:
 
 def as_yaml(config: Config) -> dict[str, Any]:
     """Return the config as the keys of a YAML. Reading that YAML gives the same config again."""
-    keys = config.model_dump(mode="json", exclude={"record", *INTERNAL}, exclude_none=True)
+    keys = config.model_dump(mode="json", exclude={"record", "search", *INTERNAL}, exclude_none=True)
     recipe = config.recipe
     if config.compress is not None:
         return _compression_yaml(config, keys)

@@ -20,9 +20,10 @@ from engine.config.checkpoints import expand
 from engine.config.mergekit_yaml import drop_others_options, method_of, read_recipe
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.schema import INTERNAL, NAME, UNIONS, Config, ExpertConfig
+from engine.config.search.dimensions import check_space
 from engine.config.slices import check_corrections, check_whole, check_whole_models
 from engine.config.unknown_keys import key_hint, key_paths, known_keys, without_unknown
-from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all
+from engine.config.yaml_text import DEPTH, DIGITS, Location, Where, check_texts, parse, parse_all, set_value
 from engine.errors import ConfigError
 from engine.methods.learned import ADAMERGING, PRESETS
 from engine.methods.options import Statistic
@@ -145,6 +146,8 @@ def _check(config: Config, experts: Sequence[tuple[int, ExpertConfig]], where: A
     """Check conditions that span several keys. `experts`: those in `models`, and their places there."""
     check_corrections(config, where)
     check_whole_models(config, where)
+    if config.search is not None:
+        check_space(config.search, where)
     if config.learned and not experts:
         raise ConfigError("models lists no expert besides the base", where(("models",)), "at least one expert")
     names: set[str] = set()
@@ -267,19 +270,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         check_texts(value, lambda _: at, tuple(names))
     except ConfigError as error:
         raise ConfigError(error.what, at) from error
-    target: Any = raw
-    *parents, last = (int(name) if name.isdecimal() else name for name in names)
-    for key in parents:
-        if isinstance(target, dict) and isinstance(key, str):
-            target = target.setdefault(key, {})
-        elif isinstance(target, list) and isinstance(key, int) and key < len(target):
-            target = target[key]
-        else:
-            raise ConfigError(f"the config has no {key!r} to set a value in", at)
-    try:
-        target[last] = value
-    except (TypeError, IndexError) as error:
-        raise ConfigError(f"the config has no place for {last!r}", at) from error
+    set_value(raw, [int(name) if name.isdecimal() else name for name in names], value, at)
 
 
 def place_in(path: Path, node: yaml.Node | None, location: Location) -> str:

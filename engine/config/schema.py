@@ -21,6 +21,7 @@ from pydantic import (
 
 from engine.config.recipe import WeightSpaceSettings
 from engine.config.resources import GPUS, NUM_GPUS, SHARDS, WAIT, Cluster, GradientUse
+from engine.config.search.settings import Search
 from engine.fields import ByteSize, Float, Int, Listed, Pattern, Section
 from engine.methods.compression import Compression
 from engine.methods.corrections import CORRECTIONS, Corrections
@@ -49,6 +50,8 @@ UNIONS: dict[int | str, str] = {
     "max_shard_size": "a number of bytes, or a string such as 5GB",
     "cache_size": "a number of bytes, or a string such as 50GB",
     "experts": "a number of experts from 1, or a share of them between 0 and 1",
+    "objective": "kl, or a list of mappings with `data`",
+    "parallel": "auto, or a whole number from 1 to 1,000",
     "log_with": f"one or a list of {', '.join(TRACKERS)}",
 }
 
@@ -206,6 +209,7 @@ class Config(Section):
         cache: A folder or URI of what merges have computed, which others use again (`engine.run.reuse`), or `off`.
             None: that of the environment, or a folder of this user's.
         cache_size: The bytes that the cache may take; also a text such as 50GB.
+        search: The search of `python cli.py search`. Other commands take the config as it is without.
         record: Versions and hashes that a merge wrote into merge/config.yaml. Ignored, so that this file is a config.
         recipe, unused: INTERNAL: the settings of a weight-space method, and the given keys that it does not use.
         collect, collect_base: INTERNAL: the statistics that are written instead of a merge (`python cli.py stats`), and
@@ -242,6 +246,7 @@ class Config(Section):
     log_dir: Text | None = None
     cache: Annotated[Text, BeforeValidator(_cache, json_schema_input_type=Literal[False] | Text)] | None = None
     cache_size: Annotated[ByteSize, Field(ge=0)] = 50_000_000_000
+    search: Search | None = None
     record: dict[str, Any] | None = None
     recipe: WeightSpaceSettings | None = None
     unused: tuple[str, ...] = ()

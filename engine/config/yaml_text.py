@@ -151,6 +151,27 @@ def check_texts(value: Any, where: Where, at: Location = ()) -> None:
         raise ConfigError(fault, where(at))
 
 
+def set_value(raw: Any, names: Sequence[int | str], value: Any, at: str) -> None:
+    """Set the value of a key of a config, in place. `names`: the keys to it, numbers for places in a list.
+
+    Raises:
+        ConfigError: The config has no place for it; `at` is what the error names.
+    """
+    *parents, last = names
+    target = raw
+    for key in parents:
+        if isinstance(target, dict) and isinstance(key, str):
+            target = target.setdefault(key, {})
+        elif isinstance(target, list) and isinstance(key, int) and key < len(target):
+            target = target[key]
+        else:
+            raise ConfigError(f"the config has no {key!r} to set a value in", at)
+    try:
+        target[last] = value
+    except (TypeError, IndexError) as error:
+        raise ConfigError(f"the config has no place for {last!r}", at) from error
+
+
 def _text_fault(text: str, most: int, lines: str | None) -> str:
     """Return what is wrong with a text, or nothing.
 

@@ -79,7 +79,7 @@ def read_data(files: Sequence[str], limit: int | None = None) -> list[DataSet]:
         CalibrationError: a file is empty or cannot be read, a record is invalid, or a file has two kinds of records.
     """
     data = []
-    for name, file in zip(_names(files), files, strict=True):
+    for name, file in zip(names_of(files), files, strict=True):
         items = tuple(map(make_item, read_file(_located(file), limit)))
         other = next((item for item in items if item.kind != items[0].kind), None)
         if other is not None:
@@ -164,8 +164,8 @@ def _text(content: Any, where: str) -> str:
     raise CalibrationError("the assistant's last message has no text", where)
 
 
-def _names(files: Sequence[str]) -> list[str]:
-    """Return the files' stems, preceded by the folder where stems are equal."""
+def names_of(files: Sequence[str]) -> list[str]:
+    """Return the distinct names of data files: their stems, preceded by the folder where stems are equal."""
     paths = [Path(file) for file in files]
     stems = Counter(path.stem for path in paths)
     return unique([path.stem if stems[path.stem] == 1 else f"{path.parent.name}/{path.stem}" for path in paths])

@@ -32,10 +32,14 @@ from engine.sizes import LOGIT_BYTES
 
 
 class Evaluation:
-    """Evaluates a loaded model."""
+    """Evaluates a loaded model.
 
-    def __init__(self, subject: Subject, device: torch.device) -> None:
-        self.subject, self.device, self._batch = subject, device, subject.options.batch_size
+    `keeps`: the last and middle hidden states of experts are kept, for other weights of the model on the same batches.
+    """
+
+    def __init__(self, subject: Subject, device: torch.device, keeps: bool = False) -> None:
+        self.subject, self.device, self._batch, self._keeps = subject, device, subject.options.batch_size, keeps
+        self._kept: dict[tuple[Subject, tuple[tuple[int, ...], ...]], tuple[Tensor, Tensor]] = {}
 
     @torch.inference_mode()
     def measure(self, name: str, data: DataSet, expert: Subject | None) -> list[Row]:
@@ -45,11 +49,21 @@ class Evaluation:
             CheckpointError: the model's logits are not finite.
         """
         with Reader(self.subject, data) as reader:
-            sums = self._sums(name, data, reader, expert)
-        return [Row(name, data.name, *figure) for figure in _figures(data, sums, expert is not None)]
+            sums = self.sums(name, data, reader, expert)
+        return [Row(name, data.name, *figure) for figure in figures(data, sums, expert is not None)]
 
-    def _sums(self, name: str, data: DataSet, reader: Reader, expert: Subject | None) -> Mapping[str, float]:
-        """Return sums of metrics over all records."""
+    @torch.inference_mode()
+    def sums(
+        self, name: str, data: DataSet, reader: Reader, expert: Subject | None, generates: bool = True
+    ) -> Mapping[str, float]:
+        """Return sums of metrics over all records, of which `figures` makes metrics.
+
+        Those of several parts of a data set may be added. Without `generates`, no answers are generated, and the
+        metrics of these are zero.
+
+        Raises:
+            CheckpointError: the model's logits are not finite.
+        """
         sums = defaultdict[str, float](float)
         items = sorted(data.items, key=lambda item: item.length)
         for batch in _slices(items, self._batch):
@@ -57,7 +71,7 @@ class Evaluation:
                 encoded = [reader.whole(item, item.wholes[0]) for item in batch]
                 parts = [self._compared(group, expert) for group in _passes(encoded)]
             else:
-                parts = [self._answered(batch, reader)]
+                parts = [self._answered(batch, reader, generates)]
             for part in parts:
                 for metric, value in part.items():
                     sums[metric] += value
@@ -65,12 +79,13 @@ class Evaluation:
                 raise CheckpointError("the model's logits are not finite", f"{name}, on {batch[0].wholes[0].where}")
         return sums
 
-    def _answered(self, items: Sequence[Item], reader: Reader) -> dict[str, float]:
+    def _answered(self, items: Sequence[Item], reader: Reader, generates: bool) -> dict[str, float]:
         """Return sums of metrics over items of kind `response` or `choice`."""
         wholes = [reader.whole(item, record) for item in items for record in item.wholes]
         scores = iter([one for some in _slices(wholes, self._batch) for one in forced(self.subject.model, some)])
         sums = defaultdict[str, float](float)
-        for item, text in zip(items, self._written([reader.prompt(item) for item in items], reader), strict=True):
+        answers = self._written([reader.prompt(item) for item in items], reader) if generates else [""] * len(items)
+        for item, text in zip(items, answers, strict=True):
             of_item = [next(scores) for _ in item.wholes]
             sums["loss"] += of_item[item.answer].loss
             sums["predicted"] += of_item[item.answer].tokens
@@ -117,10 +132,10 @@ class Evaluation:
         sums["tokens"], sums["predicted"] = len(following_N), int((following_N >= 0).sum())
         other_NH = None
         if expert is not None:
-            _, _, other_BTH, others = _forward(expert.model, encoded)
+            other_BTH, its_BTH = self._of_expert(expert, encoded, middle)
             other_NH = other_BTH[at]
             # The layers may be on several devices.
-            mine_BTH, its_BTH = (states[middle].to(at.device).float() for states in (hidden, others))
+            mine_BTH, its_BTH = (states.to(at.device).float() for states in (hidden[middle], its_BTH))
             sums["distance"] = float(hidden_loss({0: mine_BTH[at]}, {0: its_BTH[at]})) * sums["tokens"]
             sums["spread"] = sum(
                 float((rows_TH - rows_TH.mean(dim=0)).square().mean(dim=1).sum())
@@ -135,6 +150,17 @@ class Evaluation:
                 sums["kl"] += float(logit_loss(logits_PV, expert_PV, 1.0)[0])
                 sums["top1_agreement"] += int((logits_PV.argmax(-1) == expert_PV.argmax(-1)).sum())
         return sums
+
+    def _of_expert(self, expert: Subject, encoded: Sequence[Encoded], middle: int) -> tuple[Tensor, Tensor]:
+        """Return the last and the middle hidden states [B, T, H] of an expert."""
+        key = expert, tuple(tuple(one.input_ids) for one in encoded)
+        if key in self._kept:
+            return self._kept[key]
+        _, _, last_BTH, hidden = _forward(expert.model, encoded)
+        # The same text may stand beside another image.
+        if self._keeps and not any(one.inputs for one in encoded):
+            self._kept[key] = last_BTH, hidden[middle]
+        return last_BTH, hidden[middle]
 
 
 @dataclass(frozen=True)
@@ -182,7 +208,7 @@ def score(model: Any, tokenizer: Any, records: Sequence[Record], batch: int) -> 
     return sum(one.right for one in scores) / len(scores), loss / tokens
 
 
-def _figures(data: DataSet, sums: Mapping[str, float], compared: bool) -> Iterator[tuple[str, float, int]]:
+def figures(data: DataSet, sums: Mapping[str, float], compared: bool) -> Iterator[tuple[str, float, int]]:
     """Yield metric, value and count from sums over all records."""
     records, tokens, predicted = len(data.items), int(sums["tokens"]), int(sums["predicted"])
     names = {"text": (), "response": ("exact_match", "f1"), "choice": ("accuracy", "accuracy_likelihood")}[data.kind]

@@ -23,7 +23,7 @@ from engine.storage.paths import is_uri
 
 # Keys of the config that do not influence the bits of the result.
 UNDECIDING: dict[str, Any] = {"calibration": {"image_folder"}} | dict.fromkeys(
-    ("cluster", "record", "unused", "log_with", "log_dir", "cache", "cache_size"), True
+    ("cluster", "record", "search", "unused", "log_with", "log_dir", "cache", "cache_size"), True
 )
 # Packages whose version may decide bits: of token ids, of pixel inputs, of sums.
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow", "numpy", "numba")

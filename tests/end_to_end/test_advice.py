@@ -59,6 +59,8 @@ ELSEWHERE = {
     "put the slices under `modules:": "test_stacking.py: test_slices_of_a_model_with_images_are_those_of_a_module",
     "merge layers of the same kind": "test_stacking.py: test_layers_of_another_kind_are_stacked_but_not_merged",
     "list the models one by one": "test_the_options_of_a_storage_are_no_pattern",
+    "use another `algorithm`, such as tpe": "test_space.py: test_cmaes_takes_numbers_alone",
+    "use tpe, or give more parts": "test_space.py: test_algorithms_of_several_objectives_need_several",
     "run the same command again": "test_a_model_that_changes_after_the_plan_was_made_is_named",
 }
 
