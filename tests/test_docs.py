@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from parity.table import PAGE, page, recorded, rows
 
+from engine.config.documents import given_documents, read_documents
 from engine.methods.learned import PAPER, PRESETS, Parameters
 from engine.methods.registry import ALIASES, LEARNED, NATIVE
 from engine.report import glossary
+from engine.search.space import Space
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,3 +98,17 @@ def test_every_option_has_a_default_and_a_description() -> None:
                 assert option.default is None
             elif option.name != "hidden_layers":
                 assert option.value(option.default) == option.default
+
+
+def test_the_example_of_a_search_is_valid() -> None:
+    (document,) = read_documents(ROOT / "examples" / "quickstart" / "search.yaml")
+    search = document.config({}).search
+    assert search is not None and search.rungs > 1
+    space = Space.of(document, search)
+    space.check()
+    assert space.given() is not None, "the first trial has the values of the config"
+    page = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    assert f"{search.trials} trials" in page
+    assert all(f"| `{key}` |" in page for key in type(search).model_fields)
+    blocks = re.findall(r"```yaml\n(merge_method.*?)```", page, flags=re.DOTALL)
+    assert blocks and all(given_documents(block)[0].config({}).search is not None for block in blocks)
