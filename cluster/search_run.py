@@ -73,6 +73,11 @@ class SearchRun:
         """The number of trials of the whole search."""
         return self.prepared.search.trials
 
+    @property
+    def running(self) -> bool:
+        """Whether trials run."""
+        return bool(self._running)
+
     def next(self) -> tuple[int, Plan] | None:
         """Return the number and the plan of a new trial; None if there are enough, or the search has failed."""
         while self.error is None and len(self.trials) + len(self._running) < self.wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
@@ -93,17 +94,32 @@ class _Proposals(_OfDriver, Searcher):  # type: ignore[misc]
         super().__init__(metric="rung", mode="min")
         self._run = run
         self.numbers: dict[str, int] = {}
+        self._plans: dict[int, Plan] = {}
+        # Trials to start again, and how often a trial has lost its process.
+        self._again: list[int] = []
+        self._losses: Counter[int] = Counter()
         self.scores: dict[str, list[list[float]]] = {}
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._run.next()
-        if found is None:
-            return Searcher.FINISHED
-        self.numbers[trial_id], plan = found
-        return {"changes": differences(self._run.prepared.plan, plan)}
+        if self._again and self._run.error is None:
+            number = self._again.pop(0)
+        elif (found := self._run.next()) is not None:
+            number, plan = found
+            self._plans[number] = plan
+        else:
+            # Nothing for now: a trial that runs may have to start again.
+            return None if self._run.running and self._run.error is None else Searcher.FINISHED
+        self.numbers[trial_id] = number
+        return {"changes": differences(self._run.prepared.plan, self._plans[number])}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         run, number = self._run, self.numbers[trial_id]
+        if (error or result is None) and self._losses[number] < RESTARTS:
+            # Not by Ray Tune, whose trials that lose their process while they take it over are lost themselves.
+            self._losses[number] += 1
+            self._again.append(number)
+            return
+        del self._plans[number]
         if error or result is None:
             do = "run with --debug to see what it printed at its end; then run the same command to resume"
             run.error = RunError(f"the process of trial {number} died {RESTARTS + 1} times", do=do)
@@ -184,7 +200,6 @@ def run_trials(run: SearchRun, debug: bool) -> None:
             run_config=tune.RunConfig(
                 name="search",
                 storage_path=folder,
-                failure_config=tune.FailureConfig(max_failures=RESTARTS),
                 # A trial is repeated from its beginning. Its process stores nothing, and no folder is shared by nodes.
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 verbose=0,
