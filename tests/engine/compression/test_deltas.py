@@ -207,7 +207,7 @@ def without(path: Path, ending: str) -> None:
         (lambda at: (at / DELTA_WEIGHTS).unlink(), DELTA_WEIGHTS, []),
         (lambda at: (at / DELTA_WEIGHTS).write_bytes(b"x" * 99), DELTA_WEIGHTS, []),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_damaged_folders_are_refused(spoil: Any, where: str, facts: list[str], folder: Path) -> None:
     written(folder)
