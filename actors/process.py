@@ -72,6 +72,8 @@ class ActorProcess:
         # Without this call, that would be the 1 of a pool that has worked before.
         torch.get_num_threads()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not deterministic
+        # Else MKL's products of matrices depend on the number of threads on some CPUs. Read before the first product.
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         # As `use_deterministic_algorithms`, which also sets torch's compiler and for that imports it, for seconds.
         torch.set_deterministic_debug_mode("warn")
         setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 - the stubs lack it

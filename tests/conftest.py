@@ -13,6 +13,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Many threads share few cores in tests, so waiting threads must not spin. Takes effect only before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# As in actors, whose first product of matrices may be that of another test here.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # No merge finds what another one computed, unless a test says so.
 os.environ["EXPERT_MERGING_RUN_CACHE"] = "off"
 

@@ -33,7 +33,7 @@ from engine.storage.content_cache import FORMAT
 # own, and those for which something else stands in a key: `dtype` for the plan's, `calibration` for the samples.
 NEVER = (
     *("base_model", "models", "preset", "seed", "calibration", "dtype"),
-    *("calibrate", "base_statistics", "collect", "collect_base", "compress"),
+    *("calibrate", "base_statistics", "collect", "collect_base", "compress", "search"),
     *("out_dtype", "rounding", "max_shard_size", "tokenizer_source", "chat_template"),
 )
 # Options that stage 2 alone reads, those of the optimiser, and those of the steps and their losses.

@@ -41,7 +41,7 @@ def decay(power: float) -> Tensor:
 
 def dominant() -> Tensor:
     values = decay(0.7)
-    values[0] = 100
+    values[0] = 60  # with 100, rounding decides on some CPUs whether the products converge
     return values
 
 

@@ -62,4 +62,5 @@ def test_adapters_of_orthogonal_directions_are_as_they_were(alpha: float) -> Non
     taus = [left[:, part] @ torch.diag(torch.linspace(1, 3, 8)) @ right[:, part].T for part in (slice(8), slice(8, 16))]
     merged = taus[0] + taus[1]
     found = spectral_calibration(merged, taus, alpha)
-    assert float((found - merged).norm() / merged.norm()) < 1e-5
+    # Rounding of float32; 1.07e-5 on a CPU with AMX.
+    assert float((found - merged).norm() / merged.norm()) < 2e-5

@@ -93,7 +93,17 @@ QUICK = [
 # Options that forbid some of the others, or without which some of these have no effect.
 ALONE = {"parameters.chunks=spectral", "merge_method=expert_merging", "config_source=expert0"}
 # Of other methods; the models, whose files count; and what is not a setting.
-OTHERS = {"parameters.granularity", "base_model", "models", "preset", "parameters", "calibration", "cluster", "record"}
+OTHERS = {
+    "parameters.granularity",
+    "base_model",
+    "models",
+    "preset",
+    "parameters",
+    "calibration",
+    "cluster",
+    "record",
+    "search",
+}
 
 
 def known(plan: Plan) -> Identity:
