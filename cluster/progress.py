@@ -80,8 +80,9 @@ class Progress:
         self._live.stop()
 
     def say(self, line: str) -> None:
-        """Print a line, above the rows."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        """Print a line, above the rows; `?` is for what the stream cannot encode, such as the name of an expert."""
+        encoding = self._console.encoding
+        self._console.print(line.encode(encoding, "replace").decode(encoding), markup=False, soft_wrap=True)
         self._console.file.flush()
 
     def wait(self, what: str) -> None:
